@@ -1,0 +1,17 @@
+"""gradflow: neural networks trained in continuous time."""
+import os as _os
+import jax as _jax
+if "JAX_ENABLE_X64" not in _os.environ:
+    _jax.config.update("jax_enable_x64", True)
+
+from .flow import FlowTerm as FlowTerm, GradientFlow as GradientFlow
+from .losses import (
+    AbstractCompositeLoss as AbstractCompositeLoss,
+    AbstractLoss as AbstractLoss,
+    CrossEntropy as CrossEntropy,
+    Loss as Loss,
+    SquaredError as SquaredError,
+)
+from .penalties import AbstractPenalty as AbstractPenalty, L2 as L2
+from .metrics import Metric as Metric
+from .results import RESULTS as RESULTS
