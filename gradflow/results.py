@@ -7,12 +7,12 @@ class RESULTS(diffrax.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
     """How a computation ended. Compare with `==`; print one to read its message."""
 
     successful = ""
-    max_steps_reached = (
+    out_of_steps = (
         "The step budget was exhausted before the final time. If the solver is "
         "explicit, the problem is stiff: use a KKT solver (a composite loss is needed). "
         "Otherwise increase `max_steps`, or loosen `rtol`."
     )
-    dt_min_reached = (
+    stalled = (
         "The solver could make no step, however small: the loss is not smooth here, or "
         "`rtol` is below what this precision can resolve. Loosen `rtol`, or use float64."
     )
