@@ -15,3 +15,8 @@ from .losses import (
 from .penalties import AbstractPenalty as AbstractPenalty, L2 as L2
 from .metrics import Metric as Metric
 from .results import RESULTS as RESULTS
+from .path import Path as Path
+from .simulate import simulate as simulate
+from .solvers import KKT3 as KKT3, KKT5 as KKT5
+
+from . import models as models, tasks as tasks

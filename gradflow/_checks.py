@@ -43,3 +43,49 @@ def check_model(params: PyTree) -> None:
             f"model: parameters must all be of one real precision, got {sorted(dtypes)}."
         )
     check_finite(params, "model")
+
+
+def check_weight_decay(weight_decay) -> None:
+    if not is_concrete(weight_decay):
+        return
+    value = np.asarray(weight_decay)
+    if not np.issubdtype(value.dtype, np.number) or not np.isfinite(value).all():
+        raise ValueError(f"weight_decay: expected a finite number, got {weight_decay}.")
+    if (value < 0).any():
+        raise ValueError(f"weight_decay: expected 0 or more, got {weight_decay}.")
+
+
+def check_tolerance(rtol, params: PyTree) -> None:
+    if is_concrete(rtol) and not 0 < rtol < 1:
+        raise ValueError(f"rtol: expected a number between 0 and 1, got {rtol}.")
+    dtype = jax.tree.leaves(params)[0].dtype
+    floor = 1e-5 if dtype == jnp.float32 else 1e-13 if dtype == jnp.float64 else 1e-2
+    if is_concrete(rtol) and rtol < floor:
+        raise ValueError(
+            f"rtol: {rtol:g} is below what {dtype} parameters can resolve, {floor:g}; "
+            "loosen it, or make the model in float64."
+        )
+
+
+def check_horizon(weight_decay, slow_time, t1, ts, saves) -> None:
+    given = [n for n, v in (("slow_time", slow_time), ("t1", t1), ("ts", ts)) if v is not None]
+    if len(given) != 1:
+        raise ValueError(f"slow_time, t1, ts: give exactly one, got {given or 'none'}.")
+    for name, value in (("slow_time", slow_time), ("t1", t1)):
+        if value is not None and is_concrete(value) and not 0 < float(value) < np.inf:
+            raise ValueError(f"{name}: expected a positive number, got {value}.")
+    if slow_time is not None and is_concrete(weight_decay):
+        if (np.asarray(weight_decay) == 0).any():
+            raise ValueError("slow_time: s = λt needs weight_decay > 0; give t1 or ts.")
+    if saves < 3:
+        raise ValueError(f"saves: expected 3 or more, got {saves}.")
+    if ts is not None and is_concrete(ts):
+        check_times(ts, "ts")
+
+
+def check_times(ts, name: str) -> None:
+    values = np.asarray(ts)
+    if values.ndim != 1 or values.size < 2 or not np.isfinite(values).all():
+        raise ValueError(f"{name}: expected a vector of two or more finite times.")
+    if values[0] < 0 or (np.diff(values) <= 0).any():
+        raise ValueError(f"{name}: expected increasing times from 0 on.")

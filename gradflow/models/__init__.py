@@ -1,0 +1,10 @@
+"""The models that the papers train: small, and written as a reader would."""
+
+from .deep_linear import DeepLinear as DeepLinear
+from .diagonal import (
+    DiagonalNetwork as DiagonalNetwork,
+    DifferenceNetwork as DifferenceNetwork,
+)
+from .factorisation import MatrixFactorisation as MatrixFactorisation
+from .linear import LinearModel as LinearModel
+from .two_layer import TwoLayer as TwoLayer

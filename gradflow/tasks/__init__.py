@@ -1,0 +1,23 @@
+"""Ready problems: data, an initial model, a loss, metrics, and what is known."""
+
+from .deep_linear import deep_linear as deep_linear, DeepLinearTruth as DeepLinearTruth
+from .diagonal import (
+    diagonal_network as diagonal_network,
+    DiagonalTruth as DiagonalTruth,
+    fourier_diagonal as fourier_diagonal,
+    fourier_features as fourier_features,
+)
+from .linear_regression import (
+    linear_regression as linear_regression,
+    LinearTruth as LinearTruth,
+)
+from .matrix_completion import (
+    CompletionTruth as CompletionTruth,
+    matrix_completion as matrix_completion,
+)
+from .relu_1d import Kinks as Kinks, relu_1d as relu_1d, ReLU1dTruth as ReLU1dTruth
+from .task import Task as Task
+from .teacher_student import (
+    teacher_student as teacher_student,
+    TeacherTruth as TeacherTruth,
+)

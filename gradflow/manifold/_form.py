@@ -1,0 +1,60 @@
+"""Which form describes the critical manifold: from J, or from ∇²F."""
+
+from typing import Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, PyTree
+
+from .._checks import is_concrete
+from ..flow import flatten
+from ..losses import AbstractCompositeLoss, AbstractLoss
+from ._normal import close, weighted_jacobian
+
+Form = Literal["auto", "jacobian", "hessian"]
+
+
+def choose_form(loss: AbstractLoss, params: PyTree, static: PyTree, form: str) -> str:
+    """Resolves `form="auto"` at a point: the Jacobian form where it is exact."""
+    if form not in ("auto", "jacobian", "hessian"):
+        raise ValueError(
+            f"form: expected 'auto', 'jacobian' or 'hessian', got {form!r}."
+        )
+    composite = isinstance(loss, AbstractCompositeLoss)
+    if form == "jacobian" and not composite:
+        raise ValueError(
+            f"form: the Jacobian form needs a composite loss, got "
+            f"{type(loss).__name__}; use form='hessian'."
+        )
+    if form != "auto":
+        return form
+    if not composite:
+        return "hessian"
+    if all(is_concrete(x) for x in jax.tree.leaves((loss, params, static))):
+        return "jacobian" if _interpolates(loss, params, static) else "hessian"
+    return likely_form(loss, params, static)
+
+
+def likely_form(loss: AbstractLoss, params: PyTree, static: PyTree) -> str:
+    """The form chosen from shapes alone: Jacobian for a composite loss that has no more
+    outputs than there are parameters, so that interpolation is to be expected."""
+    if not isinstance(loss, AbstractCompositeLoss):
+        return "hessian"
+    outputs = lambda loss, p, static: loss.outputs(eqx.combine(p, static))
+    z = eqx.filter_eval_shape(outputs, loss, params, static)
+    d = sum(p.size for p in jax.tree.leaves(params))
+    return "jacobian" if z.size <= d else "hessian"
+
+
+@eqx.filter_jit
+def _interpolates(
+    loss: AbstractLoss, params: PyTree, static: PyTree
+) -> Bool[Array, ""]:
+    """‖ρ‖ ≤ eps^0.4 ‖A‖ ‖θ‖: the residuals are no more than what a relative change of
+    5e-7 of the parameters makes, and the part Σᵢ∇ℓᵢ∇²zᵢ that the Jacobian form leaves
+    out of ∇²F is as small."""
+    theta, flat = flatten(loss, params, static)
+    a, rho = weighted_jacobian(flat, theta)
+    bound = close(theta.dtype) * jnp.linalg.norm(a) * jnp.linalg.norm(theta)
+    return jnp.linalg.norm(rho) <= bound

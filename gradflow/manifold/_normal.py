@@ -1,0 +1,182 @@
+"""The normal space of the critical manifold at a point, in two forms.
+
+Everything in this folder comes down to an orthonormal basis N of the normal space and
+the step that leads back to M, to first order. They are had from J where the loss is
+composite and interpolated (*Jacobian form*), and from ∇²F otherwise (*Hessian form*).
+"""
+
+import math
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from ..flow import FlatLoss
+
+# Between the last value kept and the first one dropped.
+GAP = 1e3
+
+
+class NormalSpace(eqx.Module):
+    """The normal space of M at θ, and the way back to M."""
+
+    basis: Float[Array, "d k"]  # orthonormal columns; zero ones where rank is lacking
+    step: Float[Array, " d"]  # the displacement to M, to first order: −A⁺ρ or −H⁺∇F
+    force: Float[Array, ""]  # ‖ρ‖/‖A‖ or ‖∇F‖/‖∇²F‖, seen by `step` or not; a length
+
+    def tangential(self, v: Float[Array, " d"]) -> Float[Array, " d"]:
+        """P v."""
+        return v - self.basis @ (self.basis.T @ v)
+
+
+def weighted_jacobian(
+    loss: FlatLoss, theta: Float[Array, " d"]
+) -> tuple[Float[Array, "m d"], Float[Array, " m"]]:
+    """A = (ℓ'')^½ J and ρ = (ℓ'')^{−½}∇ℓ.
+
+    AᵀA is the Gauss–Newton part of ∇²F, all of it where ∇ℓ = 0; Aᵀρ = ∇F; and −A⁺ρ is
+    the least-norm Gauss–Newton step. ℓ'' may be singular, as it is for a softmax.
+    """
+    jac = loss.jacobian(theta)
+    residuals = loss.residuals(theta)
+    w = loss.loss.outer_curvature
+    if w is not None:
+        return math.sqrt(w) * jac, residuals / math.sqrt(w)
+    curvature, basis = jnp.linalg.eigh(
+        jax.hessian(loss.loss.outer)(loss.outputs(theta))
+    )
+    kept = curvature > curvature.size * jnp.finfo(theta.dtype).eps * curvature[-1]
+    root = jnp.sqrt(jnp.where(kept, curvature, 0))
+    rho = basis @ jnp.where(kept, (basis.T @ residuals) / jnp.where(kept, root, 1), 0)
+    return basis @ (root[:, None] * (basis.T @ jac)), rho
+
+
+def ridge(dtype: np.dtype) -> float:
+    """The ridge ε of the Jacobian form, relative to ‖A‖.
+
+    A singular value σ is projected out with weight σ²/(σ² + ε²). Rounding leaves
+    σ ~ eps where the rank is lacking; ε = eps^⅔ lies far above it and yet alters the
+    projection by less than 1e-9 for every σ > 1e-6 (in float64).
+    """
+    return float(jnp.finfo(dtype).eps) ** (2 / 3)
+
+
+def jacobian_normal(loss: FlatLoss, theta: Float[Array, " d"]) -> NormalSpace:
+    """From the QR decomposition of [Aᵀ; εI], smooth in θ even where the rank drops.
+
+    With [Aᵀ; εI] = [N; ·] R, N Nᵀ = Aᵀ(AAᵀ + ε²)⁻¹A. The Gram matrix AAᵀ, whose
+    condition number is squared, is never formed; so ε can be tiny.
+    """
+    a, rho = weighted_jacobian(loss, theta)
+    m, d = a.shape
+    # The Frobenius norm, at least ‖A‖; the constant lets A = 0 through.
+    scale = jnp.linalg.norm(a) + jnp.finfo(a.dtype).tiny
+    eye = ridge(a.dtype) * scale * jnp.eye(m, dtype=a.dtype)
+    q, r = jnp.linalg.qr(jnp.concatenate([a.T, eye]))
+    back = jax.scipy.linalg.solve_triangular(r, rho, trans=1)
+    return NormalSpace(q[:d], -(q[:d] @ back), jnp.linalg.norm(rho) / scale)
+
+
+def exact_jacobian_normal(
+    loss: FlatLoss, theta: Float[Array, " d"], rtol: float | None = None
+) -> NormalSpace:
+    """From singular values and their numerical rank: P is a projection exactly, and the
+    residuals out of reach of J leave no trace in `step`; but neither is smooth in θ."""
+    a, rho = weighted_jacobian(loss, theta)
+    left, values, rows = jnp.linalg.svd(a, full_matrices=False)
+    rank, _, _ = numerical_rank(values, theta.size, rtol)
+    kept = jnp.arange(values.size) < rank
+    basis = jnp.where(kept, rows.T, 0)
+    inverse = jnp.where(kept, 1 / jnp.where(kept, values, 1), 0)
+    scale = jnp.linalg.norm(values) + jnp.finfo(a.dtype).tiny
+    step = -(basis @ (inverse * (left.T @ rho)))
+    return NormalSpace(basis, step, jnp.linalg.norm(rho) / scale)
+
+
+def hessian_normal(
+    loss: FlatLoss,
+    theta: Float[Array, " d"],
+    rank: Int[Array, ""] | None = None,
+    rtol: float | None = None,
+    damping: float = 0.0,
+) -> NormalSpace:
+    """From the eigenvectors of ∇²F whose |eigenvalue| is among the `rank` largest (the
+    numerical rank unless given).
+
+    At a distance δ from M the kernel of ∇²F is gone: its eigenvalues are O(δ), as is
+    μ = `damping` ‖∇F‖/‖θ‖. With the weights κ²/(κ² + μ²) a Newton step leaves these
+    directions alone, and its convergence is quadratic all the same.
+    """
+    eigenvalues, vectors = jnp.linalg.eigh(jax.hessian(loss)(theta))
+    order = jnp.argsort(-jnp.abs(eigenvalues))
+    eigenvalues, vectors = eigenvalues[order], vectors[:, order]
+    if rank is None:
+        rank, _, _ = numerical_rank(jnp.abs(eigenvalues), theta.size, rtol)
+    kept = jnp.arange(theta.size) < rank
+    gradient = loss.gradient(theta)
+    tiny = jnp.finfo(theta.dtype).tiny
+    mu = damping * jnp.linalg.norm(gradient) / (jnp.linalg.norm(theta) + tiny)
+    weight = jnp.where(kept, 1 / (1 + (mu / jnp.where(kept, eigenvalues, 1)) ** 2), 0)
+    inverse = weight / jnp.where(kept, eigenvalues, 1)
+    return NormalSpace(
+        vectors * jnp.sqrt(weight)[None, :],
+        -(vectors @ (inverse * (vectors.T @ gradient))),
+        jnp.linalg.norm(gradient) / (jnp.linalg.norm(eigenvalues) + tiny),
+    )
+
+
+def normal_space(
+    loss: FlatLoss,
+    theta: Float[Array, " d"],
+    form: str,
+    rank: Int[Array, ""] | None = None,
+    damping: float = 0.0,
+) -> NormalSpace:
+    """The normal space in the form asked for, smooth in θ where the rank is given;
+    `rank` and `damping` matter to the Hessian form."""
+    if form == "jacobian":
+        return jacobian_normal(loss, theta)
+    return hessian_normal(loss, theta, rank, damping=damping)
+
+
+def numerical_rank(
+    values: Float[Array, " k"], size: int, rtol: float | None = None
+) -> tuple[Int[Array, ""], Float[Array, ""], Bool[Array, ""]]:
+    """The rank that the largest gap in `values` (descending, none negative) shows.
+
+    Values below eps·√size·max are rounding and count as equal to that floor; so does
+    what would follow the last value, and nothing needs to be dropped. With `rtol`, the
+    values above rtol·max are counted, whatever the gap.
+
+    **Returns:** the rank; the gap, the ratio of the last value kept to the first one
+    dropped; and whether the rank is ambiguous: a gap below 1000, or less than 10 times
+    larger than the next one.
+    """
+    top = values[0]
+    floor = jnp.finfo(values.dtype).eps * math.sqrt(size) * top
+    tiny = jnp.finfo(values.dtype).tiny
+    lower = jnp.maximum(jnp.append(values[1:], 0), floor)
+    gaps = jnp.maximum(values, floor) / jnp.maximum(lower, tiny)
+    if rtol is None:
+        rank = jnp.argmax(gaps) + 1
+        gap = jnp.max(gaps)
+        others = jnp.where(jnp.arange(gaps.size) == rank - 1, 0, gaps)
+        ambiguous = (gap < GAP) | (gap < 10 * jnp.max(others))
+    else:
+        rank = jnp.sum(values > rtol * top)
+        gap = gaps[rank - 1]
+        ambiguous = gap < GAP
+    nothing = top == 0
+    return (
+        jnp.where(nothing, 0, rank),
+        jnp.where(nothing, jnp.inf, gap),
+        ambiguous & ~nothing,
+    )
+
+
+def close(dtype: np.dtype) -> float:
+    """The relative distance to M within which its linearisation is exact to rounding:
+    the square of eps^0.4 is 3e-13 in float64."""
+    return float(jnp.finfo(dtype).eps) ** 0.4

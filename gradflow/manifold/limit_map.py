@@ -1,0 +1,252 @@
+"""The limit map Φ: where the flow without weight decay ends."""
+
+from typing import Any
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, PyTree
+
+from ..flow import FlatLoss, flatten, FlowTerm, GradientFlow, partition
+from ..losses import AbstractLoss
+from ..results import RESULTS
+from ._form import choose_form, Form, likely_form
+from ._normal import close, exact_jacobian_normal, hessian_normal
+from .retract import failed, nearest
+from .spectrum import measure
+
+
+class Limit(eqx.Module):
+    """The limit Φ(θ₀) of a flow without weight decay."""
+
+    model: PyTree
+    residual: Float[Array, ""]
+    """The distance to M that is left; see [`gradflow.manifold.Retraction`][]."""
+    time: Float[Array, ""]
+    """The time t at which the flow was near enough to M for its end to be computed."""
+    result: RESULTS
+    stats: dict[str, Any]
+
+
+def limit_map(
+    loss: AbstractLoss,
+    model: PyTree,
+    *,
+    form: Form = "auto",
+    rtol: float = 1e-9,
+    atol: float | None = None,
+    residual_tol: float | None = None,
+    t_max: float = 1e10,
+    solver: diffrax.AbstractSolver | None = None,
+    max_steps: int = 100_000,
+    throw: bool = True,
+    trainable: PyTree = eqx.is_inexact_array,
+) -> Limit:
+    """Φ(θ₀) = lim t→∞ θ(t) of the flow θ' = −∇F(θ) from the model θ₀.
+
+    The flow is integrated until the distance ‖J⁺r‖ (or ‖(∇²F)⁺∇F‖) to M is below
+    ε‖θ‖, with ε = eps^0.4 = 5e-7 in float64. There DΦ = P up to O(ε), so
+    Φ(θ) = θ − J⁺r + O(ε²), and a retraction takes the place of the infinite rest of the
+    path at a cost of 1e-12. What is left is the error of the integration, about `rtol`.
+
+    Convergence is checked, not assumed. At `t_max` the result is `no_minimiser` if the
+    norm ‖θ‖ has grown by about as much in each of the last three decades of time while
+    the loss fell (‖θ‖ ~ log t), else `not_converged`.
+
+    **Arguments:**
+
+    - `loss`: the training loss.
+    - `model`: the initial model θ₀.
+    - `form`: how the distance to M is measured, `"jacobian"`, `"hessian"` or `"auto"`;
+        see [`gradflow.manifold.retract`][].
+    - `rtol`, `atol`: the tolerances of the integration; `atol` is `rtol` times the root
+        mean square of θ₀ unless given.
+    - `residual_tol`: the tolerance of the retraction, its `rtol`.
+    - `t_max`: the time at which to give up. Steps grow with t, so it costs little.
+    - `solver`: a gradflow or a Diffrax solver.
+    - `max_steps`: the most steps of the solver.
+    - `throw`: whether to raise an error where there is no limit.
+    - `trainable`: a filter, as for [`gradflow.GradientFlow`][].
+
+    **Returns:** a [`gradflow.manifold.Limit`][]. Its `result` is `successful`,
+    `not_converged`, `no_minimiser`, `diverged`, `out_of_steps` or `stalled`; or
+    `not_critical` where it came to rest off M, which the Hessian form may resolve. A
+    saddle counts as `not_converged`.
+
+    **Raises:** a runtime error where `throw` and there is no limit.
+
+    Source: Li, Wang, Arora, arXiv 2110.06914, definition 4.1 and lemma 4.3; Boursier,
+    Pesme, Dragomir, arXiv 2505.20172.
+    """
+    term, params = GradientFlow(loss, trainable=trainable).term(model)
+    first = likely_form(loss, params, term.static) if form == "auto" else form
+    first = choose_form(loss, params, term.static, first)
+    solver = default_solver(loss, params, term.static) if solver is None else solver
+    options = (rtol, atol, residual_tol, t_max, solver, max_steps)
+    out = _limit(term, params, first, *options)
+    if form == "auto" and first == "jacobian" and failed(out.result):
+        # It came to rest where the loss is not interpolated, so M is not {r = 0}. The
+        # limit from there is the limit from the start.
+        if (out.result == RESULTS.not_critical).all():
+            params, _ = partition(out.model, trainable)
+            rest = _limit(term, params, "hessian", *options)
+            steps = lambda k: 0 if k == "max_steps" else out.stats[k]
+            stats = {k: v + steps(k) for k, v in rest.stats.items()}
+            time = out.time + rest.time
+            out = Limit(rest.model, rest.residual, time, rest.result, stats)
+    if throw:
+        out = out.result.error_if(out, out.result != RESULTS.successful)
+    return out
+
+
+def default_solver(
+    loss: AbstractLoss, params: PyTree, static: PyTree
+) -> diffrax.AbstractSolver:
+    """KKT5 where it applies; else the best explicit one."""
+    if likely_form(loss, params, static) == "jacobian":
+        return diffrax.Dopri8()
+    return diffrax.Tsit5()
+
+
+@eqx.filter_jit
+def _limit(
+    term: FlowTerm,
+    params: PyTree,
+    form: str,
+    rtol: float,
+    atol: float | None,
+    residual_tol: float | None,
+    t_max: float,
+    solver: diffrax.AbstractSolver,
+    max_steps: int,
+) -> Limit:
+    theta, loss = flatten(term.loss, params, term.static)
+    dtype = theta.dtype
+    zero = jnp.zeros((), dtype)
+    # Decades of time at which norm and loss are kept, to see how they end.
+    decades = t_max * 10.0 ** np.arange(-3, 1).astype(dtype)
+    sol = diffrax.diffeqsolve(
+        term,
+        solver,
+        t0=zero,
+        t1=jnp.asarray(t_max, dtype),
+        dt0=None,
+        y0=params,
+        args=zero,
+        saveat=diffrax.SaveAt(
+            subs=[
+                diffrax.SubSaveAt(t1=True),
+                diffrax.SubSaveAt(ts=decades, fn=_norm_and_loss(term)),
+            ]
+        ),
+        stepsize_controller=diffrax.ClipStepSizeController(
+            diffrax.PIDController(rtol, absolute_tolerance(rtol, atol, theta)),
+            step_ts=decades,
+        ),
+        event=diffrax.Event((_close_to(term, form), _blown_up(term, theta))),
+        max_steps=max_steps,
+        throw=False,
+        adjoint=diffrax.ForwardMode(),
+    )
+    (time,), (norms, losses) = sol.ts[0], sol.ys[1]
+    end = flatten(term.loss, jax.tree.map(lambda y: y[0], sol.ys[0]), term.static)[0]
+    arrived, blown_up = sol.event_mask
+    w, residual, on_manifold = jax.lax.cond(
+        arrived,
+        lambda: _finish(loss, end, form, residual_tol),
+        lambda: (end, _distance(loss, end, form), jnp.array(False)),
+    )
+    result = RESULTS.where(
+        arrived,
+        RESULTS.where(on_manifold, RESULTS.successful, RESULTS.not_critical),
+        RESULTS.where(
+            _grows_forever(norms, losses), RESULTS.no_minimiser, RESULTS.not_converged
+        ),
+    )
+    if form == "hessian":
+        saddle = arrived & measure(loss, w, form).negative
+        result = RESULTS.where(saddle, RESULTS.not_converged, result)
+    ran_out = sol.result == diffrax.RESULTS.max_steps_reached
+    result = RESULTS.where(ran_out & ~arrived, RESULTS.out_of_steps, result)
+    stalled = ~diffrax.is_okay(sol.result) & ~ran_out
+    result = RESULTS.where(stalled, RESULTS.stalled, result)
+    lost = blown_up | ~jnp.all(jnp.isfinite(end))
+    result = RESULTS.where(lost, RESULTS.diverged, result)
+    w = jnp.where(result == RESULTS.successful, w, end)
+    return Limit(loss.model(w), residual, time, result, sol.stats)
+
+
+def absolute_tolerance(
+    rtol: float, atol: float | None, theta: Float[Array, " d"]
+) -> float | Float[Array, ""]:
+    """`atol`, or `rtol` times the root mean square of the parameters."""
+    return rtol * jnp.sqrt(jnp.mean(theta**2)) if atol is None else atol
+
+
+def _norm_and_loss(term: FlowTerm):
+    def fn(t, y, args):
+        theta, loss = flatten(term.loss, y, term.static)
+        return jnp.linalg.norm(theta), loss(theta)
+
+    return fn
+
+
+def _distance(loss: FlatLoss, theta: Float[Array, " d"], form: str) -> Float[Array, ""]:
+    """The distance to M, relative to ‖θ‖ and to first order. By the exact rank, so that
+    a flow at rest is seen to be at rest even where it does not interpolate."""
+    if form == "jacobian":
+        normal = exact_jacobian_normal(loss, theta)
+    else:
+        normal = hessian_normal(loss, theta)
+    size = jnp.maximum(jnp.linalg.norm(theta), jnp.finfo(theta.dtype).tiny)
+    return jnp.linalg.norm(normal.step) / size
+
+
+def _finish(
+    loss: FlatLoss, theta: Float[Array, " d"], form: str, rtol: float | None
+) -> tuple[Float[Array, " d"], Float[Array, ""], Bool[Array, ""]]:
+    w, residual, _, on_manifold = nearest(loss, theta, form, rtol)
+    return w, residual, on_manifold
+
+
+def _close_to(term: FlowTerm, form: str):
+    """Whether M is within ε‖θ‖."""
+
+    def cond(t, y, args, **kwargs):
+        theta, loss = flatten(term.loss, y, term.static)
+        size = close(theta.dtype) * jnp.linalg.norm(theta)
+        # Exponential convergence makes t‖∇F‖ small as well; while it is not, the normal
+        # space need not be computed.
+        hopeful = t * jnp.linalg.norm(loss.gradient(theta)) <= 10 * size
+        near = lambda: _distance(loss, theta, form) <= close(theta.dtype)
+        return jax.lax.cond(hopeful, near, lambda: jnp.array(False))
+
+    return cond
+
+
+def _blown_up(term: FlowTerm, start: Float[Array, " d"]):
+    """Whether the parameters have left all bounds."""
+    bound = (1 + jnp.linalg.norm(start)) / jnp.finfo(start.dtype).eps
+
+    def cond(t, y, args, **kwargs):
+        theta, _ = flatten(term.loss, y, term.static)
+        return ~(jnp.linalg.norm(theta) < bound)
+
+    return cond
+
+
+def _grows_forever(
+    norms: Float[Array, " decades"], losses: Float[Array, " decades"]
+) -> Bool[Array, ""]:
+    """Whether ‖θ‖ grew alike in each decade while the loss kept falling.
+
+    ‖θ‖ ~ log t gives equal growth and ‖θ‖ ~ t^p a factor of 10^p < 3; an exponential
+    that is still relaxing, however slow, gives 10 before its time and 0 after it.
+    """
+    growth = jnp.diff(norms)
+    ratios = growth[1:] / growth[:-1]
+    alike = jnp.all((growth > 0) & jnp.isfinite(growth))
+    alike = alike & jnp.all((ratios > 1 / 3) & (ratios < 3))
+    return alike & jnp.all(jnp.diff(losses) < 0)

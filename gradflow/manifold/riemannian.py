@@ -1,0 +1,231 @@
+"""The Riemannian flow of the penalty on the critical manifold: the slow phase."""
+
+from collections.abc import Callable
+from typing import Any
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from .._checks import is_concrete
+from ..flow import FlatLoss, flatten, FlowTerm, GradientFlow
+from ..results import RESULTS
+from ._form import Form
+from ._normal import GAP, normal_space, ridge, weighted_jacobian
+from .limit_map import absolute_tolerance
+from .retract import retract_in_form
+from .spectrum import measure
+
+# Rate, in slow time, at which errors normal to M are pulled back to it. None (0) lets
+# them grow as 1/σ_min (1e-5 at σ_min = 1e-6); faster ones (4, 20) cost steps.
+_PULL = 1.0
+
+
+class Drift(eqx.Module):
+    """A path of the Riemannian flow, saved at n slow times."""
+
+    slow_time: Float[Array, " n"]
+    params: PyTree
+    """The trainable parameters, stacked along a leading axis of n."""
+    static: PyTree
+    metrics: dict[str, Array]
+    penalty: Float[Array, " n"]
+    """R along the path."""
+    smallest_curvature: Float[Array, " n"]
+    """η(s), the smallest normal curvature of F: σ_min((ℓ'')^½ J)². The two-phase theory
+    holds for λ ≪ η."""
+    result: RESULTS
+    stats: dict[str, Any]
+
+    @property
+    def models(self) -> PyTree:
+        """The models stacked along the path (only their trainable leaves are)."""
+        return eqx.combine(self.params, self.static)
+
+    def __len__(self) -> int:
+        return self.slow_time.shape[0]
+
+    def __getitem__(self, i: int) -> PyTree:
+        """One model of the path."""
+        return eqx.combine(jax.tree.map(lambda p: p[i], self.params), self.static)
+
+
+def riemannian_flow(
+    flow: GradientFlow,
+    model: PyTree,
+    *,
+    slow_time: float,
+    ts: Float[Array, " n"] | None = None,
+    metrics: dict[str, Callable[[PyTree], Array]] | None = None,
+    form: Form = "auto",
+    rtol: float = 1e-9,
+    atol: float | None = None,
+    solver: diffrax.AbstractSolver | None = None,
+    max_steps: int = 16384,
+    throw: bool = True,
+) -> Drift:
+    """w' = −P(w)∇R(w) on M, in slow time s = λt, from the model.
+
+    P comes from the QR decomposition of Jᵀ, with a ridge of eps^⅔‖J‖ (4e-11 in float64)
+    that lets the path run on where J loses rank, or from the eigenvectors of ∇²F in the
+    Hessian form. The term −J⁺r (or −(∇²F)⁺∇F) holds the path on M. The integrator lands
+    on the times it saves at, since interpolated points are not on M.
+
+    **Arguments:**
+
+    - `flow`: the gradient flow; its loss makes M, its penalty is R.
+    - `model`: a model w(0) on M, such as the limit Φ(θ₀). It is moved to the nearest
+        point of M first.
+    - `slow_time`: the last slow time s.
+    - `ts`: the slow times to save at, increasing, from 0 to `slow_time`; unless given,
+        0 and 200 more, uniform in log(1 + s).
+    - `metrics`: functions of a model to evaluate along the path.
+    - `form`: `"jacobian"`, `"hessian"` or `"auto"`; see
+        [`gradflow.manifold.retract`][].
+    - `rtol`, `atol`: the tolerances; `atol` is `rtol` times the root mean square of
+        w(0) unless given.
+    - `solver`: a Diffrax solver; `diffrax.Dopri8()` unless given.
+    - `max_steps`: the most steps of the solver.
+    - `throw`: whether to raise an error where the flow fails.
+
+    **Returns:** a [`gradflow.manifold.Drift`][]. Its `result` is `successful`;
+    `not_critical` where `model` is not near M; `rank_lost` where J lost so much rank
+    that the ridge alters P by more than 1000 `rtol` (its effect on the path is then
+    still about `rtol`: the path hardly moves along a direction that dies);
+    `out_of_steps` or `stalled`.
+
+    **Raises:** `ValueError` for times that do not increase from 0 to `slow_time`; a
+    runtime error where `throw` and the flow fails.
+
+    Source: equation 6 of Boursier, Pesme, Dragomir, arXiv 2505.20172.
+    """
+    term, params = flow.term(model)
+    times = _save_times(ts, slow_time, params)
+    form, start = retract_in_form(term.loss, params, term.static, form)
+    params, _ = flow.partition(start.model)
+    solver = diffrax.Dopri8() if solver is None else solver
+    out = _drift(
+        FlowTerm(term.loss, term.penalty, term.static),
+        params,
+        start.result,
+        times,
+        {} if metrics is None else metrics,
+        form,
+        rtol,
+        atol,
+        solver,
+        max_steps,
+    )
+    if throw:
+        out = out.result.error_if(out, out.result != RESULTS.successful)
+    return out
+
+
+def _save_times(
+    ts: Float[Array, " n"] | None, slow_time: float, params: PyTree
+) -> Float[Array, " n"]:
+    dtype = jax.tree.leaves(params)[0].dtype
+    if is_concrete(slow_time) and not (np.isfinite(slow_time) and slow_time > 0):
+        raise ValueError(f"slow_time: expected a positive number, got {slow_time}.")
+    if ts is None:
+        last = jnp.asarray(slow_time, dtype)
+        times = jnp.expm1(jnp.linspace(0, 1, 201, dtype=dtype) * jnp.log1p(last))
+        return times.at[-1].set(last)
+    ts = jnp.asarray(ts, dtype)
+    if is_concrete(ts) and is_concrete(slow_time):
+        increasing = ts.size > 0 and (np.diff(ts) > 0).all()
+        if not increasing or ts[0] < 0 or ts[-1] > slow_time:
+            raise ValueError(
+                f"ts: expected increasing slow times from 0 to slow_time = {slow_time}."
+            )
+    return ts
+
+
+@eqx.filter_jit
+def _drift(
+    term: FlowTerm,
+    params: PyTree,
+    start: RESULTS,
+    times: Float[Array, " n"],
+    metrics: dict[str, Callable],
+    form: str,
+    rtol: float,
+    atol: float | None,
+    solver: diffrax.AbstractSolver,
+    max_steps: int,
+) -> Drift:
+    w0, loss = flatten(term.loss, params, term.static)
+    rank = measure(loss, w0, form).rank
+
+    def field(s, w, args):
+        normal = normal_space(loss, w, form, rank)
+        force = ravel_pytree(term.penalty.gradient(loss.unravel(w)))[0]
+        return _PULL * normal.step - normal.tangential(force)
+
+    sol = diffrax.diffeqsolve(
+        diffrax.ODETerm(field),
+        solver,
+        t0=jnp.zeros((), w0.dtype),
+        t1=times[-1],
+        dt0=None,
+        y0=w0,
+        saveat=diffrax.SaveAt(ts=times),
+        stepsize_controller=diffrax.ClipStepSizeController(
+            diffrax.PIDController(rtol, absolute_tolerance(rtol, atol, w0)),
+            step_ts=times,
+        ),
+        max_steps=max_steps,
+        throw=False,
+        adjoint=diffrax.ForwardMode(),
+    )
+
+    def watch(w):
+        model = loss.model(w)
+        seen = {name: fn(model) for name, fn in metrics.items()}
+        return seen, term.penalty(loss.unravel(w)), _horizon(loss, w, form, rank, rtol)
+
+    # One at a time: a Jacobian for each of the saved points would fill the memory.
+    seen, penalty, (smallest, lost) = jax.lax.map(watch, sol.ys)
+    result = RESULTS.where(jnp.any(lost), RESULTS.rank_lost, RESULTS.successful)
+    okay = sol.result == diffrax.RESULTS.successful
+    ran_out = sol.result == diffrax.RESULTS.max_steps_reached
+    failure = RESULTS.where(ran_out, RESULTS.out_of_steps, RESULTS.stalled)
+    result = RESULTS.where(okay, result, failure)
+    result = RESULTS.where(start == RESULTS.successful, result, start)
+    return Drift(
+        slow_time=times,
+        params=jax.vmap(loss.unravel)(sol.ys),
+        static=term.static,
+        metrics=seen,
+        penalty=penalty,
+        smallest_curvature=smallest,
+        result=result,
+        stats=sol.stats,
+    )
+
+
+def _horizon(
+    loss: FlatLoss, w: Float[Array, " d"], form: str, rank: Int[Array, ""], rtol: float
+) -> tuple[Float[Array, ""], Bool[Array, ""]]:
+    """The smallest normal curvature, and whether it is too small to tell the rank.
+
+    In the Jacobian form that is where the ridge alters P by more than 1000 rtol; in
+    the Hessian form, where the gap has closed.
+    """
+    if form == "jacobian":
+        # The Gram matrix costs a fraction of a singular value decomposition; it blurs
+        # curvatures below eps of the largest, where the rank has long been lost.
+        a, _ = weighted_jacobian(loss, w)
+        values = jnp.maximum(jnp.linalg.eigvalsh(a @ a.T)[::-1], 0)
+        lowest = ridge(w.dtype) ** 2 * jnp.sum(a * a) / (1000 * rtol)
+    else:
+        eigenvalues = jnp.linalg.eigvalsh(jax.hessian(loss)(w))
+        values = -jnp.sort(-jnp.abs(eigenvalues))
+        dropped = jnp.append(values, jnp.zeros_like(values[:1]))[rank]
+        lowest = GAP * dropped
+    last = jnp.where(rank > 0, values[jnp.maximum(rank - 1, 0)], jnp.inf)
+    return last, last < lowest

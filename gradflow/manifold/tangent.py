@@ -1,0 +1,84 @@
+"""The orthogonal projection onto the tangent space of the critical manifold."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+from jaxtyping import PyTree
+
+from ..flow import flatten, partition
+from ..losses import AbstractLoss
+from ._form import choose_form, Form
+from ._normal import exact_jacobian_normal, hessian_normal
+
+
+def tangent_projection(
+    loss: AbstractLoss,
+    model: PyTree,
+    v: PyTree,
+    *,
+    form: Form = "auto",
+    rtol: float | None = None,
+    trainable: PyTree = eqx.is_inexact_array,
+) -> PyTree:
+    """P v, the part of v along the critical manifold: P = I − J⁺J, or the projection
+    onto ker ∇²F.
+
+    The rank is that of [`gradflow.manifold.spectrum`][], and P is a projection exactly:
+    J is decomposed into singular values, so the rank is decided once, openly, and the
+    condition number is not squared as it is by (JJᵀ)⁻¹.
+
+    **Arguments:**
+
+    - `loss`: the training loss.
+    - `model`: a model on M.
+    - `v`: a pytree like the parameters: with the structure of `model`, or with `None`
+        in place of what is not trained.
+    - `form`: `"jacobian"`, `"hessian"` or `"auto"`; see
+        [`gradflow.manifold.spectrum`][].
+    - `rtol`: keeps as normal the directions of values above `rtol` times the largest
+        (singular values of J, or eigenvalues), instead of looking for the gap.
+    - `trainable`: a filter, as for [`gradflow.GradientFlow`][].
+
+    **Returns:** P v, a pytree like the trainable parameters.
+
+    **Raises:** `ValueError` where `v` does not match the parameters, or for a Jacobian
+    form of a loss that is not composite.
+
+    Source: DΦ = P on M is lemma 4.3 of Li, Wang, Arora, arXiv 2110.06914.
+    """
+    params, static = partition(model, trainable)
+    v = _like(v, params)
+    form = choose_form(loss, params, static, form)
+    return _project(loss, params, static, v, form, rtol)
+
+
+@eqx.filter_jit
+def _project(
+    loss: AbstractLoss,
+    params: PyTree,
+    static: PyTree,
+    v: PyTree,
+    form: str,
+    rtol: float | None,
+) -> PyTree:
+    theta, flat = flatten(loss, params, static)
+    if form == "jacobian":
+        normal = exact_jacobian_normal(flat, theta, rtol)
+    else:
+        normal = hessian_normal(flat, theta, rtol=rtol)
+    return flat.unravel(normal.tangential(ravel_pytree(v)[0]))
+
+
+def _like(v: PyTree, params: PyTree) -> PyTree:
+    """The leaves of v where there are parameters."""
+    is_none = lambda x: x is None
+    wanted = jax.tree.map(lambda p: p is not None, params, is_leaf=is_none)
+    try:
+        v = eqx.filter(v, wanted)
+        match = jax.tree.map(lambda p, q: p.shape == jnp.shape(q), params, v)
+    except (TypeError, ValueError) as error:
+        raise ValueError("v: expected a pytree like the model.") from error
+    if not all(jax.tree.leaves(match)):
+        raise ValueError("v: its leaves differ in shape from the model's parameters.")
+    return v

@@ -1,0 +1,60 @@
+"""A network with one hidden layer."""
+
+from typing import Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ._checks import check_ndim
+
+_ACTIVATIONS = {"tanh": jnp.tanh, "relu": jax.nn.relu}
+
+
+class TwoLayer(eqx.Module):
+    """f(x) = Σⱼ aⱼ φ(⟨wⱼ, x⟩ + bⱼ), φ = tanh or the ReLU.
+
+    tanh is smooth, as the theory asks. The ReLU is not: the flow slides along the kinks
+    where a neuron's preactivation is zero at a data point.
+
+    **Arguments:**
+
+    - `inner`: the hidden weights, row j is wⱼ, of shape (h, d). With d = 1 the network
+        takes scalars too.
+    - `bias`: b, of shape (h,).
+    - `outer`: a, of shape (h,) for a scalar output, (k, h) for k outputs.
+    - `activation`: `"tanh"` or `"relu"`.
+
+    **Raises:** `ValueError` where the shapes do not fit, or for another activation.
+    """
+
+    inner: Float[Array, "*batch h d"]
+    bias: Float[Array, "*batch h"]
+    outer: Float[Array, "*batch_k h"]
+    activation: Literal["tanh", "relu"] = eqx.field(static=True, default="tanh")
+
+    def __check_init__(self):
+        check_ndim(self.inner, "inner", 2)
+        check_ndim(self.outer, "outer", (1, 2))
+        width = self.inner.shape[0]
+        if self.bias.shape != (width,):
+            raise ValueError(
+                f"bias: expected shape ({width},) as inner has {width} rows, got "
+                f"{self.bias.shape}."
+            )
+        if self.outer.shape[-1] != width:
+            raise ValueError(
+                f"outer: expected {width} on its last axis as inner has {width} rows, "
+                f"got shape {self.outer.shape}."
+            )
+        if self.activation not in _ACTIVATIONS:
+            raise ValueError(
+                f"activation: expected 'tanh' or 'relu', got {self.activation!r}."
+            )
+
+    def __call__(self, x: Float[Array, "*d"]) -> Float[Array, "*k"]:
+        """f(x), for x of shape (d,), or a scalar where d = 1."""
+        x = jnp.reshape(x, (self.inner.shape[1],))
+        hidden = _ACTIVATIONS[self.activation](self.inner @ x + self.bias)
+        return jnp.dot(self.outer, hidden)

@@ -1,0 +1,115 @@
+"""What a run gives: the models along a path in time, and what was watched."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PyTree, Scalar
+
+from .metrics import Metric
+from .results import RESULTS
+
+
+class Path(eqx.Module):
+    """A path θ(t) of a gradient flow, saved at n times.
+
+    Every array has the n times as its first axis. Where a run ended early, what comes
+    after its end is NaN. `path[i]` is the model at `path.t[i]`.
+    """
+
+    t: Float[Array, " n"]
+    """The times, in the units of the flow (time t)."""
+    weight_decay: Float[Array, ""]
+    """λ. In a Riemannian path it is one, and t is the slow time itself."""
+    params: PyTree
+    """The trainable parameters, stacked along the times."""
+    static: PyTree
+    """All the rest of the model."""
+    metrics: dict[str, Float[Array, " n"]]
+    """The metrics asked for, by name."""
+    train_loss: Float[Array, " n"]
+    """F."""
+    penalty: Float[Array, " n"]
+    """R."""
+    result: RESULTS
+    """How the run ended."""
+    stats: dict[str, Any]
+    """The solver, its tolerance, and the steps it took."""
+    watched: dict[str, Metric]
+    """The metrics themselves, with their thresholds."""
+
+    @property
+    def slow_time(self) -> Float[Array, " n"]:
+        """s = λt."""
+        return self.weight_decay * self.t
+
+    @property
+    def models(self) -> PyTree:
+        """The models, every trainable leaf stacked along the times."""
+        return eqx.combine(self.params, self.static)
+
+    def __getitem__(self, index: int) -> PyTree:
+        """The model at `t[index]`."""
+        return eqx.combine(jax.tree.map(lambda p: p[index], self.params), self.static)
+
+    def __len__(self) -> int:
+        return self.t.shape[0]
+
+    @property
+    def succeeded(self) -> Array:
+        """Whether the run reached its last time."""
+        return self.result == RESULTS.successful
+
+    @property
+    def slow_speed(self) -> Scalar:
+        """‖dθ/ds‖/‖θ‖ over the last two saved times: how fast the drift still is, in
+        units of slow time. Scaled by λ on purpose: the plain speed ‖θ'‖ is small from
+        the moment the data are fitted, long before the drift begins."""
+        last = [p[-1] for p in jax.tree.leaves(self.params)]
+        step = [p[-1] - p[-2] for p in jax.tree.leaves(self.params)]
+        size = lambda leaves: jnp.sqrt(sum(jnp.sum(x * x) for x in leaves))
+        return size(step) / (size(last) * (self.slow_time[-1] - self.slow_time[-2]))
+
+    @property
+    def stationary(self) -> Array:
+        """Whether the drift has come to rest: `slow_speed` below 1e-3."""
+        return self.slow_speed < 1e-3
+
+    def __str__(self) -> str:
+        d = sum(p[0].size for p in jax.tree.leaves(self.params))
+        s = float(self.slow_time[-1])
+        lines = [
+            f"Path of {d} parameters, λ = {float(self.weight_decay):.3g}, "
+            f"t = 0 … {float(self.t[-1]):.3g} (s = {s:.3g}), {len(self)} times",
+            f"  {_steps(self.stats)}",
+            f"  {_trend('train loss', self.train_loss)}"
+            + "".join(f", {_trend(k, v)}" for k, v in self.metrics.items()),
+        ]
+        if not bool(self.succeeded):
+            lines.append(f"  FAILED: {RESULTS[self.result]}")
+        elif float(self.weight_decay) > 0:
+            state = "at rest" if bool(self.stationary) else "still drifting"
+            lines.append(f"  {state}: ‖dθ/ds‖/‖θ‖ = {float(self.slow_speed):.2g}")
+        return "\n".join(lines)
+
+    def plot(self, **kwargs: Any) -> Any:
+        """Losses, metrics and penalty against time; see `gradflow.plot.path`."""
+        from . import plot
+
+        return plot.path(self, **kwargs)
+
+
+def _steps(stats: dict[str, Any]) -> str:
+    return (
+        f"{stats['solver']}, rtol {float(stats['rtol']):.1g}: {int(stats['steps'])} "
+        f"steps, {int(stats['rejected'])} rejected"
+    )
+
+
+def _trend(name: str, values: Array) -> str:
+    v = np.asarray(values)
+    finite = v[np.isfinite(v)]
+    last = finite[-1] if finite.size else np.nan
+    return f"{name} {v[0]:.3g} → {last:.3g}"

@@ -1,0 +1,226 @@
+"""One path of the gradient flow."""
+
+from collections.abc import Callable
+from typing import Any
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PyTree, Scalar
+
+from ._checks import check_horizon, check_tolerance, check_weight_decay, is_concrete
+from .flow import FlowTerm, GradientFlow
+from .losses import AbstractLoss
+from .metrics import Metric
+from .path import Path
+from .results import RESULTS
+from .solvers import choose_solver
+
+
+def simulate(
+    flow: GradientFlow,
+    model: PyTree,
+    *,
+    weight_decay: float | Scalar,
+    slow_time: float | Scalar | None = None,
+    t1: float | Scalar | None = None,
+    ts: Float[Array, " n"] | None = None,
+    saves: int = 65,
+    metrics: dict[str, Callable | Metric] | None = None,
+    solver: diffrax.AbstractSolver | None = None,
+    rtol: float = 1e-6,
+    atol: float | None = None,
+    max_steps: int = 100_000,
+    throw: bool = True,
+    progress: bool = False,
+) -> Path:
+    """Runs the flow θ' = −∇F(θ) − λ∇R(θ) from `model`.
+
+    **Arguments:**
+
+    - `flow`: the flow: loss, penalty and what is trainable.
+    - `model`: the initial model θ₀, any Equinox module.
+    - `weight_decay`: λ ≥ 0.
+    - `slow_time`, `t1`, `ts`: give one. Run to slow time s = λt, to time t, or through
+        the given increasing times t ≥ 0.
+    - `saves`: how many times are saved when `ts` is not given: zero, and then evenly
+        in log t from the time in which θ would move by 1 %. The solver lands on each;
+        interpolating would leave the manifold.
+    - `metrics`: functions of the model, by name; `Metric` adds a threshold.
+    - `solver`: a gradflow or Diffrax solver; see `choose_solver` for the default.
+    - `rtol`: relative tolerance. The relative error of the parameters, ‖θ − θ*‖/‖θ*‖,
+        stays of this size (less than 5 `rtol` on every task in the tests).
+    - `atol`: absolute tolerance; by default 0.02 · `rtol` · rms(θ₀).
+    - `max_steps`: the budget of steps.
+    - `throw`: raise if the run fails; otherwise see `path.result`.
+    - `progress`: show a progress bar.
+
+    **Returns:** a `Path`.
+
+    **Raises:** `ValueError` for arguments that make no sense, before any compute;
+    `RuntimeError` if the run fails and `throw`.
+    """
+    term, params = flow.term(model)
+    watched = as_metrics(metrics)
+    check_weight_decay(weight_decay)
+    check_tolerance(rtol, params)
+    check_horizon(weight_decay, slow_time, t1, ts, saves)
+    check_scalar(flow.loss, model, "loss")
+    for name, metric in watched.items():
+        check_scalar(metric, model, f"metrics[{name!r}]")
+
+    dtype = jax.tree.leaves(params)[0].dtype
+    lam = jnp.asarray(weight_decay, dtype)
+    if ts is None:
+        end = jnp.asarray(t1, dtype) if slow_time is None else slow_time / lam
+        times = save_times(term, params, lam, end.astype(dtype), saves)
+    else:
+        times = jnp.asarray(ts, dtype)
+    if solver is None:
+        solver = choose_solver(term, params, lam, times[-1])
+    path = _solve(
+        term, params, lam, times, watched, solver, rtol, atol, max_steps, progress
+    )
+    if throw:
+        path = path.result.error_if(path, ~path.succeeded)
+    return path
+
+
+def as_metrics(metrics: dict[str, Callable | Metric] | None) -> dict[str, Metric]:
+    """Plain functions of the model, as metrics without a threshold."""
+    return {
+        name: fn if isinstance(fn, Metric) else Metric(fn)
+        for name, fn in (metrics or {}).items()
+    }
+
+
+def check_scalar(fn: Callable, model: PyTree, name: str) -> None:
+    """Raises unless `fn(model)` is a real scalar; nothing is computed."""
+    out = eqx.filter_eval_shape(fn, model)
+    if getattr(out, "shape", None) != () or not jnp.issubdtype(out.dtype, jnp.floating):
+        kind = f"shape {out.shape}" if hasattr(out, "shape") else type(out).__name__
+        raise ValueError(f"{name}: expected a real scalar, got {kind}.")
+
+
+@eqx.filter_jit
+def save_times(
+    term: FlowTerm, params: PyTree, weight_decay: Scalar, t1: Scalar, saves: int
+) -> Float[Array, " saves"]:
+    """Zero, and `saves` − 1 times evenly spaced in log t up to `t1`, from the time in
+    which θ would move by 1 % at its initial speed."""
+    start = jnp.minimum(0.01 * _time_scale(term, params, weight_decay), 0.1 * t1)
+    fraction = jnp.linspace(0.0, 1.0, saves - 1, dtype=t1.dtype)
+    later = (start * (t1 / start) ** fraction).at[-1].set(t1)
+    return jnp.concatenate([jnp.zeros_like(later[:1]), later])
+
+
+def _norm(tree: PyTree) -> Scalar:
+    return jnp.sqrt(sum(jnp.sum(x * x) for x in jax.tree.leaves(tree)))
+
+
+def _time_scale(term: FlowTerm, params: PyTree, weight_decay: Scalar) -> Scalar:
+    """‖θ₀‖/‖θ₀'‖; infinite at rest."""
+    speed = _norm(term.vf(jnp.zeros_like(weight_decay), params, weight_decay))
+    size = _norm(params)
+    return jnp.where(size > 0, size, 1.0) / speed
+
+
+@eqx.filter_jit
+def _solve(
+    term: FlowTerm,
+    params: PyTree,
+    weight_decay: Scalar,
+    ts: Float[Array, " n"],
+    watched: dict[str, Metric],
+    solver: diffrax.AbstractSolver,
+    rtol: float,
+    atol: float | None,
+    max_steps: int,
+    progress: bool,
+) -> Path:
+    count = sum(p.size for p in jax.tree.leaves(params))
+    if atol is None:
+        atol = 0.02 * rtol * _norm(params) / count**0.5
+    scale = jnp.minimum(_time_scale(term, params, weight_decay), ts[-1])
+    # Growth while accepting is bounded so that one lucky error estimate cannot carry
+    # the solver across the whole fast phase.
+    controller = diffrax.ClipStepSizeController(
+        diffrax.PIDController(
+            rtol=rtol,
+            atol=atol,
+            factormax=6.0,
+            dtmin=1e-12 * scale,
+            force_dtmin=False,, force_dtmin=False
+        ),
+        step_ts=ts,
+    )
+    bound = 1e6 * (1 + _norm(params))
+
+    def left_the_finite_range(t, y, args, **kwargs):
+        return ~(_norm(y) < bound) | ~jnp.isfinite(term.loss(term.model(y)))
+
+    def record(t, y, args):
+        model = term.model(y)
+        seen = {name: metric(model) for name, metric in watched.items()}
+        return y, seen, term.loss(model), term.penalty(y)
+
+    with jax.default_matmul_precision("highest"):
+        solution = diffrax.diffeqsolve(
+            term,
+            solver,
+            jnp.zeros_like(ts[0]),
+            ts[-1],
+            1e-3 * scale,
+            params,
+            args=weight_decay,
+            saveat=diffrax.SaveAt(ts=ts, fn=record),
+            stepsize_controller=controller,
+            event=diffrax.Event(left_the_finite_range),
+            max_steps=max_steps,
+            throw=False,
+            progress_meter=diffrax.TqdmProgressMeter()
+            if progress
+            else diffrax.NoProgressMeter(),
+        )
+    # Diffrax fills what it did not reach with infinities.
+    reached = jnp.isfinite(solution.ts)
+    saved = jax.tree.map(
+        lambda x: jnp.where(reached.reshape((-1,) + (1,) * (x.ndim - 1)), x, jnp.nan),
+        solution.ys,
+    )
+    models, seen, train_loss, penalty = saved
+    stats = {
+        "solver": type(solver).__name__,
+        "rtol": rtol,
+        "atol": atol,
+        "steps": solution.stats["num_steps"],
+        "accepted": solution.stats["num_accepted_steps"],
+        "rejected": solution.stats["num_rejected_steps"],
+    }
+    return Path(
+        t=ts,
+        weight_decay=weight_decay,
+        params=models,
+        static=term.static,
+        metrics=seen,
+        train_loss=train_loss,
+        penalty=penalty,
+        result=_translate(solution.result),
+        stats=stats,
+        watched=watched,
+    )
+
+
+def _translate(result: diffrax.RESULTS) -> RESULTS:
+    """Diffrax's result in gradflow's words."""
+    out = RESULTS.promote(result)
+    for theirs, ours in (
+        (RESULTS.max_steps_reached, RESULTS.out_of_steps),
+        (RESULTS.dt_min_reached, RESULTS.stalled),
+        (RESULTS.nonlinear_divergence, RESULTS.stalled),
+        (RESULTS.event_occurred, RESULTS.diverged),
+    ):
+        out = RESULTS.where(out == theirs, ours, out)
+    return out

@@ -1,0 +1,83 @@
+"""A ready problem: an initial model, its loss, what to watch and what is known."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+from ..flow import GradientFlow
+from ..losses import AbstractLoss
+from ..metrics import Metric
+
+
+class Task(eqx.Module):
+    """A ready problem: an initial model, its loss, what to watch and what is known.
+
+    - `name`: of the function that made it.
+    - `model`: the initial model.
+    - `loss`: the training loss F.
+    - `metrics`: what to watch along a path; always `"train"`, the training loss, and
+        `"test"`, the error on unseen data, each with the level that counts.
+    - `truth`: what is known of the answer. Each kind of task has its own; wherever the
+        end of the drift is known, `truth.end_point()` gives it and
+        `truth.coefficients(model)` the quantity to compare with it; wherever there is
+        an exact invariant, `truth.invariant(model)` is proportional to e^{−2λt} along
+        the flow.
+    - `codimension`: the rank of J on the critical manifold, which has dimension
+        d − `codimension`; `None` where it is not known.
+    - `slow_time`: how far to run, s = λt, to see the whole drift.
+    """
+
+    name: str = eqx.field(static=True)
+    model: PyTree
+    loss: AbstractLoss
+    metrics: dict[str, Metric]
+    truth: Any
+    codimension: int | None = eqx.field(static=True)
+    slow_time: float = eqx.field(static=True)
+
+    def __check_init__(self):
+        missing = {"train", "test"} - self.metrics.keys()
+        if missing:
+            raise ValueError(f"metrics: {sorted(missing)} missing.")
+        if not self.slow_time > 0:
+            raise ValueError(f"slow_time: expected > 0, got {self.slow_time}.")
+
+    @property
+    def flow(self) -> GradientFlow:
+        """The flow θ' = −∇F(θ) − λθ of this task's loss."""
+        return GradientFlow(self.loss)
+
+
+def train_and_test(
+    model: PyTree,
+    loss: AbstractLoss,
+    test_loss: AbstractLoss,
+    *,
+    grokked: float,
+) -> dict[str, Metric]:
+    """The two metrics of every task.
+
+    **Arguments:**
+
+    - `model`: the initial model.
+    - `loss`, `test_loss`: on training data and on unseen data.
+    - `grokked`: the test loss below which the model counts as having generalised.
+
+    **Returns:** `"train"`, with 1% of its value at θ = 0 for threshold, and `"test"`.
+    """
+    return {
+        "train": Metric(loss, threshold=0.01 * at_zero(loss, model)),
+        "test": Metric(test_loss, threshold=float(grokked)),
+    }
+
+
+def at_zero(loss: AbstractLoss, model: PyTree) -> float:
+    """F(0). A level to measure other losses by which, unlike the initial one, does not
+    depend on the scale of the initial weights."""
+    zero = jax.tree.map(
+        lambda leaf: jnp.zeros_like(leaf) if eqx.is_inexact_array(leaf) else leaf, model
+    )
+    return float(loss(zero))

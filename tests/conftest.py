@@ -1,0 +1,26 @@
+"""Strict numerics, shapes checked at run time, and fresh random keys."""
+
+import random
+
+import jax
+import pytest
+from jaxtyping import install_import_hook
+
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Before anything imports gradflow: every annotation of the library is checked.
+install_import_hook("gradflow", "beartype.beartype")
+
+
+@pytest.fixture
+def getkey():
+    """A function that returns a new random key at each call, the same ones in every
+    run of the same test."""
+    generator = random.Random(0)
+
+    def _getkey():
+        return jax.random.key(generator.randint(0, 2**31 - 1))
+
+    return _getkey
