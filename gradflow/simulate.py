@@ -152,7 +152,7 @@ def _solve(
             atol=atol,
             factormax=6.0,
             dtmin=1e-12 * scale,
-            force_dtmin=False,, force_dtmin=False
+            force_dtmin=False,
         ),
         step_ts=ts,
     )

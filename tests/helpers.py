@@ -1,8 +1,14 @@
-"""Small models and losses whose critical manifolds are known in closed form."""
+"""Small models and losses whose critical manifolds are known in closed form, and
+paths that do not depend on gradflow's solvers."""
 
 import equinox as eqx
+import jax
+import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
+from scipy.integrate import solve_ivp
 
 import gradflow as gf
 
@@ -53,3 +59,38 @@ def diagonal_problem(key, *, samples, features, nonzero=2):
     y = x[:, :nonzero].sum(axis=1)
     model = Diagonal(jr.normal(ku, (features,)), jr.normal(kv, (features,)))
     return gf.SquaredError(x, y), model
+
+
+def flat_paths(path):
+    """The parameters of a path, one vector a time."""
+    return np.asarray(jax.vmap(lambda p: ravel_pytree(p)[0])(path.params))
+
+
+def sup_error(theta, reference):
+    """The supremum over times of ‖θ − θ*‖/‖θ*‖."""
+    error = np.linalg.norm(theta - reference, axis=1)
+    return (error / np.linalg.norm(reference, axis=1)).max()
+
+
+def radau_path(task, weight_decay, ts):
+    """The path by SciPy's Radau, rtol 1e-11 and atol 1e-13, with the jitted gradient
+    and the dense jitted Hessian.
+
+    **Returns:** the parameters, one vector a time, and the number of evaluations.
+    """
+    theta, unravel = ravel_pytree(task.model)
+    loss = lambda th: task.loss(unravel(th))
+    gradient, hessian = jax.jit(jax.grad(loss)), jax.jit(jax.hessian(loss))
+    eye = np.eye(theta.size)
+    solution = solve_ivp(
+        lambda t, th: -np.asarray(gradient(jnp.asarray(th))) - weight_decay * th,
+        (0.0, ts[-1]),
+        np.asarray(theta),
+        method="Radau",
+        jac=lambda t, th: -np.asarray(hessian(jnp.asarray(th))) - weight_decay * eye,
+        t_eval=ts,
+        rtol=1e-11,
+        atol=1e-13,
+    )
+    assert solution.success
+    return solution.y.T, solution.nfev

@@ -3,6 +3,6 @@ tangent space, and the drift of the penalty along it."""
 
 from .limit_map import Limit as Limit, limit_map as limit_map
 from .retract import retract as retract, Retraction as Retraction
-from .riemannian import Drift as Drift, riemannian_flow as riemannian_flow
+from .riemannian import riemannian_flow as riemannian_flow
 from .spectrum import Spectrum as Spectrum, spectrum as spectrum
 from .tangent import tangent_projection as tangent_projection

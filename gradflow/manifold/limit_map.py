@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 from ..flow import FlatLoss, flatten, FlowTerm, GradientFlow, partition
 from ..losses import AbstractLoss
 from ..results import RESULTS
+from ..solvers import KKT5
 from ._form import choose_form, Form, likely_form
 from ._normal import close, exact_jacobian_normal, hessian_normal
 from .retract import failed, nearest
@@ -49,7 +50,8 @@ def limit_map(
     The flow is integrated until the distance ‖J⁺r‖ (or ‖(∇²F)⁺∇F‖) to M is below
     ε‖θ‖, with ε = eps^0.4 = 5e-7 in float64. There DΦ = P up to O(ε), so
     Φ(θ) = θ − J⁺r + O(ε²), and a retraction takes the place of the infinite rest of the
-    path at a cost of 1e-12. What is left is the error of the integration, about `rtol`.
+    path at a cost of 1e-12. What is left is the error of the integration, about ten
+    times `rtol`.
 
     Convergence is checked, not assumed. At `t_max` the result is `no_minimiser` if the
     norm ‖θ‖ has grown by about as much in each of the last three decades of time while
@@ -104,9 +106,10 @@ def limit_map(
 def default_solver(
     loss: AbstractLoss, params: PyTree, static: PyTree
 ) -> diffrax.AbstractSolver:
-    """KKT5 where it applies; else the best explicit one."""
+    """KKT5 where the loss is composite and JJᵀ no larger than the Hessian; else Tsit5,
+    the explicit one, which takes as many steps as the problem is stiff."""
     if likely_form(loss, params, static) == "jacobian":
-        return diffrax.Dopri8()
+        return KKT5()
     return diffrax.Tsit5()
 
 

@@ -1,7 +1,6 @@
 """The Riemannian flow of the penalty on the critical manifold: the slow phase."""
 
 from collections.abc import Callable
-from typing import Any
 
 import diffrax
 import equinox as eqx
@@ -13,7 +12,10 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._checks import is_concrete
 from ..flow import FlatLoss, flatten, FlowTerm, GradientFlow
+from ..metrics import Metric
+from ..path import Path
 from ..results import RESULTS
+from ..simulate import as_metrics
 from ._form import Form
 from ._normal import GAP, normal_space, ridge, weighted_jacobian
 from .limit_map import absolute_tolerance
@@ -25,49 +27,20 @@ from .spectrum import measure
 _PULL = 1.0
 
 
-class Drift(eqx.Module):
-    """A path of the Riemannian flow, saved at n slow times."""
-
-    slow_time: Float[Array, " n"]
-    params: PyTree
-    """The trainable parameters, stacked along a leading axis of n."""
-    static: PyTree
-    metrics: dict[str, Array]
-    penalty: Float[Array, " n"]
-    """R along the path."""
-    smallest_curvature: Float[Array, " n"]
-    """η(s), the smallest normal curvature of F: σ_min((ℓ'')^½ J)². The two-phase theory
-    holds for λ ≪ η."""
-    result: RESULTS
-    stats: dict[str, Any]
-
-    @property
-    def models(self) -> PyTree:
-        """The models stacked along the path (only their trainable leaves are)."""
-        return eqx.combine(self.params, self.static)
-
-    def __len__(self) -> int:
-        return self.slow_time.shape[0]
-
-    def __getitem__(self, i: int) -> PyTree:
-        """One model of the path."""
-        return eqx.combine(jax.tree.map(lambda p: p[i], self.params), self.static)
-
-
 def riemannian_flow(
     flow: GradientFlow,
     model: PyTree,
     *,
     slow_time: float,
     ts: Float[Array, " n"] | None = None,
-    metrics: dict[str, Callable[[PyTree], Array]] | None = None,
+    metrics: dict[str, Callable | Metric] | None = None,
     form: Form = "auto",
     rtol: float = 1e-9,
     atol: float | None = None,
     solver: diffrax.AbstractSolver | None = None,
     max_steps: int = 16384,
     throw: bool = True,
-) -> Drift:
+) -> Path:
     """w' = −P(w)∇R(w) on M, in slow time s = λt, from the model.
 
     P comes from the QR decomposition of Jᵀ, with a ridge of eps^⅔‖J‖ (4e-11 in float64)
@@ -92,10 +65,12 @@ def riemannian_flow(
     - `max_steps`: the most steps of the solver.
     - `throw`: whether to raise an error where the flow fails.
 
-    **Returns:** a [`gradflow.manifold.Drift`][]. Its `result` is `successful`;
-    `not_critical` where `model` is not near M; `rank_lost` where J lost so much rank
-    that the ridge alters P by more than 1000 `rtol` (its effect on the path is then
-    still about `rtol`: the path hardly moves along a direction that dies);
+    **Returns:** a [`gradflow.Path`][] whose time is slow time (its `weight_decay` is
+    1). `stats["smallest_curvature"]` is η(s), the smallest normal curvature of F, that
+    is σ_min((ℓ'')^½ J)²: the two-phase theory holds for λ ≪ η. The `result` is
+    `successful`; `not_critical` where `model` is not near M; `rank_lost` where J lost
+    so much rank that the ridge alters P by more than 1000 `rtol` (its effect on the
+    path is then still about `rtol`: the path hardly moves along a direction that dies);
     `out_of_steps` or `stalled`.
 
     **Raises:** `ValueError` for times that do not increase from 0 to `slow_time`; a
@@ -113,7 +88,7 @@ def riemannian_flow(
         params,
         start.result,
         times,
-        {} if metrics is None else metrics,
+        as_metrics(metrics),
         form,
         rtol,
         atol,
@@ -151,13 +126,13 @@ def _drift(
     params: PyTree,
     start: RESULTS,
     times: Float[Array, " n"],
-    metrics: dict[str, Callable],
+    watched: dict[str, Metric],
     form: str,
     rtol: float,
     atol: float | None,
     solver: diffrax.AbstractSolver,
     max_steps: int,
-) -> Drift:
+) -> Path:
     w0, loss = flatten(term.loss, params, term.static)
     rank = measure(loss, w0, form).rank
 
@@ -183,28 +158,42 @@ def _drift(
         adjoint=diffrax.ForwardMode(),
     )
 
-    def watch(w):
+    # Diffrax fills what it did not reach with infinities.
+    path = jnp.where(jnp.isfinite(sol.ys), sol.ys, jnp.nan)
+
+    def record(w):
         model = loss.model(w)
-        seen = {name: fn(model) for name, fn in metrics.items()}
-        return seen, term.penalty(loss.unravel(w)), _horizon(loss, w, form, rank, rtol)
+        seen = {name: metric(model) for name, metric in watched.items()}
+        size = term.penalty(loss.unravel(w))
+        return seen, loss(w), size, _horizon(loss, w, form, rank, rtol)
 
     # One at a time: a Jacobian for each of the saved points would fill the memory.
-    seen, penalty, (smallest, lost) = jax.lax.map(watch, sol.ys)
+    seen, train_loss, penalty, (smallest, lost) = jax.lax.map(record, path)
     result = RESULTS.where(jnp.any(lost), RESULTS.rank_lost, RESULTS.successful)
     okay = sol.result == diffrax.RESULTS.successful
     ran_out = sol.result == diffrax.RESULTS.max_steps_reached
     failure = RESULTS.where(ran_out, RESULTS.out_of_steps, RESULTS.stalled)
     result = RESULTS.where(okay, result, failure)
     result = RESULTS.where(start == RESULTS.successful, result, start)
-    return Drift(
-        slow_time=times,
-        params=jax.vmap(loss.unravel)(sol.ys),
+    return Path(
+        t=times,
+        weight_decay=jnp.ones((), w0.dtype),
+        params=jax.vmap(loss.unravel)(path),
         static=term.static,
         metrics=seen,
+        train_loss=train_loss,
         penalty=penalty,
-        smallest_curvature=smallest,
         result=result,
-        stats=sol.stats,
+        stats={
+            "solver": type(solver).__name__,
+            "rtol": rtol,
+            "atol": absolute_tolerance(rtol, atol, w0),
+            "steps": sol.stats["num_steps"],
+            "accepted": sol.stats["num_accepted_steps"],
+            "rejected": sol.stats["num_rejected_steps"],
+            "smallest_curvature": smallest,
+        },
+        watched=watched,
     )
 
 

@@ -1,0 +1,162 @@
+"""The flow as a vector field, and as a Diffrax term."""
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+from numpy.testing import assert_allclose
+
+import gradflow as gf
+from gradflow.flow import flatten
+from gradflow.models import LinearModel, TwoLayer
+
+from helpers import Diagonal, diagonal_problem, linear_problem
+
+
+class Quartic(gf.AbstractPenalty):
+    """R(θ) = ¼ Σ θᵢ⁴."""
+
+    def __call__(self, params):
+        return 0.25 * sum(jnp.sum(p**4) for p in jax.tree.leaves(params))
+
+    def gradient(self, params):
+        return jax.tree.map(lambda p: p**3, params)
+
+    @property
+    def curvature(self):
+        return 1.0
+
+
+def numpy_force(model, loss):
+    """∇F of the network ⟨u² − v², x⟩."""
+    x, y, u, v = map(np.asarray, (loss.x, loss.y, model.u, model.v))
+    slope = x.T @ (x @ (u**2 - v**2) - y) / len(y)
+    return 2 * u * slope, -2 * v * slope
+
+
+def test_velocity(getkey):
+    loss, model = diagonal_problem(getkey(), samples=3, features=5)
+    force_u, force_v = numpy_force(model, loss)
+    velocity = gf.GradientFlow(loss).velocity(model, 0.3)
+    assert_allclose(velocity.u, -force_u - 0.3 * np.asarray(model.u), rtol=1e-12)
+    assert_allclose(velocity.v, -force_v - 0.3 * np.asarray(model.v), rtol=1e-12)
+
+
+def test_penalty_of_your_own(getkey):
+    loss, model = diagonal_problem(getkey(), samples=3, features=5)
+    flow = gf.GradientFlow(loss, penalty=Quartic())
+    force_u, _ = numpy_force(model, loss)
+    velocity = flow.velocity(model, jnp.asarray(0.3))
+    assert_allclose(velocity.u, -force_u - 0.3 * np.asarray(model.u) ** 3, rtol=1e-12)
+
+
+@pytest.mark.parametrize("solver", [gf.KKT3(), gf.KKT5()])
+def test_solvers_take_the_penalty_of_the_flow(solver):
+    """With no data to speak of, θ' = −λθ³: θ(t) = θ₀/√(1 + 2λθ₀²t)."""
+    loss = gf.SquaredError(jnp.zeros((1, 3)), jnp.zeros(1))
+    model = LinearModel(jnp.array([1.0, -0.5, 2.0]))
+    flow = gf.GradientFlow(loss, penalty=Quartic())
+    path = gf.simulate(
+        flow, model, weight_decay=0.2, ts=jnp.array([0.0, 1.0, 10.0]), solver=solver
+    )
+    start, t = np.asarray(model.weights), np.asarray(path.t)[:, None]
+    expected = start / np.sqrt(1 + 0.4 * start**2 * t)
+    assert_allclose(path.params.weights, expected, rtol=5e-6)
+    assert_allclose(path.penalty, 0.25 * (expected**4).sum(axis=1), rtol=2e-5)
+
+
+def test_frozen_leaves(getkey):
+    """Only what is trainable moves, is penalised and is in the state."""
+    loss, model = diagonal_problem(getkey(), samples=3, features=5)
+    only_u = Diagonal(True, False)
+    flow = gf.GradientFlow(loss, trainable=only_u)
+    term, params = flow.term(model)
+    assert params.v is None
+    assert_allclose(params.u, model.u)
+    velocity = flow.velocity(model, 0.1)
+    assert velocity.v is None
+    force_u, _ = numpy_force(model, loss)
+    assert_allclose(velocity.u, -force_u - 0.1 * np.asarray(model.u), rtol=1e-12)
+
+    path = gf.simulate(flow, model, weight_decay=0.1, t1=20.0, solver=gf.KKT5())
+    assert_allclose(path.penalty[0], 0.5 * np.sum(np.asarray(model.u) ** 2))
+    assert np.abs(path[-1].u - model.u).max() > 0.1
+    assert eqx.tree_equal(path[-1].v, model.v)
+    # At rest u is 0 or its force balances the decay: nothing pulls on v.
+    moved = flow.velocity(path[-1], 0.1).u
+    assert np.abs(moved).max() < 0.1 * np.abs(velocity.u).max()
+
+
+def test_trainable_as_a_function_of_a_leaf(getkey):
+    model = TwoLayer(
+        jr.normal(getkey(), (4, 2)), jr.normal(getkey(), (4,)), jr.normal(getkey(), (4,))
+    )
+    loss = gf.SquaredError(jnp.ones((3, 2)), jnp.zeros(3))
+    flow = gf.GradientFlow(loss, trainable=lambda leaf: getattr(leaf, "ndim", 0) == 2)
+    params, static = flow.partition(model)
+    assert params.bias is None and params.outer is None
+    assert static.inner is None
+    assert eqx.tree_equal(eqx.combine(params, static), model)
+
+
+def test_term_in_plain_diffrax(getkey):
+    """The state is the pytree, `args` is λ, and the result is the closed form."""
+    loss, model = linear_problem(getkey(), samples=3, features=5)
+    truth = gf.tasks.LinearTruth(loss.x, loss.y, model.w, model.w, curvature=1 / 3)
+    term, params = gf.GradientFlow(loss).term(model)
+    solution = diffrax.diffeqsolve(
+        term,
+        diffrax.Tsit5(),
+        0.0,
+        5.0,
+        None,
+        params,
+        args=0.2,
+        stepsize_controller=diffrax.PIDController(rtol=1e-9, atol=1e-11),
+    )
+    assert_allclose(solution.ys.w[-1], truth.path(5.0, 0.2), rtol=1e-7, atol=1e-9)
+
+
+def test_flat_loss(getkey):
+    loss, model = diagonal_problem(getkey(), samples=3, features=5)
+    term, params = gf.GradientFlow(loss).term(model)
+    theta, flat = flatten(loss, params, term.static)
+    force = np.concatenate(numpy_force(model, loss))
+    u, v, x = map(np.asarray, (model.u, model.v, loss.x))
+    jacobian = np.concatenate([2 * u * x, -2 * v * x], axis=1)
+    assert eqx.tree_equal(flat.model(theta), model)
+    assert_allclose(flat(theta), loss(model))
+    assert_allclose(flat.gradient(theta), force, rtol=1e-11)
+    assert_allclose(flat.jacobian(theta), jacobian, rtol=1e-12)
+    assert_allclose(flat.outputs(theta), x @ (u**2 - v**2), rtol=1e-12)
+    assert_allclose(jacobian.T @ np.asarray(flat.residuals(theta)), force, rtol=1e-11)
+    opaque = flatten(gf.Loss(loss), params, term.static)[1]
+    with pytest.raises(ValueError, match="^loss: Loss is not composite"):
+        opaque.jacobian(theta)
+
+
+def test_velocity_under_jit_and_vmap(getkey):
+    loss, model = diagonal_problem(getkey(), samples=3, features=5)
+    flow = gf.GradientFlow(loss)
+    decays = jnp.array([0.0, 0.1, 10.0])
+    stacked = eqx.filter_jit(jax.vmap(lambda decay: flow.velocity(model, decay)))(decays)
+    for i, decay in enumerate(decays):
+        one = ravel_pytree(flow.velocity(model, decay))[0]
+        lane = ravel_pytree(jax.tree.map(lambda x: x[i], stacked))[0]  # noqa: B023
+        assert_allclose(lane, one, rtol=1e-13)
+
+
+def test_errors_name_the_argument():
+    with pytest.raises((ValueError, TypeError), match="loss"):
+        gf.GradientFlow(lambda model: 0.0)
+    flow = gf.GradientFlow(gf.Loss(lambda model: jnp.zeros(())))
+    half = [jnp.ones(2), jnp.ones(2, jnp.float32)]
+    for model in ({}, {"name": "none", "count": 3}, half, jnp.ones(2, complex)):
+        with pytest.raises(ValueError, match="^model: "):
+            flow.partition(model)
+    with pytest.raises(ValueError, match="^model: holds a NaN"):
+        flow.partition(jnp.array([0.0, jnp.nan]))

@@ -1,0 +1,212 @@
+"""Losses and penalties against NumPy, and their derivatives against dense Jacobians."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+from numpy.testing import assert_allclose
+
+import gradflow as gf
+from gradflow.models import MatrixFactorisation, TwoLayer
+from gradflow.tasks.matrix_completion import entries
+
+SAMPLES, INPUTS, WIDTH, OUTPUTS = 7, 3, 5, 4
+
+
+def network(key, outputs=OUTPUTS):
+    keys = jr.split(key, 3)
+    return TwoLayer(
+        jr.normal(keys[0], (WIDTH, INPUTS)),
+        jr.normal(keys[1], (WIDTH,)),
+        jr.normal(keys[2], (outputs, WIDTH)),
+    )
+
+
+def forward(theta, x):
+    """The outputs of `network`, written anew for a vector of parameters."""
+    inner, bias, outer = jnp.split(theta, [WIDTH * INPUTS, WIDTH * (INPUTS + 1)])
+    hidden = jnp.tanh(x @ inner.reshape(WIDTH, INPUTS).T + bias[None])
+    return (hidden @ outer.reshape(-1, WIDTH).T).reshape(-1)
+
+
+def softmax(z):
+    weights = np.exp(z - z.max(axis=1, keepdims=True))
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+@pytest.fixture
+def setting(getkey):
+    x = jr.normal(getkey(), (SAMPLES, INPUTS))
+    y = jr.normal(getkey(), (SAMPLES, OUTPUTS))
+    labels = jr.randint(getkey(), (SAMPLES,), 0, OUTPUTS)
+    return network(getkey()), x, y, labels
+
+
+def composite(kind, x, y, labels):
+    if kind == "entropy":
+        return gf.CrossEntropy(x, labels)
+    return gf.SquaredError(x, y, reduction=kind)
+
+
+KINDS = ["mean", "sum", "entropy"]
+
+
+def outputs_of(model, x):
+    return np.asarray(forward(ravel_pytree(model)[0], x)).reshape(SAMPLES, -1)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_squared_error(setting, reduction):
+    model, x, y, _ = setting
+    loss = gf.SquaredError(x, y, reduction=reduction)
+    error = outputs_of(model, x) - np.asarray(y)
+    count = SAMPLES if reduction == "mean" else 1
+    assert_allclose(loss(model), 0.5 * (error**2).sum() / count, rtol=1e-13)
+    assert_allclose(loss.residuals(model), error.ravel() / count, rtol=1e-11)
+    assert_allclose(loss.outputs(model), outputs_of(model, x).ravel(), rtol=1e-12)
+    curvature = np.asarray(jax.hessian(loss.outer)(loss.outputs(model)))
+    assert_allclose(curvature, loss.outer_curvature * np.eye(error.size), atol=1e-15)
+
+
+def test_squared_error_is_the_mean_unless_asked(setting):
+    model, x, y, _ = setting
+    ratio = gf.SquaredError(x, y, reduction="sum")(model) / gf.SquaredError(x, y)(model)
+    assert_allclose(ratio, SAMPLES, rtol=1e-13)
+
+
+def test_cross_entropy(setting):
+    model, x, _, labels = setting
+    loss = gf.CrossEntropy(x, labels)
+    p, each = softmax(outputs_of(model, x)), np.asarray(labels)
+    expected = -np.log(p[np.arange(SAMPLES), each]).mean()
+    assert_allclose(loss(model), expected, rtol=1e-13)
+    residuals = (p - np.eye(OUTPUTS)[each]) / SAMPLES
+    assert_allclose(loss.residuals(model), residuals.ravel(), rtol=1e-11, atol=1e-15)
+    assert loss.outer_curvature is None
+
+
+def test_cross_entropy_of_large_logits_is_finite():
+    loss = gf.CrossEntropy(
+        jnp.eye(2), jnp.array([0, 0]), predict=lambda model, x: model * x
+    )
+    assert_allclose(loss(jnp.asarray(1e4)), 5e3, rtol=1e-12)
+
+
+def test_opaque_loss(setting):
+    model, *_ = setting
+    loss = gf.Loss(lambda m: jnp.sum(m.bias**4) + m.outer[0, 0])
+    expected = (np.asarray(model.bias) ** 4).sum() + float(model.outer[0, 0])
+    assert_allclose(loss(model), expected, rtol=1e-13)
+    assert not isinstance(loss, gf.AbstractCompositeLoss)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_jacobian_products(setting, kind, getkey):
+    model, x, y, labels = setting
+    loss = composite(kind, x, y, labels)
+    theta, unravel = ravel_pytree(model)
+    dense = np.asarray(jax.jacfwd(forward)(theta, x))
+    v = jr.normal(getkey(), theta.shape)
+    u = jr.normal(getkey(), (dense.shape[0],))
+    push = np.asarray(loss.jvp(model, unravel(v)))
+    pull = np.asarray(ravel_pytree(loss.vjp(model, u))[0])
+    assert_allclose(push, dense @ np.asarray(v), rtol=1e-11, atol=1e-13)
+    assert_allclose(pull, dense.T @ np.asarray(u), rtol=1e-11, atol=1e-13)
+    assert_allclose(push @ np.asarray(u), pull @ np.asarray(v), rtol=1e-12)
+    # ∇F = Jᵀ∇ℓ
+    force = ravel_pytree(jax.grad(loss)(model))[0]
+    residuals = np.asarray(loss.residuals(model))
+    assert_allclose(force, dense.T @ residuals, rtol=1e-10, atol=1e-14)
+
+
+def test_jacobian_along_some_leaves_only(setting, getkey):
+    model, x, y, _ = setting
+    loss = gf.SquaredError(x, y)
+    dense = np.asarray(jax.jacfwd(forward)(ravel_pytree(model)[0], x))
+    v = jr.normal(getkey(), (WIDTH,))
+    tangent = jax.tree.map(lambda _: None, model)
+    tangent = eqx.tree_at(lambda m: m.bias, tangent, v, is_leaf=lambda n: n is None)
+    columns = dense[:, WIDTH * INPUTS : WIDTH * (INPUTS + 1)]
+    assert_allclose(loss.jvp(model, tangent), columns @ np.asarray(v), rtol=1e-11)
+
+
+def test_model_with_leaves_that_are_no_arrays(getkey):
+    model = eqx.nn.MLP(INPUTS, 2, 4, 1, activation=jnp.tanh, key=getkey())
+    loss = gf.SquaredError(jnp.ones((3, INPUTS)), jnp.zeros((3, 2)))
+    params = eqx.filter(model, eqx.is_inexact_array)
+    push = loss.jvp(model, params)
+    pull = loss.vjp(model, push)
+    inner = sum(
+        float(jnp.sum(a * b))
+        for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(pull), strict=True)
+    )
+    assert inner > 1e-3
+    assert_allclose(inner, jnp.sum(push**2), rtol=1e-12)
+
+
+def test_predict_serves_all_samples_at_once(getkey):
+    model = MatrixFactorisation(
+        jr.normal(getkey(), (3, 2)), jr.normal(getkey(), (4, 2))
+    )
+    places, values = jnp.array([1, 6, 11]), jnp.array([1.0, -2.0, 0.5])
+    whole = gf.SquaredError(places, values, predict=entries)
+    pairs = jnp.stack([places // 4, places % 4], axis=1)
+    each = gf.SquaredError(pairs, values)
+    matrix = np.asarray(model.U) @ np.asarray(model.V).T
+    expected = 0.5 * ((matrix.ravel()[np.asarray(places)] - values) ** 2).mean()
+    assert_allclose(whole(model), expected, rtol=1e-13)
+    assert_allclose(each(model), expected, rtol=1e-13)
+
+
+def test_inputs_may_be_a_pytree_or_nothing(getkey):
+    model = jnp.array([2.0, -1.0])
+    x = {"a": jnp.arange(3.0), "b": jnp.ones(3)}
+    line = lambda m, x: m[0] * x["a"] + m[1] * x["b"]
+    assert_allclose(gf.SquaredError(x, jnp.zeros(3), predict=line)(model), 11 / 6)
+    plain = gf.SquaredError(None, jnp.zeros(2), predict=lambda m, x: m, reduction="sum")
+    assert_allclose(plain(model), 2.5)
+
+
+def test_l2(setting):
+    model, *_ = setting
+    theta = np.asarray(ravel_pytree(model)[0])
+    penalty = gf.L2()
+    assert_allclose(penalty(model), 0.5 * theta @ theta, rtol=1e-13)
+    gradient = ravel_pytree(penalty.gradient(model))[0]
+    assert_allclose(gradient, theta)
+    assert_allclose(ravel_pytree(jax.grad(penalty)(model))[0], gradient, rtol=1e-15)
+    hessian = jax.hessian(penalty)(jnp.asarray(theta))
+    assert_allclose(hessian, penalty.curvature * np.eye(theta.size), atol=1e-15)
+
+
+ERRORS = [
+    (lambda x, y: gf.SquaredError(x, y[:-1]), "x"),
+    (lambda x, y: gf.SquaredError(x[:0], y[:0]), "y"),
+    (lambda x, y: gf.SquaredError(x.at[0, 0].set(jnp.nan), y), "x"),
+    (lambda x, y: gf.SquaredError(x, y.at[1].set(jnp.inf)), "y"),
+    (lambda x, y: gf.SquaredError(x, y, reduction="max"), "reduction"),
+    (lambda x, y: gf.CrossEntropy(x, jnp.zeros(SAMPLES)), "labels"),
+    (lambda x, y: gf.CrossEntropy(x, jnp.arange(SAMPLES) - 1), "labels"),
+    (lambda x, y: gf.CrossEntropy(x, jnp.zeros(SAMPLES - 1, int)), "x"),
+]
+
+
+@pytest.mark.parametrize(("make", "name"), ERRORS)
+def test_errors_name_the_argument(setting, make, name):
+    # TypeError where annotations are checked at run time: that check comes first.
+    with pytest.raises((ValueError, TypeError), match=rf"\b{name}\b"):
+        make(setting[1], setting[2])
+
+
+def test_shapes_that_do_not_fit_the_model(setting):
+    model, x, y, labels = setting
+    with pytest.raises(ValueError, match=r"^y: .*\(7, 4\).*\(7, 3\)"):
+        gf.SquaredError(x, y[:, :3])(model)
+    with pytest.raises(ValueError, match=r"^labels: the largest is 4"):
+        gf.CrossEntropy(x, labels.at[0].set(OUTPUTS))(model)
+    flat = gf.CrossEntropy(x, labels, predict=lambda m, x: x[:, 0])
+    with pytest.raises(ValueError, match=r"^labels: .*shape \(7,\)"):
+        flat(model)
