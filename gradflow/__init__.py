@@ -20,3 +20,6 @@ from .simulate import simulate as simulate
 from .solvers import KKT3 as KKT3, KKT5 as KKT5
 
 from . import models as models, tasks as tasks
+from . import manifold as manifold
+from .sweep import Sweep as Sweep, sweep as sweep
+from .theory import two_phase as two_phase, TwoPhase as TwoPhase

@@ -7,9 +7,10 @@ from typing import Any, Literal
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, PyTree, Scalar
 
-from ._checks import check_finite, check_loss_data
+from ._checks import check_finite, check_loss_data, is_concrete
 
 
 def predict_each(model: Callable, x: PyTree) -> Array:
@@ -172,7 +173,7 @@ class CrossEntropy(AbstractCompositeLoss):
             raise ValueError(
                 f"labels: expected integers from 0 to k - 1, got {self.labels.dtype}."
             )
-        if not isinstance(self.labels, jax.core.Tracer) and (self.labels < 0).any():
+        if is_concrete(self.labels) and np.min(self.labels) < 0:
             raise ValueError("labels: expected integers from 0 to k - 1, got some < 0.")
 
     def outputs(self, model: PyTree) -> Float[Array, " m"]:
@@ -182,11 +183,9 @@ class CrossEntropy(AbstractCompositeLoss):
                 f"labels: the model's logits have shape {z.shape}, expected "
                 f"({self.labels.shape[0]}, classes)."
             )
-        if not isinstance(self.labels, jax.core.Tracer) and (
-            int(self.labels.max()) >= z.shape[1]
-        ):
+        if is_concrete(self.labels) and np.max(self.labels) >= z.shape[1]:
             raise ValueError(
-                f"labels: the largest is {int(self.labels.max())}, but the model gives "
+                f"labels: the largest is {np.max(self.labels)}, but the model gives "
                 f"{z.shape[1]} logits."
             )
         return z.reshape(-1)

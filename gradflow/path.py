@@ -43,7 +43,7 @@ class Path(eqx.Module):
     @property
     def slow_time(self) -> Float[Array, " n"]:
         """s = λt."""
-        return self.weight_decay * self.t
+        return self.weight_decay[..., None] * self.t
 
     @property
     def models(self) -> PyTree:

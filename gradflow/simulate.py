@@ -80,7 +80,7 @@ def simulate(
         times = jnp.asarray(ts, dtype)
     if solver is None:
         solver = choose_solver(term, params, lam, times[-1])
-    path = _solve(
+    path = solve(
         term, params, lam, times, watched, solver, rtol, atol, max_steps, progress
     )
     if throw:
@@ -128,7 +128,7 @@ def _time_scale(term: FlowTerm, params: PyTree, weight_decay: Scalar) -> Scalar:
 
 
 @eqx.filter_jit
-def _solve(
+def solve(
     term: FlowTerm,
     params: PyTree,
     weight_decay: Scalar,

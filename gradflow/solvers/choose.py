@@ -38,7 +38,7 @@ def choose_solver(
     composite = isinstance(term.loss, AbstractCompositeLoss)
     size = sum(p.size for p in jax.tree.leaves(params))
     known = all(is_concrete(x) for x in jax.tree.leaves((params, weight_decay, t1)))
-    if known and (_sharpness(term, params) + weight_decay) * t1 <= _EXPLICIT_RANGE:
+    if known and (sharpness(term, params) + weight_decay) * t1 <= _EXPLICIT_RANGE:
         return diffrax.Tsit5()
     if composite:
         return KKT5()
@@ -50,8 +50,8 @@ def choose_solver(
 
 
 @eqx.filter_jit
-def _sharpness(term: FlowTerm, params: PyTree) -> Float[Array, ""]:
-    """‖∇²F(θ₀)‖₂, from below, by 20 power iterations."""
+def sharpness(term: FlowTerm, params: PyTree) -> Float[Array, ""]:
+    """L = ‖∇²F(θ₀)‖₂, from below, by 20 power iterations."""
     theta, unravel = ravel_pytree(params)
     gradient = jax.grad(lambda th: term.loss(term.model(unravel(th))))
     _, hvp = jax.linearize(gradient, theta)

@@ -1,0 +1,212 @@
+"""The same flow for many weight decays."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, PyTree
+from tqdm.auto import tqdm
+
+from ._checks import check_horizon, check_tolerance, check_weight_decay
+from .flow import GradientFlow
+from .metrics import Metric
+from .path import Path
+from .results import RESULTS
+from .simulate import as_metrics, check_scalar, save_times, solve
+from .solvers import choose_solver
+
+
+class Sweep(eqx.Module):
+    """Paths for L weight decays. `sweep[i]` is one `Path`.
+
+    A lane that failed is marked in `result`, and is NaN after its end; the others are
+    as if it had not been there.
+    """
+
+    paths: Path
+    """All paths as one: its arrays have the lanes as their first axis (but `static`,
+    which they share)."""
+
+    @property
+    def weight_decay(self) -> Float[Array, " L"]:
+        return self.paths.weight_decay
+
+    @property
+    def t(self) -> Float[Array, "L n"]:
+        return self.paths.t
+
+    @property
+    def slow_time(self) -> Float[Array, "L n"]:
+        return self.paths.slow_time
+
+    @property
+    def metrics(self) -> dict[str, Float[Array, "L n"]]:
+        return self.paths.metrics
+
+    @property
+    def train_loss(self) -> Float[Array, "L n"]:
+        return self.paths.train_loss
+
+    @property
+    def penalty(self) -> Float[Array, "L n"]:
+        return self.paths.penalty
+
+    @property
+    def result(self) -> RESULTS:
+        return self.paths.result
+
+    @property
+    def succeeded(self) -> Bool[Array, " L"]:
+        return self.paths.succeeded
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        return self.paths.stats
+
+    def __len__(self) -> int:
+        return self.weight_decay.shape[0]
+
+    def __getitem__(self, index: int) -> Path:
+        """The path of one lane."""
+        lane = jax.tree.map(
+            lambda x: x[index] if eqx.is_array(x) else x, _without_static(self.paths)
+        )
+        return _with_static(lane, self.paths.static)
+
+    def __iter__(self):
+        return (self[i] for i in range(len(self)))
+
+    def __str__(self) -> str:
+        stats = self.stats
+        lines = [
+            f"Sweep of {len(self)} weight decays, "
+            f"{stats['solver']}, rtol {float(np.min(stats['rtol'])):.1g}",
+            f"  {'λ':>9} {'steps':>6} {'rejected':>8} {'train loss':>10}"
+            + "".join(f" {name:>10}" for name in self.metrics),
+        ]
+        for i in np.argsort(-np.asarray(self.weight_decay)):
+            row = (
+                f"  {float(self.weight_decay[i]):9.2e} {int(stats['steps'][i]):6d} "
+                f"{int(stats['rejected'][i]):8d} {float(self.train_loss[i, -1]):10.3g}"
+                + "".join(f" {float(v[i, -1]):10.3g}" for v in self.metrics.values())
+            )
+            if not bool(self.succeeded[i]):
+                row += f"  FAILED: {RESULTS[self[i].result]}"
+            lines.append(row)
+        return "\n".join(lines)
+
+    def plot(self, **kwargs: Any) -> Any:
+        """Every lane in time t and slow time λt; see `gradflow.plot.sweep`."""
+        from . import plot
+
+        return plot.sweep(self, **kwargs)
+
+
+def sweep(
+    flow: GradientFlow,
+    model: PyTree,
+    *,
+    weight_decay: Float[Array, " L"],
+    slow_time: float | None = None,
+    t1: float | None = None,
+    ts: Float[Array, " n"] | None = None,
+    saves: int = 65,
+    metrics: dict[str, Callable | Metric] | None = None,
+    solver: diffrax.AbstractSolver | None = None,
+    rtol: float = 1e-6,
+    atol: float | None = None,
+    max_steps: int = 100_000,
+    batch: Literal["loop", "vmap"] | None = None,
+    throw: bool = False,
+    progress: bool = True,
+) -> Sweep:
+    """Runs the flow from `model` for every weight decay, with one compilation.
+
+    **Arguments:** as for `simulate`, and
+
+    - `weight_decay`: the L values of λ, a vector.
+    - `batch`: `"loop"` runs lane after lane, `"vmap"` all of them in lockstep. The
+        default is to loop on a CPU, where lockstep only costs, and to vmap on an
+        accelerator.
+    - `throw`: raise if any lane fails; by default failures are marked in `result`.
+    - `progress`: show a bar with the lanes done and failed.
+
+    **Returns:** a `Sweep`.
+
+    **Raises:** `ValueError` for arguments that make no sense, before any compute;
+    `RuntimeError` if a lane fails and `throw`.
+    """
+    term, params = flow.term(model)
+    watched = as_metrics(metrics)
+    check_weight_decay(weight_decay)
+    if np.ndim(weight_decay) != 1 or np.size(weight_decay) == 0:
+        raise ValueError("weight_decay: expected a vector of one or more values.")
+    check_tolerance(rtol, params)
+    check_horizon(weight_decay, slow_time, t1, ts, saves)
+    check_scalar(flow.loss, model, "loss")
+    for name, metric in watched.items():
+        check_scalar(metric, model, f"metrics[{name!r}]")
+    if batch not in (None, "loop", "vmap"):
+        raise ValueError(f"batch: expected 'loop', 'vmap' or None, got {batch!r}.")
+    if batch is None:
+        batch = "loop" if jax.default_backend() == "cpu" else "vmap"
+
+    dtype = jax.tree.leaves(params)[0].dtype
+    lams = jnp.asarray(weight_decay, dtype)
+    if ts is None:
+        ends = jnp.full_like(lams, t1) if slow_time is None else slow_time / lams
+        times = eqx.filter_vmap(lambda lam, end: save_times(term, params, lam, end, saves))(
+            lams, ends
+        )
+    else:
+        times = jnp.broadcast_to(jnp.asarray(ts, dtype), (lams.size, np.size(ts)))
+    if solver is None:
+        solver = choose_solver(term, params, jnp.max(lams), jnp.max(times))
+
+    def lane(lam: Array, ts: Array, meter: bool) -> Path:
+        return solve(
+            term, params, lam, ts, watched, solver, rtol, atol, max_steps, meter
+        )
+
+    if batch == "vmap":
+        paths = eqx.filter_vmap(lambda lam, ts: _without_static(lane(lam, ts, progress)))(
+            lams, times
+        )
+    else:
+        paths = _stack(_each(lane, lams, times, progress))
+    out = Sweep(_with_static(paths, term.static))
+    if throw:
+        worst = jnp.argmin(out.succeeded)
+        out = out[worst].result.error_if(out, ~out[worst].succeeded)
+    return out
+
+
+def _each(lane: Callable, lams: Array, times: Array, progress: bool) -> list[Path]:
+    done = []
+    failed = 0
+    with tqdm(total=len(lams), unit="λ", disable=not progress) as bar:
+        for lam, ts in zip(lams, times, strict=True):
+            bar.set_postfix_str(f"λ = {float(lam):.1e}, {failed} failed")
+            path = lane(lam, ts, False)
+            failed += not bool(path.succeeded)
+            done.append(_without_static(path))
+            bar.update()
+        bar.set_postfix_str(f"{failed} failed")
+    return done
+
+
+def _without_static(path: Path) -> Path:
+    return eqx.tree_at(lambda p: p.static, path, None, is_leaf=lambda x: x is None)
+
+
+def _with_static(path: Path, static: PyTree) -> Path:
+    return eqx.tree_at(lambda p: p.static, path, static, is_leaf=lambda x: x is None)
+
+
+def _stack(lanes: list[Path]) -> Path:
+    arrays, rest = zip(*(eqx.partition(p, eqx.is_array) for p in lanes), strict=True)
+    return eqx.combine(jax.tree.map(lambda *x: jnp.stack(x), *arrays), rest[0])

@@ -1,0 +1,187 @@
+"""The two-phase theory: fast flow to the critical manifold, then a slow drift on it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+
+from ._checks import is_concrete
+from ._interpolate import interpolate
+from .flow import GradientFlow
+from .manifold import Limit, limit_map, retract, riemannian_flow, spectrum, Spectrum
+from .metrics import Metric
+from .path import Path
+from .results import RESULTS
+from .simulate import simulate
+from .solvers import sharpness
+
+
+_NODES = 321  # of the fast path, evenly spaced in log(1 + t/τ)
+
+
+class TwoPhase(eqx.Module):
+    """The prediction for every small weight decay at once.
+
+    θ_λ(t) ≈ θ_GF(t) + w°(λt) − Φ(θ₀), uniformly in t with an error of O(λ), as long as
+    λ is small against the smallest normal curvature of F along the drift. Convergence:
+    Boursier, Pesme, Dragomir, arXiv 2505.20172, propositions 1 and 2.
+    """
+
+    limit: PyTree
+    """The model Φ(θ₀) at which the fast phase ends and the drift begins."""
+    fast: Path
+    """θ_GF, the flow without weight decay, in time t."""
+    drift: Path
+    """w°, the Riemannian flow of R on the critical manifold, in slow time s."""
+    spectrum: Spectrum
+    """The curvature of F at Φ(θ₀): rank, dimension of the manifold, gap."""
+    fast_scale: Float[Array, ""]
+    """τ: the fast path is saved evenly in log(1 + t/τ)."""
+    result: RESULTS
+
+    @property
+    def smallest_curvature(self) -> Float[Array, " n"]:
+        """η(s) along the drift; theory needs λ ≪ η."""
+        return self.drift.stats["smallest_curvature"]
+
+    def predict(
+        self, t: Float[Array, " n"] | float, weight_decay: float | Float[Array, ""]
+    ) -> PyTree:
+        """The composite prediction θ_GF(t) + w°(λt) − Φ(θ₀).
+
+        **Arguments:**
+
+        - `t`: one time or a vector of n, in time t (not λt).
+        - `weight_decay`: λ.
+
+        **Returns:** a model; its trainable leaves are stacked along `t` if that is a
+        vector. NaN beyond the slow time to which the drift was computed.
+        """
+        dtype = self.fast.t.dtype
+        t, lam = jnp.asarray(t, dtype), jnp.asarray(weight_decay, dtype)
+        at_once = lambda x: self._predict(x, lam)
+        params = at_once(t) if t.ndim == 0 else jax.lax.map(at_once, t)
+        return eqx.combine(params, self.drift.static)
+
+    def _predict(self, t: Float[Array, ""], lam: Float[Array, ""]) -> PyTree:
+        end_t, end_s = self.fast.t[-1], self.drift.t[-1]
+        spacing = lambda end, scale, n: jnp.log1p(end / scale) / (n - 1)
+        fast = interpolate(
+            self.fast.params,
+            jnp.log1p(t / self.fast_scale)
+            / spacing(end_t, self.fast_scale, len(self.fast)),
+        )
+        s = lam * t
+        drift = interpolate(
+            self.drift.params, jnp.log1p(s) / spacing(end_s, 1.0, len(self.drift))
+        )
+        # Beyond its last time the fast path has arrived.
+        arrived = t >= end_t
+        known = s <= end_s * (1 + 1e-9)
+        return jax.tree.map(
+            lambda w, th, ths: jnp.where(
+                known, w + jnp.where(arrived, 0.0, th - ths[-1]), jnp.nan
+            ),
+            drift,
+            fast,
+            self.fast.params,
+        )
+
+    def __str__(self) -> str:
+        eta = self.smallest_curvature
+        lines = [
+            f"Two-phase theory: {self.spectrum}",
+            f"  fast phase to t = {float(self.fast.t[-1]):.3g}, drift to "
+            f"s = {float(self.drift.t[-1]):.3g}; smallest normal curvature η = "
+            f"{float(eta[0]):.2g} at its start, {float(eta[-1]):.2g} at its end",
+        ]
+        if not bool(self.result == RESULTS.successful):
+            lines.append(f"  FAILED: {RESULTS[self.result]}")
+        return "\n".join(lines)
+
+
+def two_phase(
+    flow: GradientFlow,
+    model: PyTree,
+    *,
+    slow_time: float,
+    metrics: dict[str, Callable | Metric] | None = None,
+    rtol: float = 1e-9,
+    max_steps: int = 100_000,
+    throw: bool = True,
+) -> TwoPhase:
+    """Predicts the flow from `model` for all small weight decays.
+
+    Three runs: the limit map, the fast path on a grid fit for interpolation, and the
+    Riemannian flow from its end.
+
+    **Arguments:**
+
+    - `flow`: loss and penalty.
+    - `model`: the initial model θ₀.
+    - `slow_time`: how far to follow the drift, s = λt.
+    - `metrics`: as for `simulate`; recorded along both phases.
+    - `rtol`: the tolerance of the runs.
+    - `max_steps`: the budget of steps of each.
+    - `throw`: raise where theory does not apply; otherwise see `result`.
+
+    **Returns:** a `TwoPhase`.
+
+    **Raises:** `ValueError` for arguments that make no sense; `RuntimeError` if `throw`
+    and there is no limit (the loss has no minimiser, say) or the drift fails.
+    """
+    term, params = flow.term(model)
+    limit = limit_map(
+        flow.loss,
+        model,
+        rtol=rtol,
+        max_steps=max_steps,
+        throw=throw,
+        trainable=flow.trainable,
+    )
+    at_limit = spectrum(flow.loss, limit.model, trainable=flow.trainable)
+    tau, ts = _fast_times(term, params, limit, at_limit.smallest_curvature)
+    fast = simulate(
+        flow,
+        model,
+        weight_decay=0.0,
+        ts=ts,
+        metrics=metrics,
+        rtol=rtol,
+        max_steps=max_steps,
+        throw=False,
+    )
+    # The end of the fast path itself, so that the two phases meet to all digits.
+    end = retract(flow.loss, fast[-1], trainable=flow.trainable)
+    drift = riemannian_flow(
+        flow, end.model, slow_time=slow_time, metrics=metrics, rtol=rtol, throw=False
+    )
+    result = _first_failure(limit.result, fast.result, end.result, drift.result)
+    out = TwoPhase(end.model, fast, drift, at_limit, tau, result)
+    # Past the loss of rank the drift still stands; its validity is for the report.
+    fatal = (result != RESULTS.successful) & (result != RESULTS.rank_lost)
+    return result.error_if(out, fatal) if throw else out
+
+
+def _fast_times(
+    term: Any, params: PyTree, limit: Limit, curvature: Float[Array, ""]
+) -> tuple[Float[Array, ""], Float[Array, " nodes"]]:
+    """τ and the times of the fast path, evenly spaced in log(1 + t/τ), to where e^{−ηt}
+    has brought it from the 5e-7 of `limit_map` to 1e-12 of the limit."""
+    tau = 0.2 / sharpness(term, params)
+    end = limit.time + 13.0 / jnp.where(jnp.isfinite(curvature), curvature, 1.0)
+    end = jnp.maximum(end, 10 * tau)
+    x = jnp.linspace(0.0, 1.0, _NODES, dtype=end.dtype) * jnp.log1p(end / tau)
+    ts = (tau * jnp.expm1(x)).at[-1].set(end)
+    return tau, ts
+
+
+def _first_failure(*results: RESULTS) -> RESULTS:
+    out = results[-1]
+    for result in reversed(results[:-1]):
+        out = RESULTS.where(result == RESULTS.successful, out, result)
+    return out
