@@ -23,3 +23,5 @@ from . import models as models, tasks as tasks
 from . import manifold as manifold
 from .sweep import Sweep as Sweep, sweep as sweep
 from .theory import two_phase as two_phase, TwoPhase as TwoPhase
+from .compare import compare as compare, Rate as Rate, Report as Report
+from .grokking import crossing_time as crossing_time

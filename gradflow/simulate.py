@@ -80,6 +80,7 @@ def simulate(
         times = jnp.asarray(ts, dtype)
     if solver is None:
         solver = choose_solver(term, params, lam, times[-1])
+    rtol = jnp.asarray(rtol, dtype)  # an array: a new tolerance is no new compilation
     path = solve(
         term, params, lam, times, watched, solver, rtol, atol, max_steps, progress
     )
@@ -135,7 +136,7 @@ def solve(
     ts: Float[Array, " n"],
     watched: dict[str, Metric],
     solver: diffrax.AbstractSolver,
-    rtol: float,
+    rtol: float | Scalar,
     atol: float | None,
     max_steps: int,
     progress: bool,

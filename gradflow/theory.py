@@ -63,11 +63,12 @@ class TwoPhase(eqx.Module):
         """
         dtype = self.fast.t.dtype
         t, lam = jnp.asarray(t, dtype), jnp.asarray(weight_decay, dtype)
-        at_once = lambda x: self._predict(x, lam)
+        at_once = lambda x: self.predict_params(x, lam)
         params = at_once(t) if t.ndim == 0 else jax.lax.map(at_once, t)
         return eqx.combine(params, self.drift.static)
 
-    def _predict(self, t: Float[Array, ""], lam: Float[Array, ""]) -> PyTree:
+    def predict_params(self, t: Float[Array, ""], lam: Float[Array, ""]) -> PyTree:
+        """As `predict`, for one time: the trainable parameters alone."""
         end_t, end_s = self.fast.t[-1], self.drift.t[-1]
         spacing = lambda end, scale, n: jnp.log1p(end / scale) / (n - 1)
         fast = interpolate(

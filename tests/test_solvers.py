@@ -79,14 +79,14 @@ def test_order(solver, steps):
     solver = solver(root_finder=exact, root_find_max_steps=60)
 
     @jax.jit
-    def error(h):
+    def end(h):
         solution = diffrax.diffeqsolve(
             term, solver, 0.0, t1, h, params, args=decay, max_steps=1000
         )
         return ravel_pytree(solution.ys)[0]
 
     expected = np.tile(logistic(t1, start, target, decay), 2)
-    errors = [np.linalg.norm(error(t1 / n) - expected) for n in steps]
+    errors = [np.linalg.norm(end(t1 / n) - expected) for n in steps]
     assert errors[-1] > 1e-12  # not the rounding's slope
     orders = np.log2(np.divide(errors[:-1], errors[1:]))
     nominal = solver.order(term)
@@ -400,8 +400,7 @@ def test_steps_hardly_depend_on_weight_decay(name, rtol):
                 task.flow,
                 task.model,
                 weight_decay=decay,
-                slow_time=2.0,
-                saves=13,
+                ts=jnp.geomspace(0.1, 2 / decay, 12),
                 rtol=rtol,
                 solver=gf.KKT5(),
             ).stats["steps"]
