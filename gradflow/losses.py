@@ -183,10 +183,13 @@ class CrossEntropy(AbstractCompositeLoss):
                 f"labels: the model's logits have shape {z.shape}, expected "
                 f"({self.labels.shape[0]}, classes)."
             )
-        if is_concrete(self.labels) and np.max(self.labels) >= z.shape[1]:
+        # Of a NumPy array: in a traced function jnp would trace the comparison too.
+        known = is_concrete(self.labels)
+        largest = np.asarray(self.labels).max() if known else 0
+        if largest >= z.shape[1]:
             raise ValueError(
-                f"labels: the largest is {np.max(self.labels)}, but the model gives "
-                f"{z.shape[1]} logits."
+                f"labels: the largest is {largest}, but the model gives {z.shape[1]} "
+                "logits."
             )
         return z.reshape(-1)
 

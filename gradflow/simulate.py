@@ -128,7 +128,6 @@ def _time_scale(term: FlowTerm, params: PyTree, weight_decay: Scalar) -> Scalar:
     return jnp.where(size > 0, size, 1.0) / speed
 
 
-@eqx.filter_jit
 def solve(
     term: FlowTerm,
     params: PyTree,
@@ -137,7 +136,36 @@ def solve(
     watched: dict[str, Metric],
     solver: diffrax.AbstractSolver,
     rtol: float | Scalar,
-    atol: float | None,
+    atol: float | Scalar | None,
+    max_steps: int,
+    progress: bool = False,
+) -> Path:
+    """`simulate` without its checks and defaults. Compiled once for all tolerances,
+    weight decays and times of the same number."""
+    return _solve(
+        term,
+        params,
+        jnp.asarray(weight_decay),
+        ts,
+        watched,
+        solver,
+        jnp.asarray(rtol, ts.dtype),
+        None if atol is None else jnp.asarray(atol, ts.dtype),
+        max_steps,
+        progress,
+    )
+
+
+@eqx.filter_jit
+def _solve(
+    term: FlowTerm,
+    params: PyTree,
+    weight_decay: Scalar,
+    ts: Float[Array, " n"],
+    watched: dict[str, Metric],
+    solver: diffrax.AbstractSolver,
+    rtol: Scalar,
+    atol: Scalar | None,
     max_steps: int,
     progress: bool,
 ) -> Path:
@@ -157,7 +185,9 @@ def solve(
         ),
         step_ts=ts,
     )
-    bound = 1e6 * (1 + _norm(params))
+    # Not larger: a loss that reaches infinity in finite time does so in time steps that
+    # soon are too small to take.
+    bound = 1e4 * (1 + _norm(params))
 
     def left_the_finite_range(t, y, args, **kwargs):
         return ~(_norm(y) < bound) | ~jnp.isfinite(term.loss(term.model(y)))

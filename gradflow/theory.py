@@ -6,21 +6,20 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from ._checks import is_concrete
 from ._interpolate import interpolate
 from .flow import GradientFlow
+from .losses import AbstractCompositeLoss
 from .manifold import Limit, limit_map, retract, riemannian_flow, spectrum, Spectrum
 from .metrics import Metric
 from .path import Path
 from .results import RESULTS
 from .simulate import simulate
-from .solvers import sharpness
+from .solvers import KKT5, sharpness
 
 
-_NODES = 321  # of the fast path, evenly spaced in log(1 + t/τ)
+_NODES = 257  # of the fast path, evenly spaced in log(1 + t/τ)
 
 
 class TwoPhase(eqx.Module):
@@ -152,6 +151,7 @@ def two_phase(
         weight_decay=0.0,
         ts=ts,
         metrics=metrics,
+        solver=_solver(flow),
         rtol=rtol,
         max_steps=max_steps,
         throw=False,
@@ -159,13 +159,24 @@ def two_phase(
     # The end of the fast path itself, so that the two phases meet to all digits.
     end = retract(flow.loss, fast[-1], trainable=flow.trainable)
     drift = riemannian_flow(
-        flow, end.model, slow_time=slow_time, metrics=metrics, rtol=rtol, throw=False
+        flow,
+        end.model,
+        slow_time=slow_time,
+        metrics=metrics,
+        rtol=rtol,
+        max_steps=max_steps,
+        throw=False,
     )
     result = _first_failure(limit.result, fast.result, end.result, drift.result)
     out = TwoPhase(end.model, fast, drift, at_limit, tau, result)
     # Past the loss of rank the drift still stands; its validity is for the report.
     fatal = (result != RESULTS.successful) & (result != RESULTS.rank_lost)
     return result.error_if(out, fatal) if throw else out
+
+
+def _solver(flow: GradientFlow) -> KKT5 | None:
+    """The one that the drift takes too, so that both compile once."""
+    return KKT5() if isinstance(flow.loss, AbstractCompositeLoss) else None
 
 
 def _fast_times(

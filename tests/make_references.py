@@ -27,7 +27,6 @@ from helpers import radau_path  # noqa: E402
 
 from gradflow import tasks  # noqa: E402
 
-
 DATA = Path(__file__).parent / "data"
 DECAYS = (1e-2, 1e-4)
 TIMES = 12

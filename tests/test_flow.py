@@ -7,14 +7,13 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from helpers import Diagonal, diagonal_problem, linear_problem
 from jax.flatten_util import ravel_pytree
 from numpy.testing import assert_allclose
 
 import gradflow as gf
 from gradflow.flow import flatten
 from gradflow.models import LinearModel, TwoLayer
-
-from helpers import Diagonal, diagonal_problem, linear_problem
 
 
 class Quartic(gf.AbstractPenalty):
@@ -93,7 +92,9 @@ def test_frozen_leaves(getkey):
 
 def test_trainable_as_a_function_of_a_leaf(getkey):
     model = TwoLayer(
-        jr.normal(getkey(), (4, 2)), jr.normal(getkey(), (4,)), jr.normal(getkey(), (4,))
+        jr.normal(getkey(), (4, 2)),
+        jr.normal(getkey(), (4,)),
+        jr.normal(getkey(), (4,)),
     )
     loss = gf.SquaredError(jnp.ones((3, 2)), jnp.zeros(3))
     flow = gf.GradientFlow(loss, trainable=lambda leaf: getattr(leaf, "ndim", 0) == 2)
@@ -143,7 +144,9 @@ def test_velocity_under_jit_and_vmap(getkey):
     loss, model = diagonal_problem(getkey(), samples=3, features=5)
     flow = gf.GradientFlow(loss)
     decays = jnp.array([0.0, 0.1, 10.0])
-    stacked = eqx.filter_jit(jax.vmap(lambda decay: flow.velocity(model, decay)))(decays)
+    stacked = eqx.filter_jit(jax.vmap(lambda decay: flow.velocity(model, decay)))(
+        decays
+    )
     for i, decay in enumerate(decays):
         one = ravel_pytree(flow.velocity(model, decay))[0]
         lane = ravel_pytree(jax.tree.map(lambda x: x[i], stacked))[0]  # noqa: B023

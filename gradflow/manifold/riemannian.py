@@ -15,7 +15,8 @@ from ..flow import FlatLoss, flatten, FlowTerm, GradientFlow
 from ..metrics import Metric
 from ..path import Path
 from ..results import RESULTS
-from ..simulate import as_metrics
+from ..simulate import as_metrics, solve
+from ..solvers import KKT5
 from ._form import Form
 from ._normal import GAP, normal_space, ridge, weighted_jacobian
 from .limit_map import absolute_tolerance
@@ -38,15 +39,18 @@ def riemannian_flow(
     rtol: float = 1e-9,
     atol: float | None = None,
     solver: diffrax.AbstractSolver | None = None,
-    max_steps: int = 16384,
+    max_steps: int = 100_000,
     throw: bool = True,
 ) -> Path:
     """w' = −P(w)∇R(w) on M, in slow time s = λt, from the model.
 
-    P comes from the QR decomposition of Jᵀ, with a ridge of eps^⅔‖J‖ (4e-11 in float64)
-    that lets the path run on where J loses rank, or from the eigenvectors of ∇²F in the
-    Hessian form. The term −J⁺r (or −(∇²F)⁺∇F) holds the path on M. The integrator lands
-    on the times it saves at, since interpolated points are not on M.
+    In the Jacobian form the default is the flow itself, by KKT5, at a weight decay of
+    1e-14 times the largest curvature: w° to O(λ), at the price of any other path. With
+    another `solver` the equation above is integrated: P comes from the QR decomposition
+    of Jᵀ, with a ridge of eps^⅔‖J‖ (4e-11 in float64) that lets the path run on where J
+    loses rank, or from the eigenvectors of ∇²F in the Hessian form; and the term −J⁺r
+    (or −(∇²F)⁺∇F) holds the path on M. Either way the integrator lands on the times it
+    saves at, since interpolated points are not on M.
 
     **Arguments:**
 
@@ -55,13 +59,14 @@ def riemannian_flow(
         point of M first.
     - `slow_time`: the last slow time s.
     - `ts`: the slow times to save at, increasing, from 0 to `slow_time`; unless given,
-        0 and 200 more, uniform in log(1 + s).
+        0 and 256 more, uniform in log(1 + s).
     - `metrics`: functions of a model to evaluate along the path.
     - `form`: `"jacobian"`, `"hessian"` or `"auto"`; see
         [`gradflow.manifold.retract`][].
     - `rtol`, `atol`: the tolerances; `atol` is `rtol` times the root mean square of
         w(0) unless given.
-    - `solver`: a Diffrax solver; `diffrax.Dopri8()` unless given.
+    - `solver`: a Diffrax solver for the equation above, such as `diffrax.Dopri8()`,
+        the default in the Hessian form.
     - `max_steps`: the most steps of the solver.
     - `throw`: whether to raise an error where the flow fails.
 
@@ -82,19 +87,25 @@ def riemannian_flow(
     times = _save_times(ts, slow_time, params)
     form, start = retract_in_form(term.loss, params, term.static, form)
     params, _ = flow.partition(start.model)
-    solver = diffrax.Dopri8() if solver is None else solver
-    out = _drift(
-        FlowTerm(term.loss, term.penalty, term.static),
-        params,
-        start.result,
-        times,
-        as_metrics(metrics),
-        form,
-        rtol,
-        atol,
-        solver,
-        max_steps,
-    )
+    watched = as_metrics(metrics)
+    if solver is None and form == "jacobian":
+        out = _vanishing_decay(
+            term, params, start.result, times, watched, rtol, atol, max_steps
+        )
+    else:
+        solver = diffrax.Dopri8() if solver is None else solver
+        out = _drift(
+            term,
+            params,
+            start.result,
+            times,
+            watched,
+            form,
+            rtol,
+            atol,
+            solver,
+            max_steps,
+        )
     if throw:
         out = out.result.error_if(out, out.result != RESULTS.successful)
     return out
@@ -108,7 +119,7 @@ def _save_times(
         raise ValueError(f"slow_time: expected a positive number, got {slow_time}.")
     if ts is None:
         last = jnp.asarray(slow_time, dtype)
-        times = jnp.expm1(jnp.linspace(0, 1, 201, dtype=dtype) * jnp.log1p(last))
+        times = jnp.expm1(jnp.linspace(0, 1, 257, dtype=dtype) * jnp.log1p(last))
         return times.at[-1].set(last)
     ts = jnp.asarray(ts, dtype)
     if is_concrete(ts) and is_concrete(slow_time):
@@ -118,6 +129,57 @@ def _save_times(
                 f"ts: expected increasing slow times from 0 to slow_time = {slow_time}."
             )
     return ts
+
+
+def _vanishing_decay(
+    term: FlowTerm,
+    params: PyTree,
+    start: RESULTS,
+    times: Float[Array, " n"],
+    watched: dict[str, Metric],
+    rtol: float,
+    atol: float | None,
+    max_steps: int,
+) -> Path:
+    """The flow at a λ at which its distance from w° is rounding."""
+    tiny = 1e-14 if times.dtype == jnp.float64 else 1e-6
+    here = jax.tree.map(lambda p: p[None], params)
+    lam = tiny * _curvature_along(term, here)[1][0]
+    path = solve(
+        term, params, lam, times / lam, watched, KKT5(), rtol, atol, max_steps
+    )
+    smallest, largest = _curvature_along(term, path.params)
+    lost = jnp.any(smallest < 10 * tiny * largest)
+    result = RESULTS.where(lost, RESULTS.rank_lost, RESULTS.successful)
+    result = RESULTS.where(path.succeeded, result, path.result)
+    return Path(
+        t=times,
+        weight_decay=jnp.ones_like(lam),
+        params=path.params,
+        static=path.static,
+        metrics=path.metrics,
+        train_loss=path.train_loss,
+        penalty=path.penalty,
+        result=RESULTS.where(start == RESULTS.successful, result, start),
+        stats={**path.stats, "smallest_curvature": smallest},
+        watched=watched,
+    )
+
+
+@eqx.filter_jit
+def _curvature_along(
+    term: FlowTerm, params: PyTree
+) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
+    """The smallest and the largest eigenvalue of AAᵀ along a stack of points. Rounding
+    blurs the smallest below eps of the largest, where rank has long been lost."""
+
+    def at(p):
+        w, loss = flatten(term.loss, p, term.static)
+        a, _ = weighted_jacobian(loss, w)
+        values = jnp.linalg.eigvalsh(a @ a.T)
+        return jnp.maximum(values[0], 0), values[-1]
+
+    return jax.lax.map(at, params)
 
 
 @eqx.filter_jit
