@@ -25,3 +25,4 @@ from .sweep import Sweep as Sweep, sweep as sweep
 from .theory import two_phase as two_phase, TwoPhase as TwoPhase
 from .compare import compare as compare, Rate as Rate, Report as Report
 from .grokking import crossing_time as crossing_time
+from . import plot as plot

@@ -47,6 +47,8 @@ class Report(eqx.Module):
     weight_decay: Float[np.ndarray, " L"]
     error: Float[np.ndarray, "L n"]
     """At every saved time."""
+    drift_error: Float[np.ndarray, "L n"]
+    """The same against the drift alone: ‖θ_λ − w°(λt)‖."""
     sup_error: Float[np.ndarray, " L"]
     """Over all times."""
     sup_error_slow: Float[np.ndarray, " L"]
@@ -63,6 +65,9 @@ class Report(eqx.Module):
     grokking_time: Float[np.ndarray, " L"]
     predicted_memorisation_time: Float[np.ndarray, " L"]
     predicted_grokking_time: Float[np.ndarray, " L"]
+    predicted_t: Float[np.ndarray, "L k"]
+    """Times at which the metrics of the prediction were evaluated."""
+    predicted_metrics: dict[str, Float[np.ndarray, "L k"]]
 
     @property
     def delay(self) -> Float[np.ndarray, " L"]:
@@ -149,12 +154,14 @@ def compare(sweep: Sweep, theory: TwoPhase, *, after: float = 0.1) -> Report:
     floor = 10 * max(float(np.max(sweep.stats["rtol"])), theory.fast.stats["rtol"])
     curvature = np.interp(until, theory.drift.t, theory.smallest_curvature)
     measured = [_times(path.t, path.metrics, theory) for path in sweep]
-    predicted = [_predicted_times(theory, path) for path in sweep]
+    curves = [jax.tree.map(np.asarray, _predicted_metrics(theory, p)) for p in sweep]
+    predicted = [_times(*curve, theory) for curve in curves]
     return Report(
         sweep=sweep,
         theory=theory,
         weight_decay=lams,
         error=errors,
+        drift_error=drift_errors,
         sup_error=_sup(errors, slow <= last),
         sup_error_slow=_sup(drift_errors, (slow >= after) & (slow <= last)),
         sup_error_regular=regular,
@@ -165,6 +172,10 @@ def compare(sweep: Sweep, theory: TwoPhase, *, after: float = 0.1) -> Report:
         grokking_time=np.array([m["test"] for m in measured]),
         predicted_memorisation_time=np.array([p["train"] for p in predicted]),
         predicted_grokking_time=np.array([p["test"] for p in predicted]),
+        predicted_t=np.stack([t for t, _ in curves]),
+        predicted_metrics={
+            name: np.stack([m[name] for _, m in curves]) for name in curves[0][1]
+        },
     )
 
 
@@ -235,10 +246,6 @@ def _times(t: Any, metrics: dict[str, Any], theory: TwoPhase) -> dict[str, float
         else np.nan
         for name in ("train", "test")
     }
-
-
-def _predicted_times(theory: TwoPhase, path: Path) -> dict[str, float]:
-    return _times(*_predicted_metrics(theory, path), theory)
 
 
 @eqx.filter_jit

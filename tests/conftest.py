@@ -1,6 +1,13 @@
 """Strict numerics, shapes checked at run time, and fresh random keys."""
 
+import os
 import random
+
+# Most of the time goes into compiling small programs: let that be quick.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+)
 
 import jax
 import pytest

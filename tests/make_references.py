@@ -4,10 +4,11 @@
     python tests/make_references.py diagonal   # one
 
 Each task gets one file, `data/radau_<name>.npz`, with, for each λ of `DECAYS`, all
-parameters at `TIMES` times evenly spaced in log t from 0.1 to 5/λ (s = 5), by Radau with
-rtol 1e-11 and atol 1e-13, the jitted gradient and the dense jitted Hessian. `about` is a
-JSON string: how the task was made, the settings, the versions of the packages. `theta0`
-and `loss0` tell whether the task made today is still the one that was solved.
+parameters at `TIMES` times evenly spaced in log t from 0.1 to 5/λ (s = 5), by Radau
+with rtol 1e-11 and atol 1e-13, the jitted gradient and the dense jitted Hessian.
+`about` is a JSON string: how the task was made, the settings, the versions of the
+packages. `theta0` and `loss0` tell whether the task made today is still the one that
+was solved.
 """
 
 import json

@@ -1,0 +1,392 @@
+"""Figures of paths, sweeps and reports, with Matplotlib.
+
+Every function draws into the axes it is given and returns them; without any it makes a
+figure of its own with `pyplot`.
+"""
+
+from typing import Any, Literal, TYPE_CHECKING, TypeAlias
+
+import numpy as np
+
+from .compare import Report
+from .path import Path
+from .sweep import Sweep
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+else:  # Matplotlib is imported by the first figure, not by the library.
+    Axes: TypeAlias = Any
+    Figure: TypeAlias = Any
+
+Clock = Literal["t", "s"]
+
+LABELS = {"t": "time $t$", "s": "slow time $s = \\lambda t$"}
+TRAIN, TEST, PENALTY, THEORY = "#0072B2", "#D55E00", "#009E73", "black"
+SIZE = 11  # of all text, in points
+
+
+def path(path: Path, ax: Axes | None = None, *, clock: Clock = "t") -> Axes:
+    """Train loss, metrics and penalty of one path against time.
+
+    **Arguments:**
+
+    - `path`: from `gradflow.simulate` or `gradflow.manifold.riemannian_flow`.
+    - `ax`: where to draw; a new figure unless given.
+    - `clock`: time `"t"` or slow time `"s"` = λt.
+
+    **Returns:** the axes, logarithmic both ways. Thresholds are dotted lines, in the
+    colour of their metric.
+    """
+    x = _time(path, clock)
+    ax = _axes(ax)
+    ax.plot(*_positive(x, path.train_loss), color=TRAIN, lw=2, label="train loss")
+    colours = {"train": TRAIN, "test": TEST}
+    others = iter(("#CC79A7", "#E69F00", "#56B4E9"))
+    for name, values in path.metrics.items():
+        if name == "train" and np.array_equal(values, path.train_loss, equal_nan=True):
+            colour = TRAIN
+        else:
+            colour = colours.get(name) or next(others, "grey")
+            ax.plot(*_positive(x, values), color=colour, lw=2, label=name)
+        threshold = path.watched[name].threshold if name in path.watched else None
+        if threshold is not None and threshold > 0:
+            ax.axhline(threshold, color=colour, ls=":", lw=1.2)
+    ax.plot(*_positive(x, path.penalty), color=PENALTY, lw=2, label="penalty $R$")
+    lam = float(path.weight_decay)
+    title = f"$\\lambda$ = {power(lam)}" if clock == "t" else ""
+    _finish(ax, LABELS[clock], "loss, penalty", title)
+    _log(ax)
+    _legend(ax)
+    return ax
+
+
+def sweep(
+    sweep: Sweep,
+    ax: Axes | None = None,
+    *,
+    metric: str = "test",
+    clock: Clock = "t",
+    colorbar: bool = True,
+) -> Axes:
+    """One metric of every lane against time, coloured by weight decay.
+
+    **Arguments:**
+
+    - `sweep`: from `gradflow.sweep`.
+    - `ax`: where to draw; a new figure unless given.
+    - `metric`: the name of a metric, or `"train_loss"` or `"penalty"`.
+    - `clock`: time `"t"`, where each λ has its own drop, or slow time `"s"` = λt,
+        where the drift is one and the same for all.
+    - `colorbar`: whether to add the scale of λ.
+
+    **Returns:** the axes, logarithmic both ways. A dotted line is the threshold.
+
+    **Raises:** `ValueError` for a metric that the sweep does not have.
+    """
+    values = _curves(sweep, metric)
+    ax = _axes(ax)
+    colours = Colours(np.asarray(sweep.weight_decay))
+    x = np.asarray(sweep.t if clock == "t" else sweep.slow_time)
+    if clock not in LABELS:
+        raise ValueError(f"clock: expected 't' or 's', got {clock!r}.")
+    for i in range(len(sweep)):
+        ax.plot(*_positive(x[i], values[i]), color=colours(i), lw=1.8)
+    watched = sweep.paths.watched
+    if metric in watched and (watched[metric].threshold or 0) > 0:
+        ax.axhline(watched[metric].threshold, color="grey", ls=":", lw=1.2)
+    _finish(ax, LABELS[clock], _NAMES.get(metric, metric))
+    _log(ax)
+    if colorbar:
+        colours.bar(ax.figure, ax)
+    return ax
+
+
+def report(report: Report, fig: Figure | None = None) -> Figure:
+    """The two-phase theory against simulation, in six panels.
+
+    (a) train and test loss in time t, with the theory's test loss dashed, memorisation
+    times as squares and grokking times as circles. (b) The test loss on the slow clock,
+    where it falls on the drift's own curve. (c) The penalty on the slow clock. (d) The
+    largest error against λ, with the fitted rate; the λ that it was fitted to are
+    filled. (e) Measured against predicted grokking times. (f) The smallest normal
+    curvature along the drift: theory asks for λ far below it.
+
+    **Arguments:**
+
+    - `report`: from `gradflow.compare`.
+    - `fig`: an empty figure to draw into; a new one unless given.
+
+    **Returns:** the figure.
+    """
+    if fig is None:
+        import matplotlib.pyplot as plt
+
+        fig = plt.figure(figsize=(15, 8.6), layout="constrained")
+    axes = fig.subplots(2, 3)
+    losses(report, axes[0, 0])
+    collapse(report, axes[0, 1])
+    collapse(report, axes[0, 2], metric="penalty")
+    error(report, axes[1, 0])
+    grokking(report, axes[1, 1])
+    curvature(report, axes[1, 2])
+    titles = (
+        "first the data are fitted; much later the test loss falls",
+        "on the slow clock all $\\lambda$ fall on one curve",
+        "what drives it: the penalty falls along the manifold",
+        "the error of the theory is proportional to $\\lambda$",
+        "grokking time",
+        "where theory holds: $\\lambda \\ll \\eta$",
+    )
+    for letter, ax, title in zip("abcdef", axes.flat, titles, strict=True):
+        ax.set_title(f"({letter}) {title}", fontsize=SIZE, loc="left")
+    Colours(report.weight_decay).bar(fig, list(axes.flat))
+    return fig
+
+
+def losses(report: Report, ax: Axes | None = None) -> Axes:
+    """Train and test loss of every lane in time t, and the predicted test loss."""
+    ax = _axes(ax)
+    paths, colours = report.sweep, Colours(report.weight_decay)
+    t, train = np.asarray(paths.t), np.asarray(paths.train_loss)
+    thresholds = {k: m.threshold for k, m in paths.paths.watched.items()}
+    for i in range(len(paths)):
+        ax.plot(*_positive(t[i], train[i]), color=colours(i), lw=1.0)
+        if "test" not in paths.metrics:
+            continue
+        test = np.asarray(paths.metrics["test"][i])
+        ax.plot(*_positive(t[i], test), color=colours(i), lw=2.2)
+        predicted = report.predicted_metrics["test"][i]
+        x, y = _positive(report.predicted_t[i], predicted)
+        ax.plot(x, y, color=THEORY, lw=1.0, ls=(0, (4, 3)))
+        for time, name, marker in (
+            (report.memorisation_time[i], "train", "s"),
+            (report.grokking_time[i], "test", "o"),
+        ):
+            if time > 0:
+                level = thresholds[name]
+                ax.plot(time, level, marker, color=colours(i), mec="black", ms=7)
+    from matplotlib.lines import Line2D
+
+    entries = [
+        Line2D([], [], color="grey", lw=2.2, label="test loss"),
+        Line2D([], [], color=THEORY, lw=1.0, ls=(0, (4, 3)), label="test, theory"),
+        Line2D([], [], color="grey", lw=1.0, label="train loss"),
+        _marker("s", "memorised"),
+        _marker("o", "grokked"),
+    ]
+    _finish(ax, LABELS["t"], "loss")
+    _log(ax, floor=_lowest(train) / 3)
+    ax.legend(handles=entries, fontsize=SIZE - 1, frameon=False, loc="lower left")
+    return ax
+
+
+def collapse(
+    report: Report, ax: Axes | None = None, *, metric: str = "test"
+) -> Axes:
+    """One metric of every lane on the slow clock s = λt, and the drift's own curve."""
+    drift = report.theory.drift
+    curve = drift.penalty if metric == "penalty" else drift.metrics[metric]
+    values = np.asarray(_curves(report.sweep, metric))
+    slow = np.asarray(report.sweep.slow_time)
+    ax = sweep(report.sweep, ax, metric=metric, clock="s", colorbar=False)
+    x, y = _positive(drift.t, curve)
+    ax.plot(x, y, color=THEORY, lw=1.4, ls=(0, (4, 3)), label="drift $w^\\circ(s)$")
+    # The fast phase, which is at smaller and smaller s, is not of interest here.
+    left = 1e-4 * float(drift.t[-1])
+    shown = values[(slow >= left) & np.isfinite(values)]
+    shown = np.append(shown, np.asarray(curve))
+    shown = shown[shown > 0]
+    ax.set_xlim(left, float(drift.t[-1]) * 1.3)
+    ax.set_ylim(shown.min() / 1.3, shown.max() * 1.3)
+    _legend(ax, loc="lower left")
+    return ax
+
+
+def error(report: Report, ax: Axes | None = None) -> Axes:
+    """The largest error of the prediction against λ, and a line of slope one."""
+    ax = _axes(ax)
+    lams, used = report.weight_decay, report.rate.used
+    order = np.argsort(lams)
+    lams, used = lams[order], used[order]
+    whole, regular = report.sup_error[order], report.sup_error_regular[order]
+    until = f"$s \\leq {report.regular_until:.2g}$"
+    ax.plot(lams, whole, "^--", color="grey", ms=5, lw=1, label="over all times")
+    ax.plot(lams, regular, "-", color=TRAIN, lw=1)
+    ax.plot(lams, regular, "o", mfc="white", mec=TRAIN, ms=7, label=f"over {until}")
+    if used.any():
+        ax.plot(lams[used], regular[used], "o", color=TRAIN, ms=7, label="… used to fit")
+        anchor = np.flatnonzero(used)[-1]
+        guide = regular[anchor] * lams / lams[anchor]
+        ax.plot(lams, 0.4 * guide, ":", color=THEORY, lw=1.5, label="slope 1")
+    rate = report.rate
+    if np.isfinite(rate.exponent):
+        error = f" ± {rate.stderr:.3f}" if np.isfinite(rate.stderr) else ""
+        text = f"fitted rate {rate.exponent:.3f}{error}"
+    else:
+        text = "no rate: too few small λ"
+    ax.text(0.97, 0.05, text, transform=ax.transAxes, ha="right", fontsize=SIZE)
+    _finish(ax, "weight decay $\\lambda$", "error relative to $\\|\\Phi\\|$")
+    _log(ax)
+    _legend(ax, loc="upper left")
+    return ax
+
+
+def grokking(report: Report, ax: Axes | None = None) -> Axes:
+    """Measured against predicted grokking times; a diagonal line is agreement."""
+    ax = _axes(ax)
+    x, y = report.predicted_grokking_time, report.grokking_time
+    colours = Colours(report.weight_decay)
+    shown = (x > 0) & (y > 0)
+    for i in np.flatnonzero(shown):
+        ax.plot(x[i], y[i], "o", color=colours(i), mec="black", ms=9, zorder=3)
+    _finish(ax, "predicted time $t$", "measured time $t$")
+    if shown.any():
+        ends = np.array([min(x[shown].min(), y[shown].min()) / 3, x[shown].max() * 3])
+        ax.plot(ends, ends, color=THEORY, lw=1, ls=(0, (4, 3)), label="measured = predicted")
+        off = np.abs(y[shown] / x[shown] - 1)
+        text = f"median difference {100 * np.median(off):.1g} %"
+        ax.text(0.97, 0.05, text, transform=ax.transAxes, ha="right", fontsize=SIZE)
+        _log(ax)
+        _legend(ax, loc="upper left")
+    else:
+        text = "the test loss does not\ncross its threshold"
+        ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", fontsize=SIZE)
+        ax.set(xticks=[], yticks=[])
+    return ax
+
+
+def curvature(report: Report, ax: Axes | None = None) -> Axes:
+    """η(s), the smallest normal curvature of F along the drift, and every λ."""
+    ax = _axes(ax)
+    drift = report.theory.drift
+    eta = np.asarray(report.theory.smallest_curvature)
+    colours = Colours(report.weight_decay)
+    for i, lam in enumerate(report.weight_decay):
+        ax.axhline(lam, color=colours(i), lw=1.5)
+    ax.plot(*_positive(drift.t, eta), color=THEORY, lw=2.2, label="$\\eta(s)$")
+    until = report.regular_until
+    if until < float(drift.t[-1]):
+        ax.axvline(until, color=TEST, ls=":", lw=1.8, label="$\\eta$ at a tenth")
+    from matplotlib.lines import Line2D
+
+    handles = [*ax.get_legend_handles_labels()[0]]
+    handles.append(Line2D([], [], color=colours(0), lw=1.5, label="each $\\lambda$"))
+    _finish(ax, LABELS["s"], "curvature, weight decay")
+    ax.set_yscale("log")
+    ax.legend(handles=handles, fontsize=SIZE - 1, frameon=False, loc="best")
+    return ax
+
+
+_NAMES = {
+    "test": "test loss",
+    "train": "train loss",
+    "train_loss": "train loss",
+    "penalty": "penalty $R$",
+}
+
+
+def colorbar(weight_decay: Any, fig: Figure, axes: Any) -> Any:
+    """The scale of λ beside `axes` (one or a list), for several panels that share it."""
+    return Colours(np.asarray(weight_decay)).bar(fig, axes)
+
+
+class Colours:
+    """A colour for each λ, on a logarithmic scale that all readers can tell apart."""
+
+    def __init__(self, weight_decay: np.ndarray):
+        from matplotlib import colormaps
+        from matplotlib.cm import ScalarMappable
+        from matplotlib.colors import ListedColormap, LogNorm
+
+        lams = np.asarray(weight_decay, float)
+        self.lams = lams
+        positive = lams[lams > 0]
+        low, high = (positive.min(), positive.max()) if positive.size else (1.0, 1.0)
+        if low == high:
+            low, high = low / 3, high * 3
+        # Without the yellow end, which is hard to see on white.
+        cmap = ListedColormap(colormaps["viridis"](np.linspace(0.0, 0.9, 256)))
+        self.map = ScalarMappable(LogNorm(low, high), cmap)
+
+    def __call__(self, i: int) -> Any:
+        lam = self.lams[i]
+        return self.map.to_rgba(lam) if lam > 0 else "black"
+
+    def bar(self, fig: Figure, axes: Any) -> None:
+        bar = fig.colorbar(self.map, ax=axes, aspect=30, pad=0.01)
+        bar.set_label("weight decay $\\lambda$", fontsize=SIZE)
+        bar.ax.tick_params(labelsize=SIZE - 1)
+
+
+def _axes(ax: Axes | None) -> Axes:
+    if ax is not None:
+        return ax
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(figsize=(6.4, 4.4), layout="constrained")[1]
+
+
+def _time(path: Path, clock: str) -> np.ndarray:
+    if clock not in LABELS:
+        raise ValueError(f"clock: expected 't' or 's', got {clock!r}.")
+    return np.asarray(path.t if clock == "t" else path.slow_time)
+
+
+def _curves(sweep: Sweep, metric: str) -> Any:
+    if metric in sweep.metrics:
+        return sweep.metrics[metric]
+    if metric in ("train_loss", "penalty"):
+        return getattr(sweep, metric)
+    known = [*sweep.metrics, "train_loss", "penalty"]
+    raise ValueError(f"metric: expected one of {known}, got {metric!r}.")
+
+
+def _positive(x: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
+    """What can be drawn on logarithmic axes."""
+    x, y = np.asarray(x, float), np.asarray(y, float)
+    where = (x > 0) & (y > 0)
+    return x[where], y[where]
+
+
+def _lowest(values: np.ndarray) -> float:
+    values = values[np.isfinite(values) & (values > 0)]
+    return float(values.min()) if values.size else 1.0
+
+
+def _marker(marker: str, label: str) -> Any:
+    from matplotlib.lines import Line2D
+
+    style = {"marker": marker, "ls": "", "color": "lightgrey", "mec": "black", "ms": 7}
+    return Line2D([], [], label=label, **style)
+
+
+def _log(ax: Axes, floor: float | None = None) -> None:
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    if floor is not None:
+        ax.set_ylim(bottom=floor)
+
+
+def _finish(ax: Axes, x: str, y: str, title: str = "") -> None:
+    ax.set_xlabel(x, fontsize=SIZE)
+    ax.set_ylabel(y, fontsize=SIZE)
+    ax.set_title(title, fontsize=SIZE)
+    ax.tick_params(labelsize=SIZE - 1)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def _legend(ax: Axes, **kwargs: Any) -> None:
+    ax.legend(fontsize=SIZE - 1, frameon=False, **kwargs)
+
+
+def power(x: float) -> str:
+    """x for a label, as a power of ten."""
+    if x == 0:
+        return "0"
+    exponent = int(np.floor(np.log10(x)))
+    mantissa = round(x / 10.0**exponent, 2)
+    if mantissa == 10:
+        exponent, mantissa = exponent + 1, 1.0
+    power = f"10^{{{exponent}}}"
+    return f"${power}$" if mantissa == 1 else f"${mantissa:g} \\times {power}$"
