@@ -31,9 +31,9 @@ def linear(sweep: gf.Sweep, truth: Any) -> Figure:
     left.plot([], [], ".", color="black", label="simulation")
     left.axhline(np.linalg.norm(np.asarray(truth.kernel_part)), color="grey", ls=":")
     left.annotate(
-        "plateau: projection of $w(0)$ on the solutions",
-        (1.0, 0.97 * np.linalg.norm(np.asarray(truth.kernel_part))),
-        va="top",
+        "plateau: $w(0)$ projected on the solutions of $Xw = y$",
+        (1.0, 1.01 * np.linalg.norm(np.asarray(truth.kernel_part))),
+        va="bottom",
         fontsize=SIZE - 1,
     )
     left.set(xscale="log")
@@ -85,7 +85,8 @@ def singular_values(path: gf.Path, truth: Any) -> Figure:
     _mark(right, 1 / float(path.weight_decay))
     right.set_xscale("log")
     _label(right, "singular values of $UV^\\top$")
-    right.set_title(f"the drift leaves a matrix of rank {rank}", fontsize=SIZE)
+    right.set_title("most singular values die in the drift", fontsize=SIZE)
+    right.set_ylim(top=1.25 * max(target[0], values[:, 0].max()))
     _legend(right, loc="upper left")
     return fig
 

@@ -1,6 +1,8 @@
 """gradflow: neural networks trained in continuous time."""
+
 import os as _os
 import jax as _jax
+
 if "JAX_ENABLE_X64" not in _os.environ:
     _jax.config.update("jax_enable_x64", True)
 

@@ -68,7 +68,11 @@ def check_tolerance(rtol, params: PyTree) -> None:
 
 
 def check_horizon(weight_decay, slow_time, t1, ts, saves) -> None:
-    given = [n for n, v in (("slow_time", slow_time), ("t1", t1), ("ts", ts)) if v is not None]
+    given = [
+        n
+        for n, v in (("slow_time", slow_time), ("t1", t1), ("ts", ts))
+        if v is not None
+    ]
     if len(given) != 1:
         raise ValueError(f"slow_time, t1, ts: give exactly one, got {given or 'none'}.")
     for name, value in (("slow_time", slow_time), ("t1", t1)):

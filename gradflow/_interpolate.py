@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree, Scalar
 
-
 _POINTS = 8  # polynomials of degree 7: error 1e-9 on exp(−eˣ) at a spacing of 0.08
 
 
@@ -20,7 +19,7 @@ def interpolate(values: PyTree, position: Float[Array, ""]) -> PyTree:
     """
     n = jax.tree.leaves(values)[0].shape[0]
     first = jnp.clip(jnp.floor(position).astype(int) - _POINTS // 2 + 1, 0, n - _POINTS)
-    weights = _lagrange(jnp.clip(position, 0, n - 1) - first)
+    weights = _lagrange(jnp.clip(position, 0, n - 1) - first.astype(position.dtype))
 
     def one(v: Array) -> Array:
         near = jax.lax.dynamic_slice_in_dim(v, first, _POINTS)
@@ -31,7 +30,7 @@ def interpolate(values: PyTree, position: Float[Array, ""]) -> PyTree:
 
 def _lagrange(x: Scalar) -> Float[Array, " points"]:
     """The Lagrange polynomials on 0, 1, …, 7 at x."""
-    nodes = np.arange(_POINTS)
-    others = np.stack([np.delete(nodes, j) for j in nodes])
+    nodes = np.arange(_POINTS, dtype=x.dtype)
+    others = np.stack([np.delete(nodes, j) for j in range(_POINTS)])
     scale = np.prod(nodes[:, None] - others, axis=1)
     return jnp.prod(x - others, axis=1) / scale

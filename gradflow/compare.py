@@ -6,14 +6,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from .grokking import crossing_time
 from .path import Path
 from .results import RESULTS
 from .sweep import Sweep
 from .theory import TwoPhase
-
 
 _DENSE = 400  # times at which a predicted metric is evaluated
 
@@ -24,7 +23,7 @@ class Rate(eqx.Module):
     exponent: float
     stderr: float
     """Its standard error; NaN for two points."""
-    used: Float[np.ndarray, " L"]
+    used: Bool[np.ndarray, " L"]
     """Which λ were used, a vector of booleans."""
     why: str
     """Why these; or why there is no rate."""
@@ -233,8 +232,10 @@ def _sup_until(errors: np.ndarray, slow: np.ndarray, until: float) -> np.ndarray
     """The supremum over s ≤ `until`, that end included: errors grow with s, and where
     the last saved time before it lies must not matter from lane to lane."""
     inside = _sup(errors, slow <= until)
-    pairs = zip(slow, errors, strict=True)
-    at_end = np.array([np.exp(np.interp(until, s, np.log(e))) for s, e in pairs])
+    # In logarithms, where the error is a power of s; it may vanish at s = 0.
+    logs = np.log(np.maximum(errors, np.finfo(float).tiny))
+    pairs = zip(slow, logs, strict=True)
+    at_end = np.exp([np.interp(until, s, e) for s, e in pairs])
     return np.maximum(inside, at_end)
 
 

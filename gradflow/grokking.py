@@ -7,7 +7,9 @@ from .metrics import Metric
 
 
 def crossing_time(
-    t: Float[Array, " n"], values: Float[Array, " n"], metric: Metric
+    t: Float[Array | np.ndarray, " n"],
+    values: Float[Array | np.ndarray, " n"],
+    metric: Metric,
 ) -> float:
     """The first time from which `metric` stays on the good side of its threshold.
 

@@ -15,23 +15,24 @@ from .results import RESULTS
 class Path(eqx.Module):
     """A path θ(t) of a gradient flow, saved at n times.
 
-    Every array has the n times as its first axis. Where a run ended early, what comes
-    after its end is NaN. `path[i]` is the model at `path.t[i]`.
+    Every array has the n times as its first axis (after that of the lanes, inside a
+    `Sweep`). Where a run ended early, what comes after its end is NaN. `path[i]` is the
+    model at `path.t[i]`.
     """
 
-    t: Float[Array, " n"]
+    t: Float[Array, "*lanes n"]
     """The times, in the units of the flow (time t)."""
-    weight_decay: Float[Array, ""]
+    weight_decay: Float[Array, " *lanes"]
     """λ. In a Riemannian path it is one, and t is the slow time itself."""
     params: PyTree
     """The trainable parameters, stacked along the times."""
     static: PyTree
     """All the rest of the model."""
-    metrics: dict[str, Float[Array, " n"]]
+    metrics: dict[str, Float[Array, "*lanes n"]]
     """The metrics asked for, by name."""
-    train_loss: Float[Array, " n"]
+    train_loss: Float[Array, "*lanes n"]
     """F."""
-    penalty: Float[Array, " n"]
+    penalty: Float[Array, "*lanes n"]
     """R."""
     result: RESULTS
     """How the run ended."""
@@ -41,7 +42,7 @@ class Path(eqx.Module):
     """The metrics themselves, with their thresholds."""
 
     @property
-    def slow_time(self) -> Float[Array, " n"]:
+    def slow_time(self) -> Float[Array, "*lanes n"]:
         """s = λt."""
         return self.weight_decay[..., None] * self.t
 
@@ -50,7 +51,7 @@ class Path(eqx.Module):
         """The models, every trainable leaf stacked along the times."""
         return eqx.combine(self.params, self.static)
 
-    def __getitem__(self, index: int) -> PyTree:
+    def __getitem__(self, index: int | np.integer) -> PyTree:
         """The model at `t[index]`."""
         return eqx.combine(jax.tree.map(lambda p: p[index], self.params), self.static)
 

@@ -22,7 +22,8 @@ else:  # Matplotlib is imported by the first figure, not by the library.
 Clock = Literal["t", "s"]
 
 LABELS = {"t": "time $t$", "s": "slow time $s = \\lambda t$"}
-TRAIN, TEST, PENALTY, THEORY = "#0072B2", "#D55E00", "#009E73", "black"
+TRAIN, TEST, PENALTY = "#0072B2", "#D55E00", "#009E73"
+THEORY = "#FF4D2E"  # dashed, over all colours of λ
 SIZE = 11  # of all text, in points
 
 
@@ -133,7 +134,7 @@ def report(report: Report, fig: Figure | None = None) -> Figure:
     titles = (
         "first the data are fitted; much later the test loss falls",
         "on the slow clock all $\\lambda$ fall on one curve",
-        "what drives it: the penalty falls along the manifold",
+        "the penalty falls along the manifold",
         "the error of the theory is proportional to $\\lambda$",
         "grokking time",
         "where theory holds: $\\lambda \\ll \\eta$",
@@ -158,7 +159,7 @@ def losses(report: Report, ax: Axes | None = None) -> Axes:
         ax.plot(*_positive(t[i], test), color=colours(i), lw=2.2)
         predicted = report.predicted_metrics["test"][i]
         x, y = _positive(report.predicted_t[i], predicted)
-        ax.plot(x, y, color=THEORY, lw=1.0, ls=(0, (4, 3)))
+        ax.plot(x, y, color=THEORY, lw=1.4, ls=(0, (4, 3)))
         for time, name, marker in (
             (report.memorisation_time[i], "train", "s"),
             (report.grokking_time[i], "test", "o"),
@@ -170,7 +171,7 @@ def losses(report: Report, ax: Axes | None = None) -> Axes:
 
     entries = [
         Line2D([], [], color="grey", lw=2.2, label="test loss"),
-        Line2D([], [], color=THEORY, lw=1.0, ls=(0, (4, 3)), label="test, theory"),
+        Line2D([], [], color=THEORY, lw=1.4, ls=(0, (4, 3)), label="test, theory"),
         Line2D([], [], color="grey", lw=1.0, label="train loss"),
         _marker("s", "memorised"),
         _marker("o", "grokked"),
@@ -181,9 +182,7 @@ def losses(report: Report, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def collapse(
-    report: Report, ax: Axes | None = None, *, metric: str = "test"
-) -> Axes:
+def collapse(report: Report, ax: Axes | None = None, *, metric: str = "test") -> Axes:
     """One metric of every lane on the slow clock s = λt, and the drift's own curve."""
     drift = report.theory.drift
     curve = drift.penalty if metric == "penalty" else drift.metrics[metric]
@@ -199,6 +198,9 @@ def collapse(
     shown = shown[shown > 0]
     ax.set_xlim(left, float(drift.t[-1]) * 1.3)
     ax.set_ylim(shown.min() / 1.3, shown.max() * 1.3)
+    if shown.max() < 30 * shown.min():
+        ax.set_yscale("linear")
+        ax.set_ylim(0, shown.max() * 1.05)
     _legend(ax, loc="lower left")
     return ax
 
@@ -215,10 +217,12 @@ def error(report: Report, ax: Axes | None = None) -> Axes:
     ax.plot(lams, regular, "-", color=TRAIN, lw=1)
     ax.plot(lams, regular, "o", mfc="white", mec=TRAIN, ms=7, label=f"over {until}")
     if used.any():
-        ax.plot(lams[used], regular[used], "o", color=TRAIN, ms=7, label="… used to fit")
+        ax.plot(
+            lams[used], regular[used], "o", color=TRAIN, ms=7, label="… used to fit"
+        )
         anchor = np.flatnonzero(used)[-1]
         guide = regular[anchor] * lams / lams[anchor]
-        ax.plot(lams, 0.4 * guide, ":", color=THEORY, lw=1.5, label="slope 1")
+        ax.plot(lams, 0.4 * guide, ":", color="black", lw=1.5, label="slope 1")
     rate = report.rate
     if np.isfinite(rate.exponent):
         error = f" ± {rate.stderr:.3f}" if np.isfinite(rate.stderr) else ""
@@ -243,7 +247,7 @@ def grokking(report: Report, ax: Axes | None = None) -> Axes:
     _finish(ax, "predicted time $t$", "measured time $t$")
     if shown.any():
         ends = np.array([min(x[shown].min(), y[shown].min()) / 3, x[shown].max() * 3])
-        ax.plot(ends, ends, color=THEORY, lw=1, ls=(0, (4, 3)), label="measured = predicted")
+        ax.plot(ends, ends, "--", color="black", lw=1, label="measured = predicted")
         off = np.abs(y[shown] / x[shown] - 1)
         text = f"median difference {100 * np.median(off):.1g} %"
         ax.text(0.97, 0.05, text, transform=ax.transAxes, ha="right", fontsize=SIZE)
@@ -264,7 +268,7 @@ def curvature(report: Report, ax: Axes | None = None) -> Axes:
     colours = Colours(report.weight_decay)
     for i, lam in enumerate(report.weight_decay):
         ax.axhline(lam, color=colours(i), lw=1.5)
-    ax.plot(*_positive(drift.t, eta), color=THEORY, lw=2.2, label="$\\eta(s)$")
+    ax.plot(*_positive(drift.t, eta), color="black", lw=2.2, label="$\\eta(s)$")
     until = report.regular_until
     if until < float(drift.t[-1]):
         ax.axvline(until, color=TEST, ls=":", lw=1.8, label="$\\eta$ at a tenth")

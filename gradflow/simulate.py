@@ -1,18 +1,15 @@
 """One path of the gradient flow."""
 
 from collections.abc import Callable
-from typing import Any
 
 import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, PyTree, Scalar
 
-from ._checks import check_horizon, check_tolerance, check_weight_decay, is_concrete
+from ._checks import check_horizon, check_tolerance, check_weight_decay
 from .flow import FlowTerm, GradientFlow
-from .losses import AbstractLoss
 from .metrics import Metric
 from .path import Path
 from .results import RESULTS

@@ -70,7 +70,7 @@ class Sweep(eqx.Module):
     def __len__(self) -> int:
         return self.weight_decay.shape[0]
 
-    def __getitem__(self, index: int) -> Path:
+    def __getitem__(self, index: int | np.integer) -> Path:
         """The path of one lane."""
         lane = jax.tree.map(
             lambda x: x[index] if eqx.is_array(x) else x, _without_static(self.paths)
@@ -110,7 +110,7 @@ def sweep(
     flow: GradientFlow,
     model: PyTree,
     *,
-    weight_decay: Float[Array, " L"],
+    weight_decay: Float[Array | np.ndarray, " L"],
     slow_time: float | None = None,
     t1: float | None = None,
     ts: Float[Array, " n"] | None = None,
@@ -159,13 +159,14 @@ def sweep(
     lams = jnp.asarray(weight_decay, dtype)
     if ts is None:
         ends = jnp.full_like(lams, t1) if slow_time is None else slow_time / lams
-        times = eqx.filter_vmap(lambda lam, end: save_times(term, params, lam, end, saves))(
-            lams, ends
-        )
+        times = eqx.filter_vmap(
+            lambda lam, end: save_times(term, params, lam, end, saves)
+        )(lams, ends)
     else:
         times = jnp.broadcast_to(jnp.asarray(ts, dtype), (lams.size, np.size(ts)))
     if solver is None:
         solver = choose_solver(term, params, jnp.max(lams), jnp.max(times))
+    rtol = jnp.asarray(rtol, dtype)  # an array: a new tolerance is no new compilation
 
     def lane(lam: Array, ts: Array, meter: bool) -> Path:
         return solve(
@@ -173,14 +174,14 @@ def sweep(
         )
 
     if batch == "vmap":
-        paths = eqx.filter_vmap(lambda lam, ts: _without_static(lane(lam, ts, progress)))(
-            lams, times
-        )
+        paths = eqx.filter_vmap(
+            lambda lam, ts: _without_static(lane(lam, ts, progress))
+        )(lams, times)
     else:
         paths = _stack(_each(lane, lams, times, progress))
     out = Sweep(_with_static(paths, term.static))
     if throw:
-        worst = jnp.argmin(out.succeeded)
+        worst = int(jnp.argmin(out.succeeded))
         out = out[worst].result.error_if(out, ~out[worst].succeeded)
     return out
 

@@ -11,13 +11,12 @@ from jaxtyping import Array, Float, PyTree
 from ._interpolate import interpolate
 from .flow import GradientFlow
 from .losses import AbstractCompositeLoss
-from .manifold import Limit, limit_map, retract, riemannian_flow, spectrum, Spectrum
+from .manifold import Limit, limit_map, retract, riemannian_flow, Spectrum, spectrum
 from .metrics import Metric
 from .path import Path
 from .results import RESULTS
 from .simulate import simulate
 from .solvers import KKT5, sharpness
-
 
 _NODES = 257  # of the fast path, evenly spaced in log(1 + t/τ)
 
@@ -48,7 +47,9 @@ class TwoPhase(eqx.Module):
         return self.drift.stats["smallest_curvature"]
 
     def predict(
-        self, t: Float[Array, " n"] | float, weight_decay: float | Float[Array, ""]
+        self,
+        t: Float[Array, " *n"] | float,
+        weight_decay: float | Float[Array, ""],
     ) -> PyTree:
         """The composite prediction θ_GF(t) + w°(λt) − Φ(θ₀).
 

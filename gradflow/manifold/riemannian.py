@@ -145,9 +145,7 @@ def _vanishing_decay(
     tiny = 1e-14 if times.dtype == jnp.float64 else 1e-6
     here = jax.tree.map(lambda p: p[None], params)
     lam = tiny * _curvature_along(term, here)[1][0]
-    path = solve(
-        term, params, lam, times / lam, watched, KKT5(), rtol, atol, max_steps
-    )
+    path = solve(term, params, lam, times / lam, watched, KKT5(), rtol, atol, max_steps)
     smallest, largest = _curvature_along(term, path.params)
     lost = jnp.any(smallest < 10 * tiny * largest)
     result = RESULTS.where(lost, RESULTS.rank_lost, RESULTS.successful)

@@ -14,7 +14,6 @@ from ..flow import FlowTerm
 from ..losses import AbstractCompositeLoss
 from .kkt import KKT5
 
-
 _EXPLICIT_RANGE = 300  # L t₁ up to which Tsit5 needs some hundred steps, no more
 _DENSE = 2000  # parameters up to which a d × d Jacobian is affordable
 

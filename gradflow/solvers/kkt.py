@@ -18,7 +18,6 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 from ..flow import FlatLoss, flatten, FlowTerm
 from ..losses import AbstractCompositeLoss
 
-
 if TYPE_CHECKING:
     from typing import ClassVar as AbstractClassVar
 else:
@@ -102,7 +101,9 @@ class AbstractKKT(
             gram = jax.lax.cond(
                 renew, lambda: _gram(loss, theta), lambda: solver_state.gram
             )
-            return self._stages(term.penalty, loss, theta, h, args, solver_state, gram)
+            return self._stages(
+                term.penalty, loss, theta, h, args, solver_state, gram, renew
+            )
 
         def retry(carry):
             renew, _, _ = carry
@@ -145,6 +146,7 @@ class AbstractKKT(
         weight_decay: float | Scalar,
         state: _State,
         gram: Float[Array, "m m"],
+        fresh: Bool[Array, ""],
     ) -> _Step:
         lower, gamma = _matrix(self.tableau)
         a = jnp.asarray(lower, y0.dtype)
@@ -156,33 +158,47 @@ class AbstractKKT(
         decay = lambda y: ravel_pytree(penalty.gradient(loss.unravel(y)))[0]
         scale = self.root_finder.atol + self.root_finder.rtol * jnp.abs(y0)
         kappa = self.root_finder.kappa
+        norm = lambda v: self.root_finder.norm(v / scale)
         most = self.root_find_max_steps
 
         def iterate(base, carry):
-            y, mu, _, rate, size, count = carry
+            y, mu, _, rate, size, count, weight, drift = carry
             z, push = jax.linearize(loss.outputs, y)
             pullback = lambda u: jax.linear_transpose(push, y)(u)[0]
             force = jax.grad(loss.loss.outer)(z)
             lack = base - y - pull * decay(y) - c * pullback(mu)
             dmu = solve(push(lack), alpha * (force - mu), z) / c
             dy = (lack - c * pullback(dmu)) / alpha
-            new = self.root_finder.norm(dy / scale)
+            new = norm(dy)
             # The first iteration has no rate of its own: the last stage's, never
             # trusted below 0.3, lets an excellent guess pass after one.
             rate = jnp.where(count > 0, new / size, jnp.maximum(rate, 0.3))
             left = new * rate / (1 - jnp.minimum(rate, 0.95))
-            diverging = ~jnp.isfinite(new) | ((count > 0) & (rate > 2))
-            status = jnp.where(diverging, 2, jnp.where(left < kappa, 1, 0))
-            return y + dy, mu + dmu, status, rate, new, count + 1
+            # Where ∇F jumps, as at the kinks of a ReLU, the flow may slide along the
+            # jump. Then the stage has a solution only with a mean of the gradients on
+            # both sides (Filippov), and the iteration goes to and fro between them even
+            # with a fresh Gram matrix. The mean of its iterates converges, as 1/n.
+            growing = (count > 0) & (rate > 2)
+            cycling = fresh & (growing | ((count > 3) & (rate > 0.9)))
+            weight = jnp.where(cycling | (weight < 1), weight / (1 + weight), weight)
+            sliding = weight < 1
+            drift = 0.75 * drift + 0.25 * dy  # small where they do go to and fro
+            settled = (weight * new < _SLIDE) & (norm(drift) < 0.5 * new)
+            converged = jnp.where(sliding, settled, left < kappa)
+            diverging = ~jnp.isfinite(new) | (growing & ~sliding)
+            status = jnp.where(diverging, 2, jnp.where(converged, 1, 0))
+            y, mu = y + weight * dy, mu + weight * dmu
+            return y, mu, status, rate, new, count + 1, weight, drift
 
         def stage(i, carry):
             slopes, y, mu, rate, ok, count = carry
             base = y0 + h * (a[i] @ slopes)
             guess = base + c * (p[i] @ slopes)
-            y1, mu, status, rate, _, n = jax.lax.while_loop(
-                lambda s: (s[2] == 0) & (s[5] < most) & ok,
+            one = jnp.ones_like(rate)
+            y1, mu, status, rate, _, n, _, _ = jax.lax.while_loop(
+                lambda s: (s[2] == 0) & (s[5] < jnp.where(s[6] < 1, 4, 1) * most) & ok,
                 lambda s: iterate(base, s),
-                (guess, mu, 0, rate, jnp.ones_like(rate), 0),
+                (guess, mu, 0, rate, one, 0, one, jnp.zeros_like(y0)),
             )
             slopes = slopes.at[i].set((y1 - base) / c)
             return slopes, y1, mu, rate, ok & (status == 1), count + n
@@ -196,6 +212,7 @@ class AbstractKKT(
 
 
 _SLOW = 4  # iterations a stage above which the Gram matrix is renewed
+_SLIDE = 0.2  # tolerances by which the mean may still move when a sliding stage ends
 
 
 def _flow_term(terms: AbstractTerm) -> FlowTerm:
@@ -270,9 +287,9 @@ class KKT3(AbstractKKT):
     """
 
     # It takes many small steps: what each leaves of the iteration must not add up.
-    root_finder: ChordIteration = diffrax.with_stepsize_controller_tols(
-        ChordIteration
-    )(kappa=0.002)
+    root_finder: ChordIteration = diffrax.with_stepsize_controller_tols(ChordIteration)(
+        kappa=0.002
+    )
     root_find_max_steps: int = 12
     tableau: ClassVar[diffrax.ButcherTableau] = diffrax.Kvaerno3.tableau
 

@@ -1,0 +1,131 @@
+"""Figures have labelled axes, legends and one curve for each lane."""
+
+import gradflow as gf
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+matplotlib.use("Agg")
+
+LAMS = jnp.array([1e-2, 1e-3, 1e-4])
+
+
+@pytest.fixture(scope="module")
+def results():
+    task = gf.tasks.linear_regression(jax.random.key(0), samples=4, dim=8)
+    theory = gf.two_phase(
+        task.flow, task.model, slow_time=3.0, metrics=task.metrics, rtol=1e-7
+    )
+    sweep = gf.sweep(
+        task.flow,
+        task.model,
+        weight_decay=LAMS,
+        slow_time=3.0,
+        saves=33,
+        metrics=task.metrics,
+        solver=gf.KKT5(),
+        rtol=1e-8,
+        progress=False,
+    )
+    return sweep, gf.compare(sweep, theory)
+
+
+def axes():
+    # Not by pyplot: given axes, the functions must leave its state alone.
+    return Figure(layout="constrained").subplots()
+
+
+def labels(ax):
+    return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+def test_path_has_a_labelled_curve_for_each_quantity(results):
+    ax = axes()
+    assert gf.plot.path(results[0][1], ax) is ax
+    assert ax.get_xlabel() == "time $t$" and ax.get_ylabel()
+    assert labels(ax) == ["train loss", "test", "penalty $R$"]
+    assert "10^{-3}" in ax.get_title()
+    assert not matplotlib.pyplot.get_fignums()
+
+
+def test_path_on_the_slow_clock(results):
+    path = results[0][1]
+    ax = gf.plot.path(path, axes(), clock="s")
+    assert ax.get_xlabel() == "slow time $s = \\lambda t$"
+    x = ax.get_lines()[0].get_xdata()
+    np.testing.assert_allclose(x, np.asarray(path.slow_time)[1:])
+
+
+@pytest.mark.parametrize("metric", ["test", "train_loss", "penalty"])
+def test_sweep_has_a_curve_for_each_lane_and_a_scale(results, metric):
+    sweep = results[0]
+    ax = gf.plot.sweep(sweep, axes(), metric=metric)
+    curves = [line for line in ax.get_lines() if len(line.get_xdata()) > 2]
+    assert len(curves) == len(LAMS)
+    assert len({line.get_color() for line in curves}) == len(LAMS)
+    (bar,) = [a for a in ax.figure.axes if a is not ax]
+    assert bar.get_ylabel() == "weight decay $\\lambda$"
+    np.testing.assert_allclose(bar.get_ylim(), (1e-4, 1e-2))
+
+
+def test_curves_collapse_on_the_slow_clock(results):
+    sweep, report = results
+    ax = gf.plot.collapse(report, axes(), metric="penalty")
+    *lanes, drift = [line for line in ax.get_lines() if len(line.get_xdata()) > 2]
+    assert len(lanes) == len(LAMS) and "drift" in drift.get_label()
+    s = np.linspace(0.1, 2.9, 20)
+    drift_at = np.interp(s, *drift.get_data())
+    for lane, lam in zip(lanes, LAMS, strict=True):
+        off = np.abs(np.interp(s, *lane.get_data()) / drift_at - 1)
+        assert off.max() < 2 * lam + 2e-2  # linear between the saved times
+
+
+def test_report_has_six_labelled_panels(results):
+    report = results[1]
+    figure = Figure(figsize=(15, 8.6), layout="constrained")
+    assert gf.plot.report(report, figure) is figure
+    panels = [ax for ax in figure.axes if ax.get_title(loc="left")]
+    assert [ax.get_title(loc="left")[:3] for ax in panels] == [f"({c})" for c in "abcdef"]
+    assert all(ax.get_xlabel() and ax.get_ylabel() for ax in panels)
+    assert all(ax.get_legend() is not None for ax in panels)
+    texts = [text.get_text() for ax in panels for text in ax.texts]
+    assert any(f"{report.rate.exponent:.3f}" in text for text in texts)
+    figure.canvas.draw()
+    sizes = [
+        text.get_fontsize()
+        for ax in panels
+        for text in (*ax.get_xticklabels(), *ax.get_legend().get_texts(), *ax.texts)
+    ]
+    assert min(sizes) >= 10
+
+
+def test_without_axes_they_make_a_figure_of_their_own(results):
+    sweep, report = results
+    assert sweep[0].plot().get_figure() is not sweep.plot().get_figure()
+    assert isinstance(report.plot(), Figure)
+    assert len(matplotlib.pyplot.get_fignums()) == 3
+    matplotlib.pyplot.close("all")
+
+
+def test_a_report_without_grokking_says_so(results):
+    report = results[1]
+    ax = axes()
+    never = np.full(len(LAMS), np.nan)
+    import equinox as eqx
+
+    where = lambda r: (r.grokking_time, r.predicted_grokking_time)
+    gf.plot.grokking(eqx.tree_at(where, report, (never, never)), ax)
+    assert "does not" in ax.texts[0].get_text()
+
+
+def test_bad_names_are_refused(results):
+    sweep = results[0]
+    with pytest.raises(ValueError, match="metric: expected one of"):
+        gf.plot.sweep(sweep, axes(), metric="accuracy")
+    with pytest.raises(ValueError, match="clock: expected"):
+        gf.plot.sweep(sweep, axes(), clock="m")
+    with pytest.raises(ValueError, match="clock: expected"):
+        gf.plot.path(sweep[0], axes(), clock="m")
