@@ -3,14 +3,15 @@
 from typing import Any
 
 import equinox as eqx
-import gradflow as gf
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-from gradflow.plot import PENALTY, SIZE, TEST, TRAIN
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+import gradflow as gf
+from gradflow.plot import PENALTY, SIZE, TEST, TRAIN
 
 SNAPSHOTS = ("#999999", "#56B4E9", "black")
 
@@ -23,8 +24,9 @@ def linear(sweep: gf.Sweep, truth: Any) -> Figure:
     for i, path in enumerate(sweep):
         t, w = np.asarray(path.t), np.asarray(path.params.weights)
         exact = np.asarray(truth.path(path.t, path.weight_decay))
-        left.plot(t[1:], np.linalg.norm(exact - end, axis=1)[1:], color=colours(i), lw=2)
-        left.plot(t[1::4], np.linalg.norm(w - end, axis=1)[1::4], ".", color="black")
+        distance = lambda w: np.linalg.norm(w - end, axis=1)
+        left.plot(t[1:], distance(exact)[1:], color=colours(i), lw=2)
+        left.plot(t[1::4], distance(w)[1::4], ".", color="black")
         off = np.linalg.norm(w - exact, axis=1) / np.linalg.norm(exact, axis=1)
         right.plot(t[1:], np.maximum(off[1:], 1e-17), color=colours(i), lw=1.6)
     left.plot([], [], color="grey", lw=2, label="closed form")
@@ -39,10 +41,11 @@ def linear(sweep: gf.Sweep, truth: Any) -> Figure:
     left.set(xscale="log")
     right.set(xscale="log", yscale="log")
     _label(left, "distance to the least-norm solution, $\\|w - X^+y\\|$")
-    _label(right, "relative error of the simulation, $\\|w - w^\\lambda\\|/\\|w^\\lambda\\|$")
+    _label(right, "relative error $\\|w - w^\\lambda\\|/\\|w^\\lambda\\|$")
     _legend(left, loc="lower left")
-    left.set_title("data are fitted at once; the rest decays at rate $\\lambda$", fontsize=SIZE)
-    right.set_title("against the closed form", fontsize=SIZE)
+    title = "data are fitted at once; the rest decays at rate $\\lambda$"
+    left.set_title(title, fontsize=SIZE)
+    right.set_title("simulation against the closed form", fontsize=SIZE)
     colours.bar(fig, [left, right])
     return fig
 
@@ -76,12 +79,14 @@ def singular_values(path: gf.Path, truth: Any) -> Figure:
     rank = int(np.sum(target > 1e-9 * target[0]))
     t = np.asarray(path.t)
     for k in range(values.shape[1]):
-        kept = k < rank
-        colour = TRAIN if kept else "#BBBBBB"
+        style = (
+            {"color": TRAIN, "lw": 1.8} if k < rank else {"color": "#BBBBBB", "lw": 1}
+        )
         label = {0: f"first {rank}", rank: "the rest"}.get(k)
-        right.plot(t[1:], values[1:, k], color=colour, lw=1.8 if kept else 1, label=label)
+        right.plot(t[1:], values[1:, k], label=label, **style)
     for k in range(rank):
-        right.axhline(target[k], color="black", ls=":", lw=1.2, label=None if k else "target")
+        label = None if k else "target"
+        right.axhline(target[k], color="black", ls=":", lw=1.2, label=label)
     _mark(right, 1 / float(path.weight_decay))
     right.set_xscale("log")
     _label(right, "singular values of $UV^\\top$")
@@ -106,12 +111,14 @@ def functions(
         ax.plot(grid, teacher, color="#BBBBBB", lw=3, label="teacher")
         learnt = np.asarray(evaluate(model, grid))
         ax.plot(grid, learnt, color=TEST, lw=1.8, label="learnt")
-        ax.plot(task.loss.x, task.loss.y, "o", color="black", ms=6, label="training data")
+        x, y = np.asarray(task.loss.x), np.asarray(task.loss.y)
+        ax.plot(x, y, "o", color="black", ms=6, label="training data")
         ax.set_title(f"$t$ = {_time(t)}: {kinks(task, model)} kinks", fontsize=SIZE)
         wide = 0.6 * (high - low)
         if t > 0:
             bottom, top = min(low, learnt.min()), max(high, learnt.max())
-            ax.set_ylim(max(bottom, low - 3 * wide) - 0.3, min(top, high + 3 * wide) + 0.3)
+            bottom, top = max(bottom, low - 3 * wide), min(top, high + 3 * wide)
+            ax.set_ylim(bottom - 0.3, top + 0.3)
         _label(ax, "$f(x)$", "input $x$")
     _legend(axes[1], loc="best")
     return fig
@@ -126,10 +133,8 @@ def one_path(path: gf.Path) -> Figure:
 
 def _figure(n: int, widths: Any = None, width: float | None = None) -> Any:
     width = 6.2 * n if width is None else width
-    fig, axes = plt.subplots(
-        1, n, figsize=(width, 4.4), layout="constrained", width_ratios=widths, squeeze=False
-    )
-    return fig, list(axes[0])
+    fig = plt.figure(figsize=(width, 4.4), layout="constrained")
+    return fig, list(fig.subplots(1, n, width_ratios=widths, squeeze=False)[0])
 
 
 def _losses(ax: Axes, path: gf.Path, ts: tuple[float, ...] = ()) -> None:

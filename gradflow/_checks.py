@@ -40,7 +40,7 @@ def check_model(params: PyTree) -> None:
     dtypes = {str(leaf.dtype) for leaf in leaves}
     if len(dtypes) > 1 or "complex" in next(iter(dtypes)):
         raise ValueError(
-            f"model: parameters must all be of one real precision, got {sorted(dtypes)}."
+            f"model: parameters must be of one real precision, got {sorted(dtypes)}."
         )
     check_finite(params, "model")
 

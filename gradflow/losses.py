@@ -105,7 +105,7 @@ class SquaredError(AbstractCompositeLoss):
         - `reduction`: `"mean"` or `"sum"` over the n samples (outputs of one sample are
             always summed).
         - `predict`: `predict(model, x)`, the predictions for all samples. The default
-            is `jax.vmap(model)(x)`.
+            is `jax.vmap(model)(x)`; with one that ignores it, `x` may be `None`.
 
         **Raises:** `ValueError` where `x` and `y` differ in length, are empty, or hold
         a NaN or an infinity.
@@ -162,8 +162,8 @@ class CrossEntropy(AbstractCompositeLoss):
         - `predict`: `predict(model, x)`, the logits for all samples, shape (n, k). The
             default is `jax.vmap(model)(x)`.
 
-        **Raises:** `ValueError` where `labels` are not integers, are negative, or do not
-        match `x` in length.
+        **Raises:** `ValueError` where `labels` are not integers, are negative, or do
+        not match `x` in length.
         """
         self.x = jax.tree.map(jnp.asarray, x)
         self.labels = jnp.asarray(labels)

@@ -291,7 +291,7 @@ _NAMES = {
 
 
 def colorbar(weight_decay: Any, fig: Figure, axes: Any) -> Any:
-    """The scale of λ beside `axes` (one or a list), for several panels that share it."""
+    """The scale of λ beside `axes`, one or a list of panels that share it."""
     return Colours(np.asarray(weight_decay)).bar(fig, axes)
 
 

@@ -9,16 +9,17 @@ class RESULTS(diffrax.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
     successful = ""
     out_of_steps = (
         "The step budget was exhausted before the final time. If the solver is "
-        "explicit, the problem is stiff: use a KKT solver (a composite loss is needed). "
-        "Otherwise increase `max_steps`, or loosen `rtol`."
+        "explicit, the problem is stiff: use a KKT solver (a composite loss is "
+        "needed). Otherwise increase `max_steps`, or loosen `rtol`."
     )
     stalled = (
-        "The solver could make no step, however small: the loss is not smooth here, or "
-        "`rtol` is below what this precision can resolve. Loosen `rtol`, or use float64."
+        "The solver could make no step, however small: the loss is not smooth here, "
+        "or `rtol` is below what this precision can resolve. Loosen `rtol`, or use "
+        "float64."
     )
     diverged = (
-        "The loss or the parameters left the finite range: the loss is likely unbounded "
-        "below, or not defined everywhere. Check the loss, or add weight decay."
+        "The loss or the parameters left the finite range: the loss is likely "
+        "unbounded below, or not defined everywhere. Check the loss, or add weight decay."
     )
     not_converged = (
         "The flow had not come to rest at the largest time allowed: the loss is nearly "
@@ -26,15 +27,15 @@ class RESULTS(diffrax.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
     )
     no_minimiser = (
         "The loss keeps falling while the parameters keep growing, about as log t: it "
-        "has no minimiser on this trajectory, as cross-entropy on separable data. There "
-        "is no limit map here; use weight decay, or a loss with a minimiser."
+        "has no minimiser on this trajectory, as cross-entropy on separable data. "
+        "There is no limit map here; use weight decay, or a loss with a minimiser."
     )
     not_critical = (
         "The point reached is not on the critical manifold to the tolerance asked: "
-        "Gauss-Newton stalled, as it does where the Jacobian loses rank. Loosen `rtol`, "
-        "or start closer."
+        "Gauss-Newton stalled, as it does where the Jacobian loses rank. Loosen "
+        "`rtol`, or start closer."
     )
     rank_lost = (
-        "The Jacobian lost rank along the drift: the critical manifold is singular there "
-        "and theory holds only up to that slow time. Shorten `slow_time`."
+        "The Jacobian lost rank along the drift: the critical manifold is singular "
+        "there and theory holds only up to that slow time. Shorten `slow_time`."
     )

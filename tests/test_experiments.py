@@ -19,17 +19,7 @@ import two_phase_rows as rows  # noqa: E402
 
 
 @pytest.fixture(scope="module")
-def relaxed():
-    """The scripts run with JAX's own rules of promotion, as users run them."""
-    with (
-        jax.numpy_dtype_promotion("standard"),
-        jax.numpy_rank_promotion("allow"),
-    ):
-        yield
-
-
-@pytest.fixture(scope="module")
-def results(relaxed, tmp_path_factory):
+def results(tmp_path_factory):
     out = tmp_path_factory.mktemp("two_phase")
     with pytest.MonkeyPatch.context() as patch:
         tiny = lambda key: script.gf.tasks.linear_regression(key, samples=4, dim=8)
@@ -44,9 +34,8 @@ def test_summary_has_every_number(results):
     out, summary = results
     written = json.loads((out / "summary.json").read_text())
     assert written == summary
-    assert {"task", "report", "checks", "settings", "versions", "command", "seconds"} <= (
-        written.keys()
-    )
+    keys = "task report checks settings versions command seconds".split()
+    assert written.keys() >= set(keys)
     assert written["settings"]["weight_decay"] == pytest.approx([1e-2, 1e-3, 1e-4])
     assert len(written["report"]["grokking_time"]) == 3
     assert written["report"]["rate"]["exponent"] == pytest.approx(1, abs=0.05)
@@ -81,8 +70,8 @@ def test_figures_are_written(results):
 def test_help_names_every_option():
     command = [sys.executable, str(FOLDER / "two_phase.py"), "--help"]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    for option in ("--task", "--weight-decay", "--slow-time", "--seed", "--out", "--quick"):
-        assert option in out
+    for name in ("task", "weight-decay", "slow-time", "seed", "out", "quick", "rtol"):
+        assert f"--{name}" in out
 
 
 def test_weight_decays_are_numbers_and_ranges():

@@ -29,8 +29,8 @@ def choose_solver(
     Tsit5 for a run that is short and not stiff, L t₁ ≤ 300, where L = λ + ‖∇²F(θ₀)‖₂ is
     found by power iteration; otherwise KKT5 where the loss is composite; and Kvaerno5
     with a dense Newton iteration where it is not but the model is small (d ≤ 2000).
-    What is left, a large model with an opaque loss, gets Tsit5 too: it is slow for small
-    λ, and says so if it runs out of steps.
+    What is left, a large model with an opaque loss, gets Tsit5 too: it is slow for
+    small λ, and says so if it runs out of steps.
 
     While values are traced (under `jit` or `vmap`) L t₁ is unknown: taken as large.
     """
