@@ -83,7 +83,7 @@ def singular_values(path: gf.Path, truth: Any) -> Figure:
             {"color": TRAIN, "lw": 1.8} if k < rank else {"color": "#BBBBBB", "lw": 1}
         )
         label = {0: f"first {rank}", rank: "the rest"}.get(k)
-        right.plot(t[1:], values[1:, k], label=label, **style)
+        right.plot(t[1:], values[1:, k], color=colour, lw=width, label=label)
     for k in range(rank):
         label = None if k else "target"
         right.axhline(target[k], color="black", ls=":", lw=1.2, label=label)

@@ -462,6 +462,7 @@ def relu(task: gf.tasks.Task, path: gf.Path) -> list[Row]:
     begins = first_below(late, np.append(plateau, size[t >= 1.0]), 0.9 * plateau)
     before, after = (count_kinks(task, path[i]) for i in (0, last))
     end = f"s = {lam * t[last]:.2g}"
+    law = balance(task, path)
     return [
         below("P1-E3", fitted, 1.0, "time at which the train loss is a tenth"),
         Row(

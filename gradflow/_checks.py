@@ -1,6 +1,7 @@
 """Checks of the arguments: one line, naming the argument, before any compute."""
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree

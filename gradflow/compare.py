@@ -264,5 +264,5 @@ def _predicted_metrics(theory: TwoPhase, path: Path) -> tuple[Any, dict[str, Any
     return t, jax.lax.map(at, t)
 
 
-def _time(t: float) -> str:
+def _time(t: Any) -> str:
     return f"{t:10.3g}" if np.isfinite(t) else f"{'–':>10}"

@@ -129,18 +129,22 @@ class FlatLoss(eqx.Module):
 
     def outputs(self, theta: Float[Array, " d"]) -> Float[Array, " m"]:
         """z(θ)."""
-        return self._composite.outputs(self.model(theta))
+        return self.composite.outputs(self.model(theta))
 
     def residuals(self, theta: Float[Array, " d"]) -> Float[Array, " m"]:
         """∇ℓ(z(θ))."""
-        return jax.grad(self._composite.outer)(self.outputs(theta))
+        return jax.grad(self.composite.outer)(self.outputs(theta))
 
     def jacobian(self, theta: Float[Array, " d"]) -> Float[Array, "m d"]:
         """J = ∂z/∂θ, by m vector-Jacobian products."""
         return jax.jacrev(self.outputs)(theta)
 
     @property
-    def _composite(self) -> AbstractCompositeLoss:
+    def composite(self) -> AbstractCompositeLoss:
+        """The loss, if it is composite.
+
+        **Raises:** `ValueError` if it is not.
+        """
         if not isinstance(self.loss, AbstractCompositeLoss):
             raise ValueError(
                 f"loss: {type(self.loss).__name__} is not composite; outputs and their "

@@ -2,6 +2,7 @@
 
 import numpy as np
 from jaxtyping import Array, Float
+from scipy.interpolate import PchipInterpolator
 
 from .metrics import Metric
 
@@ -13,8 +14,8 @@ def crossing_time(
 ) -> float:
     """The first time from which `metric` stays on the good side of its threshold.
 
-    Between two saved times it is interpolated, linearly in log t and (where both are
-    positive) in the log of the value.
+    Between the saved times it is interpolated by a monotone cubic in log t, and in the
+    log of the value where all values are positive.
 
     **Arguments:**
 
@@ -36,10 +37,14 @@ def crossing_time(
     if bad.size == 0:
         return 0.0
     i = bad[-1]
-    lo, hi = v[i], v[i + 1]
-    if min(lo, hi, level) > 0:
-        lo, hi, level = np.log([lo, hi, level])
-    fraction = (level - lo) / (hi - lo)
-    if t[i] > 0:
-        return float(t[i] * (t[i + 1] / t[i]) ** fraction)
-    return float(fraction * t[i + 1])
+    if t[i] == 0:
+        return float(t[i + 1] * (level - v[i]) / (v[i + 1] - v[i]))
+    later = t > 0
+    t, v, i = t[later], v[later], i - np.sum(~later)
+    if v.min() > 0 and level > 0:
+        v, level = np.log(v), np.log(level)
+    roots = PchipInterpolator(np.log(t), v).solve(level, extrapolate=False)
+    # A constant piece at the very level is a root everywhere, and given as NaN.
+    roots = np.exp(roots[np.isfinite(roots)])
+    inside = (roots >= t[i] * (1 - 1e-12)) & (roots <= t[i + 1] * (1 + 1e-12))
+    return float(roots[inside].max()) if inside.any() else float(t[i + 1])

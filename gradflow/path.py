@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree, Scalar
 
+from .grokking import crossing_time
 from .metrics import Metric
 from .results import RESULTS
 
@@ -62,6 +63,10 @@ class Path(eqx.Module):
     def succeeded(self) -> Array:
         """Whether the run reached its last time."""
         return self.result == RESULTS.successful
+
+    def crossing_time(self, name: str) -> float:
+        """The time from which the metric `name` is good; see `gradflow.crossing_time`."""
+        return crossing_time(self.t, self.metrics[name], self.watched[name])
 
     @property
     def slow_speed(self) -> Scalar:

@@ -30,7 +30,7 @@ class L2(AbstractPenalty):
     """R(θ) = ½‖θ‖², the sum over all trainable leaves; ∇R(θ) = θ."""
 
     def __call__(self, params: PyTree) -> Scalar:
-        return 0.5 * sum(jnp.sum(p * p) for p in jax.tree.leaves(params))
+        return 0.5 * jnp.asarray(sum(jnp.sum(p * p) for p in jax.tree.leaves(params)))
 
     def gradient(self, params: PyTree) -> PyTree:
         return params

@@ -242,7 +242,7 @@ def grokking(report: Report, ax: Axes | None = None) -> Axes:
     x, y = report.predicted_grokking_time, report.grokking_time
     colours = Colours(report.weight_decay)
     shown = (x > 0) & (y > 0)
-    for i in np.flatnonzero(shown):
+    for i in np.flatnonzero(shown).tolist():
         ax.plot(x[i], y[i], "o", color=colours(i), mec="black", ms=9, zorder=3)
     _finish(ax, "predicted time $t$", "measured time $t$")
     if shown.any():

@@ -19,7 +19,8 @@ class RESULTS(diffrax.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
     )
     diverged = (
         "The loss or the parameters left the finite range: the loss is likely "
-        "unbounded below, or not defined everywhere. Check the loss, or add weight decay."
+        "unbounded below, or not defined everywhere. Check the loss, or add "
+        "weight decay."
     )
     not_converged = (
         "The flow had not come to rest at the largest time allowed: the loss is nearly "

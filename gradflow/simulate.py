@@ -77,7 +77,6 @@ def simulate(
         times = jnp.asarray(ts, dtype)
     if solver is None:
         solver = choose_solver(term, params, lam, times[-1])
-    rtol = jnp.asarray(rtol, dtype)  # an array: a new tolerance is no new compilation
     path = solve(
         term, params, lam, times, watched, solver, rtol, atol, max_steps, progress
     )

@@ -166,7 +166,6 @@ def sweep(
         times = jnp.broadcast_to(jnp.asarray(ts, dtype), (lams.size, np.size(ts)))
     if solver is None:
         solver = choose_solver(term, params, jnp.max(lams), jnp.max(times))
-    rtol = jnp.asarray(rtol, dtype)  # an array: a new tolerance is no new compilation
 
     def lane(lam: Array, ts: Array, meter: bool) -> Path:
         return solve(

@@ -158,7 +158,7 @@ def two_phase(
         throw=False,
     )
     # The end of the fast path itself, so that the two phases meet to all digits.
-    end = retract(flow.loss, fast[-1], trainable=flow.trainable)
+    end = retract(flow.loss, fast[-1], throw=False, trainable=flow.trainable)
     drift = riemannian_flow(
         flow,
         end.model,

@@ -178,7 +178,7 @@ def test_crossing_time():
     t = np.array([0.0, 1.0, 10.0, 100.0, 1000.0])
     below = gf.Metric(lambda m: m, threshold=0.1)
     above = gf.Metric(lambda m: m, threshold=0.5, higher_is_better=True)
-    # From 1 to 0.01 between t = 10 and 100: halfway in both logarithms.
+    # From 1 to 0.01 between t = 10 and 100, symmetric: halfway in both logarithms.
     assert np.isclose(
         gf.crossing_time(t, np.array([1, 1, 1, 0.01, 0.01], float), below), 10**1.5
     )

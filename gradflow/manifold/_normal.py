@@ -41,11 +41,11 @@ def weighted_jacobian(
     """
     jac = loss.jacobian(theta)
     residuals = loss.residuals(theta)
-    w = loss.loss.outer_curvature
+    w = loss.composite.outer_curvature
     if w is not None:
         return math.sqrt(w) * jac, residuals / math.sqrt(w)
     curvature, basis = jnp.linalg.eigh(
-        jax.hessian(loss.loss.outer)(loss.outputs(theta))
+        jax.hessian(loss.composite.outer)(loss.outputs(theta))
     )
     kept = curvature > curvature.size * jnp.finfo(theta.dtype).eps * curvature[-1]
     root = jnp.sqrt(jnp.where(kept, curvature, 0))

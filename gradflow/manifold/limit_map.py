@@ -30,6 +30,14 @@ class Limit(eqx.Module):
     result: RESULTS
     stats: dict[str, Any]
 
+    def __str__(self) -> str:
+        if bool(self.result == RESULTS.successful):
+            end = f"reached, to a relative distance of {float(self.residual):.1g}"
+        else:
+            end = f"FAILED: {RESULTS[self.result]}"
+        steps = int(self.stats["num_steps"])
+        return f"Limit Φ(θ₀) {end} (t = {float(self.time):.3g}, {steps} steps)"
+
 
 def limit_map(
     loss: AbstractLoss,

@@ -157,7 +157,7 @@ class AbstractKKT(
         solve = _factorise(loss, alpha / c, gram)
         decay = lambda y: ravel_pytree(penalty.gradient(loss.unravel(y)))[0]
         scale = self.root_finder.atol + self.root_finder.rtol * jnp.abs(y0)
-        kappa = self.root_finder.kappa
+        kappa = self.root_finder.kappa  # pyright: ignore[reportAttributeAccessIssue]
         norm = lambda v: self.root_finder.norm(v / scale)
         most = self.root_find_max_steps
 
@@ -165,7 +165,7 @@ class AbstractKKT(
             y, mu, _, rate, size, count, weight, drift = carry
             z, push = jax.linearize(loss.outputs, y)
             pullback = lambda u: jax.linear_transpose(push, y)(u)[0]
-            force = jax.grad(loss.loss.outer)(z)
+            force = jax.grad(loss.composite.outer)(z)
             lack = base - y - pull * decay(y) - c * pullback(mu)
             dmu = solve(push(lack), alpha * (force - mu), z) / c
             dy = (lack - c * pullback(dmu)) / alpha
@@ -216,7 +216,7 @@ _SLIDE = 0.2  # tolerances by which the mean may still move when a sliding stage
 
 
 def _flow_term(terms: AbstractTerm) -> FlowTerm:
-    term = terms
+    term: Any = terms
     while not isinstance(term, FlowTerm):  # Diffrax wraps terms
         term = term.term
     if not isinstance(term.loss, AbstractCompositeLoss):
@@ -230,9 +230,9 @@ def _flow_term(terms: AbstractTerm) -> FlowTerm:
 def _gram(loss: FlatLoss, theta: Float[Array, " d"]) -> Float[Array, "m m"]:
     jac = loss.jacobian(theta)
     gram = jac @ jac.T
-    if loss.loss.outer_curvature is None:
+    if loss.composite.outer_curvature is None:
         z = loss.outputs(theta)
-        hvp = lambda u: jax.jvp(jax.grad(loss.loss.outer), (z,), (u,))[1]
+        hvp = lambda u: jax.jvp(jax.grad(loss.composite.outer), (z,), (u,))[1]
         gram = jax.vmap(hvp, in_axes=1, out_axes=1)(gram)
     return gram
 
@@ -243,14 +243,14 @@ def _factorise(loss: FlatLoss, shift: Scalar, gram: Float[Array, "m m"]) -> Call
     # the multiplier converges where it has no bearing on the parameters.
     shift = shift + jnp.finfo(gram.dtype).eps * jnp.trace(gram)
     eye = jnp.eye(gram.shape[0], dtype=gram.dtype)
-    w = loss.loss.outer_curvature
+    w = loss.composite.outer_curvature
     if w is not None:
         factor = cho_factor(shift / w * eye + gram, lower=True)
         return lambda p, q, z: cho_solve(factor, p + q / w)
     lu = lu_factor(shift * eye + gram)
 
     def solve(p, q, z):
-        hp = jax.jvp(jax.grad(loss.loss.outer), (z,), (p,))[1]
+        hp = jax.jvp(jax.grad(loss.composite.outer), (z,), (p,))[1]
         return lu_solve(lu, hp + q)
 
     return solve
@@ -262,7 +262,7 @@ def _matrix(tableau: diffrax.ButcherTableau) -> tuple[np.ndarray, float]:
     a = np.zeros((n, n))
     for i, row in enumerate(tableau.a_lower):
         a[i + 1, : i + 1] = row
-    return a, float(tableau.a_diagonal[-1])
+    return a, float(np.asarray(tableau.a_diagonal)[-1])
 
 
 def _predictor(tableau: diffrax.ButcherTableau) -> np.ndarray:
