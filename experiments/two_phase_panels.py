@@ -79,9 +79,7 @@ def singular_values(path: gf.Path, truth: Any) -> Figure:
     rank = int(np.sum(target > 1e-9 * target[0]))
     t = np.asarray(path.t)
     for k in range(values.shape[1]):
-        style = (
-            {"color": TRAIN, "lw": 1.8} if k < rank else {"color": "#BBBBBB", "lw": 1}
-        )
+        colour, width = (TRAIN, 1.8) if k < rank else ("#BBBBBB", 1.0)
         label = {0: f"first {rank}", rank: "the rest"}.get(k)
         right.plot(t[1:], values[1:, k], color=colour, lw=width, label=label)
     for k in range(rank):

@@ -479,9 +479,7 @@ def relu(task: gf.tasks.Task, path: gf.Path) -> list[Row]:
             after < before,
             f"kinks of the function, {before} at first, at {end}",
         ),
-        below(
-            "P1-E3", balance(task, path), 1e-3, f"balance law to {end}: error/‖Δ(0)‖"
-        ),
+        below("P1-E3", law, 1e-3, f"balance law to {end}: error/‖Δ(0)‖"),
     ]
 
 

