@@ -155,7 +155,7 @@ def compare(sweep: Sweep, theory: TwoPhase, *, after: float = 0.1) -> Report:
     curvature = np.interp(until, theory.drift.t, theory.smallest_curvature)
     measured = [_times(path.t, path.metrics, theory) for path in sweep]
     curves = [jax.tree.map(np.asarray, _predicted_metrics(theory, p)) for p in sweep]
-    predicted = [_times(*curve, theory) for curve in curves]
+    predicted = [_times(t, values, theory) for t, values in curves]
     return Report(
         sweep=sweep,
         theory=theory,

@@ -65,7 +65,8 @@ class Path(eqx.Module):
         return self.result == RESULTS.successful
 
     def crossing_time(self, name: str) -> float:
-        """The time from which the metric `name` is good; see `gradflow.crossing_time`."""
+        """When metric `name` has passed its threshold for good; see
+        `gradflow.crossing_time`."""
         return crossing_time(self.t, self.metrics[name], self.watched[name])
 
     @property

@@ -161,9 +161,12 @@ def _limit(
         throw=False,
         adjoint=diffrax.ForwardMode(),
     )
-    (time,), (norms, losses) = sol.ts[0], sol.ys[1]
-    end = flatten(term.loss, jax.tree.map(lambda y: y[0], sol.ys[0]), term.static)[0]
-    arrived, blown_up = sol.event_mask
+    saved_t: Any = sol.ts
+    saved_y: Any = sol.ys
+    (time,), (norms, losses) = saved_t[0], saved_y[1]
+    end = flatten(term.loss, jax.tree.map(lambda y: y[0], saved_y[0]), term.static)[0]
+    fired: Any = sol.event_mask
+    arrived, blown_up = fired
     w, residual, on_manifold = jax.lax.cond(
         arrived,
         lambda: _finish(loss, end, form, residual_tol),

@@ -101,7 +101,7 @@ def least_nuclear(
     solution[rows, columns] = values
     dual = np.zeros(shape)
     # CVXPY's multiplier of an equality has the opposite sign of the dual used here.
-    dual[rows, columns] = -data[0].dual_value
+    dual[rows, columns] = -np.asarray(data[0].dual_value)
     dual /= max(1.0, np.linalg.norm(dual, 2))
     return _certified(
         solution,

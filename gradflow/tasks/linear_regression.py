@@ -133,6 +133,8 @@ class LinearTruth(eqx.Module):
         - `weight_decay`: λ ≥ 0.
         """
 
+        weight_decay = jnp.asarray(weight_decay)
+
         def at(time):
             rate = self.rates + weight_decay
             forgotten = -jnp.expm1(-rate * time)
