@@ -143,15 +143,28 @@ def compare(sweep: Sweep, theory: TwoPhase, *, after: float = 0.1) -> Report:
     )
     if not same:
         raise ValueError("theory: made for a model of another structure than sweep's.")
+    begins = zip(
+        jax.tree.leaves(sweep.paths.params),
+        jax.tree.leaves(theory.fast.params),
+        strict=True,
+    )
+    at_start = np.asarray(sweep.t[:, 0]) == 0
+    for a, b in begins:
+        if at_start.any() and not np.allclose(np.asarray(a)[at_start, 0], b[0]):
+            raise ValueError("theory: made for another initial model than sweep's.")
     until = _regular_until(theory)
     lams = np.asarray(sweep.weight_decay)
     errors, drift_errors = zip(*(_errors(theory, path) for path in sweep), strict=True)
     errors, drift_errors = np.stack(errors), np.stack(drift_errors)
     slow = np.asarray(sweep.slow_time)
-    last = float(theory.drift.t[-1]) * (1 + 1e-9)
+    last = float(theory.drift.t[-1]) * (1 + 8 * np.finfo(slow.dtype).eps)
     regular = _sup_until(errors, slow, until)
-    tolerances = (sweep.stats["rtol"], theory.fast.stats["rtol"])
-    floor = 10 * max(float(np.max(rtol)) for rtol in tolerances)
+    known_to = (
+        sweep.stats["rtol"],
+        theory.fast.stats["rtol"],
+        theory.interpolation_error,
+    )
+    floor = 10 * max(float(np.max(error)) for error in known_to)
     curvature = np.interp(until, theory.drift.t, theory.smallest_curvature)
     measured = [_times(path.t, path.metrics, theory) for path in sweep]
     curves = [jax.tree.map(np.asarray, _predicted_metrics(theory, p)) for p in sweep]
@@ -186,7 +199,8 @@ def fit_rate(
     floor: float,
 ) -> Rate:
     """Fits error = C λᵖ over the lanes with λ ≤ `largest` and error ≥ `floor`."""
-    used = (weight_decay <= largest) & (error >= floor) & np.isfinite(error)
+    used = (weight_decay > 0) & (weight_decay <= largest)
+    used = used & (error >= floor) & np.isfinite(error)
     if used.sum() < 2:
         why = f"fewer than two λ ≤ {largest:.1e} have an error above {floor:.0e}"
         return Rate(np.nan, np.nan, used, why)
@@ -225,8 +239,9 @@ def _errors(theory: TwoPhase, path: Path) -> tuple[Any, Any]:
 
 
 def _sup(errors: np.ndarray, where: np.ndarray) -> np.ndarray:
-    """The largest error in each lane; NaN if the lane has one in range."""
-    return np.where(where, errors, -np.inf).max(axis=1)
+    """The largest error in each lane; NaN if one in range is, or if none is in range."""
+    largest = np.where(where, errors, -np.inf).max(axis=1)
+    return np.where(where.any(axis=1), largest, np.nan)
 
 
 def _sup_until(errors: np.ndarray, slow: np.ndarray, until: float) -> np.ndarray:

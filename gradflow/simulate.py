@@ -6,6 +6,7 @@ import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PyTree, Scalar
 
 from ._checks import check_horizon, check_tolerance, check_weight_decay
@@ -62,6 +63,8 @@ def simulate(
     term, params = flow.term(model)
     watched = as_metrics(metrics)
     check_weight_decay(weight_decay)
+    if np.ndim(weight_decay) != 0:
+        raise ValueError("weight_decay: expected one number; sweep takes many.")
     check_tolerance(rtol, params)
     check_horizon(weight_decay, slow_time, t1, ts, saves)
     check_scalar(flow.loss, model, "loss")
@@ -181,12 +184,11 @@ def _solve(
         ),
         step_ts=ts,
     )
-    # Not larger: a loss that reaches infinity in finite time does so in time steps that
-    # soon are too small to take.
-    bound = 1e4 * (1 + _norm(params))
+    size = 1 + _norm(params)
 
     def left_the_finite_range(t, y, args, **kwargs):
-        return ~(_norm(y) < bound) | ~jnp.isfinite(term.loss(term.model(y)))
+        finite = jnp.isfinite(term.loss(term.model(y)))
+        return ~finite | (_norm(y) > size / jnp.finfo(ts.dtype).eps ** 0.5)
 
     def record(t, y, args):
         model = term.model(y)
@@ -202,7 +204,12 @@ def _solve(
             1e-3 * scale,
             params,
             args=weight_decay,
-            saveat=diffrax.SaveAt(ts=ts, fn=record),
+            saveat=diffrax.SaveAt(
+                subs=[
+                    diffrax.SubSaveAt(ts=ts, fn=record),
+                    diffrax.SubSaveAt(t1=True, fn=lambda t, y, args: _norm(y)),
+                ]
+            ),
             stepsize_controller=controller,
             event=diffrax.Event(left_the_finite_range),
             max_steps=max_steps,
@@ -211,13 +218,19 @@ def _solve(
             if progress
             else diffrax.NoProgressMeter(),
         )
+    saved_t: Any = solution.ts
+    saved_y: Any = solution.ys
     # Diffrax fills what it did not reach with infinities.
-    reached = jnp.isfinite(solution.ts)
+    reached = jnp.isfinite(saved_t[0])
     saved = jax.tree.map(
         lambda x: jnp.where(reached.reshape((-1,) + (1,) * (x.ndim - 1)), x, jnp.nan),
-        solution.ys,
+        saved_y[0],
     )
     models, seen, train_loss, penalty = saved
+    result = _translate(solution.result)
+    # What reaches infinity in finite time stalls on its way there.
+    lost = (result == RESULTS.stalled) & (saved_y[1][0] > 100 * size)
+    result = RESULTS.where(lost, RESULTS.diverged, result)
     stats = {
         "solver": type(solver).__name__,
         "rtol": rtol,
@@ -234,7 +247,7 @@ def _solve(
         metrics=seen,
         train_loss=train_loss,
         penalty=penalty,
-        result=_translate(solution.result),
+        result=result,
         stats=stats,
         watched=watched,
     )
@@ -245,9 +258,10 @@ def _translate(result: diffrax.RESULTS) -> RESULTS:
     out = RESULTS.promote(result)
     for theirs, ours in (
         (RESULTS.max_steps_reached, RESULTS.out_of_steps),
-        (RESULTS.dt_min_reached, RESULTS.stalled),
-        (RESULTS.nonlinear_divergence, RESULTS.stalled),
         (RESULTS.event_occurred, RESULTS.diverged),
     ):
         out = RESULTS.where(out == theirs, ours, out)
-    return out
+    # All else that can go wrong in a solver goes wrong in a step.
+    named = (out == RESULTS.successful) | (out == RESULTS.out_of_steps)
+    named = named | (out == RESULTS.diverged)
+    return RESULTS.where(named, out, RESULTS.stalled)

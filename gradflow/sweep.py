@@ -1,5 +1,6 @@
 """The same flow for many weight decays."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -28,8 +29,8 @@ class Sweep(eqx.Module):
     """
 
     paths: Path
-    """All paths as one: its arrays have the lanes as their first axis (but `static`,
-    which they share)."""
+    """All paths as one: its arrays have the lanes as their first axis (but `static` and
+    `watched`, which they share)."""
 
     @property
     def weight_decay(self) -> Float[Array, " L"]:
@@ -73,9 +74,10 @@ class Sweep(eqx.Module):
     def __getitem__(self, index: int | np.integer) -> Path:
         """The path of one lane."""
         lane = jax.tree.map(
-            lambda x: x[index] if eqx.is_array(x) else x, _without_static(self.paths)
+            lambda x: x[index] if eqx.is_array(x) else x, _without_shared(self.paths)
         )
-        return _with_static(lane, self.paths.static)
+        shared = dict(static=self.paths.static, watched=self.paths.watched)
+        return dataclasses.replace(lane, **shared)
 
     def __iter__(self):
         return (self[i] for i in range(len(self)))
@@ -174,11 +176,11 @@ def sweep(
 
     if batch == "vmap":
         paths = eqx.filter_vmap(
-            lambda lam, ts: _without_static(lane(lam, ts, progress))
+            lambda lam, ts: _without_shared(lane(lam, ts, progress))
         )(lams, times)
     else:
         paths = _stack(_each(lane, lams, times, progress))
-    out = Sweep(_with_static(paths, term.static))
+    out = Sweep(dataclasses.replace(paths, static=term.static, watched=watched))
     if throw:
         worst = int(jnp.argmin(out.succeeded))
         out = out[worst].result.error_if(out, ~out[worst].succeeded)
@@ -193,18 +195,15 @@ def _each(lane: Callable, lams: Array, times: Array, progress: bool) -> list[Pat
             bar.set_postfix_str(f"λ = {float(lam):.1e}, {failed} failed")
             path = lane(lam, ts, False)
             failed += not bool(path.succeeded)
-            done.append(_without_static(path))
+            done.append(_without_shared(path))
             bar.update()
         bar.set_postfix_str(f"{failed} failed")
     return done
 
 
-def _without_static(path: Path) -> Path:
-    return eqx.tree_at(lambda p: p.static, path, None, is_leaf=lambda x: x is None)
-
-
-def _with_static(path: Path, static: PyTree) -> Path:
-    return eqx.tree_at(lambda p: p.static, path, static, is_leaf=lambda x: x is None)
+def _without_shared(path: Path) -> Path:
+    """Without what all lanes have in common, which is not to be stacked."""
+    return dataclasses.replace(path, static=None, watched={})
 
 
 def _stack(lanes: list[Path]) -> Path:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from ._checks import check_horizon, check_tolerance
 from ._interpolate import interpolate
 from .flow import GradientFlow
 from .losses import AbstractCompositeLoss
@@ -15,7 +16,7 @@ from .manifold import Limit, limit_map, retract, riemannian_flow, Spectrum, spec
 from .metrics import Metric
 from .path import Path
 from .results import RESULTS
-from .simulate import simulate
+from .simulate import as_metrics, check_scalar, simulate
 from .solvers import KKT5, sharpness
 
 _NODES = 257  # of the fast path, evenly spaced in log(1 + t/τ)
@@ -39,6 +40,9 @@ class TwoPhase(eqx.Module):
     """The curvature of F at Φ(θ₀): rank, dimension of the manifold, gap."""
     fast_scale: Float[Array, ""]
     """τ: the fast path is saved evenly in log(1 + t/τ)."""
+    interpolation_error: Float[Array, ""]
+    """A bound on what interpolating the two paths adds to the error, relative to
+    ‖Φ(θ₀)‖: what it would add with every second point left out."""
     result: RESULTS
 
     @property
@@ -82,7 +86,7 @@ class TwoPhase(eqx.Module):
         )
         # Beyond its last time the fast path has arrived.
         arrived = t >= end_t
-        known = s <= end_s * (1 + 1e-9)
+        known = s <= end_s * (1 + 8 * jnp.finfo(s.dtype).eps)
         return jax.tree.map(
             lambda w, th, ths: jnp.where(
                 known, w + jnp.where(arrived, 0.0, th - ths[-1]), jnp.nan
@@ -100,6 +104,12 @@ class TwoPhase(eqx.Module):
             f"s = {float(self.drift.t[-1]):.3g}; smallest normal curvature η = "
             f"{float(eta[0]):.2g} at its start, {float(eta[-1]):.2g} at its end",
         ]
+        if float(self.interpolation_error) > 1e-6:
+            lines.append(
+                "  interpolated with a relative error of up to "
+                f"{float(self.interpolation_error):.1g}: a phase changes abruptly, late "
+                "in its course"
+            )
         if not bool(self.result == RESULTS.successful):
             lines.append(f"  FAILED: {RESULTS[self.result]}")
         return "\n".join(lines)
@@ -136,6 +146,11 @@ def two_phase(
     and there is no limit (the loss has no minimiser, say) or the drift fails.
     """
     term, params = flow.term(model)
+    check_tolerance(rtol, params)
+    check_horizon(1.0, slow_time, None, None, _NODES)
+    check_scalar(flow.loss, model, "loss")
+    for name, metric in as_metrics(metrics).items():
+        check_scalar(metric, model, f"metrics[{name!r}]")
     limit = limit_map(
         flow.loss,
         model,
@@ -144,6 +159,7 @@ def two_phase(
         throw=throw,
         trainable=flow.trainable,
     )
+    # A failed run ends in NaN: there the limit, wherever it got to, stands in.
     at_limit = spectrum(flow.loss, limit.model, trainable=flow.trainable)
     tau, ts = _fast_times(term, params, limit, at_limit.smallest_curvature)
     fast = simulate(
@@ -158,7 +174,8 @@ def two_phase(
         throw=False,
     )
     # The end of the fast path itself, so that the two phases meet to all digits.
-    end = retract(flow.loss, fast[-1], throw=False, trainable=flow.trainable)
+    last = fast[-1] if bool(fast.succeeded) else limit.model
+    end = retract(flow.loss, last, throw=False, trainable=flow.trainable)
     drift = riemannian_flow(
         flow,
         end.model,
@@ -169,7 +186,8 @@ def two_phase(
         throw=False,
     )
     result = _first_failure(limit.result, fast.result, end.result, drift.result)
-    out = TwoPhase(end.model, fast, drift, at_limit, tau, result)
+    error = _interpolation_error(fast, drift)
+    out = TwoPhase(end.model, fast, drift, at_limit, tau, error, result)
     # Past the loss of rank the drift still stands; its validity is for the report.
     fatal = (result != RESULTS.successful) & (result != RESULTS.rank_lost)
     return result.error_if(out, fatal) if throw else out
@@ -185,12 +203,32 @@ def _fast_times(
 ) -> tuple[Float[Array, ""], Float[Array, " nodes"]]:
     """τ and the times of the fast path, evenly spaced in log(1 + t/τ), to where e^{−ηt}
     has brought it from the 5e-7 of `limit_map` to 1e-12 of the limit."""
-    tau = 0.2 / sharpness(term, params)
+    # Where ∇²F vanishes at θ₀ the limit's own time is all there is to go by.
+    tau = jnp.minimum(0.2 / sharpness(term, params), 1e-3 * (1 + limit.time))
     end = limit.time + 13.0 / jnp.where(jnp.isfinite(curvature), curvature, 1.0)
     end = jnp.maximum(end, 10 * tau)
     x = jnp.linspace(0.0, 1.0, _NODES, dtype=end.dtype) * jnp.log1p(end / tau)
     ts = (tau * jnp.expm1(x)).at[-1].set(end)
     return tau, ts
+
+
+@eqx.filter_jit
+def _interpolation_error(fast: Path, drift: Path) -> Float[Array, ""]:
+    """The error of paths thinned to every second point, at the points left out."""
+
+    def off(path):
+        thin = jax.tree.map(lambda p: p[::2], path.params)
+        odd = jnp.arange(1, len(path), 2)
+        at = jax.lax.map(lambda i: interpolate(thin, i / 2), odd.astype(path.t.dtype))
+        squares = jax.tree.map(
+            lambda a, p: jnp.sum((a - p[1::2]).reshape(odd.size, -1) ** 2, axis=1),
+            at,
+            path.params,
+        )
+        return jnp.sqrt(jnp.max(sum(jax.tree.leaves(squares))))
+
+    size = jnp.sqrt(sum(jnp.sum(w[0] ** 2) for w in jax.tree.leaves(drift.params)))
+    return (off(fast) + off(drift)) / size
 
 
 def _first_failure(*results: RESULTS) -> RESULTS:

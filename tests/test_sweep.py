@@ -86,7 +86,7 @@ def test_a_failed_lane_is_marked_and_harms_no_other():
     model = gf.models.LinearModel(jnp.arange(1.0, 4.0))
     lams = jnp.array([1.0, 0.01, 0.5])
     for batch in ("loop", "vmap"):
-        options = dict(t1=200.0, saves=9, progress=False, batch=batch, rtol=1e-6)
+        options = dict(t1=400.0, saves=9, progress=False, batch=batch, rtol=1e-6)
         lanes = gf.sweep(flow, model, weight_decay=lams, **options)
         alone = gf.sweep(flow, model, weight_decay=lams[::2], **options)
         assert lanes.succeeded.tolist() == [True, False, True]
@@ -104,7 +104,7 @@ def test_a_failed_lane_is_marked_and_harms_no_other():
                 lanes[here].models.weights, exact, rtol=1e-3, atol=1e-6
             )
     with pytest.raises(Exception, match="unbounded below"):
-        gf.sweep(flow, model, weight_decay=lams, t1=200.0, progress=False, throw=True)
+        gf.sweep(flow, model, weight_decay=lams, t1=400.0, progress=False, throw=True)
 
 
 @pytest.mark.parametrize(

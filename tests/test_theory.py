@@ -135,9 +135,10 @@ def test_derivative_of_the_limit_map_is_the_tangent_projection(studied):
 
 def test_predicted_grokking_time(studied):
     task, _, _, report = studied
+    if task.name == "diagonal_network":
+        pytest.skip("this small one does not cross its threshold by s = 1")
     crossed = np.isfinite(report.grokking_time) & (report.weight_decay <= 1e-3)
-    if task.name != "diagonal_network":  # this small one does not cross by s = 1
-        assert crossed.sum() >= 3
+    assert crossed.sum() >= 3
     np.testing.assert_allclose(
         report.predicted_grokking_time[crossed],
         report.grokking_time[crossed],
@@ -224,3 +225,80 @@ def test_compare_needs_the_same_model():
     )
     with pytest.raises(ValueError, match="theory"):
         gf.compare(sweep, theory)
+    # The same shapes, another start.
+    moved = jax.tree.map(lambda w: w + 0.1, task.model)
+    sweep = gf.sweep(
+        task.flow,
+        moved,
+        weight_decay=jnp.array([0.1]),
+        slow_time=1.0,
+        progress=False,
+    )
+    with pytest.raises(ValueError, match="theory"):
+        gf.compare(sweep, theory)
+
+
+def test_redundant_data():
+    x = jax.random.normal(KEY, (4, 9))
+    x = jnp.concatenate([x, x[:1]])
+    model = gf.models.LinearModel(jnp.arange(9.0))
+    flow = gf.GradientFlow(gf.SquaredError(x, x @ jnp.ones(9)))
+    theory = gf.two_phase(flow, model, slow_time=2.0)
+    assert bool(theory.result == gf.RESULTS.successful)
+    assert int(theory.spectrum.rank) == 4 and bool(theory.spectrum.deficient)
+    # M is affine: η is constant, and what lies in ker X decays as e^{−s}.
+    eta = jnp.linalg.svd(x, compute_uv=False)[3] ** 2 / 5
+    np.testing.assert_allclose(theory.smallest_curvature, eta, rtol=1e-10)
+    least = jnp.linalg.pinv(x) @ (x @ jnp.ones(9))
+    s = theory.drift.t[:, None]
+    exact = least[None] + jnp.exp(-s) * (theory.limit.weights - least)[None]
+    np.testing.assert_allclose(theory.drift.models.weights, exact, atol=1e-7)
+
+
+def test_failures_are_results_where_asked():
+    task = gf.tasks.diagonal_network(KEY, samples=8, dim=20, sparsity=2)
+    short = gf.two_phase(
+        task.flow, task.model, slow_time=1.0, max_steps=15, throw=False
+    )
+    assert bool(short.result == gf.RESULTS.out_of_steps)
+    assert "step budget" in str(short)
+
+
+def test_interpolation_error_bounds_the_error():
+    # A small start: a plateau, and then an abrupt fall.
+    task = gf.tasks.diagonal_network(
+        KEY, samples=8, dim=20, sparsity=2, init_scale=3e-3
+    )
+    theory = gf.two_phase(task.flow, task.model, slow_time=0.1)
+    ts = jnp.concatenate([jnp.zeros(1), jnp.geomspace(0.5, 20.0, 40)])
+    options = dict(weight_decay=0.0, ts=ts, solver=gf.KKT5(), rtol=1e-9)
+    fast = gf.simulate(task.flow, task.model, **options)
+    predicted = theory.predict(ts, 0.0)
+    off = jnp.hypot(predicted.u - fast.models.u, predicted.v - fast.models.v)
+    size = jnp.sqrt(2 * theory.drift.penalty[0])
+    error = jnp.max(jnp.linalg.norm(off, axis=1)) / size
+    assert 1e-6 < error < theory.interpolation_error
+    assert "interpolated" in str(theory)
+
+
+@pytest.mark.parametrize(
+    "bad, name",
+    [
+        (dict(slow_time=-1.0), "slow_time"),
+        (dict(rtol=2.0), "rtol"),
+    ],
+)
+def test_bad_input_before_any_compute(bad, name):
+    calls = []
+
+    def predict(model, x):
+        jax.debug.callback(lambda: calls.append(None))
+        return jax.vmap(model)(x)
+
+    flow = gf.GradientFlow(
+        gf.SquaredError(jnp.eye(3)[:2], jnp.ones(2), predict=predict)
+    )
+    model = gf.models.LinearModel(jnp.ones(3))
+    with pytest.raises(ValueError, match=name):
+        gf.two_phase(flow, model, **(dict(slow_time=1.0) | bad))
+    assert not calls

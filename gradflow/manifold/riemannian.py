@@ -45,7 +45,7 @@ def riemannian_flow(
     """w' = −P(w)∇R(w) on M, in slow time s = λt, from the model.
 
     In the Jacobian form the default is the flow itself, by KKT5, at a weight decay of
-    1e-14 times the largest curvature: w° to O(λ), at the price of any other path. With
+    1e-14 times the largest curvature: w° to O(λ/η), at the price of any other path. With
     another `solver` the equation above is integrated: P comes from the QR decomposition
     of Jᵀ, with a ridge of eps^⅔‖J‖ (4e-11 in float64) that lets the path run on where J
     loses rank, or from the eigenvectors of ∇²F in the Hessian form; and the term −J⁺r
@@ -63,8 +63,7 @@ def riemannian_flow(
     - `metrics`: functions of a model to evaluate along the path.
     - `form`: `"jacobian"`, `"hessian"` or `"auto"`; see
         [`gradflow.manifold.retract`][].
-    - `rtol`, `atol`: the tolerances; `atol` is `rtol` times the root mean square of
-        w(0) unless given.
+    - `rtol`, `atol`: the tolerances; see [`gradflow.simulate`][].
     - `solver`: a Diffrax solver for the equation above, such as `diffrax.Dopri8()`,
         the default in the Hessian form.
     - `max_steps`: the most steps of the solver.
@@ -72,11 +71,11 @@ def riemannian_flow(
 
     **Returns:** a [`gradflow.Path`][] whose time is slow time (its `weight_decay` is
     1). `stats["smallest_curvature"]` is η(s), the smallest normal curvature of F, that
-    is σ_min((ℓ'')^½ J)²: the two-phase theory holds for λ ≪ η. The `result` is
-    `successful`; `not_critical` where `model` is not near M; `rank_lost` where J lost
-    so much rank that the ridge alters P by more than 1000 `rtol` (its effect on the
-    path is then still about `rtol`: the path hardly moves along a direction that dies);
-    `out_of_steps` or `stalled`.
+    is the last of the singular values of (ℓ'')^½ J that count at w(0), squared: the
+    two-phase theory holds for λ ≪ η. The `result` is `successful`; `not_critical` where
+    `model` is not near M; `rank_lost` where η fell to what cannot be told from zero
+    (1e-13 of the largest curvature; with `solver`, where the ridge alters P by more
+    than 1000 `rtol`); `out_of_steps` or `stalled`.
 
     **Raises:** `ValueError` for times that do not increase from 0 to `slow_time`; a
     runtime error where `throw` and the flow fails.
@@ -143,10 +142,10 @@ def _vanishing_decay(
 ) -> Path:
     """The flow at a λ at which its distance from w° is rounding."""
     tiny = 1e-14 if times.dtype == jnp.float64 else 1e-6
-    here = jax.tree.map(lambda p: p[None], params)
-    lam = tiny * _curvature_along(term, here)[1][0]
+    rank, largest = _rank_and_scale(term, params)
+    lam = tiny * largest
     path = solve(term, params, lam, times / lam, watched, KKT5(), rtol, atol, max_steps)
-    smallest, largest = _curvature_along(term, path.params)
+    smallest, largest = _curvature_along(term, path.params, rank)
     lost = jnp.any(smallest < 10 * tiny * largest)
     result = RESULTS.where(lost, RESULTS.rank_lost, RESULTS.successful)
     result = RESULTS.where(path.succeeded, result, path.result)
@@ -165,17 +164,28 @@ def _vanishing_decay(
 
 
 @eqx.filter_jit
-def _curvature_along(
+def _rank_and_scale(
     term: FlowTerm, params: PyTree
+) -> tuple[Int[Array, ""], Float[Array, ""]]:
+    """The rank of J, which redundant data may leave below m, and the largest curvature."""
+    w, loss = flatten(term.loss, params, term.static)
+    found = measure(loss, w, "jacobian")
+    return found.rank, found.curvatures[0]
+
+
+@eqx.filter_jit
+def _curvature_along(
+    term: FlowTerm, params: PyTree, rank: Int[Array, ""]
 ) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
-    """The smallest and the largest eigenvalue of AAᵀ along a stack of points. Rounding
-    blurs the smallest below eps of the largest, where rank has long been lost."""
+    """The `rank`-th and the largest eigenvalue of AAᵀ along a stack of points. Rounding
+    blurs the former below eps of the latter, where rank has long been lost."""
 
     def at(p):
         w, loss = flatten(term.loss, p, term.static)
         a, _ = weighted_jacobian(loss, w)
-        values = jnp.linalg.eigvalsh(a @ a.T)
-        return jnp.maximum(values[0], 0), values[-1]
+        values = jnp.maximum(jnp.linalg.eigvalsh(a @ a.T)[::-1], 0)
+        smallest = jnp.where(rank > 0, values[jnp.maximum(rank - 1, 0)], jnp.inf)
+        return smallest, values[0]
 
     return jax.lax.map(at, params)
 

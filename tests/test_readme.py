@@ -1,0 +1,25 @@
+"""What the README tells a reader to type."""
+
+import pathlib
+import re
+
+README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
+
+
+def test_example_runs(tmp_path, monkeypatch, capsys):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec(compile(code, "README.md", "exec"), {})
+    assert (tmp_path / "report.png").stat().st_size > 10_000
+    assert "rate of the error" in capsys.readouterr().out
+
+
+def test_figure_and_tasks_exist():
+    root = pathlib.Path(__file__).parent.parent
+    for target in re.findall(r"\]\(((?!http)[^)]*)\)", README):
+        assert (root / target).exists(), target
+    # Nothing left to fill in.
+    assert not re.search(r"\b[A-Z]{3,}_[A-Z]{3,}\b", README.replace("JAX_ENABLE", ""))
