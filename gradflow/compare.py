@@ -239,7 +239,7 @@ def _errors(theory: TwoPhase, path: Path) -> tuple[Any, Any]:
 
 
 def _sup(errors: np.ndarray, where: np.ndarray) -> np.ndarray:
-    """The largest error in each lane; NaN if one in range is, or if none is in range."""
+    """The largest error in each lane; NaN if one in range is, or none is in range."""
     largest = np.where(where, errors, -np.inf).max(axis=1)
     return np.where(where.any(axis=1), largest, np.nan)
 

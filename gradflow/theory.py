@@ -107,8 +107,8 @@ class TwoPhase(eqx.Module):
         if float(self.interpolation_error) > 1e-6:
             lines.append(
                 "  interpolated with a relative error of up to "
-                f"{float(self.interpolation_error):.1g}: a phase changes abruptly, late "
-                "in its course"
+                f"{float(self.interpolation_error):.1g}: a phase changes abruptly, "
+                "late in its course"
             )
         if not bool(self.result == RESULTS.successful):
             lines.append(f"  FAILED: {RESULTS[self.result]}")

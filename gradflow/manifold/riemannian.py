@@ -45,8 +45,8 @@ def riemannian_flow(
     """w' = −P(w)∇R(w) on M, in slow time s = λt, from the model.
 
     In the Jacobian form the default is the flow itself, by KKT5, at a weight decay of
-    1e-14 times the largest curvature: w° to O(λ/η), at the price of any other path. With
-    another `solver` the equation above is integrated: P comes from the QR decomposition
+    1e-14 times the largest curvature: w° to O(λ/η), at the price of any other path.
+    With another `solver` the equation above is integrated: P comes from the QR decomposition
     of Jᵀ, with a ridge of eps^⅔‖J‖ (4e-11 in float64) that lets the path run on where J
     loses rank, or from the eigenvectors of ∇²F in the Hessian form; and the term −J⁺r
     (or −(∇²F)⁺∇F) holds the path on M. Either way the integrator lands on the times it
@@ -167,7 +167,7 @@ def _vanishing_decay(
 def _rank_and_scale(
     term: FlowTerm, params: PyTree
 ) -> tuple[Int[Array, ""], Float[Array, ""]]:
-    """The rank of J, which redundant data may leave below m, and the largest curvature."""
+    """The rank of J, below m where data are redundant, and the largest curvature."""
     w, loss = flatten(term.loss, params, term.static)
     found = measure(loss, w, "jacobian")
     return found.rank, found.curvatures[0]
