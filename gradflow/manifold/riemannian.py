@@ -46,11 +46,11 @@ def riemannian_flow(
 
     In the Jacobian form the default is the flow itself, by KKT5, at a weight decay of
     1e-14 times the largest curvature: w° to O(λ/η), at the price of any other path.
-    With another `solver` the equation above is integrated: P comes from the QR decomposition
-    of Jᵀ, with a ridge of eps^⅔‖J‖ (4e-11 in float64) that lets the path run on where J
-    loses rank, or from the eigenvectors of ∇²F in the Hessian form; and the term −J⁺r
-    (or −(∇²F)⁺∇F) holds the path on M. Either way the integrator lands on the times it
-    saves at, since interpolated points are not on M.
+    With another `solver` the equation above is integrated: P comes from the QR
+    decomposition of Jᵀ, with a ridge of eps^⅔‖J‖ (4e-11 in float64) that lets the path
+    run on where J loses rank, or from the eigenvectors of ∇²F in the Hessian form; and
+    the term −J⁺r (or −(∇²F)⁺∇F) holds the path on M. Either way the integrator lands on
+    the times it saves at, since interpolated points are not on M.
 
     **Arguments:**
 
