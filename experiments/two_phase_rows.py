@@ -208,6 +208,8 @@ def matching(run: Run) -> list[Row]:
     limit = vector(run.theory.limit)
     lams = np.sort(run.report.weight_decay)[::-1]
     lams = lams[lams < 0.1]
+    if len(lams) < 3:
+        return [Row("P1-M", np.nan, "", None, "a trend needs three λ below 0.1")]
     off = [
         relative(flat(run.paths([lam], -np.log(lam) / (2 * c))[0].params)[-1], limit)
         for lam in lams
@@ -298,6 +300,8 @@ def onset(run: Run) -> list[Row]:
         criteria.append(lam * size / force[0])
     order = np.argsort(criteria)
     ratios = np.array(ratios)[order]
+    if len(ratios) < 3:
+        return [Row("P1-H", np.nan, "", None, "a trend needs three λ")]
     if not np.isfinite(ratios).all():
         return [Row("P1-H", np.nan, "", None, "heuristic: weight decay rules at once")]
     ok = bool(np.all(np.diff(ratios) < 0))

@@ -126,16 +126,21 @@ def report(report: Report, fig: Figure | None = None) -> Figure:
         fig = plt.figure(figsize=(15, 8.6), layout="constrained")
     axes = fig.subplots(2, 3)
     losses(report, axes[0, 0])
-    collapse(report, axes[0, 1])
+    if _has_test(report):
+        collapse(report, axes[0, 1])
+    else:
+        words = "no metric is named “test”"
+        axes[0, 1].text(0.5, 0.5, words, ha="center", fontsize=SIZE)
+        _finish(axes[0, 1], LABELS["s"], "")
     collapse(report, axes[0, 2], metric="penalty")
     error(report, axes[1, 0])
     grokking(report, axes[1, 1])
     curvature(report, axes[1, 2])
     titles = (
-        "first the data are fitted; much later the test loss falls",
-        "on the slow clock all $\\lambda$ fall on one curve",
-        "the penalty falls along the manifold",
-        "the error of the theory is proportional to $\\lambda$",
+        "train and test loss in time",
+        "test loss on the slow clock",
+        "the penalty on the slow clock",
+        "error of the theory against $\\lambda$",
         "grokking time",
         "where theory holds: $\\lambda \\ll \\eta$",
     )
@@ -143,6 +148,10 @@ def report(report: Report, fig: Figure | None = None) -> Figure:
         ax.set_title(f"({letter}) {title}", fontsize=SIZE, loc="left")
     Colours(report.weight_decay).bar(fig, list(axes.flat))
     return fig
+
+
+def _has_test(report: Report) -> bool:
+    return "test" in report.sweep.metrics and "test" in report.predicted_metrics
 
 
 def losses(report: Report, ax: Axes | None = None) -> Axes:
@@ -153,7 +162,7 @@ def losses(report: Report, ax: Axes | None = None) -> Axes:
     thresholds = {k: m.threshold for k, m in paths.paths.watched.items()}
     for i in range(len(paths)):
         ax.plot(*_positive(t[i], train[i]), color=colours(i), lw=1.0)
-        if "test" not in paths.metrics:
+        if not _has_test(report):
             continue
         test = np.asarray(paths.metrics["test"][i])
         ax.plot(*_positive(t[i], test), color=colours(i), lw=2.2)
