@@ -25,3 +25,5 @@ def test_runs(file):
         notebook, timeout=600, kernel_name="python3", resources=resources
     )
     client.execute()
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert code and all(cell.execution_count for cell in code if cell.source)
