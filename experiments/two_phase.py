@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import two_phase_panels as panels
 import two_phase_rows as rows
@@ -159,7 +160,7 @@ def main(config: Config) -> dict[str, Any]:
     data.to_netcdf(out / "paths.nc", engine="scipy")
     for name, figure in figures.items():
         figure.savefig(out / f"{name}.png", dpi=120)
-        matplotlib.pyplot.close(figure)
+        plt.close(figure)
     names = ", ".join(f"{name}.png" for name in figures)
     print(f"Written to {out}: summary.json, paths.nc, {names}")
     return summary
@@ -326,7 +327,6 @@ def attempt(check: Callable[..., list[Row]], *args: Any) -> list[Row]:
 
 def collapse(report: gf.Report) -> Any:
     """All λ on both clocks."""
-    import matplotlib.pyplot as plt
 
     fig, axes = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
     gf.plot.sweep(report.sweep, axes[0], colorbar=False)

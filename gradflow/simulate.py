@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, PyTree, Scalar
 
 from ._checks import check_horizon, check_tolerance, check_weight_decay
 from .flow import FlowTerm, GradientFlow
+from .losses import AbstractLoss
 from .metrics import Metric
 from .path import Path
 from .results import RESULTS
@@ -67,9 +68,7 @@ def simulate(
         raise ValueError("weight_decay: expected one number; sweep takes many.")
     check_tolerance(rtol, params)
     check_horizon(weight_decay, slow_time, t1, ts, saves)
-    check_scalar(flow.loss, model, "loss")
-    for name, metric in watched.items():
-        check_scalar(metric, model, f"metrics[{name!r}]")
+    check_scalars(flow.loss, watched, model)
 
     dtype = jax.tree.leaves(params)[0].dtype
     lam = jnp.asarray(weight_decay, dtype)
@@ -96,8 +95,16 @@ def as_metrics(metrics: dict[str, Callable | Metric] | None) -> dict[str, Metric
     }
 
 
-def check_scalar(fn: Callable, model: PyTree, name: str) -> None:
-    """Raises unless `fn(model)` is a real scalar; nothing is computed."""
+def check_scalars(
+    loss: AbstractLoss, watched: dict[str, Metric], model: PyTree
+) -> None:
+    """Raises unless loss and metrics are real scalars; nothing is computed."""
+    _check_scalar(loss, model, "loss")
+    for name, metric in watched.items():
+        _check_scalar(metric, model, f"metrics[{name!r}]")
+
+
+def _check_scalar(fn: Callable, model: PyTree, name: str) -> None:
     out = eqx.filter_eval_shape(fn, model)
     if getattr(out, "shape", None) != () or not jnp.issubdtype(out.dtype, jnp.floating):
         kind = f"shape {out.shape}" if hasattr(out, "shape") else type(out).__name__

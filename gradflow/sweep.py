@@ -17,7 +17,7 @@ from .flow import GradientFlow
 from .metrics import Metric
 from .path import Path
 from .results import RESULTS
-from .simulate import as_metrics, check_scalar, save_times, solve
+from .simulate import as_metrics, check_scalars, save_times, solve
 from .solvers import choose_solver
 
 
@@ -149,9 +149,7 @@ def sweep(
         raise ValueError("weight_decay: expected a vector of one or more values.")
     check_tolerance(rtol, params)
     check_horizon(weight_decay, slow_time, t1, ts, saves)
-    check_scalar(flow.loss, model, "loss")
-    for name, metric in watched.items():
-        check_scalar(metric, model, f"metrics[{name!r}]")
+    check_scalars(flow.loss, watched, model)
     if batch not in (None, "loop", "vmap"):
         raise ValueError(f"batch: expected 'loop', 'vmap' or None, got {batch!r}.")
     if batch is None:

@@ -16,7 +16,7 @@ from .manifold import Limit, limit_map, retract, riemannian_flow, Spectrum, spec
 from .metrics import Metric
 from .path import Path
 from .results import RESULTS
-from .simulate import as_metrics, check_scalar, simulate
+from .simulate import as_metrics, check_scalars, simulate
 from .solvers import KKT5, sharpness
 
 _NODES = 257  # of the fast path, evenly spaced in log(1 + t/τ)
@@ -148,9 +148,7 @@ def two_phase(
     term, params = flow.term(model)
     check_tolerance(rtol, params)
     check_horizon(1.0, slow_time, None, None, _NODES)
-    check_scalar(flow.loss, model, "loss")
-    for name, metric in as_metrics(metrics).items():
-        check_scalar(metric, model, f"metrics[{name!r}]")
+    check_scalars(flow.loss, as_metrics(metrics), model)
     limit = limit_map(
         flow.loss,
         model,
