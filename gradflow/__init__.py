@@ -11,6 +11,8 @@ from .losses import (
     AbstractCompositeLoss as AbstractCompositeLoss,
     AbstractLoss as AbstractLoss,
     CrossEntropy as CrossEntropy,
+    Huber as Huber,
+    Logistic as Logistic,
     Loss as Loss,
     SquaredError as SquaredError,
 )
@@ -19,7 +21,7 @@ from .metrics import Metric as Metric
 from .results import RESULTS as RESULTS
 from .path import Path as Path
 from .simulate import simulate as simulate
-from .solvers import KKT3 as KKT3, KKT5 as KKT5
+from .solvers import KKT4 as KKT4, KKT5 as KKT5, RKC2 as RKC2
 
 from . import models as models, tasks as tasks
 from . import manifold as manifold

@@ -1,5 +1,7 @@
 """Checks of the arguments: one line, naming the argument, before any compute."""
 
+import warnings
+
 import jax
 import jax.core
 import jax.numpy as jnp
@@ -56,16 +58,25 @@ def check_weight_decay(weight_decay) -> None:
         raise ValueError(f"weight_decay: expected 0 or more, got {weight_decay}.")
 
 
-def check_tolerance(rtol, params: PyTree) -> None:
+def check_tolerance(rtol) -> None:
     if is_concrete(rtol) and not 0 < rtol < 1:
         raise ValueError(f"rtol: expected a number between 0 and 1, got {rtol}.")
+
+
+def resolvable(rtol, params: PyTree):
+    """`rtol`, or the smallest tolerance that the precision of the parameters resolves
+    along a path: 800 times the distance of two numbers, 1e-4 in float32. Says so."""
     dtype = jax.tree.leaves(params)[0].dtype
-    floor = 1e-5 if dtype == jnp.float32 else 1e-13 if dtype == jnp.float64 else 1e-2
-    if is_concrete(rtol) and rtol < floor:
-        raise ValueError(
-            f"rtol: {rtol:g} is below what {dtype} parameters can resolve, {floor:g}; "
-            "loosen it, or make the model in float64."
+    floor = 800 * float(jnp.finfo(dtype).eps)
+    if not is_concrete(rtol):
+        return jnp.maximum(rtol, floor)
+    if rtol < floor:
+        warnings.warn(
+            f"rtol: {rtol:g} is below what {dtype} parameters can resolve; "
+            f"{floor:.1g} is taken. Make the model in float64 for more digits.",
+            stacklevel=3,
         )
+    return max(rtol, floor)
 
 
 def check_horizon(weight_decay, slow_time, t1, ts, saves) -> None:

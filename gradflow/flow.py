@@ -7,6 +7,7 @@ import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree, Scalar
 
@@ -108,6 +109,31 @@ class FlowTerm(diffrax.AbstractTerm):
         return jax.tree.map(lambda v: v * control, vf)
 
 
+class Tracked(eqx.Module):
+    """A state that carries the multiplier μ = ∇ℓ(z(θ)) along, found by a KKT solver
+    together with θ. On the critical manifold μ is a small difference of large numbers,
+    which θ alone gives with a far larger relative error."""
+
+    params: PyTree
+    multiplier: Float[Array, "*times m"]
+
+
+class TrackedFlowTerm(FlowTerm):
+    """The same flow with a `Tracked` state."""
+
+    def vf(self, t: Any, y: Tracked, args: Any) -> Tracked:
+        return Tracked(super().vf(t, y.params, args), jnp.zeros_like(y.multiplier))
+
+
+_BLOCK_BYTES = 2**28
+
+
+def _block_length(n: int, row_bytes: int) -> int:
+    """n rows in blocks of equal length, but for the last, below `_BLOCK_BYTES`."""
+    blocks = -(-n * row_bytes // _BLOCK_BYTES)
+    return -(-n // min(blocks, n))
+
+
 class FlatLoss(eqx.Module):
     """A loss as a function of one vector θ ∈ ℝᵈ, for what needs a matrix.
 
@@ -131,13 +157,93 @@ class FlatLoss(eqx.Module):
         """z(θ)."""
         return self.composite.outputs(self.model(theta))
 
+    def outer(self, z: Float[Array, " m"]) -> Scalar:
+        """ℓ(z)."""
+        return self.composite.outer(z)
+
+    def outer_from(
+        self, residuals: Float[Array, " m"], z: Float[Array, " m"]
+    ) -> Scalar:
+        """ℓ(z), from ∇ℓ(z) where that is known better than z."""
+        return self.composite.outer_from(residuals, z)
+
+    @property
+    def outer_curvature(self) -> float | None:
+        """w where ℓ'' = w I everywhere, `None` otherwise."""
+        return self.composite.outer_curvature
+
+    def outer_hvp(
+        self, z: Float[Array, " m"], u: Float[Array, " m"]
+    ) -> Float[Array, " m"]:
+        """ℓ''(z) u."""
+        return jax.jvp(jax.grad(self.outer), (z,), (u,))[1]
+
     def residuals(self, theta: Float[Array, " d"]) -> Float[Array, " m"]:
         """∇ℓ(z(θ))."""
-        return jax.grad(self.composite.outer)(self.outputs(theta))
+        return jax.grad(self.outer)(self.outputs(theta))
 
     def jacobian(self, theta: Float[Array, " d"]) -> Float[Array, "m d"]:
-        """J = ∂z/∂θ, by m vector-Jacobian products."""
-        return jax.jacrev(self.outputs)(theta)
+        """J = ∂z/∂θ: sample by sample, at the cost of one gradient for each output of a
+        sample, where the loss has `samples`; else by m vector-Jacobian products."""
+        x = self.composite.samples
+        if x is None:
+            return jax.jacrev(self.outputs)(theta)
+        return self._sample_rows(theta, x)
+
+    def _sample_rows(self, theta: Float[Array, " d"], x: PyTree) -> Array:
+        """The rows of J that belong to samples `x`."""
+
+        def rows(x):
+            return jax.jacrev(lambda th: self.model(th)(x).reshape(-1))(theta)
+
+        return jax.vmap(rows)(x).reshape(-1, theta.size)
+
+    def tangent_kernel(
+        self, theta: Float[Array, " d"], weights: Float[Array, " d"] | None = None
+    ) -> Float[Array, "m m"]:
+        """J diag(w) Jᵀ, the empirical neural tangent kernel (Jacot et al., 2018) where
+        the weights w are one. J is made in blocks of rows of at most 256 MB."""
+        m = jax.eval_shape(self.outputs, theta).shape[0]
+        x = self.composite.samples
+        n = m if x is None else jax.tree.leaves(x)[0].shape[0]
+        block = _block_length(n, theta.nbytes * (m // n))
+        spread = lambda v: jnp.broadcast_to(weights, v.shape)
+        weighted = lambda v: v if weights is None else v * spread(v)
+        if block == n:
+            jac = self.jacobian(theta)
+            return weighted(jac) @ jac.T
+        if x is None:
+            return self._kernel_by_products(theta, weighted, block)
+        # The rows of a block cost one gradient: cheaper to make again than to keep.
+        more = -n % block
+        blocks = jax.tree.map(
+            lambda a: jnp.concatenate([a, a[:more]]).reshape(-1, block, *a.shape[1:]), x
+        )
+
+        count = (n + more) // block
+        i, j = np.triu_indices(count)
+
+        def pair(at):
+            left, right = (
+                self._sample_rows(theta, jax.tree.map(lambda a, k=k: a[k], blocks))
+                for k in at
+            )
+            return weighted(left) @ right.T
+
+        upper = jax.lax.map(pair, (i, j))
+        rows = upper.shape[1]
+        kernel = jnp.zeros((count, count, rows, rows), theta.dtype)
+        kernel = kernel.at[i, j].set(upper).at[j, i].set(upper.transpose(0, 2, 1))
+        return kernel.transpose(0, 2, 1, 3).reshape(count * rows, -1)[:m, :m]
+
+    def _kernel_by_products(
+        self, theta: Float[Array, " d"], weighted: Callable, block: int
+    ) -> Float[Array, "m m"]:
+        """The same where outputs are not known to split into samples."""
+        z, push = jax.linearize(self.outputs, theta)
+        pull = jax.linear_transpose(push, theta)
+        row = lambda e: push(weighted(pull(e)[0]))
+        return jax.lax.map(row, jnp.eye(z.size, dtype=z.dtype), batch_size=block)
 
     @property
     def composite(self) -> AbstractCompositeLoss:
@@ -151,6 +257,30 @@ class FlatLoss(eqx.Module):
                 "Jacobian need SquaredError, CrossEntropy or another composite loss."
             )
         return self.loss
+
+
+class FlatOpaqueLoss(FlatLoss):
+    """Any loss taken as a composite one: z(θ) = θ, J = I and ℓ = F."""
+
+    def outputs(self, theta: Float[Array, " d"]) -> Float[Array, " d"]:
+        return theta
+
+    def outer(self, z: Float[Array, " d"]) -> Scalar:
+        return self(z)
+
+    def outer_from(
+        self, residuals: Float[Array, " d"], z: Float[Array, " d"]
+    ) -> Scalar:
+        return self(z)
+
+    @property
+    def outer_curvature(self) -> None:
+        return None
+
+    def tangent_kernel(
+        self, theta: Float[Array, " d"], weights: Float[Array, " d"] | None = None
+    ) -> Float[Array, "d d"]:
+        return jnp.diag(jnp.ones_like(theta) if weights is None else weights)
 
 
 def flatten(

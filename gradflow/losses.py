@@ -46,6 +46,22 @@ class AbstractCompositeLoss(AbstractLoss):
     def outer_curvature(self) -> float | None:
         """w where ℓ'' = w I everywhere (squared error), `None` otherwise."""
 
+    @property
+    def samples(self) -> PyTree | None:
+        """Inputs x with `outputs(model) = jax.vmap(model)(x)` flattened, where each
+        output depends on one sample; `None` where that is not known. It makes the
+        Jacobian as cheap as one gradient."""
+        return None
+
+    def outer_from(
+        self, residuals: Float[Array, " m"], z: Float[Array, " m"]
+    ) -> Scalar:
+        """ℓ(z) where `residuals` = ∇ℓ(z) are known better than z itself, as they are on
+        the critical manifold: z − y is a small difference of large numbers there, and
+        the residuals are what the KKT solvers solve for."""
+        del residuals
+        return self.outer(z)
+
     def __call__(self, model: PyTree) -> Scalar:
         """The loss F(model) = ℓ(z(θ))."""
         return self.outer(self.outputs(model))
@@ -79,11 +95,9 @@ def _is_none(x: Any) -> bool:
     return x is None
 
 
-class SquaredError(AbstractCompositeLoss):
-    """F(model) = ½ meanᵢ ‖f(xᵢ) − yᵢ‖², the mean over samples; or the sum.
-
-    With `reduction="mean"`, ℓ(z) = ‖z − y‖²/(2n); with `"sum"`, ℓ(z) = ½‖z − y‖².
-    """
+class _TargetLoss(AbstractCompositeLoss):
+    """What losses against targets of the predictions' shape have in common:
+    ℓ(z) = c Σᵢ ρ(zᵢ, yᵢ), with c = 1/n, or 1 for the sum."""
 
     x: PyTree
     y: Float[Array, "n ..."]
@@ -93,23 +107,11 @@ class SquaredError(AbstractCompositeLoss):
     def __init__(
         self,
         x: PyTree,
-        y: Float[Array, "n ..."],
+        y: Array,
         *,
         reduction: Literal["mean", "sum"] = "mean",
         predict: Callable[[Any, PyTree], Array] = predict_each,
     ):
-        """**Arguments:**
-
-        - `x`: inputs, an array or a pytree of arrays with a leading axis of n samples.
-        - `y`: targets, of the same shape as the predictions.
-        - `reduction`: `"mean"` or `"sum"` over the n samples (outputs of one sample are
-            always summed).
-        - `predict`: `predict(model, x)`, the predictions for all samples. The default
-            is `jax.vmap(model)(x)`; with one that ignores it, `x` may be `None`.
-
-        **Raises:** `ValueError` where `x` and `y` differ in length, are empty, or hold
-        a NaN or an infinity.
-        """
         self.x = jax.tree.map(jnp.asarray, x)
         self.y = jnp.asarray(y)
         self.reduction = reduction
@@ -129,12 +131,130 @@ class SquaredError(AbstractCompositeLoss):
         return z.reshape(-1)
 
     @property
-    def outer_curvature(self) -> float:
+    def samples(self) -> PyTree | None:
+        return self.x if self.predict is predict_each else None
+
+    @property
+    def scale(self) -> float:
+        """c."""
         return 1.0 if self.reduction == "sum" else 1.0 / self.y.shape[0]
+
+
+class SquaredError(_TargetLoss):
+    """F(model) = ½ meanᵢ ‖f(xᵢ) − yᵢ‖², the mean over samples; or the sum.
+
+    With `reduction="mean"`, ℓ(z) = ‖z − y‖²/(2n); with `"sum"`, ℓ(z) = ½‖z − y‖².
+    """
+
+    def __init__(
+        self,
+        x: PyTree,
+        y: Array,
+        *,
+        reduction: Literal["mean", "sum"] = "mean",
+        predict: Callable[[Any, PyTree], Array] = predict_each,
+    ):
+        """**Arguments:**
+
+        - `x`: inputs, an array or a pytree of arrays with a leading axis of n samples.
+        - `y`: targets, of the same shape as the predictions.
+        - `reduction`: `"mean"` or `"sum"` over the n samples (outputs of one sample are
+            always summed).
+        - `predict`: `predict(model, x)`, the predictions for all samples. The default
+            is `jax.vmap(model)(x)`; with one that ignores it, `x` may be `None`.
+
+        **Raises:** `ValueError` where `x` and `y` differ in length, are empty, or hold
+        a NaN or an infinity.
+        """
+        super().__init__(x, y, reduction=reduction, predict=predict)
+
+    @property
+    def outer_curvature(self) -> float:
+        return self.scale
 
     def outer(self, z: Float[Array, " m"]) -> Scalar:
         r = z - self.y.reshape(-1)
-        return 0.5 * self.outer_curvature * jnp.sum(r * r)
+        return 0.5 * self.scale * jnp.sum(r * r)
+
+    def outer_from(
+        self, residuals: Float[Array, " m"], z: Float[Array, " m"]
+    ) -> Scalar:
+        return 0.5 / self.scale * jnp.sum(residuals * residuals)
+
+
+class Huber(_TargetLoss):
+    """F(model) = meanᵢ ρ(f(xᵢ) − yᵢ), or the sum: ρ(r) = ½r² for |r| ≤ δ, and
+    δ(|r| − ½δ) beyond, summed over the outputs of a sample.
+
+    Samples further than δ from the model pull with a constant force, and ℓ'' = 0 there
+    (P. J. Huber, Ann. Math. Statist. 35, 1964).
+    """
+
+    delta: float
+
+    def __init__(self, x: PyTree, y: Array, *, delta: float = 1.0, **kwargs: Any):
+        """**Arguments:** as for `SquaredError`, and
+
+        - `delta`: δ > 0.
+        """
+        super().__init__(x, y, **kwargs)
+        if not delta > 0:
+            raise ValueError(f"delta: expected a positive number, got {delta}.")
+        self.delta = float(delta)
+
+    @property
+    def outer_curvature(self) -> None:
+        return None
+
+    def outer(self, z: Float[Array, " m"]) -> Scalar:
+        return self._of_differences(z - self.y.reshape(-1))
+
+    def _of_differences(self, r: Float[Array, " m"]) -> Scalar:
+        inner = jnp.clip(r, -self.delta, self.delta)
+        return self.scale * jnp.sum(inner * (r - 0.5 * inner))
+
+    def outer_from(
+        self, residuals: Float[Array, " m"], z: Float[Array, " m"]
+    ) -> Scalar:
+        r = z - self.y.reshape(-1)
+        quadratic = jnp.abs(r) < self.delta
+        return self._of_differences(jnp.where(quadratic, residuals / self.scale, r))
+
+
+class Logistic(_TargetLoss):
+    """F(model) = meanᵢ log(1 + exp f(xᵢ)) − yᵢ f(xᵢ), or the sum: two classes, one
+    logit f(xᵢ), and targets y between 0 and 1 (the probability of the second class).
+
+    On separable data this loss has no minimiser: without weight decay ‖θ‖ grows like
+    log t.
+    """
+
+    def __init__(self, x: PyTree, y: Array, **kwargs: Any):
+        """**Arguments:** as for `SquaredError`; `y` holds numbers from 0 to 1."""
+        y = jnp.asarray(y)
+        y = y if jnp.issubdtype(y.dtype, jnp.inexact) else y.astype(float)
+        super().__init__(x, y, **kwargs)
+        if is_concrete(self.y) and not ((self.y >= 0) & (self.y <= 1)).all():
+            raise ValueError("y: expected numbers from 0 to 1.")
+
+    @property
+    def outer_curvature(self) -> None:
+        return None
+
+    def outer(self, z: Float[Array, " m"]) -> Scalar:
+        return self.scale * jnp.sum(jax.nn.softplus(z) - self.y.reshape(-1) * z)
+
+    def outer_from(
+        self, residuals: Float[Array, " m"], z: Float[Array, " m"]
+    ) -> Scalar:
+        # softplus(z) − yz, with 1 + eᶻ = 1/(1 − p) and p = y + n·residual: exact where
+        # y is 0 or 1 and the class is right, where it is −log(1 − |p − y|).
+        y = self.y.reshape(-1)
+        miss = jnp.abs(residuals) / self.scale
+        hard = ((y == 0) | (y == 1)) & (miss < 0.5)
+        plain = jax.nn.softplus(z) - y * z
+        exact = -jnp.log1p(-jnp.where(hard, miss, 0))
+        return self.scale * jnp.sum(jnp.where(hard, exact, plain))
 
 
 class CrossEntropy(AbstractCompositeLoss):
@@ -194,19 +314,41 @@ class CrossEntropy(AbstractCompositeLoss):
         return z.reshape(-1)
 
     @property
+    def samples(self) -> PyTree | None:
+        return self.x if self.predict is predict_each else None
+
+    @property
     def outer_curvature(self) -> None:
         return None
 
-    def outer(self, z: Float[Array, " m"]) -> Scalar:
+    def _each(self, z: Float[Array, " m"]) -> Float[Array, " n"]:
+        """The loss of each sample."""
         log_p = jax.nn.log_softmax(z.reshape(self.labels.shape[0], -1))
-        return -jnp.mean(jnp.take_along_axis(log_p, self.labels[:, None], axis=1))
+        return -jnp.take_along_axis(log_p, self.labels[:, None], axis=1)[:, 0]
+
+    def outer(self, z: Float[Array, " m"]) -> Scalar:
+        return jnp.mean(self._each(z))
+
+    def outer_from(
+        self, residuals: Float[Array, " m"], z: Float[Array, " m"]
+    ) -> Scalar:
+        # The residual at the label is (p − 1)/n.
+        n = self.labels.shape[0]
+        own = jnp.take_along_axis(
+            residuals.reshape(n, -1), self.labels[:, None], axis=1
+        )
+        miss = -n * own[:, 0]
+        known = jnp.abs(miss) < 0.5
+        exact = -jnp.log1p(-jnp.where(known, miss, 0))
+        return jnp.mean(jnp.where(known, exact, self._each(z)))
 
 
 class Loss(AbstractLoss):
     """Any scalar function of the model: F(model) = fn(model).
 
-    Nothing is known of its structure, so the KKT solvers and the Jacobian form of the
-    tangent projection do not apply; give a composite loss where there is one.
+    Nothing is known of its structure: the KKT solvers then factorise its Hessian, for
+    up to 5000 parameters, and so does the theory. Give a composite loss where there is
+    one.
     """
 
     fn: Callable[[Any], Scalar]

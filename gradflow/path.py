@@ -61,8 +61,8 @@ class Path(eqx.Module):
 
     @property
     def succeeded(self) -> Array:
-        """Whether the run reached its last time."""
-        return self.result == RESULTS.successful
+        """Whether the run reached its last time. (It may have `slid`: see `result`.)"""
+        return (self.result == RESULTS.successful) | (self.result == RESULTS.slid)
 
     def crossing_time(self, name: str) -> float:
         """When metric `name` has passed its threshold for good; see
@@ -96,9 +96,17 @@ class Path(eqx.Module):
         ]
         if not bool(self.succeeded):
             lines.append(f"  FAILED: {RESULTS[self.result]}")
+        elif bool(self.result == RESULTS.slid):
+            lines.append(f"  WARNING: {RESULTS[self.result]}")
         elif float(self.weight_decay) > 0:
             state = "at rest" if bool(self.stationary) else "still drifting"
             lines.append(f"  {state}: ‖dθ/ds‖/‖θ‖ = {float(self.slow_speed):.2g}")
+        floor = 100 * float(jnp.finfo(self.t.dtype).eps)
+        if float(self.stats.get("conditioning", 1.0)) < max(_SINGULAR, floor):
+            lines.append(
+                "  the Jacobian is losing rank, σ_min²/σ_max² is about "
+                f"{float(self.stats['conditioning']):.1g}: see gf.manifold.spectrum"
+            )
         return "\n".join(lines)
 
     def plot(self, **kwargs: Any) -> Any:
@@ -106,6 +114,9 @@ class Path(eqx.Module):
         from . import plot
 
         return plot.path(self, **kwargs)
+
+
+_SINGULAR = 1e-6
 
 
 def _steps(stats: dict[str, Any]) -> str:

@@ -19,11 +19,13 @@ class AbstractPenalty(eqx.Module):
     def gradient(self, params: PyTree) -> PyTree:
         """∇R(θ), a pytree like `params`."""
 
-    @property
-    @abc.abstractmethod
-    def curvature(self) -> float:
-        """ρ such that ∇²R ≈ ρ I: what implicit solvers put in the stage equation.
-        It changes how fast they converge, never what they converge to."""
+    def curvature(self, params: PyTree) -> float | PyTree:
+        """What the KKT solvers put for ∇²R(θ) in the stage equation: a number ρ where
+        ∇²R ≈ ρ I, or the diagonal of ∇²R, a pytree like `params`, where it is large and
+        uneven (then the tangent kernel is made anew every step). It changes how fast
+        they converge, never what they converge to. The default is 0: not stiff."""
+        del params
+        return 0.0
 
 
 class L2(AbstractPenalty):
@@ -35,6 +37,5 @@ class L2(AbstractPenalty):
     def gradient(self, params: PyTree) -> PyTree:
         return params
 
-    @property
-    def curvature(self) -> float:
+    def curvature(self, params: PyTree) -> float:
         return 1.0

@@ -9,8 +9,20 @@ class RESULTS(diffrax.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
     successful = ""
     out_of_steps = (
         "The step budget was exhausted before the final time. If the solver is "
-        "explicit, the problem is stiff: use a KKT solver (a composite loss is "
-        "needed). Otherwise increase `max_steps`, or loosen `rtol`."
+        "explicit, the problem is stiff: use a KKT solver, or RKC2. "
+        "Otherwise increase `max_steps`, or loosen `rtol`."
+    )
+    slid = (
+        "The run reached its end, but slid along kinks of the loss, where ∇F jumps, as "
+        "networks of ReLUs do: `stats['sliding']` steps. There each step is exact to "
+        "about 1e-3 only, and paths from close starts differ by percents. A smooth "
+        "activation (softplus, GELU) has no kinks."
+    )
+    unstable = (
+        "An explicit solver ran at its stability limit: noise of the size of the "
+        "tolerance, in the stiff directions, makes up a drift of its own, and the path "
+        "can be wrong by far more than `rtol`. Use a KKT solver, or RKC2; or `rtol` "
+        "below λ/L, the ratio of weight decay and curvature."
     )
     stalled = (
         "The solver could make no step, however small: the loss is not smooth here, "

@@ -12,13 +12,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 from tqdm.auto import tqdm
 
-from ._checks import check_horizon, check_tolerance, check_weight_decay
+from ._checks import check_horizon, check_tolerance, check_weight_decay, resolvable
 from .flow import GradientFlow
 from .metrics import Metric
 from .path import Path
 from .results import RESULTS
-from .simulate import as_metrics, check_scalars, save_times, solve
-from .solvers import choose_solver
+from .simulate import as_metrics, fail_unless_reached, prepare, solve, wants_another
+from .solvers import as_choice, Choice, second_choice, TRIAL_STEPS
 
 
 class Sweep(eqx.Module):
@@ -98,6 +98,8 @@ class Sweep(eqx.Module):
             )
             if not bool(self.succeeded[i]):
                 row += f"  FAILED: {RESULTS[self[i].result]}"
+            elif bool(self[i].result == RESULTS.slid):
+                row += f"  slid along kinks in {int(stats['sliding'][i])} steps"
             lines.append(row)
         return "\n".join(lines)
 
@@ -147,9 +149,9 @@ def sweep(
     check_weight_decay(weight_decay)
     if np.ndim(weight_decay) != 1 or np.size(weight_decay) == 0:
         raise ValueError("weight_decay: expected a vector of one or more values.")
-    check_tolerance(rtol, params)
+    check_tolerance(rtol)
+    rtol = resolvable(rtol, params)
     check_horizon(weight_decay, slow_time, t1, ts, saves)
-    check_scalars(flow.loss, watched, model)
     if batch not in (None, "loop", "vmap"):
         raise ValueError(f"batch: expected 'loop', 'vmap' or None, got {batch!r}.")
     if batch is None:
@@ -157,31 +159,39 @@ def sweep(
 
     dtype = jax.tree.leaves(params)[0].dtype
     lams = jnp.asarray(weight_decay, dtype)
-    if ts is None:
-        ends = jnp.full_like(lams, t1) if slow_time is None else slow_time / lams
-        times = eqx.filter_vmap(
-            lambda lam, end: save_times(term, params, lam, end, saves)
-        )(lams, ends)
-    else:
-        times = jnp.broadcast_to(jnp.asarray(ts, dtype), (lams.size, np.size(ts)))
-    if solver is None:
-        solver = choose_solver(term, params, jnp.max(lams), jnp.max(times))
+    times, sizes = eqx.filter_vmap(
+        lambda lam: prepare(
+            term, params, lam, slow_time, t1, ts, saves, watched, measure=solver is None
+        )
+    )(lams)
+    stiffest = sizes and dataclasses.replace(sizes, stiffness=jnp.max(sizes.stiffness))
 
-    def lane(lam: Array, ts: Array, meter: bool) -> Path:
-        return solve(
-            term, params, lam, ts, watched, solver, rtol, atol, max_steps, meter
+    def run(choice: Choice) -> Sweep:
+        most = min(max_steps, TRIAL_STEPS) if choice.trial else max_steps
+
+        def lane(lam: Array, ts: Array, meter: bool) -> Path:
+            return solve(
+                term, params, lam, ts, watched, choice.solver, rtol, atol, most, meter
+            )
+
+        if batch == "vmap":
+            paths = eqx.filter_vmap(
+                lambda lam, ts: _without_shared(lane(lam, ts, progress))
+            )(lams, times)
+        else:
+            paths = _stack(_each(lane, lams, times, progress))
+        stats = {**paths.stats, "why": choice.why}
+        return Sweep(
+            dataclasses.replace(paths, static=term.static, watched=watched, stats=stats)
         )
 
-    if batch == "vmap":
-        paths = eqx.filter_vmap(
-            lambda lam, ts: _without_shared(lane(lam, ts, progress))
-        )(lams, times)
-    else:
-        paths = _stack(_each(lane, lams, times, progress))
-    out = Sweep(dataclasses.replace(paths, static=term.static, watched=watched))
+    choice = as_choice(solver, stiffest, rtol)
+    out = run(choice)
+    if choice.trial and bool(wants_another(out.result)):
+        out = run(second_choice(stiffest, rtol))
     if throw:
         worst = int(jnp.argmin(out.succeeded))
-        out = out[worst].result.error_if(out, ~out[worst].succeeded)
+        out = fail_unless_reached(out, out[worst])
     return out
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from ._checks import check_horizon, check_tolerance
+from ._checks import check_horizon, check_tolerance, resolvable
 from ._interpolate import interpolate
 from .flow import GradientFlow
 from .losses import AbstractCompositeLoss
@@ -146,7 +146,8 @@ def two_phase(
     and there is no limit (the loss has no minimiser, say) or the drift fails.
     """
     term, params = flow.term(model)
-    check_tolerance(rtol, params)
+    check_tolerance(rtol)
+    rtol = resolvable(rtol, params)
     check_horizon(1.0, slow_time, None, None, _NODES)
     check_scalars(flow.loss, as_metrics(metrics), model)
     limit = limit_map(
@@ -187,7 +188,8 @@ def two_phase(
     error = _interpolation_error(fast, drift)
     out = TwoPhase(end.model, fast, drift, at_limit, tau, error, result)
     # Past the loss of rank the drift still stands; its validity is for the report.
-    fatal = (result != RESULTS.successful) & (result != RESULTS.rank_lost)
+    standing = (RESULTS.successful, RESULTS.rank_lost, RESULTS.slid)
+    fatal = jnp.all(jnp.stack([result != r for r in standing]))
     return result.error_if(out, fatal) if throw else out
 
 

@@ -12,7 +12,8 @@ from jax.flatten_util import ravel_pytree
 from numpy.testing import assert_allclose
 
 import gradflow as gf
-from gradflow.flow import flatten
+import gradflow.flow
+from gradflow.flow import flatten, partition
 from gradflow.models import LinearModel, TwoLayer
 
 
@@ -25,9 +26,8 @@ class Quartic(gf.AbstractPenalty):
     def gradient(self, params):
         return jax.tree.map(lambda p: p**3, params)
 
-    @property
-    def curvature(self):
-        return 1.0
+    def curvature(self, params):
+        return jax.tree.map(lambda p: 3 * p**2, params)
 
 
 def numpy_force(model, loss):
@@ -53,7 +53,7 @@ def test_penalty_of_your_own(getkey):
     assert_allclose(velocity.u, -force_u - 0.3 * np.asarray(model.u) ** 3, rtol=1e-12)
 
 
-@pytest.mark.parametrize("solver", [gf.KKT3(), gf.KKT5()])
+@pytest.mark.parametrize("solver", [gf.KKT4(), gf.KKT5()])
 def test_solvers_take_the_penalty_of_the_flow(solver):
     """With no data to speak of, θ' = −λθ³: θ(t) = θ₀/√(1 + 2λθ₀²t)."""
     loss = gf.SquaredError(jnp.zeros((1, 3)), jnp.zeros(1))
@@ -163,3 +163,37 @@ def test_errors_name_the_argument():
             flow.partition(model)
     with pytest.raises(ValueError, match="^model: holds a NaN"):
         flow.partition(jnp.array([0.0, jnp.nan]))
+
+
+# The tangent kernel
+
+
+@pytest.mark.parametrize("sampled", [True, False])
+@pytest.mark.parametrize("block", [2**28, 1000])
+def test_tangent_kernel(sampled, block, monkeypatch, getkey):
+    """JJᵀ, whole and in blocks, where samples are known to be independent or not."""
+    monkeypatch.setattr(gradflow.flow, "_BLOCK_BYTES", block)
+    model = eqx.nn.MLP(3, 2, 4, 1, jnp.tanh, key=getkey())
+    x, y = jax.random.normal(getkey(), (7, 3)), jnp.zeros((7, 2))
+    at_once = {} if sampled else dict(predict=lambda m, x: jax.vmap(m)(x))
+    params, static = partition(model)
+    theta, loss = flatten(gf.SquaredError(x, y, **at_once), params, static)
+    assert (loss.composite.samples is not None) == sampled
+    assert (block > theta.nbytes * 14) == (block > 1000)
+    jac = np.asarray(jax.jacfwd(loss.outputs)(theta))
+    weights = np.linspace(0.5, 2.0, theta.size)
+    assert_allclose(loss.jacobian(theta), jac, atol=1e-13)
+    assert_allclose(loss.tangent_kernel(theta), jac @ jac.T, atol=1e-12)
+    weighted = loss.tangent_kernel(theta, jnp.asarray(weights))
+    assert_allclose(weighted, (jac * weights) @ jac.T, atol=1e-12)
+
+
+def test_tangent_kernel_fits_into_memory():
+    """2000 outputs and 1e5 parameters, in a compiled program of less than 4 GB."""
+    model = eqx.nn.MLP(20, "scalar", 4545, 1, jnp.tanh, key=jax.random.key(0))
+    loss = gf.SquaredError(jnp.zeros((2000, 20)), jnp.zeros(2000))
+    params, static = partition(model)
+    theta, flat = flatten(loss, params, static)
+    assert theta.size > 99_000
+    compiled = jax.jit(lambda th: flat.tangent_kernel(th)).lower(theta).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 2e9

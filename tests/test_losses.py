@@ -95,6 +95,62 @@ def test_cross_entropy_of_large_logits_is_finite():
     assert_allclose(loss(jnp.asarray(1e4)), 5e3, rtol=1e-12)
 
 
+def test_huber(setting):
+    model, x, y, _ = setting
+    r = np.asarray(jax.vmap(model)(x) - y)
+    each = np.where(np.abs(r) <= 0.3, 0.5 * r**2, 0.3 * (np.abs(r) - 0.15))
+    assert (np.abs(r) > 0.3).any() and (np.abs(r) < 0.3).any()
+    loss = gf.Huber(x, y, delta=0.3)
+    assert_allclose(loss(model), each.sum() / SAMPLES, rtol=1e-13)
+    assert_allclose(gf.Huber(x, y, delta=0.3, reduction="sum")(model), each.sum())
+    slope = np.clip(r, -0.3, 0.3).reshape(-1) / SAMPLES
+    assert_allclose(loss.residuals(model), slope, atol=1e-15)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_logistic(setting, whole):
+    model, x, y, _ = setting
+    y = jnp.asarray(y > 0) if whole else jax.nn.sigmoid(y)
+    z, target = np.asarray(jax.vmap(model)(x)), np.asarray(y, float)
+    p = 1 / (1 + np.exp(-z))
+    each = -target * np.log(p) - (1 - target) * np.log(1 - p)
+    loss = gf.Logistic(x, y)
+    assert_allclose(loss(model), each.sum() / SAMPLES, rtol=1e-12)
+    slope = (p - target).reshape(-1) / SAMPLES
+    assert_allclose(loss.residuals(model), slope, atol=1e-15)
+    assert_allclose(gf.Logistic(x, y, reduction="sum")(model), each.sum())
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-9])
+def test_loss_from_its_residuals(size):
+    """To the digits of the residuals, where z − y has lost them."""
+    y, r = np.array([3.0, -2.0, 5.0]), size * np.array([0.3, -0.7, 0.9])
+    x = jnp.zeros(3)
+    for loss in (gf.SquaredError(x, jnp.asarray(y)), gf.Huber(x, jnp.asarray(y))):
+        found = loss.outer_from(jnp.asarray(r / 3), jnp.asarray(y + r))
+        assert_allclose(found, 0.5 * (r**2).sum() / 3, rtol=1e-14)
+    far = gf.Huber(x, jnp.asarray(y), delta=1e-10)
+    z = jnp.asarray(y + r)
+    assert_allclose(far.outer_from(jnp.full(3, 1e-10), z), far.outer(z))
+
+    miss = size * np.array([0.1, 0.3, 0.4])
+    labels = np.array([0, 1, 1])
+    logistic = gf.Logistic(x, jnp.asarray(labels))
+    z = np.log(1 - miss) - np.log(miss)
+    z = np.where(labels == 1, z, -z)
+    sign = np.where(labels == 1, -1, 1)
+    found = logistic.outer_from(jnp.asarray(sign * miss / 3), jnp.asarray(z))
+    assert_allclose(found, -np.log1p(-miss).mean(), rtol=1e-13)
+
+    entropy = gf.CrossEntropy(x, jnp.asarray(labels))
+    p = np.stack([miss, miss], axis=1)
+    p[np.arange(3), labels] = -miss
+    two = np.zeros((3, 2))
+    two[:, 1] = z
+    found = entropy.outer_from(jnp.asarray(p / 3).reshape(-1), jnp.asarray(two).ravel())
+    assert_allclose(found, -np.log1p(-miss).mean(), rtol=1e-13)
+
+
 def test_opaque_loss(setting):
     model, *_ = setting
     loss = gf.Loss(lambda m: jnp.sum(m.bias**4) + m.outer[0, 0])
@@ -179,7 +235,7 @@ def test_l2(setting):
     assert_allclose(gradient, theta)
     assert_allclose(ravel_pytree(jax.grad(penalty)(model))[0], gradient, rtol=1e-15)
     hessian = jax.hessian(penalty)(jnp.asarray(theta))
-    assert_allclose(hessian, penalty.curvature * np.eye(theta.size), atol=1e-15)
+    assert_allclose(hessian, penalty.curvature(model) * np.eye(theta.size), atol=1e-15)
 
 
 ERRORS = [
@@ -188,6 +244,8 @@ ERRORS = [
     (lambda x, y: gf.SquaredError(x.at[0, 0].set(jnp.nan), y), "x"),
     (lambda x, y: gf.SquaredError(x, y.at[1].set(jnp.inf)), "y"),
     (lambda x, y: gf.SquaredError(x, y, reduction="max"), "reduction"),
+    (lambda x, y: gf.Huber(x, y, delta=0.0), "delta"),
+    (lambda x, y: gf.Logistic(x, 3 + y), "y"),
     (lambda x, y: gf.CrossEntropy(x, jnp.zeros(SAMPLES)), "labels"),
     (lambda x, y: gf.CrossEntropy(x, jnp.arange(SAMPLES) - 1), "labels"),
     (lambda x, y: gf.CrossEntropy(x, jnp.zeros(SAMPLES - 1, int)), "x"),

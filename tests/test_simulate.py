@@ -53,12 +53,12 @@ def test_times_and_what_is_saved(linear):
     assert_allclose(path.metrics["first"], path.params.w[:, 0])
     assert path.watched["norm"].threshold == 1.0
     assert_allclose(path.penalty, 0.5 * (path.params.w**2).sum(axis=1), rtol=1e-12)
-    assert_allclose(path.train_loss[7], flow.loss(path[7]), rtol=1e-12)
+    assert_allclose(path.train_loss[7], flow.loss(path[7]), rtol=1e-6)
     assert path.stats["steps"] == path.stats["accepted"] + path.stats["rejected"]
     assert path.succeeded and path.result == gf.RESULTS.successful
 
     text = str(path)
-    for part in ("6 parameters", "λ = 0.001", "s = 3", "KKT5", "train loss", "norm"):
+    for part in ("6 parameters", "λ = 0.001", "s = 3", "KKT4", "train loss", "norm"):
         assert part in text
     assert len(text.splitlines()) == 4 and "FAILED" not in text
 
@@ -91,7 +91,7 @@ def test_no_solver_is_special(linear):
     flow, model, truth = linear
     ts = jnp.array([0.0, 1.0, 10.0])
     exact = np.asarray(truth.path(ts, 0.1))
-    for solver in (diffrax.Dopri5(), diffrax.Heun(), diffrax.Kvaerno3(), gf.KKT3()):
+    for solver in (diffrax.Dopri5(), diffrax.Heun(), diffrax.Kvaerno3(), gf.KKT4()):
         path = gf.simulate(
             flow, model, weight_decay=0.1, ts=ts, solver=solver, rtol=1e-5
         )
@@ -103,8 +103,24 @@ def test_default_solver_of_an_opaque_loss(linear):
     flow, model, truth = linear
     opaque = gf.GradientFlow(gf.Loss(flow.loss))
     path = gf.simulate(opaque, model, weight_decay=1e-3, slow_time=2.0, saves=7)
-    assert path.stats["solver"] == "Kvaerno5"
+    assert path.stats["solver"] == "KKT4" and "opaque" in path.stats["why"]
     assert sup_error(flat_paths(path), np.asarray(truth.path(path.t, 1e-3))) < 1e-4
+
+
+def test_curvature_that_rises_is_no_trap():
+    """F = ½(w³ − 1)² from w = 1e-4: flat at first, stiff at the end. Tsit5 looks cheap,
+    and is given up."""
+    cube = lambda model, x: model.w**3
+    flow = gf.GradientFlow(gf.SquaredError(None, jnp.ones(1), predict=cube))
+    model = Linear(jnp.array([1e-4]))
+    settings = dict(t1=5e4, saves=3, rtol=1e-4)
+    path = gf.simulate(flow, model, weight_decay=1e-6, **settings)
+    assert path.succeeded and path.stats["solver"] == "KKT4"
+    assert path.stats["why"].startswith("Tsit5 was tried first")
+    assert_allclose(path.params.w[-1], 1.0, rtol=1e-4)
+    lams = jnp.array([1e-5, 1e-6])
+    lanes = gf.sweep(flow, model, weight_decay=lams, progress=False, **settings)
+    assert lanes.succeeded.all() and lanes.stats["solver"] == "KKT4"
 
 
 def test_one_compilation_serves_every_weight_decay(linear):
@@ -119,13 +135,18 @@ def test_one_compilation_serves_every_weight_decay(linear):
         before = len(traces)
         metrics = {"watch": watch}
         gf.simulate(
-            flow, model, weight_decay=decay, slow_time=2.0, rtol=rtol, metrics=metrics
+            flow,
+            model,
+            weight_decay=decay,
+            slow_time=2.0,
+            rtol=rtol,
+            metrics=metrics,
+            solver=gf.KKT4(),
         )
         return len(traces) - before
 
     assert run(1e-2) > 1
-    # Once at most, for the shape of its result.
-    assert run(1e-3) <= 1 and run(1e-5) <= 1 and run(1e-5, 1e-5) <= 1
+    assert run(1e-3) == 0 and run(1e-5) == 0 and run(1e-5, 1e-5) == 0
 
 
 def test_float32(linear):
@@ -252,7 +273,6 @@ x, y = jnp.ones((4, 3)), jnp.ones(4)
 loss = gf.SquaredError(x, y, predict=predict)
 flow = gf.GradientFlow(loss)
 model = Linear(jnp.ones(3))
-single = Linear(jnp.ones(3, jnp.float32))
 
 def run(flow=flow, model=model, **options):
     settings = dict(weight_decay=0.1, t1=1.0) | options
@@ -276,9 +296,7 @@ cases = {{
     "x length": lambda: given(gf.SquaredError(x, y[:2])),
     "y shape": lambda: given(gf.SquaredError(x, jnp.ones((4, 2)), predict=predict)),
     "metrics": lambda: run(metrics=dict(test=lambda m: m.w)),
-    "rtol single": lambda: run(model=single, rtol=1e-6),
     "rtol 0": lambda: run(rtol=0.0),
-    "rtol small": lambda: run(rtol=1e-15),
     "ts equal": lambda: run(**none, ts=jnp.array([0.0, 1.0, 1.0])),
     "ts falling": lambda: run(**none, ts=jnp.array([0.0, 2.0, 1.0])),
     "ts negative": lambda: run(**none, ts=jnp.array([-1.0, 2.0])),
@@ -320,5 +338,5 @@ def test_bad_input_is_named_before_any_compute():
         or not answer[1].startswith(name.split()[0])
     }
     assert not wrong
-    assert len(answers) == 27
+    assert len(answers) == 25
     assert ran == 0

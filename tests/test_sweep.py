@@ -75,8 +75,7 @@ def test_compiles_once():
     run(task, weight_decay=LAMS[:1], metrics=counted)
     once = len(traces)
     run(task, weight_decay=jnp.array([0.3, 0.02]), metrics=counted, rtol=1e-5)
-    # One more trace each time, of shapes alone, to check that the metric is a scalar.
-    assert len(traces) == once + 1
+    assert len(traces) == once > 0
 
 
 def test_a_failed_lane_is_marked_and_harms_no_other():

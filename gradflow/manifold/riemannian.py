@@ -148,7 +148,7 @@ def _vanishing_decay(
     smallest, largest = _curvature_along(term, path.params, rank)
     lost = jnp.any(smallest < 10 * tiny * largest)
     result = RESULTS.where(lost, RESULTS.rank_lost, RESULTS.successful)
-    result = RESULTS.where(path.succeeded, result, path.result)
+    result = RESULTS.where(path.result == RESULTS.successful, result, path.result)
     return Path(
         t=times,
         weight_decay=jnp.ones_like(lam),

@@ -1,4 +1,14 @@
 """Stiff Diffrax solvers for training flows, and the choice between solvers."""
 
-from .choose import choose_solver as choose_solver, sharpness as sharpness
-from .kkt import AbstractKKT as AbstractKKT, KKT3 as KKT3, KKT5 as KKT5
+from .choose import (
+    as_choice as as_choice,
+    Choice as Choice,
+    choose_solver as choose_solver,
+    measure_size as measure_size,
+    second_choice as second_choice,
+    sharpness as sharpness,
+    Size as Size,
+    TRIAL_STEPS as TRIAL_STEPS,
+)
+from .kkt import AbstractKKT as AbstractKKT, KKT4 as KKT4, KKT5 as KKT5
+from .rkc import RKC2 as RKC2

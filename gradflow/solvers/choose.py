@@ -1,66 +1,165 @@
 """Which solver to take when none is named."""
 
+import math
+from typing import NamedTuple
+
 import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import optimistix as optx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree, Scalar
 
 from .._checks import is_concrete
 from ..flow import FlowTerm
 from ..losses import AbstractCompositeLoss
-from .kkt import KKT5
+from .kkt import DENSE_LIMIT, KKT4, KKT5
+from .rkc import RKC2
 
-_EXPLICIT_RANGE = 300  # L t₁ up to which Tsit5 needs some hundred steps, no more
-_DENSE = 2000  # parameters up to which a d × d Jacobian is affordable
+TRIAL_STEPS = 10_000  # after which Tsit5 is given up, if it was not asked for
+_KERNEL_LIMIT = 10_000  # outputs up to which an m × m matrix is affordable
 
 
-def choose_solver(
+class Size(eqx.Module):
+    """What the cost of a run depends on; see `measure_size`."""
+
+    stiffness: Scalar
+    """L t₁, L = λ + ‖∇²F(θ₀)‖."""
+    parameters: int = eqx.field(static=True)
+    outputs: int | None = eqx.field(static=True)
+    """How many the loss has; `None` where it is not composite."""
+
+
+def measure_size(
     term: FlowTerm,
     params: PyTree,
     weight_decay: float | Scalar,
     t1: float | Scalar,
-) -> diffrax.AbstractSolver:
-    """The solver that `simulate` takes when none is named.
+) -> Size:
+    """The size of the flow `term`, from `params` to time `t1`."""
+    outputs, loss = None, term.loss
+    if isinstance(loss, AbstractCompositeLoss):
+        outputs = jax.eval_shape(lambda p: loss.outputs(term.model(p)), params).size
+    return Size(
+        (sharpness(term, params) + weight_decay) * t1,
+        sum(p.size for p in jax.tree.leaves(params)),
+        outputs,
+    )
 
-    Tsit5 for a run that is short and not stiff, L t₁ ≤ 300, where L = λ + ‖∇²F(θ₀)‖₂ is
-    found by power iteration; otherwise KKT5 where the loss is composite; and Kvaerno5
-    with a dense Newton iteration where it is not but the model is small (d ≤ 2000).
-    What is left, a large model with an opaque loss, gets Tsit5 too: it is slow for
-    small λ, and says so if it runs out of steps.
 
-    While values are traced (under `jit` or `vmap`) L t₁ is unknown: taken as large.
+class Choice(NamedTuple):
+    """A solver, why it was chosen, and whether that is to be tried only: for as long as
+    `TRIAL_STEPS`, and then with another."""
+
+    solver: diffrax.AbstractSolver
+    why: str
+    trial: bool = False
+
+
+def as_choice(
+    solver: diffrax.AbstractSolver | None, size: Size | None, rtol: float | Scalar
+) -> Choice:
+    """The solver given, or the one that `choose_solver` finds for `size`."""
+    if solver is not None or size is None:
+        return Choice(solver, "given")
+    return choose_solver(size, rtol=rtol)
+
+
+def second_choice(size: Size, rtol: float | Scalar) -> Choice:
+    """What to take where a trial failed."""
+    solver, why, _ = choose_solver(size, rtol=rtol, classical=False)
+    return Choice(solver, f"Tsit5 was tried first, and failed; then {why}")
+
+
+def choose_solver(
+    size: Size, *, rtol: float | Scalar = 1e-6, classical: bool = True
+) -> Choice:
+    """The solver that `simulate` takes when none is named: the one of least cost.
+
+    With d parameters, m outputs (m = d for an opaque loss, whose Hessian is taken) and
+    x = L t₁, the number of operations is estimated as
+
+    - `Tsit5`: 6 max(n, x/3) gradients, n = 4 rtol^(-1/5) steps;
+    - `RKC2`: √(1.5 x n) + 4n gradients, n = 2 rtol^(-1/2) steps;
+    - `KKT4`, or `KKT5` for rtol < 1e-6: n = 6 rtol^(-1/5) steps, each of 12 iterations
+      at the price of two gradients and 4m² operations, and one factorisation of m³/3;
+      and in every fifth step a tangent kernel of 2m²d (a Hessian of 2d gradients),
+
+    where a gradient takes 6dm operations (600d for an opaque loss). The numbers of
+    steps were measured on the tasks of this package. An explicit solver is taken only
+    where it is expected to be three times cheaper, for KKT is the most exact. KKT is
+    left out where its matrix would not fit: above 10 000 outputs, or 5000 parameters of
+    an opaque loss.
+
+    The curvature may rise along the path. So Tsit5 is on trial: if it fails, or has not
+    ended after 10 000 steps, the run starts anew without it (`classical=False`). Within
+    a path the solver does not change: an explicit start would save 10 to 30 % of a run
+    (`benchmarks/README.md`).
+
+    **Arguments:**
+
+    - `size`: from `measure_size`. A stiffness that is traced (under `jit` or `vmap`) is
+        taken as 1e6.
+    - `rtol`: the tolerance; taken as 1e-6 where it is traced.
+    - `classical`: whether Tsit5 may be chosen.
+
+    **Returns:** a `Choice`.
     """
-    composite = isinstance(term.loss, AbstractCompositeLoss)
-    size = sum(p.size for p in jax.tree.leaves(params))
-    known = all(is_concrete(x) for x in jax.tree.leaves((params, weight_decay, t1)))
-    if known and (sharpness(term, params) + weight_decay) * t1 <= _EXPLICIT_RANGE:
-        return diffrax.Tsit5()
-    if composite:
-        return KKT5()
-    if size <= _DENSE:
-        # Diffrax's default root finder takes slow convergence for divergence.
-        newton = diffrax.with_stepsize_controller_tols(optx.Newton)()
-        return diffrax.Kvaerno5(root_finder=newton)
-    return diffrax.Tsit5()
+    known = is_concrete(size.stiffness)
+    x = float(size.stiffness) if known else 1e6
+    tolerance = float(rtol) if is_concrete(rtol) else 1e-6
+    d, m = size.parameters, size.outputs
+    if m is not None:
+        fits, gradient = m <= _KERNEL_LIMIT, 6.0 * d * m
+        kernel = 2.0 * m * m * d
+    else:
+        m, fits, gradient = d, d <= DENSE_LIMIT, 600.0 * d
+        kernel = 2 * d * gradient
+    quick, slow = tolerance**-0.2, 2 * tolerance**-0.5
+    costs = {
+        "Tsit5": 6 * max(4 * quick, x / 3) * gradient,
+        "RKC2": (math.sqrt(1.5 * x * slow) + 4 * slow) * gradient,
+    }
+    if not classical:
+        del costs["Tsit5"]
+    kkt = "KKT4" if tolerance >= 1e-6 else "KKT5"
+    best = min(costs, key=lambda name: costs[name])
+    if fits:
+        iterations = 12 * (2 * gradient + 4 * m * m)
+        costs[kkt] = 6 * quick * (iterations + m**3 / 3 + kernel / 5)
+        best = best if 3 * costs[best] < costs[kkt] else kkt
+    stiffness = f"{x:.1g}" if known else f"unknown, taken as {x:.0e}"
+    why = (
+        f"estimated cost for L·t1 = {stiffness}, d = {d}, m = {m}"
+        f"{' (opaque loss)' if size.outputs is None else ''}: "
+        + ", ".join(f"{name} {cost:.0e}" for name, cost in costs.items())
+        + " operations"
+    )
+    solvers = {"Tsit5": diffrax.Tsit5, "RKC2": RKC2, "KKT4": KKT4, "KKT5": KKT5}
+    return Choice(solvers[best](), why, trial=best == "Tsit5")
 
 
 @eqx.filter_jit
 def sharpness(term: FlowTerm, params: PyTree) -> Float[Array, ""]:
-    """L = ‖∇²F(θ₀)‖₂, from below, by 20 power iterations."""
+    """L = ‖∇²F(θ₀)‖₂, from below, by power iteration until it changes by less than 1 %,
+    20 times at most."""
     theta, unravel = ravel_pytree(params)
     gradient = jax.grad(lambda th: term.loss(term.model(unravel(th))))
     _, hvp = jax.linearize(gradient, theta)
 
-    def iterate(_, carry):
-        v, _ = carry
+    def iterate(carry):
+        v, last, _, count = carry
         w = hvp(v)
         size = jnp.linalg.norm(w)
-        return w / jnp.maximum(size, jnp.finfo(w.dtype).tiny), size
+        v = w / jnp.maximum(size, jnp.finfo(w.dtype).tiny)
+        return v, size, last, count + 1
+
+    def unsettled(carry):
+        _, size, last, count = carry
+        return (jnp.abs(size - last) > 0.01 * size) & (count < 20)
 
     v = jr.normal(jr.key(0), theta.shape, theta.dtype)
-    first = (v / jnp.linalg.norm(v), jnp.zeros((), theta.dtype))
-    return jax.lax.fori_loop(0, 20, iterate, first)[1]
+    none = jnp.zeros((), theta.dtype)
+    first = (v / jnp.linalg.norm(v), none + 1, none, 0)
+    return jax.lax.while_loop(unsettled, iterate, first)[1]

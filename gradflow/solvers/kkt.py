@@ -15,7 +15,7 @@ from jax.flatten_util import ravel_pytree
 from jax.scipy.linalg import cho_factor, cho_solve, lu_factor, lu_solve
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
-from ..flow import FlatLoss, flatten, FlowTerm
+from ..flow import FlatLoss, FlatOpaqueLoss, flatten, FlowTerm, Tracked, TrackedFlowTerm
 from ..losses import AbstractCompositeLoss
 
 if TYPE_CHECKING:
@@ -38,9 +38,20 @@ class ChordIteration(eqx.Module):
 class _State(eqx.Module):
     slope: Float[Array, " d"]  # the last stage's, first of the next step (FSAL)
     multiplier: Float[Array, " m"]  # ∇ℓ(z) where the last step ended
-    gram: Float[Array, "m m"]  # J Jᵀ; ℓ'' J Jᵀ where ℓ'' is not a multiple of I
+    kernel: Float[Array, "m m"]  # J Jᵀ; ℓ'' J Jᵀ where ℓ'' is not a multiple of I
     stale: Bool[Array, ""]  # whether the next step is to renew it
+    factor: "_Factor"
     rate: Float[Array, ""]  # contraction of the last iteration
+    work: dict[str, Int[Array, ""]]  # see `AbstractKKT.work`
+
+
+class _Factor(eqx.Module):
+    """The factorised matrix of the chord iteration."""
+
+    triangular: Float[Array, "m m"]  # L, or L and U packed
+    pivots: Int[Array, " m"]
+    shift: Float[Array, ""]
+    smallest: Float[Array, ""]  # pivot: about the smallest eigenvalue
 
 
 class _Step(eqx.Module):
@@ -52,18 +63,51 @@ class _Step(eqx.Module):
     rate: Float[Array, ""]
     error: Float[Array, " d"]
     iterations: Int[Array, ""]
-    gram: Float[Array, "m m"]
+    slid: Bool[Array, ""]
+    kernel: Float[Array, "m m"]
+    factor: _Factor
     ok: Bool[Array, ""]
 
 
 class AbstractKKT(
     diffrax.AbstractImplicitSolver[_State], diffrax.AbstractAdaptiveSolver[_State]
 ):
-    """Common part of the KKT-ESDIRK methods; see `KKT3` and `KKT5`."""
+    """Common part of the KKT-ESDIRK methods; see `KKT4` and `KKT5`."""
 
     term_structure: ClassVar = FlowTerm
     interpolation_cls: ClassVar = ThirdOrderHermitePolynomialInterpolation.from_k
     tableau: AbstractClassVar[diffrax.ButcherTableau]
+
+    def track(self, term: FlowTerm, params: PyTree) -> tuple[TrackedFlowTerm, Tracked]:
+        """The term and the initial state with which `diffeqsolve` saves the multiplier
+        beside the parameters; see `loss_of`."""
+        theta, loss = _flat(term, params)
+        tracked = TrackedFlowTerm(term.loss, term.penalty, term.static)
+        return tracked, Tracked(params, loss.residuals(theta))
+
+    def loss_of(self, term: FlowTerm, y: Tracked) -> Scalar:
+        """F, through the multiplier: its relative error is that of the parameters, even
+        where F itself is tiny."""
+        theta, loss = _flat(term, y.params)
+        return loss.outer_from(y.multiplier, loss.outputs(theta))
+
+    def work(self, term: FlowTerm, state: _State) -> dict[str, Array]:
+        """What the accepted steps took, from the final state
+        (`SaveAt(solver_state=True)`): `iterations`, each at the cost of the outputs,
+        one Jacobian-vector and two vector-Jacobian products; tangent `kernels` made;
+        steps `sliding` along a kink of the loss. And, where ℓ'' is a multiple of I and
+        m ≤ d, `conditioning`: the smallest pivot of the last kernel over its largest
+        diagonal entry, which falls to rounding level as J loses rank."""
+        outputs, parameters = state.multiplier.size, state.slope.size
+        known = getattr(term.loss, "outer_curvature", None) is not None
+        if not known or outputs > parameters:
+            return state.work
+        pivots = jnp.diag(cho_factor(state.kernel, lower=True)[0]) ** 2
+        smallest = jnp.nan_to_num(jnp.min(pivots))
+        return {
+            **state.work,
+            "conditioning": smallest / jnp.max(jnp.diag(state.kernel)),
+        }
 
     def func(self, terms: AbstractTerm, t0: Any, y0: PyTree, args: Any) -> PyTree:
         return terms.vf(t0, y0, args)
@@ -71,18 +115,26 @@ class AbstractKKT(
     def init(
         self, terms: AbstractTerm, t0: Any, t1: Any, y0: PyTree, args: Any
     ) -> _State:
-        term = _flow_term(terms)
-        theta, loss = flatten(term.loss, y0, term.static)
+        term, params = _unwrap(terms, y0)
+        theta, loss = _flat(term, params)
         residuals = loss.residuals(theta)
         (m,) = residuals.shape
         return _State(
-            slope=ravel_pytree(term.vf(t0, y0, args))[0],
+            slope=ravel_pytree(FlowTerm.vf(term, t0, params, args))[0],
             multiplier=residuals,
-            gram=jnp.zeros((m, m), theta.dtype),
+            kernel=jnp.zeros((m, m), theta.dtype),
             stale=jnp.array(True),
+            factor=_Factor(
+                jnp.zeros((m, m), theta.dtype),
+                jnp.zeros(m, jnp.int32),
+                jnp.zeros((), theta.dtype),
+                jnp.zeros((), theta.dtype),
+            ),
             rate=jnp.asarray(0.5, theta.dtype),
+            work={k: jnp.zeros((), int) for k in ("iterations", "kernels", "sliding")},
         )
 
+    @eqx.filter_jit  # Diffrax traces a step several times
     def step(
         self,
         terms: AbstractTerm,
@@ -94,83 +146,126 @@ class AbstractKKT(
         made_jump: Any,
     ) -> tuple[PyTree, PyTree, dict, _State, diffrax.RESULTS]:
         del made_jump  # the flow is autonomous
-        term = _flow_term(terms)
-        theta, loss = flatten(term.loss, y0, term.static)
-        h = terms.contr(t0, t1)
+        term, params = _unwrap(terms, y0)
+        theta, loss = _flat(term, params)
+        h = jnp.asarray(terms.contr(t0, t1), theta.dtype)
+        args = jnp.asarray(args, theta.dtype)
+        rho = term.penalty.curvature(params)
+        leaves = jax.tree.leaves(rho)
+        uneven = len(leaves) > 1 or jnp.ndim(leaves[0]) > 0
+        rho = ravel_pytree(rho)[0] if uneven else jnp.asarray(rho, theta.dtype)
+        pull = self._gamma * h * args
 
         def attempt(renew: Bool[Array, ""]) -> _Step:
-            gram = jax.lax.cond(
-                renew, lambda: _gram(loss, theta), lambda: solver_state.gram
+            # (1 + cλ∇²R)⁻¹ stands inside the kernel where it is not a number.
+            weights = 1 / (1 + pull * rho) if uneven else None
+            kernel = jax.lax.cond(
+                renew,
+                lambda: _curved_kernel(loss, theta, weights),
+                lambda: solver_state.kernel,
             )
             return self._stages(
-                term.penalty, loss, theta, h, args, solver_state, gram, renew
+                term, loss, theta, h, args, rho, solver_state, kernel, renew
             )
 
         def retry(carry):
-            renew, _, _ = carry
+            renew, _, out, tried = carry
             out = attempt(renew)
-            return jnp.array(True), out.ok | renew, out
+            return jnp.array(True), out.ok | renew, out, tried + renew.astype(int)
 
-        # A Gram matrix that has served too long is no reason to shorten the step: the
-        # second attempt renews it. (Diffrax forgets what a rejected step has learnt.)
-        none = jax.tree.map(
-            lambda s: jnp.zeros(s.shape, s.dtype),
-            eqx.filter_eval_shape(attempt, solver_state.stale),
-        )
-        _, _, out = jax.lax.while_loop(
-            lambda carry: ~carry[1], retry, (solver_state.stale, jnp.array(False), none)
-        )
+        # A kernel that has served too long is no reason to shorten the step: the second
+        # attempt renews it. (Diffrax forgets what a rejected step has learnt.)
+        renew = jnp.array(True) if uneven else solver_state.stale
         stages = len(self.tableau.b_sol) - 1
-        y1 = loss.unravel(out.stage)
+        no = jnp.array(False)
+        none = _Step(
+            slopes=jnp.zeros((stages + 1, theta.size), theta.dtype),
+            stage=theta,
+            multiplier=solver_state.multiplier,
+            rate=solver_state.rate,
+            error=theta,
+            iterations=jnp.array(0),
+            slid=no,
+            kernel=solver_state.kernel,
+            factor=solver_state.factor,
+            ok=no,
+        )
+        _, _, out, kernels = jax.lax.while_loop(
+            lambda carry: ~carry[1], retry, (renew, no, none, 0)
+        )
+        new = dict(iterations=out.iterations, kernels=kernels, sliding=out.slid)
         state = _State(
             slope=out.slopes[-1],
             multiplier=out.multiplier,
-            gram=out.gram,
+            kernel=out.kernel,
+            factor=out.factor,
             stale=out.iterations > _SLOW * stages,
             rate=out.rate,
+            work={
+                k: n + jnp.asarray(new[k], int) for k, n in solver_state.work.items()
+            },
         )
         result = diffrax.RESULTS.where(
             out.ok,
             diffrax.RESULTS.successful,
             diffrax.RESULTS.promote(optx.RESULTS.nonlinear_divergence),
         )
+        y1 = loss.unravel(out.stage)
         error = loss.unravel(jnp.where(out.ok, out.error, jnp.inf))
         k = jax.vmap(loss.unravel)(h * out.slopes[np.array([0, -1])])
+        if isinstance(term, TrackedFlowTerm):
+            # The multiplier follows from θ: it has no error of its own to control.
+            still = jnp.zeros_like(out.multiplier)
+            y1 = Tracked(y1, out.multiplier)
+            error = Tracked(error, still)
+            k = Tracked(k, jnp.stack([still, still]))
         return y1, error, dict(y0=y0, y1=y1, k=k), state, result
+
+    @property
+    def _gamma(self) -> float:
+        return _matrix(self.tableau)[1]
 
     def _stages(
         self,
-        penalty: Any,
+        term: FlowTerm,
         loss: FlatLoss,
         y0: Float[Array, " d"],
         h: Scalar,
         weight_decay: float | Scalar,
+        rho: Scalar | Float[Array, " d"],
         state: _State,
-        gram: Float[Array, "m m"],
+        kernel: Float[Array, "m m"],
         fresh: Bool[Array, ""],
     ) -> _Step:
-        lower, gamma = _matrix(self.tableau)
-        a = jnp.asarray(lower, y0.dtype)
+        a = jnp.asarray(_matrix(self.tableau)[0], y0.dtype)
         p = jnp.asarray(_predictor(self.tableau), y0.dtype)
-        c = gamma * h
+        c = self._gamma * h
         pull = c * weight_decay
-        alpha = 1 + pull * penalty.curvature
-        solve = _factorise(loss, alpha / c, gram)
-        decay = lambda y: ravel_pytree(penalty.gradient(loss.unravel(y)))[0]
+        alpha = 1 + pull * rho
+        shift = (alpha if jnp.ndim(alpha) == 0 else 1) / c
+        factor = jax.lax.cond(
+            fresh | _drifted(state.factor, shift),
+            lambda: _factorise(loss, shift, kernel),
+            lambda: state.factor,
+        )
+        solve = _solver(loss, shift, factor)
+        decay = lambda y: ravel_pytree(term.penalty.gradient(loss.unravel(y)))[0]
         scale = self.root_finder.atol + self.root_finder.rtol * jnp.abs(y0)
         kappa = self.root_finder.kappa  # pyright: ignore[reportAttributeAccessIssue]
         norm = lambda v: self.root_finder.norm(v / scale)
         most = self.root_find_max_steps
+        blur = jnp.maximum(1, SLIDING_RTOL / self.root_finder.rtol)
 
         def iterate(base, carry):
-            y, mu, _, rate, size, count, weight, drift = carry
+            y, mu, _, rate, size, count, weight, drift, anchor = carry
             z, push = jax.linearize(loss.outputs, y)
             pullback = lambda u: jax.linear_transpose(push, y)(u)[0]
-            force = jax.grad(loss.composite.outer)(z)
+            force = jax.grad(loss.outer)(z)
             lack = base - y - pull * decay(y) - c * pullback(mu)
-            dmu = solve(push(lack), alpha * (force - mu), z) / c
+            dmu = solve(push(lack / alpha), force - mu, z)
             dy = (lack - c * pullback(dmu)) / alpha
-            new = norm(dy)
+            drift = 0.75 * drift + 0.25 * dy  # small where the iterates go to and fro
+            new, drifting = jax.vmap(norm)(jnp.stack([dy, drift]))
             # The first iteration has no rate of its own: the last stage's, never
             # trusted below 0.3, lets an excellent guess pass after one.
             rate = jnp.where(count > 0, new / size, jnp.maximum(rate, 0.3))
@@ -178,83 +273,143 @@ class AbstractKKT(
             # Where ∇F jumps, as at the kinks of a ReLU, the flow may slide along the
             # jump. Then the stage has a solution only with a mean of the gradients on
             # both sides (Filippov), and the iteration goes to and fro between them even
-            # with a fresh Gram matrix. The mean of its iterates converges, as 1/n.
+            # with a fresh kernel. The mean of its iterates converges, as 1/n, while the
+            # changes stay as large as they were. With a smooth loss they get small.
             growing = (count > 0) & (rate > 2)
             cycling = fresh & (growing | ((count > 3) & (rate > 0.9)))
-            weight = jnp.where(cycling | (weight < 1), weight / (1 + weight), weight)
-            sliding = weight < 1
-            drift = 0.75 * drift + 0.25 * dy  # small where they do go to and fro
-            settled = (weight * new < _SLIDE) & (norm(drift) < 0.5 * new)
-            converged = jnp.where(sliding, settled, left < kappa)
-            diverging = ~jnp.isfinite(new) | (growing & ~sliding)
-            status = jnp.where(diverging, 2, jnp.where(converged, 1, 0))
+            averaging = cycling | (weight < 1)
+            anchor = jnp.where(averaging & (weight == 1), new, anchor)
+            weight = jnp.where(averaging, weight / (1 + weight), weight)
+            bounded = (new > 0.3 * anchor) & (new < 3 * anchor) & (weight < 0.2)
+            slid = averaging & bounded & (drifting < 0.5 * new)
+            slid = slid & (weight * new < _SLIDE * blur)
+            converged = jnp.where(averaging, slid | (new < kappa), left < kappa)
+            lost = jnp.where(averaging, new > 30 * anchor, growing)
+            status = jnp.where(converged, jnp.where(slid, 2, 1), 0)
+            status = jnp.where(~jnp.isfinite(new) | lost, 3, status)
             y, mu = y + weight * dy, mu + weight * dmu
-            return y, mu, status, rate, new, count + 1, weight, drift
+            return y, mu, status, rate, new, count + 1, weight, drift, anchor
 
         def stage(i, carry):
-            slopes, y, mu, rate, ok, count = carry
+            slopes, mus, rate, ok, count, slid = carry
             base = y0 + h * (a[i] @ slopes)
             guess = base + c * (p[i] @ slopes)
             one = jnp.ones_like(rate)
-            y1, mu, status, rate, _, n, _, _ = jax.lax.while_loop(
+            y1, mu, status, rate, _, n, *_ = jax.lax.while_loop(
                 lambda s: (s[2] == 0) & (s[5] < jnp.where(s[6] < 1, 4, 1) * most) & ok,
                 lambda s: iterate(base, s),
-                (guess, mu, 0, rate, one, 0, one, jnp.zeros_like(y0)),
+                (guess, p[i] @ mus, 0, rate, one, 0, one, jnp.zeros_like(y0), one),
             )
             slopes = slopes.at[i].set((y1 - base) / c)
-            return slopes, y1, mu, rate, ok & (status == 1), count + n
+            mus = mus.at[i].set(mu)
+            ok, slid = ok & (status < 3) & (status > 0), slid | (status == 2)
+            return slopes, mus, rate, ok, count + n, slid
 
         slopes = jnp.zeros((len(a), y0.size), y0.dtype).at[0].set(state.slope)
-        first = (slopes, y0, state.multiplier, state.rate, jnp.array(True), 0)
-        slopes, y1, mu, rate, ok, count = jax.lax.fori_loop(1, len(a), stage, first)
+        mus = jnp.zeros((len(a), state.multiplier.size), y0.dtype)
+        mus = mus.at[0].set(state.multiplier)
+        yes = jnp.array(True)
+        first = (slopes, mus, state.rate, yes, 0, ~yes)
+        slopes, mus, rate, ok, n, slid = jax.lax.fori_loop(1, len(a), stage, first)
+        y1 = y0 + h * (a[-1] @ slopes) + c * slopes[-1]
+        mu = mus[-1]
         ok = ok & jnp.all(jnp.isfinite(y1))
+        if isinstance(term, TrackedFlowTerm) and jnp.ndim(alpha) == 0:
+            # θ fixes cμ, and c may be small: μ is less exact than θ. But it also obeys
+            # μ' = −ℓ''J(Jᵀμ + λ∇R), to whose stiff part μ' adds little.
+            rates = jnp.asarray(_end_slope(self.tableau), y0.dtype) / h
+            z, push = jax.linearize(loss.outputs, y1)
+            pullback = lambda u: jax.linear_transpose(push, y1)(u)[0]
+            pulled = push(weight_decay * decay(y1))
+            past = rates[:-1] @ mus[:-1]
+
+            def polish(_, mu):
+                force = pulled + push(pullback(mu))
+                return mu + solve(-force / shift, -(past + rates[-1] * mu) / shift, z)
+
+            change = jax.lax.fori_loop(0, 2, polish, mus[-1]) - mus[-1]
+            # What is not stiff was exact before.
+            change = change - solve(jnp.zeros_like(z), change, z)
+            mu = jnp.where(slid, mus[-1], mus[-1] + change)
         error = h * (jnp.asarray(self.tableau.b_error, y0.dtype) @ slopes)
-        return _Step(slopes, y1, mu, rate, error, count, gram, ok)
+        # What sliding leaves of the iteration is no reason for a shorter step.
+        error = jnp.where(slid, error / blur, error)
+        return _Step(slopes, y1, mu, rate, error, n, slid, kernel, factor, ok)
 
 
-_SLOW = 4  # iterations a stage above which the Gram matrix is renewed
+_DRIFT = 0.1  # contraction that a factor made for another shift may cost
+_SLOW = 4  # iterations a stage above which the tangent kernel is renewed
+DENSE_LIMIT = 5000  # parameters up to which the Hessian of an opaque loss is factorised
+SLIDING_RTOL = 1e-3  # what is resolved, relatively, while the flow slides along a kink
 _SLIDE = 0.2  # tolerances by which the mean may still move when a sliding stage ends
 
 
-def _flow_term(terms: AbstractTerm) -> FlowTerm:
+def _unwrap(terms: AbstractTerm, y: PyTree) -> tuple[FlowTerm, PyTree]:
+    """The flow's own term, and the parameters in its state."""
     term: Any = terms
     while not isinstance(term, FlowTerm):  # Diffrax wraps terms
         term = term.term
-    if not isinstance(term.loss, AbstractCompositeLoss):
+    return term, y.params if isinstance(y, Tracked) else y
+
+
+def _flat(term: FlowTerm, params: PyTree) -> tuple[Float[Array, " d"], FlatLoss]:
+    """θ, and its loss: a composite one, or one taken as such."""
+    theta, loss = flatten(term.loss, params, term.static)
+    if isinstance(term.loss, AbstractCompositeLoss):
+        return theta, loss
+    if theta.size > DENSE_LIMIT:
         raise ValueError(
-            f"solver: KKT needs a composite loss, got {type(term.loss).__name__}; give "
-            "the loss as SquaredError or CrossEntropy, or pass a Diffrax solver."
+            f"solver: KKT needs a composite loss for {theta.size} parameters, got "
+            f"{type(term.loss).__name__}, whose Hessian it would factorise (up to "
+            f"{DENSE_LIMIT} parameters); give it as SquaredError, CrossEntropy or other"
+            " composite losses, or take RKC2."
         )
-    return term
+    return theta, FlatOpaqueLoss(loss.loss, loss.static, loss.unravel)
 
 
-def _gram(loss: FlatLoss, theta: Float[Array, " d"]) -> Float[Array, "m m"]:
-    jac = loss.jacobian(theta)
-    gram = jac @ jac.T
-    if loss.composite.outer_curvature is None:
+def _curved_kernel(
+    loss: FlatLoss, theta: Float[Array, " d"], weights: Float[Array, " d"] | None
+) -> Float[Array, "m m"]:
+    kernel = loss.tangent_kernel(theta, weights)
+    if loss.outer_curvature is None:
         z = loss.outputs(theta)
-        hvp = lambda u: jax.jvp(jax.grad(loss.composite.outer), (z,), (u,))[1]
-        gram = jax.vmap(hvp, in_axes=1, out_axes=1)(gram)
-    return gram
+        hvp = lambda u: loss.outer_hvp(z, u)
+        kernel = jax.lax.map(hvp, kernel.T, batch_size=256).T
+    return kernel
 
 
-def _factorise(loss: FlatLoss, shift: Scalar, gram: Float[Array, "m m"]) -> Callable:
-    """A function that solves (shift I + ℓ''JJᵀ) u = ℓ''p + q, given p, q and z."""
-    # Rounding may make a singular Gram matrix indefinite; the ridge moves only how fast
-    # the multiplier converges where it has no bearing on the parameters.
-    shift = shift + jnp.finfo(gram.dtype).eps * jnp.trace(gram)
-    eye = jnp.eye(gram.shape[0], dtype=gram.dtype)
-    w = loss.composite.outer_curvature
+def _factorise(loss: FlatLoss, shift: Scalar, kernel: Float[Array, "m m"]) -> _Factor:
+    """The matrix shift I + ℓ''K, or shift/w I + K where ℓ'' = w I."""
+    # Rounding may make a singular kernel indefinite; the ridge moves only how fast the
+    # multiplier converges where it has no bearing on the parameters.
+    ridge = shift + jnp.finfo(kernel.dtype).eps * jnp.trace(kernel)
+    eye = jnp.eye(kernel.shape[0], dtype=kernel.dtype)
+    w = loss.outer_curvature
     if w is not None:
-        factor = cho_factor(shift / w * eye + gram, lower=True)
-        return lambda p, q, z: cho_solve(factor, p + q / w)
-    lu = lu_factor(shift * eye + gram)
+        matrix = cho_factor(ridge / w * eye + kernel, lower=True)[0]
+        pivots = jnp.zeros(kernel.shape[0], jnp.int32)
+        smallest = w * jnp.min(jnp.diag(matrix)) ** 2
+    else:
+        matrix, pivots = lu_factor(ridge * eye + kernel)
+        smallest = jnp.min(jnp.abs(jnp.diag(matrix)))
+    return _Factor(matrix, pivots, jnp.asarray(shift, kernel.dtype), smallest)
 
-    def solve(p, q, z):
-        hp = jax.jvp(jax.grad(loss.composite.outer), (z,), (p,))[1]
-        return lu_solve(lu, hp + q)
 
-    return solve
+def _drifted(factor: _Factor, shift: Scalar) -> Bool[Array, ""]:
+    """Whether a factor made for another shift would slow the iteration: its contraction
+    is at most |change of the shift|/(smallest eigenvalue). On the critical manifold the
+    shift is far below all eigenvalues, and one factor serves many step sizes."""
+    return ~(jnp.abs(shift - factor.shift) <= _DRIFT * factor.smallest)
+
+
+def _solver(loss: FlatLoss, shift: Scalar, factor: _Factor) -> Callable:
+    """A function that solves (shift I + ℓ''K) u = shift (ℓ''p + q), given p, q, z."""
+    w = loss.outer_curvature
+    if w is not None:
+        whole = (factor.triangular, True)
+        return lambda p, q, z: shift * cho_solve(whole, p + q / w)
+    lu = factor.triangular, factor.pivots
+    return lambda p, q, z: shift * lu_solve(lu, loss.outer_hvp(z, p) + q)
 
 
 def _matrix(tableau: diffrax.ButcherTableau) -> tuple[np.ndarray, float]:
@@ -267,35 +422,24 @@ def _matrix(tableau: diffrax.ButcherTableau) -> tuple[np.ndarray, float]:
 
 
 def _predictor(tableau: diffrax.ButcherTableau) -> np.ndarray:
-    """Weights that extrapolate the slope of a stage linearly from those before it.
-    (Higher degrees amplify the iteration error of earlier stages, and cost more.)"""
+    """Weights that extrapolate a stage, its slope and its multiplier, from those before
+    it, by the parabola of least squares."""
     n = len(tableau.b_sol)
     times = np.concatenate([[0.0], np.asarray(tableau.c)])
     p = np.zeros((n, n))
     for i in range(1, n):
-        degree = min(i - 1, 1)
+        degree = min(i - 1, 2)
         powers = np.arange(degree + 1)
         p[i, :i] = times[i] ** powers @ np.linalg.pinv(times[:i, None] ** powers)
     return p
 
 
-class KKT3(AbstractKKT):
-    """KKT-ESDIRK of order 3: for loose tolerances and losses that are barely smooth.
-
-    Kvaernø's 3/2 method (BIT 44, 2004), L-stable and stiffly accurate, 4 stages with
-    FSAL. A Diffrax solver for the term of `GradientFlow.term`; see `KKT5` for how a
-    stage is solved.
-    """
-
-    # It takes many small steps: what each leaves of the iteration must not add up.
-    root_finder: ChordIteration = diffrax.with_stepsize_controller_tols(ChordIteration)(
-        kappa=0.002
-    )
-    root_find_max_steps: int = 12
-    tableau: ClassVar[diffrax.ButcherTableau] = diffrax.Kvaerno3.tableau
-
-    def order(self, terms: PyTree[AbstractTerm]) -> int:
-        return 3
+def _end_slope(tableau: diffrax.ButcherTableau) -> np.ndarray:
+    """Weights that give the slope at the end of a step, of length one, of the cubic of
+    least squares through the stages."""
+    times = np.concatenate([[0.0], np.asarray(tableau.c)])
+    powers = np.arange(4)
+    return powers @ np.linalg.pinv(times[:, None] ** powers)
 
 
 def _kencarp5() -> diffrax.ButcherTableau:
@@ -317,8 +461,8 @@ def _kencarp5() -> diffrax.ButcherTableau:
     return dataclasses.replace(tableau, b_error=tableau.b_error + added)
 
 
-class KKT5(AbstractKKT):
-    """KKT-ESDIRK of order 5: the default for a composite loss, unless the run is short.
+class KKT4(AbstractKKT):
+    """KKT-ESDIRK of order 4: the default for a composite loss down to rtol 1e-6.
 
     For θ' = −Jᵀ∇ℓ(z(θ)) − λ∇R(θ) a stage with c = γh solves
 
@@ -329,10 +473,36 @@ class KKT5(AbstractKKT):
     critical manifold μ = O(λ) and c = O(1/λ), but cμ is neither small nor large:
     nothing cancels, accuracy does not depend on λ, and cost hardly. JJᵀ, the empirical
     tangent kernel, serves many steps; it is renewed when the iteration grows slow, or
-    fails. No Hessian of the loss is formed. Where ∇F jumps and the flow slides along
-    the jump, as at the kinks of a ReLU, the iteration goes to and fro, and the mean of
-    its iterates is taken: at rtol 1e-3 to 1e-4 that works well, below it takes many
-    steps. A step whose iteration fails all the same is rejected.
+    fails; its factorisation is kept while the step size changes what matters of it by
+    less than a tenth. Stages are predicted, Y and μ, from those before. No Hessian of
+    the loss is formed; but a loss that is not composite is taken as one with z(θ) = θ,
+    and then it is (up to 5000 parameters).
+
+    Where ∇F jumps and the flow slides along the jump, as at the kinks of a ReLU, the
+    iteration goes to and fro, and the mean of its iterates is taken. There no more than
+    three digits are resolved (`SLIDING_RTOL`), and the steps that slid are counted. A
+    step whose iteration fails is rejected.
+
+    The method is the implicit part of ARK4(3)6L[2]SA of Kennedy and Carpenter (Appl.
+    Numer. Math. 44, 2003): L-stable, stiffly accurate, stage order 2, 6 stages with
+    FSAL.
+
+    Use it with `diffrax.diffeqsolve` on the term of `GradientFlow.term`, a
+    `diffrax.PIDController`, and `args=weight_decay`.
+    """
+
+    root_finder: ChordIteration = diffrax.with_stepsize_controller_tols(
+        ChordIteration
+    )()
+    root_find_max_steps: int = 12
+    tableau: ClassVar[diffrax.ButcherTableau] = diffrax.KenCarp4.tableau.tableaus[1]
+
+    def order(self, terms: PyTree[AbstractTerm]) -> int:
+        return 4
+
+
+class KKT5(AbstractKKT):
+    """KKT-ESDIRK of order 5: for more than six digits. See `KKT4`.
 
     The method is the implicit part of ARK5(4)8L[2]SA of Kennedy and Carpenter (Appl.
     Numer. Math. 44, 2003): L-stable, stiffly accurate, stage order 2, 8 stages with
@@ -340,9 +510,6 @@ class KKT5(AbstractKKT):
     that of Kvaernø's method of order 5 is too small there by a factor that grows as the
     tolerance falls (24 at 1e-6, 59 at 1e-7 on a diagonal network with λ = 1e-4). One
     term is added to it, for plain decay, to which the published estimate is blind.
-
-    Use it with `diffrax.diffeqsolve` on the term of `GradientFlow.term`, a
-    `diffrax.PIDController`, and `args=weight_decay`.
     """
 
     root_finder: ChordIteration = diffrax.with_stepsize_controller_tols(
