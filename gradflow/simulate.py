@@ -237,12 +237,15 @@ def solve(
 ) -> Path:
     """`simulate` without its checks and defaults. Compiled once for all tolerances,
     weight decays and times of the same number."""
+    # A metric that is the loss itself is recorded as exactly as the loss is.
+    same = frozenset(k for k, metric in watched.items() if metric.fn is term.loss)
     return _solve(
         term,
         params,
         jnp.asarray(weight_decay),
         ts,
         watched,
+        same,
         solver,
         jnp.asarray(rtol, ts.dtype),
         None if atol is None else jnp.asarray(atol, ts.dtype),
@@ -258,6 +261,7 @@ def _solve(
     weight_decay: Scalar,
     ts: Float[Array, " n"],
     watched: dict[str, Metric],
+    same: frozenset[str],
     solver: diffrax.AbstractSolver,
     rtol: Scalar,
     atol: Scalar | None,
@@ -318,8 +322,8 @@ def _solve(
         def record(y):
             params = params_of(y)
             model = term.model(params)
-            seen = {name: metric(model) for name, metric in watched.items()}
             loss = loss_of(y, model)
+            seen = {k: loss if k in same else fn(model) for k, fn in watched.items()}
             # Diffrax fills what it did not reach with infinities.
             reached = _norm(params) < size
             values = (params, seen, loss, term.penalty(params))

@@ -4,6 +4,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
@@ -48,7 +49,7 @@ def test_path_has_a_labelled_curve_for_each_quantity(results):
     assert ax.get_xlabel() == "time $t$" and ax.get_ylabel()
     assert labels(ax) == ["train loss", "test", "penalty $R$"]
     assert "10^{-3}" in ax.get_title()
-    assert not matplotlib.pyplot.get_fignums()
+    assert not plt.get_fignums()
 
 
 def test_path_on_the_slow_clock(results):

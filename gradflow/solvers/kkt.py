@@ -32,7 +32,7 @@ class ChordIteration(eqx.Module):
     rtol: Any
     atol: Any
     norm: Any
-    kappa: float = 0.02
+    kappa: float = 0.05
 
 
 class _State(eqx.Module):
@@ -46,9 +46,9 @@ class _State(eqx.Module):
 
 
 class _Factor(eqx.Module):
-    """The factorised matrix of the chord iteration."""
+    """The matrix of the chord iteration: factorised, or inverted where it is small."""
 
-    triangular: Float[Array, "m m"]  # L, or L and U packed
+    matrix: Float[Array, "m m"]  # L; or L and U packed; or the inverse
     pivots: Int[Array, " m"]
     shift: Float[Array, ""]
     smallest: Float[Array, ""]  # pivot: about the smallest eigenvalue
@@ -265,7 +265,7 @@ class AbstractKKT(
             dmu = solve(push(lack / alpha), force - mu, z)
             dy = (lack - c * pullback(dmu)) / alpha
             drift = 0.75 * drift + 0.25 * dy  # small where the iterates go to and fro
-            new, drifting = jax.vmap(norm)(jnp.stack([dy, drift]))
+            new, drifting = norm(dy), norm(drift)
             # The first iteration has no rate of its own: the last stage's, never
             # trusted below 0.3, lets an excellent guess pass after one.
             rate = jnp.where(count > 0, new / size, jnp.maximum(rate, 0.3))
@@ -337,6 +337,8 @@ class AbstractKKT(
         return _Step(slopes, y1, mu, rate, error, n, slid, kernel, factor, ok)
 
 
+# Up to this size the inverse is cheaper than to solve by a factor in each iteration.
+_INVERTED = 128
 _DRIFT = 0.1  # contraction that a factor made for another shift may cost
 _SLOW = 4  # iterations a stage above which the tangent kernel is renewed
 DENSE_LIMIT = 5000  # parameters up to which the Hessian of an opaque loss is factorised
@@ -389,9 +391,13 @@ def _factorise(loss: FlatLoss, shift: Scalar, kernel: Float[Array, "m m"]) -> _F
         matrix = cho_factor(ridge / w * eye + kernel, lower=True)[0]
         pivots = jnp.zeros(kernel.shape[0], jnp.int32)
         smallest = w * jnp.min(jnp.diag(matrix)) ** 2
+        solve = lambda b: cho_solve((matrix, True), b)
     else:
         matrix, pivots = lu_factor(ridge * eye + kernel)
         smallest = jnp.min(jnp.abs(jnp.diag(matrix)))
+        solve = lambda b: lu_solve((matrix, pivots), b)
+    if len(eye) <= _INVERTED:
+        matrix = solve(eye)
     return _Factor(matrix, pivots, jnp.asarray(shift, kernel.dtype), smallest)
 
 
@@ -405,11 +411,15 @@ def _drifted(factor: _Factor, shift: Scalar) -> Bool[Array, ""]:
 def _solver(loss: FlatLoss, shift: Scalar, factor: _Factor) -> Callable:
     """A function that solves (shift I + ℓ''K) u = shift (ℓ''p + q), given p, q, z."""
     w = loss.outer_curvature
+    if len(factor.matrix) <= _INVERTED:
+        apply = lambda b: factor.matrix @ b
+    elif w is not None:
+        apply = lambda b: cho_solve((factor.matrix, True), b)
+    else:
+        apply = lambda b: lu_solve((factor.matrix, factor.pivots), b)
     if w is not None:
-        whole = (factor.triangular, True)
-        return lambda p, q, z: shift * cho_solve(whole, p + q / w)
-    lu = factor.triangular, factor.pivots
-    return lambda p, q, z: shift * lu_solve(lu, loss.outer_hvp(z, p) + q)
+        return lambda p, q, z: shift * apply(p + q / w)
+    return lambda p, q, z: shift * apply(loss.outer_hvp(z, p) + q)
 
 
 def _matrix(tableau: diffrax.ButcherTableau) -> tuple[np.ndarray, float]:
