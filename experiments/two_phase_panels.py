@@ -109,7 +109,8 @@ def functions(
         ax.plot(grid, teacher, color="#BBBBBB", lw=3, label="teacher")
         learnt = np.asarray(evaluate(model, grid))
         ax.plot(grid, learnt, color=TEST, lw=1.8, label="learnt")
-        x, y = np.asarray(task.loss.x), np.asarray(task.loss.y)
+        data: Any = task.loss
+        x, y = np.asarray(data.x), np.asarray(data.y)
         ax.plot(x, y, "o", color="black", ms=6, label="training data")
         ax.set_title(f"$t$ = {_time(t)}: {kinks(task, model)} kinks", fontsize=SIZE)
         wide = 0.6 * (high - low)

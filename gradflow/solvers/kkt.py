@@ -267,8 +267,10 @@ class AbstractKKT(
             drift = 0.75 * drift + 0.25 * dy  # small where the iterates go to and fro
             new, drifting = norm(dy), norm(drift)
             # The first iteration has no rate of its own: the last stage's, never
-            # trusted below 0.3, lets an excellent guess pass after one.
-            rate = jnp.where(count > 0, new / size, jnp.maximum(rate, 0.3))
+            # trusted below 0.3, lets an excellent guess pass after one. Later ones may
+            # contract by chance, until what contracts slowly is all that is left.
+            measured = jnp.maximum(new / size, 0.2 * rate)
+            rate = jnp.where(count > 0, measured, jnp.maximum(rate, 0.3))
             left = new * rate / (1 - jnp.minimum(rate, 0.95))
             # Where ∇F jumps, as at the kinks of a ReLU, the flow may slide along the
             # jump. Then the stage has a solution only with a mean of the gradients on
