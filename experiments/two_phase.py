@@ -7,13 +7,7 @@ one by one. Writes summary.json, paths.nc and figures.
 
 import dataclasses
 import functools
-import importlib.metadata
-import json
-import math
-import platform
-import shlex
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +22,8 @@ import two_phase_panels as panels
 import two_phase_rows as rows
 import tyro
 import xarray as xr
-from two_phase_rows import Row, Run
+from common import attempt, Clock, parse_weight_decay, Row, write
+from two_phase_rows import Run
 
 import gradflow as gf
 
@@ -93,31 +88,6 @@ class Config:
         return self.out or Path("results/two_phase") / self.task
 
 
-def parse_weight_decay(words: tuple[str, ...]) -> np.ndarray:
-    """Numbers and ranges `first:last:count`, from large to small.
-
-    **Raises:** `ValueError` where one is neither.
-    """
-    out = []
-    for word in words:
-        try:
-            parts = word.split(":")
-            if len(parts) == 3:
-                first, last, number = float(parts[0]), float(parts[1]), int(parts[2])
-                out.extend(np.geomspace(first, last, number))
-            else:
-                (number,) = parts
-                out.append(float(number))
-        except ValueError as error:
-            raise ValueError(
-                f"weight_decay: expected a number or first:last:count, got {word!r}."
-            ) from error
-    lams = np.unique(np.array(out))[::-1]
-    if not (lams > 0).all():
-        raise ValueError("weight_decay: expected positive numbers.")
-    return lams
-
-
 def main(config: Config) -> dict[str, Any]:
     """Runs one task; returns what is written to summary.json."""
     matplotlib.use("Agg")
@@ -129,18 +99,9 @@ def main(config: Config) -> dict[str, Any]:
     run = relu if config.task == "relu_1d" else two_phase
     numbers, checks, data, figures = run(config, task, clock)
 
-    words = [c.ok for c in checks]
-    print(
-        f"{words.count(True)} passed, {words.count(False)} failed, "
-        f"{words.count(None)} not checked; {clock}"
-    )
-    summary = {
+    numbers = {
         "task": config.task,
         **numbers,
-        "checks": [dataclasses.asdict(c) for c in checks],
-        "passed": words.count(True),
-        "failed": words.count(False),
-        "not_checked": words.count(None),
         "settings": {
             "weight_decay": list(config.lams()),
             "slow_time": config.slow_time or task.slow_time,
@@ -149,24 +110,15 @@ def main(config: Config) -> dict[str, Any]:
             "rtol": config.tolerance(),
             "saves": config.saves(),
         },
-        "seconds": clock.spent,
-        "versions": versions(),
-        "command": shlex.join(["python", *sys.argv]),
     }
-    summary = plain(summary)
-    (out / "summary.json").write_text(
-        json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    )
     data.to_netcdf(out / "paths.nc", engine="scipy")
-    for name, figure in figures.items():
-        figure.savefig(out / f"{name}.png", dpi=120)
-        plt.close(figure)
+    summary = write(out, numbers, checks, figures, clock)
     names = ", ".join(f"{name}.png" for name in figures)
     print(f"Written to {out}: summary.json, paths.nc, {names}")
     return summary
 
 
-def two_phase(config: Config, task: gf.tasks.Task, clock: "Clock") -> tuple:
+def two_phase(config: Config, task: gf.tasks.Task, clock: Clock) -> tuple:
     """Theory, sweep, comparison and checks."""
     s = config.slow_time or task.slow_time
     with clock("theory"):
@@ -253,7 +205,7 @@ def specials(config: Config, task: gf.tasks.Task, run: Run, solve: Callable) -> 
     return checks, path, {"path": panels.one_path(path)}
 
 
-def relu(config: Config, task: gf.tasks.Task, clock: "Clock") -> tuple:
+def relu(config: Config, task: gf.tasks.Task, clock: Clock) -> tuple:
     """Simulation alone: the theory does not hold for functions with kinks."""
     print("ReLU networks are outside the theory: simulation only.")
     lam = float(config.lams()[0])
@@ -308,21 +260,6 @@ def arrived(path: gf.Path) -> gf.Path:
         train_loss=cut(path.train_loss),
         penalty=cut(path.penalty),
     )
-
-
-def attempt(check: Callable[..., list[Row]], *args: Any) -> list[Row]:
-    """Makes a check and prints it. One that cannot be made counts as failed, with its
-    reason."""
-    start = time.perf_counter()
-    try:
-        found = check(*args)
-    except Exception as error:  # whatever it is, the other checks go on
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        found = [Row(check.__name__, math.nan, "", False, reason)]
-    for row in found:
-        print(row, flush=True)
-    print(f"        {check.__name__}: {time.perf_counter() - start:.1f} s", flush=True)
-    return found
 
 
 def collapse(report: gf.Report) -> Any:
@@ -406,57 +343,6 @@ def dataset(sweep: gf.Sweep, report: gf.Report) -> xr.Dataset:
 
 def count(model: Any) -> int:
     return rows.vector(model).size
-
-
-def versions() -> dict[str, str]:
-    names = "jax jaxlib diffrax equinox optimistix lineax numpy scipy".split()
-    return {
-        "python": platform.python_version(),
-        "gradflow": _version("gradflow"),
-        **{name: _version(name) for name in names},
-        "device": jax.devices()[0].device_kind,
-    }
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def plain(value: Any) -> Any:
-    """Numbers, lists and dictionaries that JSON can hold; NaN becomes null."""
-    if isinstance(value, dict):
-        return {k: plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
-    if isinstance(value, np.ndarray | np.generic | jax.Array):
-        return plain(np.asarray(value).tolist())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
-class Clock:
-    """Wall-clock seconds by stage."""
-
-    def __init__(self) -> None:
-        self.spent: dict[str, float] = {}
-
-    def __call__(self, stage: str) -> "Clock":
-        self._stage = stage
-        return self
-
-    def __enter__(self) -> None:
-        self._start = time.perf_counter()
-
-    def __exit__(self, *_: Any) -> None:
-        self.spent[self._stage] = round(time.perf_counter() - self._start, 2)
-
-    def __str__(self) -> str:
-        stages = ", ".join(f"{k} {v:.1f} s" for k, v in self.spent.items())
-        return f"{sum(self.spent.values()):.0f} s ({stages})"
 
 
 if __name__ == "__main__":

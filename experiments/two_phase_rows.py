@@ -13,26 +13,11 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+from common import below, near, Row
 from scipy.interpolate import PchipInterpolator
 
 import gradflow as gf
 from gradflow.compare import fit_rate
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One check: a value, its bound, and whether it holds (None: not checked)."""
-
-    name: str
-    value: float
-    bound: str
-    ok: bool | None
-    sentence: str
-
-    def __str__(self) -> str:
-        word = {True: "pass", False: "FAIL", None: "  – "}[self.ok]
-        number = f"{self.value:10.3g}  ({self.bound})"
-        return f"  {word}  {self.name:<10} {number}  {self.sentence}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,15 +58,6 @@ def times(t1: float, saves: int) -> np.ndarray:
     """0, and then evenly in log t up to t1."""
     first = min(1e-3, 1e-4 * t1)
     return np.concatenate([[0.0], np.geomspace(first, t1, saves - 1)])
-
-
-def below(name: str, value: float, bound: float, sentence: str) -> Row:
-    return Row(name, float(value), f"≤ {bound:.0e}", bool(value <= bound), sentence)
-
-
-def near(name: str, value: float, target: float, within: float, sentence: str) -> Row:
-    ok = bool(abs(value - target) <= within)
-    return Row(name, float(value), f"{target:g} ± {within:g}", ok, sentence)
 
 
 def flat(params: Any) -> np.ndarray:

@@ -14,6 +14,7 @@ sys.path.insert(0, str(FOLDER))
 
 pytest.importorskip("tyro")
 xr = pytest.importorskip("xarray")
+import common  # noqa: E402
 import two_phase as script  # noqa: E402
 import two_phase_rows as rows  # noqa: E402
 
@@ -76,27 +77,27 @@ def test_help_names_every_option():
 
 
 def test_weight_decays_are_numbers_and_ranges():
-    lams = script.parse_weight_decay(("1e-2:1e-4:3", "0.1", "1e-3"))
+    lams = common.parse_weight_decay(("1e-2:1e-4:3", "0.1", "1e-3"))
     np.testing.assert_allclose(lams, [1e-1, 1e-2, 1e-3, 1e-4])
 
 
 @pytest.mark.parametrize("word", ["small", "1:2", "1e-2:1e-4:x", "-1e-3"])
 def test_bad_weight_decays_are_refused(word):
     with pytest.raises(ValueError, match="weight_decay: expected"):
-        script.parse_weight_decay((word,))
+        common.parse_weight_decay((word,))
 
 
 def test_a_check_that_breaks_is_reported_as_failed(capsys):
     def broken():
         raise RuntimeError("no such luck\nmore")
 
-    (row,) = script.attempt(broken)
+    (row,) = common.attempt(broken)
     assert row.ok is False and row.sentence == "RuntimeError: no such luck"
     assert "FAIL" in capsys.readouterr().out
 
 
 def test_json_has_no_nan():
-    out = script.plain({"a": np.array([1.0, np.nan]), "b": (np.inf, np.bool_(True))})
+    out = common.plain({"a": np.array([1.0, np.nan]), "b": (np.inf, np.bool_(True))})
     assert out == {"a": [1.0, None], "b": [None, True]}
 
 

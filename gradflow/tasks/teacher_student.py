@@ -1,4 +1,4 @@
-"""A wide two-layer network that learns from a narrow one."""
+"""A wide network that learns from a narrow one of two layers."""
 
 from typing import Literal
 
@@ -20,6 +20,7 @@ def teacher_student(
     activation: Literal["tanh", "relu"] = "tanh",
     inputs: int = 3,
     width: int = 40,
+    hidden_layers: int = 1,
     samples: int = 10,
     teacher_width: int = 3,
     init_scale: float = 1.5,
@@ -29,7 +30,9 @@ def teacher_student(
 
     F = (1/2n) Σᵢ (f(xᵢ) − f*(xᵢ))², standard Gaussian inputs. Hidden weights, biases
     and output weights are Gaussian: the teacher's of standard deviations 1/√inputs, 1/2
-    and 3/√teacher_width, the student's of `init_scale` times 1/√inputs, 1 and 1.
+    and 3/√teacher_width, the student's of `init_scale` times 1/√inputs, 1 and 1. A
+    student of more hidden layers is an `eqx.nn.MLP` with its usual uniform weights and
+    biases, times `init_scale`.
 
     With tanh everything is smooth, as the theory asks, and J has full rank at almost
     every interpolating network; its least singular value falls as neurons die, so the
@@ -43,6 +46,7 @@ def teacher_student(
     - `key`: of the data and both networks.
     - `activation`: of both networks.
     - `inputs`, `width`, `samples`, `teacher_width`: sizes; fewer samples than neurons.
+    - `hidden_layers`: of the student, each of `width` neurons.
     - `init_scale`: size of the student's initial weights. Where it is small the student
         generalises at once, and there is no delay.
     - `test_samples`: the number of test inputs.
@@ -54,6 +58,7 @@ def teacher_student(
     check_choice(activation, "activation", ("tanh", "relu"))
     check_count(inputs, "inputs")
     check_count(width, "width", least=2)
+    check_count(hidden_layers, "hidden_layers")
     check_count(samples, "samples", most=width - 1)
     check_count(teacher_width, "teacher_width")
     check_positive(init_scale, "init_scale")
@@ -65,12 +70,14 @@ def teacher_student(
         (teacher_width, inputs),
         (inputs**-0.5, 0.5, 3 * teacher_width**-0.5),
     )
-    model = _network(
-        init_key,
-        activation,
-        (width, inputs),
-        (init_scale * inputs**-0.5, init_scale, init_scale),
-    )
+    if hidden_layers == 1:
+        scales = (init_scale * inputs**-0.5, init_scale, init_scale)
+        model = _network(init_key, activation, (width, inputs), scales)
+    else:
+        act = jnp.tanh if activation == "tanh" else jax.nn.relu
+        deep = eqx.nn.MLP(inputs, "scalar", width, hidden_layers, act, key=init_key)
+        scaled = lambda leaf: init_scale * leaf if eqx.is_inexact_array(leaf) else leaf
+        model = jax.tree.map(scaled, deep)
     x = jr.normal(x_key, (samples, inputs))
     x_test = jr.normal(test_key, (test_samples, inputs))
     loss = SquaredError(x, jax.vmap(teacher)(x))
