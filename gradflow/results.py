@@ -48,6 +48,21 @@ class RESULTS(diffrax.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
         "Gauss-Newton stalled, as it does where the Jacobian loses rank. Loosen "
         "`rtol`, or start closer."
     )
+    saddle = (
+        "The flow came to rest at a saddle: the Hessian has negative curvature there, "
+        "so that almost every other start leaves it. The start is likely symmetric "
+        "(equal or zero weights): perturb it."
+    )
+    ambiguous_rank = (
+        "The singular values show no gap of 1e3, so the rank, and with it the tangent "
+        "space, is a guess: the point is degenerate, near a singular one, or not "
+        "critical to rounding. Retract it first, or set `rtol` to say what counts."
+    )
+    unresolved = (
+        "The matrix-free iteration did not reach its tolerance: the Jacobian is "
+        "ill-conditioned, or too few steps were allowed. Use method='dense' if it "
+        "fits the memory, or allow more steps."
+    )
     rank_lost = (
         "The Jacobian lost rank along the drift: the critical manifold is singular "
         "there and theory holds only up to that slow time. Shorten `slow_time`."
