@@ -128,6 +128,5 @@ def test_only_the_start_has_a_derivative():
     half = lambda u, v: manifold.limit_map(
         loss, Diagonal(u, v), trainable=trainable
     ).model.u[0]
-    assert jnp.isfinite(jax.grad(half)(model.u, model.v)).all()
     with pytest.raises(ValueError, match="only the derivative in the initial"):
         jax.grad(half, 1)(model.u, model.v)
