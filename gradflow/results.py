@@ -41,7 +41,8 @@ class RESULTS(diffrax.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
     no_minimiser = (
         "The loss keeps falling while the parameters keep growing, about as log t: it "
         "has no minimiser on this trajectory, as cross-entropy on separable data. "
-        "There is no limit map here; use weight decay, or a loss with a minimiser."
+        "There is no limit map here, only a limit of the direction θ/‖θ‖; use weight "
+        "decay, or a loss with a minimiser."
     )
     not_critical = (
         "The point reached is not on the critical manifold to the tolerance asked: "
