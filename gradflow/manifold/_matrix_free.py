@@ -70,6 +70,12 @@ def operator(loss: FlatLoss, theta: Float[Array, " d"], form: str) -> Operator:
     return Operator(lambda v: root(jvp(v)), lambda u: vjp(root(u))[0], z.size, d, False)
 
 
+def frobenius(op: Operator, theta: Float[Array, " d"]) -> Float[Array, ""]:
+    """‖A‖_F, to within a small factor: ‖A s‖ for random signs s has its mean square."""
+    signs = jr.rademacher(jr.key(3), theta.shape, theta.dtype)
+    return jnp.linalg.norm(op.apply(signs))
+
+
 def least_squares(
     apply: Callable[[Array], Array],
     b: Float[Array, " k"],
@@ -77,8 +83,8 @@ def least_squares(
     steps: int | None = None,
 ) -> tuple[Float[Array, " n"], Bool[Array, ""]]:
     """argmin ‖A x − b‖ over x ∈ ℝⁿ, the one of least norm, by LSMR, and whether it
-    converged: ‖Aᵀr‖ or ‖r‖ at 1e-12 (in float64) of ‖A‖‖r‖ or ‖A‖‖x‖ + ‖b‖."""
-    tol = float(jnp.finfo(b.dtype).eps) ** 0.75
+    converged: ‖Aᵀr‖ or ‖r‖ at 4e-11 (eps^⅔) of ‖A‖‖r‖ or ‖A‖‖x‖ + ‖b‖."""
+    tol = float(jnp.finfo(b.dtype).eps) ** (2 / 3)
     shape = jax.ShapeDtypeStruct((size,), b.dtype)
     linear = lx.FunctionLinearOperator(apply, shape)
     # Rounding takes the place of reorthogonalisation: more steps than dimensions.

@@ -14,6 +14,7 @@ from ._form import choose_form, Form
 from ._matrix_free import (
     choose_method,
     curvature_inverse,
+    frobenius,
     least_squares,
     Method,
     operator,
@@ -173,9 +174,7 @@ def matrix_free_geometry(
     op = operator(loss, theta, form)
     force = loss.gradient(theta) if form == "hessian" else outer_root(loss, theta)[1]
     step, okay = least_squares(op.apply, force, op.columns)
-    # ‖A‖_F, as for the dense ones: from one random vector, to within a factor.
-    probe = jax.random.rademacher(jax.random.key(3), theta.shape, theta.dtype)
-    scale = jnp.linalg.norm(op.apply(probe)) + jnp.finfo(theta.dtype).tiny
+    scale = frobenius(op, theta) + jnp.finfo(theta.dtype).tiny
     return Geometry(
         lambda v: project(op, v),
         lambda x: curvature_inverse(op, x),

@@ -34,7 +34,7 @@ def tangent_projection(
     condition number is not squared as it is by (JJᵀ)⁻¹.
 
     Matrix-free, it is v − Jᵀ argmin ‖Jᵀy − v‖ by LSMR, in about κ(J) products with J,
-    with an error of at most 1e-12 κ(J)‖v‖: for d up to 1e6 and more.
+    with an error of about 4e-11 κ(J)‖v‖ at most: for d up to 1e6 and more.
 
     **Arguments:**
 
