@@ -52,6 +52,26 @@ def test_curvature_of_the_hyperbola(form, method):
     assert f"curvature {2 * y / size**1.5:.3g}" in str(found)
 
 
+def test_curvature_of_a_generic_manifold(tanh_net):
+    """Retracted, the tangent line w + hu bends as the geodesic does: its second
+    difference is II(u, u), with an error of O(h²)."""
+    loss, on = tanh_net
+    flow = gf.GradientFlow(loss)
+    params = eqx.filter(on, eqx.is_inexact_array)
+    u = manifold.tangent_projection(loss, on, params)
+
+    def moved(h):
+        there = jax.tree.map(lambda p, q: p + h * q, params, u)
+        return flat(manifold.retract(loss, eqx.combine(there, on)).model)
+
+    second = lambda h: (moved(h) + moved(-h) - 2 * flat(on)) / h**2
+    h = 0.02
+    bend = (4 * second(h / 2) - second(h)) / 3
+    found = manifold.diagnose(flow, on)
+    np.testing.assert_allclose(found.bending, jnp.linalg.norm(bend), rtol=1e-3)
+    assert found.bending > 0.1
+
+
 def test_distance_and_its_result():
     """At (u, v) off uv = y the distance is |uv − y|/√(u² + v²), to first order."""
     flow = gf.GradientFlow(gf.SquaredError(jnp.ones(1), jnp.full(1, 2.0)))
@@ -178,6 +198,29 @@ def test_too_few_steps_are_named():
         manifold.tangent_projection(loss, on, on, **options)
     out = manifold.tangent_projection(loss, on, on, throw=False, **options)
     assert jnp.isnan(out.w).all()
+
+
+@pytest.mark.parametrize("redundant", [False, True])
+def test_full_rank_is_known_early(redundant):
+    """60 singular values between 1 and 2: 30 steps are enough to see that none is
+    smaller; and that one is, where a sample comes twice, but not how many others."""
+    left, right = (
+        jnp.linalg.qr(jr.normal(key, (size, 60)))[0]
+        for key, size in zip(jr.split(jr.key(0)), (60, 90), strict=True)
+    )
+    x = left @ jnp.diag(jnp.linspace(1, 2, 60)) @ right.T
+    x = x.at[1].set(x[0]) if redundant else x
+    loss = gf.SquaredError(x, jnp.zeros(60), reduction="sum")
+    on = Linear(jnp.zeros(90))
+    found = manifold.spectrum(loss, on, method="matrix-free", max_steps=30)
+    dense = manifold.spectrum(loss, on, method="dense", form=found.form)
+    assert dense.rank == 60 - redundant
+    assert found.resolved == (not redundant) and found.ambiguous == redundant
+    if not redundant:
+        assert found.rank == 60 and found.gap > 1e3
+        np.testing.assert_allclose(
+            found.smallest_curvature, dense.smallest_curvature, rtol=1e-2
+        )
 
 
 def test_saddle_without_a_matrix():
