@@ -41,12 +41,28 @@ class RESULTS(diffrax.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
     no_minimiser = (
         "The loss keeps falling while the parameters keep growing, about as log t: it "
         "has no minimiser on this trajectory, as cross-entropy on separable data. "
-        "There is no limit map here; use weight decay, or a loss with a minimiser."
+        "There is no limit map here, only a limit of the direction θ/‖θ‖; use weight "
+        "decay, or a loss with a minimiser."
     )
     not_critical = (
         "The point reached is not on the critical manifold to the tolerance asked: "
         "Gauss-Newton stalled, as it does where the Jacobian loses rank. Loosen "
         "`rtol`, or start closer."
+    )
+    saddle = (
+        "The flow came to rest at a saddle: the Hessian has negative curvature there, "
+        "so that almost every other start leaves it. The start is likely symmetric "
+        "(equal or zero weights): perturb it."
+    )
+    ambiguous_rank = (
+        "The singular values show no gap of 1e3, so the rank, and with it the tangent "
+        "space, is a guess: the point is degenerate, near a singular one, or not "
+        "critical to rounding. Retract it first, or set `rtol` to say what counts."
+    )
+    unresolved = (
+        "The matrix-free iteration did not reach its tolerance: the Jacobian is "
+        "ill-conditioned, or too few steps were allowed. Use method='dense' if it "
+        "fits the memory, or allow more steps."
     )
     rank_lost = (
         "The Jacobian lost rank along the drift: the critical manifold is singular "

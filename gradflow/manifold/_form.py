@@ -10,7 +10,8 @@ from jaxtyping import Array, Bool, PyTree
 from .._checks import is_concrete
 from ..flow import flatten
 from ..losses import AbstractCompositeLoss, AbstractLoss
-from ._normal import close, weighted_jacobian
+from ._matrix_free import choose_method, frobenius, operator
+from ._normal import close, outer_root, weighted_jacobian
 
 Form = Literal["auto", "jacobian", "hessian"]
 
@@ -55,6 +56,11 @@ def _interpolates(
     5e-7 of the parameters makes, and the part Σᵢ∇ℓᵢ∇²zᵢ that the Jacobian form leaves
     out of ∇²F is as small."""
     theta, flat = flatten(loss, params, static)
-    a, rho = weighted_jacobian(flat, theta)
-    bound = close(theta.dtype) * jnp.linalg.norm(a) * jnp.linalg.norm(theta)
+    if choose_method(None, loss, params, static, "jacobian") == "dense":
+        a, rho = weighted_jacobian(flat, theta)
+        size = jnp.linalg.norm(a)
+    else:
+        _, rho = outer_root(flat, theta)
+        size = frobenius(operator(flat, theta, "jacobian"), theta)
+    bound = close(theta.dtype) * size * jnp.linalg.norm(theta)
     return jnp.linalg.norm(rho) <= bound

@@ -6,6 +6,7 @@ composite and interpolated (*Jacobian form*), and from ∇²F otherwise (*Hessia
 """
 
 import math
+from collections.abc import Callable
 
 import equinox as eqx
 import jax
@@ -31,26 +32,35 @@ class NormalSpace(eqx.Module):
         return v - self.basis @ (self.basis.T @ v)
 
 
-def weighted_jacobian(
+def outer_root(
     loss: FlatLoss, theta: Float[Array, " d"]
-) -> tuple[Float[Array, "m d"], Float[Array, " m"]]:
-    """A = (ℓ'')^½ J and ρ = (ℓ'')^{−½}∇ℓ.
-
-    AᵀA is the Gauss–Newton part of ∇²F, all of it where ∇ℓ = 0; Aᵀρ = ∇F; and −A⁺ρ is
-    the least-norm Gauss–Newton step. ℓ'' may be singular, as it is for a softmax.
-    """
-    jac = loss.jacobian(theta)
+) -> tuple[Callable[[Array], Array], Float[Array, " m"]]:
+    """Multiplication by (ℓ'')^½, of a vector or of the columns of a matrix, and
+    ρ = (ℓ'')^{−½}∇ℓ. ℓ'' may be singular, as it is for a softmax."""
     residuals = loss.residuals(theta)
     w = loss.composite.outer_curvature
     if w is not None:
-        return math.sqrt(w) * jac, residuals / math.sqrt(w)
+        return lambda x: math.sqrt(w) * x, residuals / math.sqrt(w)
     curvature, basis = jnp.linalg.eigh(
         jax.hessian(loss.composite.outer)(loss.outputs(theta))
     )
     kept = curvature > curvature.size * jnp.finfo(theta.dtype).eps * curvature[-1]
     root = jnp.sqrt(jnp.where(kept, curvature, 0))
     rho = basis @ jnp.where(kept, (basis.T @ residuals) / jnp.where(kept, root, 1), 0)
-    return basis @ (root[:, None] * (basis.T @ jac)), rho
+    scale = lambda x: root.reshape(-1, *[1] * (x.ndim - 1)) * x
+    return lambda x: basis @ scale(basis.T @ x), rho
+
+
+def weighted_jacobian(
+    loss: FlatLoss, theta: Float[Array, " d"]
+) -> tuple[Float[Array, "m d"], Float[Array, " m"]]:
+    """A = (ℓ'')^½ J and ρ = (ℓ'')^{−½}∇ℓ.
+
+    AᵀA is the Gauss–Newton part of ∇²F, all of it where ∇ℓ = 0; Aᵀρ = ∇F; and −A⁺ρ is
+    the least-norm Gauss–Newton step.
+    """
+    root, rho = outer_root(loss, theta)
+    return root(loss.jacobian(theta)), rho
 
 
 def ridge(dtype: np.dtype) -> float:

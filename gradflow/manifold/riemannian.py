@@ -147,8 +147,10 @@ def _vanishing_decay(
     path = solve(term, params, lam, times / lam, watched, KKT5(), rtol, atol, max_steps)
     smallest, largest = _curvature_along(term, path.params, rank)
     lost = jnp.any(smallest < 10 * tiny * largest)
-    result = RESULTS.where(lost, RESULTS.rank_lost, RESULTS.successful)
-    result = RESULTS.where(path.result == RESULTS.successful, result, path.result)
+    # Of two reservations the loss of rank comes first: near it, where the iteration is
+    # slow, smooth losses too can seem to slide.
+    lost = lost & path.succeeded
+    result = RESULTS.where(lost, RESULTS.rank_lost, path.result)
     return Path(
         t=times,
         weight_decay=jnp.ones_like(lam),

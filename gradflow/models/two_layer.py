@@ -53,8 +53,11 @@ class TwoLayer(eqx.Module):
                 f"activation: expected 'tanh' or 'relu', got {self.activation!r}."
             )
 
+    def preactivations(self, x: Float[Array, "*d"]) -> Float[Array, " h"]:
+        """⟨wⱼ, x⟩ + bⱼ: a ReLU has its kink where it is zero."""
+        return self.inner @ jnp.reshape(x, (self.inner.shape[1],)) + self.bias
+
     def __call__(self, x: Float[Array, "*d"]) -> Float[Array, "*k"]:
         """f(x), for x of shape (d,), or a scalar where d = 1."""
-        x = jnp.reshape(x, (self.inner.shape[1],))
-        hidden = _ACTIVATIONS[self.activation](self.inner @ x + self.bias)
+        hidden = _ACTIVATIONS[self.activation](self.preactivations(x))
         return jnp.dot(self.outer, hidden)

@@ -1,0 +1,229 @@
+"""The same without a matrix: products with A = (ℓ'')^½J, or with ∇²F, alone.
+
+Linear equations go to LSMR (Fong and Saunders, SIAM J. Sci. Comput. 33, 2011), whose
+convergence follows κ(A), not its square; spectra to the Golub–Kahan process, or that of
+Lanczos, with full reorthogonalisation. How far each has come is measured, and returned.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import lineax as lx
+from jaxtyping import Array, Bool, Float, PyTree
+
+from ..flow import FlatLoss
+from ..losses import AbstractLoss
+from ._normal import outer_root
+
+Method = Literal["dense", "matrix-free"] | None
+
+# Entries of A, and of ∇²F, up to which they are made: 256 MB, and what a second
+# decomposes.
+_DENSE_JACOBIAN = 2**25
+_DENSE_HESSIAN = 2**21
+# Entries of the Krylov basis kept for a spectrum, and vectors at most: 800 MB.
+_BASIS = 10**8
+_VECTORS = 300
+
+
+class Operator(eqx.Module):
+    """A as a pair of products, ℝᵈ → ℝᵐ and back; ∇²F where it is symmetric."""
+
+    apply: Callable[[Array], Array]
+    transpose: Callable[[Array], Array]
+    rows: int
+    columns: int
+    symmetric: bool
+
+
+def choose_method(
+    method: Method, loss: AbstractLoss, params: PyTree, static: PyTree, form: str
+) -> str:
+    """Resolves `None`: dense while the matrix is small."""
+    if method not in (None, "dense", "matrix-free"):
+        raise ValueError(
+            f"method: expected 'dense', 'matrix-free' or None, got {method!r}."
+        )
+    if method is not None:
+        return method
+    d = sum(p.size for p in jax.tree.leaves(params))
+    if form == "hessian":
+        return "dense" if d * d <= _DENSE_HESSIAN else "matrix-free"
+    outputs = lambda loss, p, static: loss.outputs(eqx.combine(p, static))
+    m = eqx.filter_eval_shape(outputs, loss, params, static).size
+    return "dense" if m * d <= _DENSE_JACOBIAN else "matrix-free"
+
+
+def operator(loss: FlatLoss, theta: Float[Array, " d"], form: str) -> Operator:
+    """A at θ, or ∇²F; each product costs about a gradient."""
+    d = theta.size
+    if form == "hessian":
+        _, hvp = jax.linearize(loss.gradient, theta)
+        return Operator(hvp, hvp, d, d, True)
+    root, _ = outer_root(loss, theta)
+    z, jvp = jax.linearize(loss.outputs, theta)
+    vjp = jax.linear_transpose(jvp, theta)
+    return Operator(lambda v: root(jvp(v)), lambda u: vjp(root(u))[0], z.size, d, False)
+
+
+def frobenius(op: Operator, theta: Float[Array, " d"]) -> Float[Array, ""]:
+    """‖A‖_F, to within a small factor: ‖A s‖ for random signs s has its mean square."""
+    signs = jr.rademacher(jr.key(3), theta.shape, theta.dtype)
+    return jnp.linalg.norm(op.apply(signs))
+
+
+def least_squares(
+    apply: Callable[[Array], Array],
+    b: Float[Array, " k"],
+    size: int,
+    steps: int | None = None,
+) -> tuple[Float[Array, " n"], Bool[Array, ""]]:
+    """argmin ‖A x − b‖ over x ∈ ℝⁿ, the one of least norm, by LSMR, and whether it
+    converged: ‖Aᵀr‖ or ‖r‖ at 4e-11 (eps^⅔) of ‖A‖‖r‖ or ‖A‖‖x‖ + ‖b‖."""
+    tol = float(jnp.finfo(b.dtype).eps) ** (2 / 3)
+    shape = jax.ShapeDtypeStruct((size,), b.dtype)
+    linear = lx.FunctionLinearOperator(apply, shape)
+    # Rounding takes the place of reorthogonalisation: more steps than dimensions.
+    most = 10 * min(size, b.size) + 100 if steps is None else steps
+    solver = lx.LSMR(rtol=tol, atol=tol, max_steps=most)
+    out = lx.linear_solve(linear, b, solver, throw=False)
+    # A right-hand side of zero stops before it has begun.
+    okay = (out.result == lx.RESULTS.successful) | (jnp.linalg.norm(b) == 0)
+    return jnp.where(jnp.linalg.norm(b) == 0, 0, out.value), okay
+
+
+def project(
+    op: Operator, v: Float[Array, " d"], steps: int | None = None
+) -> tuple[Float[Array, " d"], Bool[Array, ""]]:
+    """P v = v − Aᵀ argmin ‖Aᵀy − v‖, and whether LSMR converged."""
+    y, okay = least_squares(op.transpose, v, op.rows, steps)
+    return v - op.transpose(y), okay
+
+
+def curvature_inverse(
+    op: Operator, x: Float[Array, " d"]
+) -> tuple[Float[Array, " d"], Bool[Array, ""]]:
+    """(∇²F)⁺x; in the Jacobian form A⁺A⁺ᵀx, so that κ(A) is not squared."""
+    y, okay = least_squares(op.transpose, x, op.rows)
+    if op.symmetric:
+        return y, okay
+    out, also = least_squares(op.apply, y, op.columns)
+    return out, okay & also
+
+
+class Extremes(eqx.Module):
+    """What a Krylov process saw of a spectrum."""
+
+    values: Float[Array, " k"]  # singular values, or eigenvalues with their sign
+    bounds: Float[Array, " k"]  # each is that near to a true one
+    rest: Float[Array, ""]  # an estimate of the norm of all that it did not see
+
+
+def steps_for(op: Operator, steps: int | None) -> int:
+    """As many vectors as the memory allows; all of them where there are few."""
+    full = min(op.rows, op.columns)
+    if steps is None:
+        steps = max(20, min(_VECTORS, _BASIS // op.columns))
+    return min(steps, full)
+
+
+def extremes(op: Operator, dtype, steps: int | None = None) -> Extremes:
+    """The ends of the spectrum. Where the rank is below the number of steps, all of it:
+    what is left over then annihilates a random vector."""
+    k = steps_for(op, steps)
+    process = _lanczos if op.symmetric else _golub_kahan
+    return process(op, jnp.dtype(dtype), k)
+
+
+def _orthogonal(basis: Float[Array, "k n"], v: Float[Array, " n"]) -> Array:
+    """v less its part in the span of the rows of `basis`; twice is enough."""
+    for _ in range(2):
+        v = v - basis.T @ (basis @ v)
+    return v
+
+
+def _next(
+    basis: Array, v: Array, key: Array, scale: Float[Array, ""]
+) -> tuple[Float[Array, " n"], Float[Array, ""]]:
+    """The next unit vector and its coefficient. Where v lies in the span already, a
+    random new direction, with coefficient zero; zero where there is none left."""
+    v = _orthogonal(basis, v)
+    size = jnp.linalg.norm(v)
+    floor = 10 * v.size * jnp.finfo(v.dtype).eps
+    kept = size > floor * scale
+    fresh = _orthogonal(basis, jr.normal(key, v.shape, v.dtype))
+    length = jnp.linalg.norm(fresh)
+    fresh = jnp.where(length > floor * v.size**0.5, fresh / length, 0)
+    return (
+        jnp.where(kept, v / jnp.where(kept, size, 1), fresh),
+        jnp.where(kept, size, 0),
+    )
+
+
+def _seed(n: int, dtype) -> Float[Array, " n"]:
+    v = jr.normal(jr.key(0), (n,), dtype)
+    return v / jnp.linalg.norm(v)
+
+
+def _golub_kahan(op: Operator, dtype, k: int) -> Extremes:
+    """A V = U B + β u eₖᵀ and AᵀU = V Bᵀ, B lower bidiagonal (Golub and Kahan, 1965).
+
+    V lacks a vector (it is zero) where Aᵀu lies in the span of the others.
+    """
+    left = jnp.zeros((k + 1, op.rows), dtype).at[0].set(_seed(op.rows, dtype))
+    right = jnp.zeros((k, op.columns), dtype)
+
+    def body(i, carry):
+        left, right, alpha, beta, scale = carry
+        u = left[i]
+        v = _orthogonal(right, op.transpose(u))
+        size = jnp.linalg.norm(v)
+        scale = jnp.maximum(scale, size)
+        kept = size > 10 * op.columns * jnp.finfo(dtype).eps * scale
+        v = jnp.where(kept, v / jnp.where(kept, size, 1), 0)
+        size = jnp.where(kept, size, 0)
+        right = right.at[i].set(v)
+        key = jr.fold_in(jr.key(1), i)
+        u, coefficient = _next(left, op.apply(v) - size * u, key, scale)
+        left = left.at[i + 1].set(u)
+        alpha, beta = alpha.at[i].set(size), beta.at[i].set(coefficient)
+        return left, right, alpha, beta, scale
+
+    none = jnp.zeros(k, dtype)
+    start = (left, right, none, none, jnp.zeros((), dtype))
+    left, right, alpha, beta, _ = jax.lax.fori_loop(0, k, body, start)
+    b = jnp.diag(alpha) + jnp.diag(beta[:-1], -1)
+    _, values, q = jnp.linalg.svd(b)
+    # Of a random vector outside the span: its image has 1/√(m − k) of the norm.
+    fresh = _orthogonal(left, jr.normal(jr.key(2), (op.rows,), dtype))
+    rest = jnp.linalg.norm(_orthogonal(right, op.transpose(fresh)))
+    rest = jnp.where(k < op.rows, rest, 0)
+    return Extremes(values, jnp.abs(beta[-1] * q[:, -1]), rest)
+
+
+def _lanczos(op: Operator, dtype, k: int) -> Extremes:
+    """H Q = Q T + β q eₖᵀ, T tridiagonal."""
+    basis = jnp.zeros((k + 1, op.rows), dtype).at[0].set(_seed(op.rows, dtype))
+
+    def body(i, carry):
+        basis, alpha, beta, scale = carry
+        v = op.apply(basis[i])
+        scale = jnp.maximum(scale, jnp.linalg.norm(v))
+        own = v @ basis[i]
+        q, coefficient = _next(basis, v, jr.fold_in(jr.key(1), i), scale)
+        basis = basis.at[i + 1].set(q)
+        return basis, alpha.at[i].set(own), beta.at[i].set(coefficient), scale
+
+    none = jnp.zeros(k, dtype)
+    start = (basis, none, none, jnp.zeros((), dtype))
+    basis, alpha, beta, _ = jax.lax.fori_loop(0, k, body, start)
+    t = jnp.diag(alpha) + jnp.diag(beta[:-1], -1) + jnp.diag(beta[:-1], 1)
+    values, vectors = jnp.linalg.eigh(t)
+    fresh = _orthogonal(basis, jr.normal(jr.key(2), (op.rows,), dtype))
+    rest = jnp.linalg.norm(_orthogonal(basis, op.apply(fresh)))
+    rest = jnp.where(k < op.rows, rest, 0)
+    return Extremes(values, jnp.abs(beta[-1] * vectors[-1]), rest)

@@ -1,0 +1,205 @@
+"""How regular the critical manifold is, at a point: rank, distance, curvature."""
+
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from ..flow import FlatLoss, flatten, FlowTerm, GradientFlow
+from ..results import RESULTS
+from ._form import choose_form, Form
+from ._matrix_free import (
+    choose_method,
+    curvature_inverse,
+    frobenius,
+    least_squares,
+    Method,
+    operator,
+    project,
+)
+from ._normal import (
+    exact_jacobian_normal,
+    hessian_normal,
+    outer_root,
+    weighted_jacobian,
+)
+from .spectrum import measure, Spectrum
+
+# The relative distance from M beyond which what is measured is not that of M.
+_NEAR = 1e-6
+
+
+class Diagnosis(eqx.Module):
+    """The critical manifold at a point. Print it for a summary."""
+
+    spectrum: Spectrum
+    """Rank, dimension, singular values and their gap, smallest normal curvature η."""
+    distance: Float[Array, ""]
+    """From the point to M, relative to ‖θ‖ and to first order."""
+    speed: Float[Array, ""]
+    """‖u‖, u = P∇R: how fast the drift starts, in slow time."""
+    bending: Float[Array, ""]
+    """‖II(u, u)‖: the acceleration that keeps the drift on M."""
+    result: RESULTS
+    """`successful`, `not_critical`, `saddle`, `ambiguous_rank` or `unresolved`."""
+
+    @property
+    def curvature(self) -> Float[Array, ""]:
+        """‖II(u, u)‖/‖u‖², the curvature of M along the drift: one over the radius of
+        the circle that its geodesic follows. Zero where the drift is at rest."""
+        moving = self.speed > 0
+        return jnp.where(
+            moving, self.bending / jnp.where(moving, self.speed, 1) ** 2, 0
+        )
+
+    def __str__(self) -> str:
+        lines = [
+            str(self.spectrum),
+            f"  relative distance {float(self.distance):.1g}; drift of speed "
+            f"{float(self.speed):.3g}, along which M has curvature "
+            f"{float(self.curvature):.3g} (‖II(u, u)‖ = {float(self.bending):.3g})",
+        ]
+        if bool(self.result != RESULTS.successful):
+            lines.append(f"  {RESULTS[self.result]}")
+        return "\n".join(lines)
+
+
+def diagnose(
+    flow: GradientFlow,
+    model: PyTree,
+    *,
+    form: Form = "auto",
+    rtol: float | None = None,
+    method: Method = None,
+    max_steps: int | None = None,
+) -> Diagnosis:
+    """Everything the theory asks of the critical manifold at a point.
+
+    The second fundamental form is II(a, b) = −(∇²F)⁺ D³F[a, b] on M: it is what bends
+    the drift w' = −u, u = P∇R, off its tangent.
+
+    **Arguments:**
+
+    - `flow`: its loss makes M, its penalty is R.
+    - `model`: a model on M.
+    - `form`, `rtol`, `method`, `max_steps`: as for
+        [`gradflow.manifold.spectrum`][]. Matrix-free, distance, u and II come from
+        LSMR.
+
+    **Returns:** a [`gradflow.manifold.Diagnosis`][]. What is doubtful is named in its
+    `result`; nothing is raised.
+
+    **Raises:** `ValueError` for a Jacobian form of a loss that is not composite.
+
+    Source: the formula is D of P∇F = 0 along M; do Carmo, Riemannian Geometry, ch. 6.
+    """
+    term, params = flow.term(model)
+    form = choose_form(flow.loss, params, term.static, form)
+    method = choose_method(method, flow.loss, params, term.static, form)
+    return _diagnose(term, params, form, rtol, method, max_steps)
+
+
+@eqx.filter_jit
+def _diagnose(
+    term: FlowTerm,
+    params: PyTree,
+    form: str,
+    rtol: float | None,
+    method: str,
+    max_steps: int | None,
+) -> Diagnosis:
+    theta, loss = flatten(term.loss, params, term.static)
+    found = measure(loss, theta, form, rtol, method, max_steps)
+    geometry = (
+        matrix_free_geometry(loss, theta, form)
+        if method == "matrix-free"
+        else dense_geometry(loss, theta, form, found.rank)
+    )
+    u, bend, okay = drift_and_bend(term, loss, theta, geometry)
+    okay = okay & geometry.okay & found.resolved
+    distance = geometry.distance / jnp.maximum(
+        jnp.linalg.norm(theta), jnp.finfo(theta.dtype).tiny
+    )
+    result = RESULTS.where(okay, RESULTS.successful, RESULTS.unresolved)
+    doubtful = found.ambiguous & found.resolved
+    result = RESULTS.where(doubtful, RESULTS.ambiguous_rank, result)
+    near = distance <= _NEAR
+    result = RESULTS.where(found.negative & near, RESULTS.saddle, result)
+    result = RESULTS.where(near, result, RESULTS.not_critical)
+    return Diagnosis(found, distance, jnp.linalg.norm(u), jnp.linalg.norm(bend), result)
+
+
+class Geometry(eqx.Module):
+    """Projection and inverse curvature at a point, however they are come by."""
+
+    project: Callable[[Array], tuple[Array, Bool[Array, ""]]]
+    inverse: Callable[[Array], tuple[Array, Bool[Array, ""]]]  # (∇²F)⁺
+    distance: Float[Array, ""]
+    okay: Bool[Array, ""]
+
+
+def dense_geometry(
+    loss: FlatLoss, theta: Float[Array, " d"], form: str, rank: Int[Array, ""]
+) -> Geometry:
+    """From singular values or eigenvalues, `rank` of them."""
+    if form == "jacobian":
+        a, _ = weighted_jacobian(loss, theta)
+        _, values, rows = jnp.linalg.svd(a, full_matrices=False)
+        curvatures, basis = values**2, rows.T
+        normal = exact_jacobian_normal(loss, theta)
+    else:
+        curvatures, basis = jnp.linalg.eigh(jax.hessian(loss)(theta))
+        order = jnp.argsort(-jnp.abs(curvatures))
+        curvatures, basis = curvatures[order], basis[:, order]
+        normal = hessian_normal(loss, theta, rank)
+    kept = jnp.arange(curvatures.size) < rank
+    yes = jnp.array(True)
+    basis = jnp.where(kept[None], basis, 0)
+    inverse = jnp.where(kept, 1 / jnp.where(kept, curvatures, 1), 0)
+    return Geometry(
+        lambda v: (v - basis @ (basis.T @ v), yes),
+        lambda x: (basis @ (inverse * (basis.T @ x)), yes),
+        jnp.maximum(jnp.linalg.norm(normal.step), normal.force),
+        yes,
+    )
+
+
+def matrix_free_geometry(
+    loss: FlatLoss, theta: Float[Array, " d"], form: str
+) -> Geometry:
+    """From products with A or ∇²F, by LSMR."""
+    op = operator(loss, theta, form)
+    force = loss.gradient(theta) if form == "hessian" else outer_root(loss, theta)[1]
+    step, okay = least_squares(op.apply, force, op.columns)
+    scale = frobenius(op, theta) + jnp.finfo(theta.dtype).tiny
+    return Geometry(
+        lambda v: project(op, v),
+        lambda x: curvature_inverse(op, x),
+        jnp.maximum(jnp.linalg.norm(step), jnp.linalg.norm(force) / scale),
+        # Residuals of rounding size need not be solved for.
+        okay | (jnp.linalg.norm(step) <= _NEAR * jnp.linalg.norm(theta)),
+    )
+
+
+def drift_and_bend(
+    term: FlowTerm, loss: FlatLoss, theta: Float[Array, " d"], geometry: Geometry
+) -> tuple[Float[Array, " d"], Float[Array, " d"], Bool[Array, ""]]:
+    """u = P∇R, II(u, u) = −(∇²F)⁺D³F[u, u], and whether both were found."""
+    force = ravel_pytree(term.penalty.gradient(loss.unravel(theta)))[0]
+    u, first = geometry.project(force)
+    bend, second = geometry.inverse(-third_derivative(loss, theta, u, u))
+    return u, bend, first & second
+
+
+def third_derivative(
+    loss: FlatLoss,
+    theta: Float[Array, " d"],
+    a: Float[Array, " d"],
+    b: Float[Array, " d"],
+) -> Float[Array, " d"]:
+    """D³F[a, b], a vector: the derivative along b of ∇²F a."""
+    hvp = lambda th: jax.jvp(loss.gradient, (th,), (a,))[1]
+    return jax.jvp(hvp, (theta,), (b,))[1]

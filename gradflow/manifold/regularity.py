@@ -1,0 +1,148 @@
+"""How regular the critical manifold stays along a drift, and up to where λ is small
+enough for the theory."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from ..flow import flatten, FlowTerm, GradientFlow
+from ..path import Path
+from ..results import RESULTS
+from ._form import choose_form, Form
+from .diagnose import dense_geometry, drift_and_bend
+from .spectrum import measure
+
+
+class Regularity(eqx.Module):
+    """The critical manifold along a drift, at n slow times. Print it for a summary."""
+
+    slow_time: Float[Array, " n"]
+    rank: Int[Array, " n"]
+    """The numerical rank at each."""
+    ambiguous: Bool[Array, " n"]
+    """Whether there it is a guess."""
+    smallest_curvature: Float[Array, " n"]
+    """η(s): the curvature that was the smallest normal one at the start, followed by
+    its place in the order."""
+    largest_curvature: Float[Array, " n"]
+    curvature: Float[Array, " n"]
+    """‖II(u, u)‖/‖u‖², u = P∇R: that of M along the drift."""
+    form: str = eqx.field(static=True)
+    result: RESULTS
+    """`successful`; `rank_lost` where the rank falls, or `ambiguous_rank` where it is a
+    guess from the start."""
+
+    @property
+    def sigma_min(self) -> Float[Array, " n"]:
+        """√η: the smallest singular value of (ℓ'')^½J that counts."""
+        return jnp.sqrt(self.smallest_curvature)
+
+    @property
+    def regular_until(self) -> float:
+        """The last slow time up to which the rank is that of the start, and no guess;
+        NaN where it is a guess from the start."""
+        lost = np.asarray((self.rank != self.rank[0]) | self.ambiguous)
+        first = int(np.argmax(lost)) if lost.any() else lost.size
+        return float(self.slow_time[first - 1]) if first else np.nan
+
+    def valid_until(self, weight_decay: float, *, margin: float = 10.0) -> float:
+        """The slow time at which η falls below `margin` times λ: fast and slow are then
+        no longer apart, and the two-phase theory ends.
+
+        **Arguments:**
+
+        - `weight_decay`: λ.
+        - `margin`: how much larger than λ η has to be. The error of the prediction is
+            about λ/η.
+
+        **Returns:** the slow time, between saved ones by interpolation of log η; the
+        last one if η stays above, 0 if it is below from the start. Never later than
+        `regular_until`.
+        """
+        eta = np.asarray(self.smallest_curvature, float)
+        s = np.asarray(self.slow_time, float)
+        height = np.log(np.maximum(eta, np.finfo(float).tiny) / (margin * weight_decay))
+        low = np.flatnonzero(height < 0)
+        end = s[-1]
+        if low.size:
+            i = low[0]
+            if i == 0:
+                return 0.0
+            part = height[i - 1] / (height[i - 1] - height[i])
+            end = s[i - 1] + part * (s[i] - s[i - 1])
+        return float(np.fmin(end, self.regular_until))
+
+    def __str__(self) -> str:
+        eta, s = np.asarray(self.smallest_curvature), np.asarray(self.slow_time)
+        bend = np.asarray(self.curvature)
+        decades = ", ".join(
+            f"{self.valid_until(lam):.3g} (λ = {lam:.0e})" for lam in (1e-2, 1e-4, 1e-6)
+        )
+        lines = [
+            f"Critical manifold along a drift to s = {s[-1]:.3g}: rank "
+            f"{int(self.rank[0])} → {int(self.rank[-1])}, regular up to s = "
+            f"{self.regular_until:.3g}",
+            f"  smallest normal curvature η {eta[0]:.2g} → {eta[-1]:.2g}; curvature "
+            f"of M along the drift {bend[0]:.2g} → {bend[-1]:.2g}, at most "
+            f"{np.nanmax(bend):.2g}",
+            f"  theory valid up to s = {decades}",
+        ]
+        if bool(self.result != RESULTS.successful):
+            lines.append(f"  {RESULTS[self.result]}")
+        return "\n".join(lines)
+
+
+def regularity(
+    flow: GradientFlow,
+    path: Path,
+    *,
+    form: Form = "auto",
+    rtol: float | None = None,
+) -> Regularity:
+    """Rank, smallest normal curvature and curvature of M along a drift.
+
+    **Arguments:**
+
+    - `flow`: the flow whose drift `path` is.
+    - `path`: from [`gradflow.manifold.riemannian_flow`][].
+    - `form`, `rtol`: as for [`gradflow.manifold.spectrum`][]; one form for all points,
+        chosen at the first. Dense: one decomposition for each point.
+
+    **Returns:** a [`gradflow.manifold.Regularity`][].
+
+    **Raises:** `ValueError` for a Jacobian form of a loss that is not composite.
+
+    Source: assumption 2 of Boursier, Pesme, Dragomir, arXiv 2505.20172.
+    """
+    term, params = flow.term(path[0])
+    form = choose_form(flow.loss, params, term.static, form)
+    return _regularity(term, path, form, rtol)
+
+
+@eqx.filter_jit
+def _regularity(
+    term: FlowTerm, path: Path, form: str, rtol: float | None
+) -> Regularity:
+    first = jax.tree.map(lambda p: p[0], path.params)
+    theta, loss = flatten(term.loss, first, term.static)
+    start = measure(loss, theta, form, rtol)
+
+    def at(params):
+        theta, loss = flatten(term.loss, params, term.static)
+        found = measure(loss, theta, form, rtol)
+        geometry = dense_geometry(loss, theta, form, found.rank)
+        u, bend, _ = drift_and_bend(term, loss, theta, geometry)
+        speed = jnp.linalg.norm(u)
+        relative = jnp.linalg.norm(bend) / jnp.where(speed > 0, speed, 1) ** 2
+        last = found.curvatures[jnp.maximum(start.rank - 1, 0)]
+        eta = jnp.where(start.rank > 0, last, jnp.inf)
+        return found.rank, found.ambiguous, eta, found.curvatures[0], relative
+
+    # One at a time: a Jacobian for each of the saved points would fill the memory.
+    rank, ambiguous, eta, largest, bend = jax.lax.map(at, path.params)
+    changed = jnp.any((rank != rank[0]) | ambiguous)
+    result = RESULTS.where(changed, RESULTS.rank_lost, RESULTS.successful)
+    result = RESULTS.where(ambiguous[0], RESULTS.ambiguous_rank, result)
+    return Regularity(path.slow_time, rank, ambiguous, eta, largest, bend, form, result)

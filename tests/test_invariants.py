@@ -1,0 +1,122 @@
+"""What theory conserves, on every task; and identities on many random cases."""
+
+import inspect
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+
+import gradflow as gf
+from gradflow import manifold, tasks
+from gradflow.models import TwoLayer
+
+SMOOTH = {
+    "linear_regression": dict(samples=4, dim=8),
+    "diagonal_network": dict(samples=4, dim=8, sparsity=2),
+    "fourier_diagonal": dict(samples=4, frequencies=3),
+    "matrix_completion": dict(shape=(4, 4), rank=1),
+    "deep_linear": dict(width=3, inputs=6, samples=3),
+    "teacher_student": dict(width=8, samples=4),
+}
+KINKED = {"relu_1d": dict(width=12, samples=4)}
+
+
+def test_every_task_is_here():
+    makers = {
+        name
+        for name, made in inspect.getmembers(tasks, inspect.isfunction)
+        if inspect.signature(made).return_annotation is tasks.Task
+    }
+    assert makers == {*SMOOTH, *KINKED}
+
+
+def invariant(task, model):
+    """Proportional to e^{−2s}, or to e^{−s} for a linear model; and the rate."""
+    if task.name == "linear_regression":
+        basis = task.truth.basis
+        return model.weights - basis.T @ (basis @ model.weights), 1.0
+    if task.name == "teacher_student":
+        return None, None
+    return ravel_pytree(task.truth.invariant(model))[0], 2.0
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+def test_limit_and_drift(name):
+    """The limit keeps what the flow conserves and has the dimension known; along the
+    drift the norm falls, F stays, and the conserved decays as it must."""
+    task = getattr(tasks, name)(jr.key(1), **SMOOTH[name])
+    limit = manifold.limit_map(task.loss, task.model).model
+    found = manifold.spectrum(task.loss, limit)
+    assert found.rank == task.codimension
+    assert found.gap > 1e3 and not found.ambiguous
+    drift = manifold.riemannian_flow(
+        task.flow, limit, slow_time=1.0, ts=jnp.linspace(0.0, 1.0, 9)
+    )
+    assert (jnp.diff(drift.penalty) < 0).all()
+    assert drift.train_loss.max() < 1e-14 * task.loss(task.model)
+    start, rate = invariant(task, task.model)
+    if start is None:
+        return
+    size = np.abs(start).max()
+    np.testing.assert_allclose(invariant(task, limit)[0], start, atol=1e-7 * size)
+    for i, s in enumerate(np.asarray(drift.slow_time)):
+        now = invariant(task, drift[i])[0]
+        np.testing.assert_allclose(now, start * np.exp(-rate * s), atol=1e-6 * size)
+
+
+@pytest.mark.parametrize("name", KINKED)
+def test_balance_with_kinks(name):
+    """No manifold to speak of, but the balance and, in the slow phase, the norm; and F
+    stays below what weight decay makes it."""
+    task = getattr(tasks, name)(jr.key(1), **KINKED[name])
+    path = gf.simulate(
+        task.flow, task.model, weight_decay=1e-2, slow_time=1.0, rtol=1e-5, throw=False
+    )
+    assert path.succeeded
+    start = np.asarray(task.truth.invariant(task.model))
+    slow = np.asarray(path.slow_time)
+    decayed = start * np.exp(-2 * slow)[:, None]
+    balance = np.asarray(jax.vmap(task.truth.invariant)(path.models))
+    assert np.abs(balance - decayed).max() < 1e-2 * np.abs(start).max()
+    drifting = slow > 0.1
+    assert (np.diff(np.asarray(path.penalty)[drifting]) < 0).all()
+    assert np.asarray(path.train_loss)[drifting].max() < 1e-3 * path.train_loss[0]
+
+
+def test_projector_identities():
+    """On 200 random networks, each on the M of its own data: P² = P, Pᵀ = P, JP = 0,
+    P∇F = 0 for the F of any other targets, and the dimension with its gap."""
+    x = jr.normal(jr.key(0), (4, 2))
+    shape = TwoLayer(jnp.zeros((5, 2)), jnp.zeros(5), jnp.zeros(5))
+    unravel = ravel_pytree(shape)[1]
+
+    def case(key):
+        ktheta, ky = jr.split(key)
+        model = unravel(jr.normal(ktheta, (20,)))
+        loss = gf.SquaredError(x, jax.vmap(model)(x))
+        other = gf.SquaredError(x, jr.normal(ky, (4,)))
+        project = lambda v: ravel_pytree(
+            manifold.tangent_projection(loss, model, unravel(v), form="jacobian")
+        )[0]
+        p = jax.vmap(project)(jnp.eye(20))
+        theta = ravel_pytree(model)[0]
+        jac = jax.jacobian(lambda th: loss.outputs(unravel(th)))(theta)
+        force = ravel_pytree(eqx.filter_grad(other)(model))[0]
+        found = manifold.spectrum(loss, model, form="jacobian")
+        errors = (
+            jnp.abs(p @ p - p).max(),
+            jnp.abs(p - p.T).max(),
+            jnp.abs(jac @ p).max() / jnp.linalg.norm(jac),
+            jnp.linalg.norm(p @ force) / jnp.linalg.norm(force),
+        )
+        return jnp.stack(errors), jnp.trace(p), found.rank, found.gap, found.ambiguous
+
+    keys = jr.split(jr.key(1), 200)
+    errors, trace, rank, gap, ambiguous = eqx.filter_jit(jax.vmap(case))(keys)
+    assert errors.shape == (200, 4) and errors.max() < 1e-9
+    np.testing.assert_allclose(trace, np.full(200, 16.0), atol=1e-9)
+    assert (rank == 4).all() and (gap > 1e3).all() and not ambiguous.any()
