@@ -45,6 +45,11 @@ def check_model(params: PyTree) -> None:
         raise ValueError(
             f"model: parameters must be of one real precision, got {sorted(dtypes)}."
         )
+    if jnp.finfo(leaves[0].dtype).bits < 32:
+        raise ValueError(
+            f"model: {leaves[0].dtype} resolves too few digits for a flow; cast the "
+            "parameters to float32 or float64."
+        )
     check_finite(params, "model")
 
 

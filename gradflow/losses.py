@@ -192,12 +192,22 @@ class Huber(_TargetLoss):
 
     delta: float
 
-    def __init__(self, x: PyTree, y: Array, *, delta: float = 1.0, **kwargs: Any):
+    def __init__(
+        self,
+        x: PyTree,
+        y: Array,
+        *,
+        delta: float = 1.0,
+        reduction: Literal["mean", "sum"] = "mean",
+        predict: Callable[[Any, PyTree], Array] = predict_each,
+    ):
         """**Arguments:** as for `SquaredError`, and
 
-        - `delta`: δ > 0.
+        - `delta`: δ > 0, a number known before tracing.
         """
-        super().__init__(x, y, **kwargs)
+        super().__init__(x, y, reduction=reduction, predict=predict)
+        if not is_concrete(delta):
+            raise ValueError("delta: expected a number known before tracing.")
         if not delta > 0:
             raise ValueError(f"delta: expected a positive number, got {delta}.")
         self.delta = float(delta)
@@ -229,13 +239,22 @@ class Logistic(_TargetLoss):
     log t.
     """
 
-    def __init__(self, x: PyTree, y: Array, **kwargs: Any):
+    def __init__(
+        self,
+        x: PyTree,
+        y: Array,
+        *,
+        reduction: Literal["mean", "sum"] = "mean",
+        predict: Callable[[Any, PyTree], Array] = predict_each,
+    ):
         """**Arguments:** as for `SquaredError`; `y` holds numbers from 0 to 1."""
+        if is_concrete(y):  # before JAX has it, which may be tracing
+            targets = np.asarray(y)
+            if not ((targets >= 0) & (targets <= 1)).all():
+                raise ValueError("y: expected numbers from 0 to 1.")
         y = jnp.asarray(y)
         y = y if jnp.issubdtype(y.dtype, jnp.inexact) else y.astype(float)
-        super().__init__(x, y, **kwargs)
-        if is_concrete(self.y) and not ((self.y >= 0) & (self.y <= 1)).all():
-            raise ValueError("y: expected numbers from 0 to 1.")
+        super().__init__(x, y, reduction=reduction, predict=predict)
 
     @property
     def outer_curvature(self) -> None:

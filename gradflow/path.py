@@ -104,7 +104,7 @@ class Path(eqx.Module):
         floor = 100 * float(jnp.finfo(self.t.dtype).eps)
         if float(self.stats.get("conditioning", 1.0)) < max(_SINGULAR, floor):
             lines.append(
-                "  the Jacobian is losing rank, σ_min²/σ_max² is about "
+                "  the Jacobian is losing rank, σ_min²/σ_max² is at most about "
                 f"{float(self.stats['conditioning']):.1g}: see gf.manifold.spectrum"
             )
         return "\n".join(lines)

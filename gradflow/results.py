@@ -9,8 +9,9 @@ class RESULTS(diffrax.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
     successful = ""
     out_of_steps = (
         "The step budget was exhausted before the final time. If the solver is "
-        "explicit, the problem is stiff: use a KKT solver, or RKC2. "
-        "Otherwise increase `max_steps`, or loosen `rtol`."
+        "explicit, the problem is stiff: use a KKT solver, or RKC2; or "
+        "it slides along kinks of the loss (ReLUs), which only the KKT solvers "
+        "recognise. Otherwise increase `max_steps`, or loosen `rtol`."
     )
     slid = (
         "The run reached its end, but slid along kinks of the loss, where ∇F jumps, as "

@@ -188,7 +188,9 @@ def sweep(
     choice = as_choice(solver, stiffest, rtol)
     out = run(choice)
     if choice.trial and bool(wants_another(out.result)):
+        tried = out.stats["steps"]
         out = run(second_choice(stiffest, rtol))
+        out.stats["trial_steps"] = tried
     if throw:
         worst = int(jnp.argmin(out.succeeded))
         out = fail_unless_reached(out, out[worst])

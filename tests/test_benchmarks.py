@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import math
 import pathlib
 import subprocess
 import sys
@@ -12,15 +13,13 @@ FOLDER = pathlib.Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(FOLDER))
 
 pytest.importorskip("tyro")
+import predict  # noqa: E402
 import report  # noqa: E402
 
 
 def test_quick_run_writes_everything(tmp_path):
-    script = [sys.executable, str(FOLDER / "work_precision.py"), "--quick"]
-    options = ["--methods", "gradflow", "descent", "--budget", "0.5"]
-    options += ["--out", str(tmp_path)]
-    out = subprocess.run(script + options, capture_output=True, text=True)
-    assert out.returncode == 0, out.stderr[-2000:]
+    options = ["--quick", "--out", str(tmp_path)]
+    run_script(*options, "--methods", "gradflow", "descent", "--budget", "0.5")
     files = ("work_precision.csv", "work_precision.md", "work_precision.png")
     for name in (*files, "cost_against_lambda.png"):
         assert (tmp_path / name).stat().st_size > 500
@@ -34,6 +33,21 @@ def test_quick_run_writes_everything(tmp_path):
     descent = [r for r in rows if r["method"] == "descent"]
     assert {r["status"] for r in descent} >= {"ok"}
     assert descent[-1]["status"] in ("extrapolated", "over budget")
+    told = (tmp_path / "work_precision.md").read_text(encoding="utf-8")
+    command = "`python benchmarks/work_precision.py --quick --methods gradflow descent"
+    assert f"{command} --budget 0.5`" in told and str(tmp_path) not in told
+
+    for name in files[1:]:
+        (tmp_path / name).unlink()
+    run_script(*options, "--report-only")
+    assert (tmp_path / "work_precision.md").read_text(encoding="utf-8") == told
+    assert (tmp_path / "work_precision.png").stat().st_size > 500
+
+
+def run_script(*options):
+    script = [sys.executable, str(FOLDER / "work_precision.py"), *options]
+    out = subprocess.run(script, capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr[-2000:]
 
 
 def row(method="tsit5", family="Diffrax", **values):
@@ -60,6 +74,32 @@ def test_what_was_not_measured_is_marked():
     assert report.best([over, guess], "P1", "tsit5", report.KEY) is guess
 
 
+def test_what_was_assumed_is_marked():
+    assumed = row(status=report.OVER, seconds=5.0)
+    assert report.cell(assumed, OURS) == "≥ 5 s (≥ 500 ×) †"
+    assert not assumed.measured
+
+
+def test_rows_survive_their_file(tmp_path):
+    rows = [OURS, row(status=report.OVER, seconds=5.0, steps=7, note="a, b")]
+    report.write_csv(rows, tmp_path / "rows.csv")
+    again = report.read_csv(tmp_path / "rows.csv")
+    assert list(map(repr, again)) == list(map(repr, rows))  # nan is not nan
+
+
+def test_a_prediction_is_no_measurement():
+    first = row(weight_decay=1e-3, error=1e-5, seconds=2.0)
+    last = row(weight_decay=1e-4, error=1e-5, seconds=6.0)
+    for lam, seconds in ((1e-5, 18.0), (1e-6, 54.0)):
+        grown = row(**predict.as_before(first, last, lam))
+        assert math.isclose(grown.seconds, seconds)
+        assert grown.status == report.EXTRAPOLATED and not grown.measured
+        assert "not run" in grown.note
+    quicker = dataclasses.replace(last, seconds=1.0)
+    assert predict.as_before(first, quicker, 1e-5)["seconds"] == 1.0
+    assert predict.in_proportion(last, 1e-6)["seconds"] == pytest.approx(600.0)
+
+
 @pytest.mark.parametrize("seconds, passed", [(2.0, True), (0.5, None)])
 def test_a_lower_bound_passes_or_decides_nothing(seconds, passed):
     rows = [OURS, row(status=report.OVER, seconds=seconds, repeats=1)]
@@ -70,3 +110,27 @@ def test_a_lower_bound_passes_or_decides_nothing(seconds, passed):
 def test_a_time_passes_or_fails(seconds, passed):
     rows = [OURS, row(error=1e-5, seconds=seconds)]
     assert report.ratio_check(rows, "P1", "Diffrax", 100).passed is passed
+
+
+@pytest.mark.parametrize("seconds", [0.5, 2.0])
+@pytest.mark.parametrize("status", [report.OVER, report.EXTRAPOLATED])
+def test_what_was_not_run_decides_nothing(status, seconds):
+    unrun = row(status=status, seconds=seconds, repeats=0)
+    check = report.ratio_check([OURS, unrun], "P1", "Diffrax", 100)
+    assert check.passed is None
+    word = "assumed" if status == report.OVER else "extrapolated"
+    assert word in check.found and str(check).startswith("undecided")
+
+
+def test_a_measurement_decides_beside_what_was_not_run():
+    unrun = row("kvaerno5", status=report.OVER, seconds=1.5)
+    check = lambda *rows: report.ratio_check([OURS, *rows], "P1", "Diffrax", 100)
+    assert check(unrun, row(error=1e-5, seconds=1.2)).passed is True
+    assert check(unrun, row(error=1e-5, seconds=0.5)).passed is False
+    # The assumed one may be the fastest.
+    assert check(unrun, row(error=1e-5, seconds=2.0)).passed is None
+    # It was stopped after long enough: what it would have taken does not matter.
+    stopped = row(status=report.OVER, seconds=1.1, repeats=1)
+    guess = row(status=report.EXTRAPOLATED, seconds=50.0)
+    assert check(stopped, guess).passed is True
+    assert check(dataclasses.replace(stopped, seconds=0.5), guess).passed is None

@@ -46,7 +46,7 @@ def van_der_pol(y):
 CLASSICS = {
     "Robertson": (robertson, [1.0, 0.0, 0.0], 40.0, 1e-5),
     "HIRES": (hires, [1.0, 0, 0, 0, 0, 0, 0, 0.0057], 321.8122, 1e-3),
-    "van der Pol": (van_der_pol, [2.0, -0.66], 0.5, 1.0),
+    "van der Pol": (van_der_pol, [2.0, 0.0], 2.0, 1.0),
 }
 
 

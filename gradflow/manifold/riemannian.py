@@ -10,7 +10,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from .._checks import is_concrete
+from .._checks import check_tolerance, is_concrete, resolvable
 from ..flow import FlatLoss, flatten, FlowTerm, GradientFlow
 from ..metrics import Metric
 from ..path import Path
@@ -83,6 +83,8 @@ def riemannian_flow(
     Source: equation 6 of Boursier, Pesme, Dragomir, arXiv 2505.20172.
     """
     term, params = flow.term(model)
+    check_tolerance(rtol)
+    rtol = resolvable(rtol, params)
     times = _save_times(ts, slow_time, params)
     form, start = retract_in_form(term.loss, params, term.static, form)
     params, _ = flow.partition(start.model)

@@ -86,16 +86,18 @@ def choose_solver(
       at the price of two gradients and 4m² operations, and one factorisation of m³/3;
       and in every fifth step a tangent kernel of 2m²d (a Hessian of 2d gradients),
 
-    where a gradient takes 6dm operations (600d for an opaque loss). The numbers of
+    where a gradient takes 6dm operations (600d for an opaque loss; less than 6dm where
+    a sample has several outputs, which favours KKT). The numbers of
     steps were measured on the tasks of this package. An explicit solver is taken only
     where it is expected to be three times cheaper, for KKT is the most exact. KKT is
     left out where its matrix would not fit: above 10 000 outputs, or 5000 parameters of
     an opaque loss.
 
-    The curvature may rise along the path. So Tsit5 is on trial: if it fails, or has not
-    ended after 10 000 steps, the run starts anew without it (`classical=False`). Within
-    a path the solver does not change: an explicit start would save 10 to 30 % of a run
-    (`benchmarks/README.md`).
+    The curvature may rise along the path. So Tsit5 is on trial: if it stalls, runs at
+    its stability limit, or has not ended after 10 000 steps, the run (of all lanes, in
+    a sweep) starts anew without it (`classical=False`), and the steps lost are counted
+    in `stats["trial_steps"]`. Within a path the solver does not change: an explicit
+    start would save 10 to 30 % of a run (`benchmarks/README.md`).
 
     **Arguments:**
 
