@@ -11,6 +11,7 @@ import one_core  # noqa: F401
 import dataclasses
 import datetime
 import importlib.metadata
+import json
 import math
 import platform
 import shlex
@@ -18,7 +19,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -34,14 +35,16 @@ from methods import (
     OVER,
     Solver,
 )
+from predict import as_before, in_proportion
 from problems import Problem, PROBLEMS
 from references import Reference, reference
-from report import EXTRAPOLATED, GOAL, KEY, near, Row
+from report import GOAL, KEY, near, Row
 from tqdm.auto import tqdm
 
 DENSE = 5000  # parameters above which methods with d × d matrices are left out
 CURVE = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)  # tolerances of the work–precision curve
-UNLIMITED = ("kkt4", "kkt5", "rkc2")  # they run without a limit of time, if at all
+UNLIMITED = ("kkt4", "kkt5", "rkc2")  # they run without a limit of time, if at all:
+PATIENCE = 3  # where they are expected to take so many budgets at most
 FOLDER = Path(__file__).parent / "results"
 
 
@@ -56,12 +59,16 @@ class Config:
     weight_decay: tuple[float, ...] = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
     """The values of λ."""
     budget: float = 10.0
-    """Seconds that one solve may take."""
+    """Seconds that one solve may take. KKT4, KKT5 and RKC2 can't be stopped: they run
+    where three times as much is expected at most."""
     out: Path | None = None
     """Folder for the results; benchmarks/results by default, and quick/ in it if
     quick."""
     quick: bool = False
     """One problem, two values of λ, and at most 2 seconds for a solve."""
+    report_only: bool = False
+    """Run nothing: write the report and the figures again, from the results in the
+    folder."""
 
     def settled(self) -> "Config":
         """With all defaults filled in, and λ from large to small."""
@@ -79,6 +86,7 @@ class Config:
             budget=budget,
             out=self.out or (FOLDER / "quick" if self.quick else FOLDER),
             quick=self.quick,
+            report_only=self.report_only,
         )
 
 
@@ -153,9 +161,8 @@ class Bench:
             if row.good:
                 return
             if row.status == OVER:
-                guess = self._extrapolate(lam)
-                if guess is not None:
-                    self._add(lam, **guess)
+                if self.contender.linear and self._good():
+                    self._add(lam, **in_proportion(self._good()[-1], lam))
                 if over or self.contender.linear:
                     return
                 # A stiff solver may get lost where its tolerance is loose.
@@ -186,7 +193,7 @@ class Bench:
             reason = f"{type(failure).__name__}: {failure}".splitlines()[0][:200]
             return self._add(lam, rtol=rtol, status="failed", note=reason)
         solved = run.solved
-        note = "" if solved.status == OK else f"stopped at rtol {rtol:g}"
+        notes = {OK: "", OVER: f"stopped at rtol {rtol:g}"}
         return self._add(
             lam,
             rtol=rtol,
@@ -198,15 +205,15 @@ class Bench:
             steps=solved.steps,
             rejected=solved.rejected,
             evaluations=solved.evaluations,
-            note=note,
+            note=notes.get(solved.status, f"{solved.status}, at rtol {rtol:g}"),
         )
 
     def _good(self) -> list[Row]:
         return [r for r in self.rows if r.good and r.study == "time"]
 
     def _predict(self, lam: float) -> dict | None:
-        """Why λ need not be run: a larger one has gone over budget, or this one will
-        where the cost is in proportion to 1/λ."""
+        """Why λ is not run: a larger one has gone over budget, or this one is expected
+        to."""
         good = self._good()
         reached = {r.weight_decay for r in good}
         over = [
@@ -214,32 +221,18 @@ class Bench:
             for r in self.rows
             if r.status == OVER and r.weight_decay not in reached
         ]
-        guess = self._extrapolate(lam)
-        if guess is not None and (over or guess["seconds"] > self.budget):
-            return guess
-        note = ""
+        if self.contender.linear and good:
+            guess = in_proportion(good[-1], lam)
+            if over or guess["seconds"] > self.budget:
+                return guess
         if over:
             note = f"not run: over budget at λ = {max(over):g}"
-        elif len(good) >= 2 and self.name in UNLIMITED:
-            grown = good[-1].seconds * max(1, good[-1].seconds / good[-2].seconds)
-            if good[-1].seconds > 1 and grown > self.budget:
-                note = f"not run: it would take {grown:.0f} s if it grew as before"
-        if not note:
-            return None
-        return dict(status=OVER, seconds=self.budget, note=note)
-
-    def _extrapolate(self, lam: float) -> dict | None:
-        good = self._good()
-        if not self.contender.linear or not good:
-            return None
-        row = good[-1]
-        return dict(
-            rtol=row.rtol,
-            status=EXTRAPOLATED,
-            seconds=row.seconds * row.weight_decay / lam,
-            note=f"not measured: {row.seconds:.3g} s at λ = {row.weight_decay:g} and "
-            "cost in proportion to 1/λ",
-        )
+            return dict(status=OVER, seconds=self.budget, note=note)
+        if self.name in UNLIMITED and len(good) >= 2 and good[-1].seconds > 1:
+            guess = as_before(*good[-2:], lam)
+            if guess["seconds"] > PATIENCE * self.budget:
+                return guess
+        return None
 
     def _add(self, lam: float, **values) -> Row:
         known = self.references.get(lam)
@@ -257,15 +250,42 @@ class Bench:
         return row
 
 
+class Made(NamedTuple):
+    """What the report says besides the rows.
+
+    - `first`: for each problem, the seconds that the first solve compiles.
+    - `gaps`: how far each reference is from another method.
+    - `origin`: what the results came from.
+    """
+
+    first: dict[str, float]
+    gaps: list[str]
+    origin: dict[str, str]
+
+
 def main(config: Config) -> list[report.Check]:
-    """Runs everything; returns the checks."""
+    """Runs everything, or reads what was run; returns the checks."""
     matplotlib.use("Agg")
     config = config.settled()
+    if config.report_only:
+        rows = report.read_csv(config.out / "work_precision.csv")
+        text = (config.out / "work_precision.json").read_text(encoding="utf-8")
+        found = write_report(rows, Made(**json.loads(text)), config.out)
+    else:
+        rows, found = run(config)
+    print(report.table(rows), *map(str, found), sep="\n")
+    print(f"Written to {config.out}")
+    return found
+
+
+def run(config: Config) -> tuple[list[Row], list[report.Check]]:
+    """Runs everything, and writes what is known after each problem."""
     config.out.mkdir(parents=True, exist_ok=True)
     known = contenders()
     rows: list[Row] = []
     first: dict[str, float] = {}
     gaps: list[str] = []
+    found: list[report.Check] = []
     start = (time.perf_counter(), time.process_time())
     total = len(config.problems) * len(config.weight_decay) * (1 + len(config.methods))
     with tqdm(total=total, unit="λ") as bar:
@@ -280,7 +300,7 @@ def main(config: Config) -> list[report.Check]:
                 exact = reference(problem, lam, times(lam))
                 verdict = "" if exact.trusted else ": NOT TRUSTED, λ is left out"
                 gaps.append(
-                    f"- {name}, λ = {lam:g}: {exact.gap:.1e} from {exact.confirmed_by}"
+                    f"{name}, λ = {lam:g}: {exact.gap:.1e} from {exact.confirmed_by}"
                     f"{verdict}"
                 )
                 if exact.trusted:
@@ -290,48 +310,43 @@ def main(config: Config) -> list[report.Check]:
             for method in config.methods:
                 bench = Bench(problem, method, known[method], references, config.budget)
                 rows += bench.run(bar)
-            found = save(config, rows, first, gaps, start)
-    print(report.table(rows), *map(str, found), sep="\n")
-    print(f"Written to {config.out}")
-    return found
+            made = Made(first, gaps, origin(*start))
+            report.write_csv(rows, config.out / "work_precision.csv")
+            text = json.dumps(made._asdict(), indent=1, ensure_ascii=False) + "\n"
+            (config.out / "work_precision.json").write_text(text, encoding="utf-8")
+            found = write_report(rows, made, config.out)
+    return rows, found
 
 
-def save(
-    config: Config,
-    rows: Sequence[Row],
-    first: dict[str, float],
-    gaps: Sequence[str],
-    start: tuple[float, float],
-) -> list[report.Check]:
-    """Writes all that is known so far; `start` is on the clocks of the wall and of the
-    processor."""
-    found = report.checks(rows, first)
-    report.write_csv(rows, config.out / "work_precision.csv")
-    report.work_precision(rows, config.out / "work_precision.png")
-    report.cost_against_lambda(rows, config.out / "cost_against_lambda.png")
+def write_report(rows: Sequence[Row], made: Made, folder: Path) -> list[report.Check]:
+    """The report and the figures of what has been run."""
+    found = report.checks(rows, made.first)
+    report.work_precision(rows, folder / "work_precision.png")
+    report.cost_against_lambda(rows, folder / "cost_against_lambda.png")
+    items = lambda lines: "\n".join(f"- {line}" for line in lines)
     parts = [
         "# Work and precision",
         f"Time to a largest relative error of {GOAL:g} at λ = {KEY:g}, slow time 5, "
         "one core, float64, without compilation; in brackets the ratio to gradflow. "
-        f"≥: over the budget of {config.budget:g} s (†: not run, as it was at a "
-        "larger λ). ≈: extrapolated from a larger λ.",
+        + report.MARKS,
         report.table(rows),
         "## Checks",
-        "\n".join(f"- {check}" for check in found),
+        items(found),
         "## How far the references are from another method",
-        "\n".join(gaps),
+        items(made.gaps),
         "## What was not measured",
-        "\n".join(report.reasons(rows)) or "Nothing.",
+        items(report.reasons(rows)) or "Nothing.",
         "## Made by",
-        "\n".join(f"- {name}: {value}" for name, value in origin(*start).items()),
+        items(f"{name}: {value}" for name, value in made.origin.items()),
     ]
     text = "\n\n".join(parts) + "\n"
-    (config.out / "work_precision.md").write_text(text, encoding="utf-8")
+    (folder / "work_precision.md").write_text(text, encoding="utf-8")
     return found
 
 
 def origin(start: float, worked: float) -> dict[str, str]:
-    """What the results came from."""
+    """What the results came from; `start` and `worked` were on the clocks of the wall
+    and of the processor."""
     spent = time.perf_counter() - start
     share = (time.process_time() - worked) / spent
     names = "jax jaxlib diffrax equinox optimistix optax scipy numpy torch torchdiffeq"
@@ -344,14 +359,23 @@ def origin(start: float, worked: float) -> dict[str, str]:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     models = [line.split(":")[1].strip() for line in lines if "model name" in line]
-    script = Path(sys.argv[0]).name
     return {
-        "command": f"`python benchmarks/{shlex.join([script, *sys.argv[1:]])}`",
+        "command": f"`python benchmarks/{shlex.join(command())}`",
         "date": f"{datetime.datetime.now():%Y-%m-%d %H:%M}, {spent / 60:.1f} minutes",
         "machine": f"{models[0] if models else platform.processor()}, 1 core used",
         "share of the core": f"{share:.0%} (below 95 %, others disturbed the times)",
         "versions": ", ".join(versions),
     }
+
+
+def command() -> list[str]:
+    """The script and its options, without the folder of the results."""
+    script, *options = sys.argv
+    if "--out" in options:
+        i = options.index("--out")
+        del options[i : i + 2]
+    options = [option for option in options if not option.startswith("--out=")]
+    return [Path(script).name, *options]
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
-from .._checks import check_tolerance, resolvable
+from .._checks import check_tolerance
 from ..flow import FlatLoss, flatten, FlowTerm, GradientFlow, partition
 from ..losses import AbstractLoss
 from ..results import RESULTS
@@ -115,7 +115,6 @@ def limit_map(
     """
     term, params = GradientFlow(loss, trainable=trainable).term(model)
     check_tolerance(rtol)
-    rtol = resolvable(rtol, params)
     first = likely_form(loss, params, term.static) if form == "auto" else form
     first = choose_form(loss, params, term.static, first)
     solver = default_solver(loss, params, term.static) if solver is None else solver
