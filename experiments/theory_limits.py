@@ -153,7 +153,7 @@ def accuracy(name: str, report: gf.Report) -> list[Row]:
     """The rate of order 2, and what it gains at λ = 1e-3."""
     rate = report.second_rate
     span = report.weight_decay[rate.used]
-    decades = np.log10(span.max() / span.min()) if span.size else 0.0
+    decades = float(np.log10(span.max() / span.min())) if span.size else 0.0
     rows = [
         near(f"{name}: rate", rate.exponent, 2.0, 0.15, f"error of order 2, {rate}")
     ]

@@ -1,0 +1,58 @@
+"""experiments/theory_limits.py, on a small setting and in this process."""
+
+import json
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+
+FOLDER = pathlib.Path(__file__).parents[1] / "experiments"
+sys.path.insert(0, str(FOLDER))
+
+pytest.importorskip("tyro")
+xr = pytest.importorskip("xarray")
+import theory_limits as script  # noqa: E402
+
+
+def small(key, init_scale=1.0):
+    options = dict(samples=4, dim=8, init_scale=init_scale)
+    return script.gf.tasks.linear_regression(key, **options)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    out = tmp_path_factory.mktemp("theory_limits")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "CASES", {"linear": script.Case(small, 3.0, (1.0,))})
+        config = script.Config(weight_decay=("1e-2:1e-4:3",), out=out)
+        return out, script.main(config)
+
+
+def test_order_two_and_grokking_times_are_checked(results):
+    out, summary = results
+    assert json.loads((out / "summary.json").read_text()) == summary
+    checks = {c["name"]: c for c in summary["checks"]}
+    assert checks.keys() == {
+        "linear: rate",
+        "linear: span",
+        "linear: gain",
+        "linear: grokking, scale 1",
+    }
+    assert checks["linear: rate"]["value"] == pytest.approx(2, abs=0.1)
+    assert all(c["ok"] for c in checks.values())
+
+
+def test_everything_is_written(results):
+    out, _ = results
+    for name in ("errors", "horizons", "grokking_times"):
+        assert (out / f"{name}.png").stat().st_size > 10_000
+    data = xr.open_dataset(out / "limits.nc", engine="scipy")
+    assert dict(data.sizes) == {"task": 1, "weight_decay": 3}
+    off = data.predicted_grokking_time / data.grokking_time - 1
+    assert np.abs(off).max() < 0.02
+
+
+def test_unknown_task_is_named():
+    with pytest.raises(SystemExit, match="tasks: no 'conv' here"):
+        script.Config(tasks=("conv",)).names()
