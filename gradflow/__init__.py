@@ -31,4 +31,13 @@ from .second_order import SecondOrder as SecondOrder
 from .theory import two_phase as two_phase, TwoPhase as TwoPhase
 from .compare import compare as compare, Rate as Rate, Report as Report
 from .grokking import crossing_time as crossing_time
+from .heuristics import (
+    onset as onset,
+    Onset as Onset,
+    radial_law as radial_law,
+    RadialLaw as RadialLaw,
+    transition_time as transition_time,
+    widths as widths,
+    Widths as Widths,
+)
 from . import plot as plot

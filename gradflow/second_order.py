@@ -83,7 +83,7 @@ def second_order(
     rough, *_ = match(term, start, thetas[1][-1], fast.t[-1], form, rank)
     n = _regular(drift)
     nodes = jax.tree.map(lambda p: p[:n], drift.params)
-    tangent = outer(term, drift.params, drift.t, drift.t[:n], w1, form, rank)
+    tangent = outer(term, drift.params, drift.t, drift.t[:n], w1, 1.0, form, rank)
     offset, ratio = _next(term, nodes, drift.t[:n], tangent, form, rank)
     # What the solver did not reach is infinite.
     n = int(jnp.sum(jnp.all(jnp.isfinite(tangent), axis=1)))
@@ -193,16 +193,19 @@ def outer(
     nodes: Float[Array, " nodes"],
     ts: Float[Array, " n"],
     w1: Float[Array, " d"],
+    bend: float,
     form: str,
     rank: Int[Array, ""],
 ) -> Float[Array, "n d"]:
     """w₁ at the slow times `ts`, along the drift known at `nodes`. It is smooth, and
-    not held to M: a plain solver and its dense output will do."""
+    not held to M: a plain solver and its dense output will do. `bend` is 1; with 0 the
+    term D²Φ[h, ∇R] is left out."""
     spacing = jnp.log1p(nodes[-1]) / (nodes.size - 1)
 
     def field(s, v, args):
         at = Point(term, interpolate(path, jnp.log1p(s) / spacing), form, rank)
-        return at.field_jvp(v) - at.bending() - at.project(at.penalty_hvp(at.offset))
+        source = bend * at.bending() + at.project(at.penalty_hvp(at.offset))
+        return at.field_jvp(v) - source
 
     size = jnp.linalg.norm(w1) + jnp.linalg.norm(ravel_pytree(path)[0])
     scale = size / (w1.size * nodes.size) ** 0.5
