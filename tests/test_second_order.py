@@ -104,7 +104,10 @@ def test_error_bars(studied):
     first, second = report.next_term
     used = report.second_rate.used
     assert used.sum() >= 2
-    np.testing.assert_allclose(first[used], report.sup_error_regular[used], rtol=0.05)
+    # The triangle inequality; and the second error is small.
+    off = np.abs(first - report.sup_error_regular)
+    assert np.all(off <= 1.01 * report.sup_second_error), off
+    np.testing.assert_allclose(first, report.sup_error_regular, rtol=0.1)
     ratio = report.sup_second_error[used] / second[used]
     assert np.all((ratio > 0.4) & (ratio < 2.5)), ratio
 
