@@ -95,8 +95,9 @@ def first_below(t: np.ndarray, values: np.ndarray, level: float) -> float:
 
 def fast_phase(run: Run) -> list[Row]:
     """Proposition 1: θ_λ → θ_GF on a fixed interval of time."""
-    end = 10 * float(np.nanmax(run.report.predicted_memorisation_time))
-    end = end if np.isfinite(end) and end > 0 else float(run.theory.fast.t[-1])
+    times = run.report.predicted_memorisation_time
+    end = 10 * float(times[np.isfinite(times)].max(initial=0.0))
+    end = end if end > 0 else float(run.theory.fast.t[-1])
     lams = run.report.weight_decay
     paths = run.paths([0.0, *lams], end)
     plain = flat(paths[0].params)

@@ -26,7 +26,18 @@ from .solvers import KKT4 as KKT4, KKT5 as KKT5, RKC2 as RKC2
 from . import models as models, tasks as tasks
 from . import manifold as manifold
 from .sweep import Sweep as Sweep, sweep as sweep
+from .predicted_time import PredictedTime as PredictedTime
+from .second_order import SecondOrder as SecondOrder
 from .theory import two_phase as two_phase, TwoPhase as TwoPhase
 from .compare import compare as compare, Rate as Rate, Report as Report
 from .grokking import crossing_time as crossing_time
+from .heuristics import (
+    onset as onset,
+    Onset as Onset,
+    radial_law as radial_law,
+    RadialLaw as RadialLaw,
+    transition_time as transition_time,
+    widths as widths,
+    Widths as Widths,
+)
 from . import plot as plot

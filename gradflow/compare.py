@@ -10,11 +10,10 @@ from jaxtyping import Bool, Float
 
 from .grokking import crossing_time
 from .path import Path
+from .predicted_time import PredictedTime
 from .results import RESULTS
 from .sweep import Sweep
 from .theory import TwoPhase
-
-_DENSE = 400  # times at which a predicted metric is evaluated
 
 
 class Rate(eqx.Module):
@@ -60,13 +59,30 @@ class Report(eqx.Module):
     after: float
     """ε."""
     rate: Rate
+    second_error: Float[np.ndarray, "L n"] | None
+    """`error` of the prediction of order 2; `None` where it was not computed."""
+    sup_second_error: Float[np.ndarray, " L"]
+    """Over s ≤ `regular_until`, as `sup_error_regular`; NaN where not computed."""
+    next_term: Float[np.ndarray, "2 L"]
+    """The error bars: what the next term would add, at order 1 and at order 2, over
+    s ≤ `regular_until`. At order 1 it is known, λ‖e₁ + w₁ + h‖; at order 2 it is that
+    times λρ, the ratio of the two terms normal to the manifold."""
+    second_rate: Rate
+    valid_until: Float[np.ndarray, " L"]
+    """The slow time up to which theory is claimed to hold."""
     memorisation_time: Float[np.ndarray, " L"]
     grokking_time: Float[np.ndarray, " L"]
     predicted_memorisation_time: Float[np.ndarray, " L"]
+    """NaN where it is not within `valid_until`."""
     predicted_grokking_time: Float[np.ndarray, " L"]
+    """NaN where it is not within `valid_until`."""
+    predicted_grokking_error: Float[np.ndarray, " L"]
+    """Its estimated error, a time; NaN at order 1."""
     predicted_t: Float[np.ndarray, "L k"]
-    """Times at which the metrics of the prediction were evaluated."""
+    """Times up to `valid_until`, at which the metrics of the prediction were
+    evaluated; NaN where that is 0."""
     predicted_metrics: dict[str, Float[np.ndarray, "L k"]]
+    """Of the highest order known."""
 
     @property
     def delay(self) -> Float[np.ndarray, " L"]:
@@ -84,27 +100,53 @@ class Report(eqx.Module):
             f"  smallest normal curvature η: {curvature[0]:.2g} at the start of the "
             f"drift, {curvature[-1]:.2g} at s = {float(self.theory.drift.t[-1]):.3g}; "
             "theory asks for λ ≪ η",
-            f"  error, relative to ‖Φ‖:  all t | s ≤ {self.regular_until:.2g} | drift "
-            f"alone, s ≥ {self.after:.2g}",
-            f"  {'λ':>9} {'all t':>9} {'regular':>9} {'drift':>9}"
-            f" {'memorised':>10} {'grokked':>10} {'predicted':>10} {'delay':>10}",
+            f"  error relative to ‖Φ‖: at all t; at orders 1 and 2 over "
+            f"s ≤ {self.regular_until:.2g}; of the",
+            f"  drift alone over s ≥ {self.after:.2g}. Next term: estimated error of "
+            "order 2. Valid: up to this s",
+            f"  {'λ':>9} {'all t':>9} {'order 1':>9} {'order 2':>9} {'next term':>9} "
+            f"{'drift':>9} {'valid':>7}",
         ]
-        for i in np.argsort(-self.weight_decay):
+        lanes = np.argsort(-self.weight_decay)
+        for i in lanes:
             row = (
                 f"  {self.weight_decay[i]:9.2e} {self.sup_error[i]:9.2e} "
-                f"{self.sup_error_regular[i]:9.2e} {self.sup_error_slow[i]:9.2e}"
-                f" {_time(self.memorisation_time[i])} {_time(self.grokking_time[i])}"
-                f" {_time(self.predicted_grokking_time[i])} {_time(self.delay[i])}"
-                f"{' *' if self.rate.used[i] else ''}"
+                f"{self.sup_error_regular[i]:9.2e} {_number(self.sup_second_error[i])} "
+                f"{_number(self.next_term[1, i])} {self.sup_error_slow[i]:9.2e} "
+                f"{self.valid_until[i]:7.3g} "
+                f"{'*' if self.rate.used[i] else ''}"
+                f"{'°' if self.second_rate.used[i] else ''}"
             )
             lane = self.sweep[i]
             if not bool(lane.succeeded):
                 row += f"  FAILED: {RESULTS[lane.result]}"
-            lines.append(row)
-        lines.append(f"  rate of the error in λ: {self.rate} (theory: 1)")
+            lines.append(row.rstrip())
+        lines.append(f"  rate of the error in λ: {self.rate}, marked * (theory: 1)")
+        if self.second_error is not None:
+            rate = f"{self.second_rate}, marked °"
+            lines.append(f"  of order 2: {rate} (theory: 2)")
+        lines += self._times(lanes) if self.theory.drift.watched else []
         if not bool(self.theory.result == RESULTS.successful):
             lines.append(f"  theory: {RESULTS[self.theory.result]}")
         return "\n".join(lines)
+
+    def _times(self, lanes: np.ndarray) -> list[str]:
+        predicted = self.predicted_grokking_time
+        lines = [
+            f"  {'λ':>9} {'memorised':>10} {'grokked':>10} {'predicted':>10} "
+            f"{'± about':>9} {'delay':>10}"
+        ]
+        lines += [
+            f"  {self.weight_decay[i]:9.2e} {_time(self.memorisation_time[i])} "
+            f"{_time(self.grokking_time[i])} {_time(predicted[i])} "
+            f"{_number(self.predicted_grokking_error[i])} {_time(self.delay[i])}"
+            for i in lanes
+        ]
+        if (np.isfinite(self.grokking_time) & ~np.isfinite(predicted)).any():
+            lines.append(
+                "  no time is predicted where theory does not hold until the crossing"
+            )
+        return lines
 
     def plot(self, **kwargs: Any) -> Any:
         """The report as a figure; see `gradflow.plot.report`."""
@@ -119,7 +161,8 @@ def compare(sweep: Sweep, theory: TwoPhase, *, after: float = 0.1) -> Report:
     The rate p of error ~ λᵖ is fitted where theory is asymptotic: to the error up to
     the slow time at which the manifold is still regular (η fell to a tenth), over the
     lanes with λ at most a twentieth of η there, and with an error at least ten times
-    the tolerances'.
+    the tolerances'. For order 2 likewise, over the lanes in which no term is more than
+    a tenth of the one before it, too.
 
     **Arguments:**
 
@@ -154,21 +197,39 @@ def compare(sweep: Sweep, theory: TwoPhase, *, after: float = 0.1) -> Report:
             raise ValueError("theory: made for another initial model than sweep's.")
     until = _regular_until(theory)
     lams = np.asarray(sweep.weight_decay)
-    errors, drift_errors = zip(*(_errors(theory, path) for path in sweep), strict=True)
-    errors, drift_errors = np.stack(errors), np.stack(drift_errors)
+    found = [jax.tree.map(np.asarray, _errors(theory, path)) for path in sweep]
+    errors, drift_errors, second_errors, second_terms = (
+        np.stack(each) for each in zip(*found, strict=True)
+    )
     slow = np.asarray(sweep.slow_time)
     last = float(theory.drift.t[-1]) * (1 + 8 * np.finfo(slow.dtype).eps)
     regular = _sup_until(errors, slow, until)
-    known_to = (
-        sweep.stats["rtol"],
-        theory.fast.stats["rtol"],
-        theory.interpolation_error,
+    known_to = (sweep.stats["rtol"], theory.fast.stats["rtol"])
+    floor, finer = (
+        10 * max(float(np.max(error)) for error in (*known_to, interpolation))
+        for interpolation in (
+            theory.interpolation_error,
+            # Of degree 7: with all points it is nearer by far, 2⁸ where it is smooth.
+            theory.interpolation_error / 16,
+        )
     )
-    floor = 10 * max(float(np.max(error)) for error in known_to)
     curvature = np.interp(until, theory.drift.t, theory.smallest_curvature)
-    measured = [_times(path.t, path.metrics, theory) for path in sweep]
-    curves = [jax.tree.map(np.asarray, _predicted_metrics(theory, p)) for p in sweep]
-    predicted = [_times(t, values, theory) for t, values in curves]
+    measured = [_times(path, theory) for path in sweep]
+    curves = [theory.predicted_metrics(lam) for lam in lams]
+    predicted = [
+        {
+            name: theory.time_from(lam, name, t, values)
+            for name in ("train", "test")
+            if name in theory.drift.watched
+        }
+        for lam, (t, values) in zip(lams, curves, strict=True)
+    ]
+    never = PredictedTime(np.nan, np.nan, 1, "")
+    get = lambda name: [p.get(name, never) for p in predicted]
+    sup_second = _sup_until(second_errors, slow, until)
+    ratio = _ratio(theory, slow) * lams[:, None]
+    largest = float(curvature) / 20
+    steepest = _sup(ratio, slow <= until)
     return Report(
         sweep=sweep,
         theory=theory,
@@ -180,14 +241,25 @@ def compare(sweep: Sweep, theory: TwoPhase, *, after: float = 0.1) -> Report:
         sup_error_regular=regular,
         regular_until=until,
         after=after,
-        rate=fit_rate(lams, regular, float(curvature) / 20, floor),
+        rate=fit_rate(lams, regular, largest, floor),
+        second_error=None if theory.second is None else second_errors,
+        sup_second_error=sup_second,
+        next_term=np.stack(
+            [_sup(s, slow <= until) for s in (second_terms, second_terms * ratio)]
+        ),
+        second_rate=fit_rate(
+            lams, np.where(steepest <= 0.1, sup_second, np.nan), largest, finer
+        ),
+        valid_until=np.array([theory.valid_until(lam) for lam in lams]),
         memorisation_time=np.array([m["train"] for m in measured]),
         grokking_time=np.array([m["test"] for m in measured]),
-        predicted_memorisation_time=np.array([p["train"] for p in predicted]),
-        predicted_grokking_time=np.array([p["test"] for p in predicted]),
+        predicted_memorisation_time=np.array([p.time for p in get("train")]),
+        predicted_grokking_time=np.array([p.time for p in get("test")]),
+        predicted_grokking_error=np.array([p.error for p in get("test")]),
         predicted_t=np.stack([t for t, _ in curves]),
         predicted_metrics={
-            name: np.stack([m[name] for _, m in curves]) for name in curves[0][1]
+            name: np.stack([values[-1][name] for _, values in curves])
+            for name in theory.drift.watched
         },
     )
 
@@ -211,7 +283,7 @@ def fit_rate(
     n = used.sum()
     stderr = np.sqrt(rest @ rest / (n - 2) / (x0 @ x0)) if n > 2 else np.nan
     lo, hi = weight_decay[used].min(), weight_decay[used].max()
-    why = f"{n} λ from {lo:.1e} to {hi:.1e}, marked *"
+    why = f"{n} λ from {lo:.1e} to {hi:.1e}"
     return Rate(slope, float(stderr), used, why)
 
 
@@ -222,20 +294,36 @@ def _regular_until(theory: TwoPhase) -> float:
 
 
 @eqx.filter_jit
-def _errors(theory: TwoPhase, path: Path) -> tuple[Any, Any]:
-    """‖θ_λ − prediction‖/‖Φ‖ and ‖θ_λ − w°(λt)‖/‖Φ‖, at the saved times."""
+def _errors(theory: TwoPhase, path: Path) -> tuple[Any, Any, Any, Any]:
+    """‖θ_λ − prediction‖, ‖θ_λ − w°(λt)‖, ‖θ_λ − prediction of order 2‖ and ‖term of
+    order λ‖, all relative to ‖Φ‖, at the saved times."""
     norm = lambda tree: jnp.sqrt(sum(jnp.sum(x * x) for x in jax.tree.leaves(tree)))
     size = norm(jax.tree.map(lambda w: w[0], theory.drift.params))
+    minus = lambda a, b: jax.tree.map(lambda a, b: a - b, a, b)
+    order = 1 if theory.second is None else 2
 
     def at(t, params):
-        composite = theory.predict_params(t, path.weight_decay)
-        fast = theory.predict_params(t, jnp.zeros_like(path.weight_decay))
+        predict = lambda lam, order: theory.predict_params(t, lam, order=order)
+        composite, better = (predict(path.weight_decay, k) for k in (1, order))
+        fast = predict(jnp.zeros_like(path.weight_decay), 1)
         still_fast = jax.tree.map(lambda f, w: f - w[0], fast, theory.drift.params)
-        off = jax.tree.map(lambda a, b: a - b, params, composite)
+        off = minus(params, composite)
         off_drift = jax.tree.map(lambda a, b: a + b, off, still_fast)
-        return norm(off) / size, norm(off_drift) / size
+        second = (minus(params, better), minus(better, composite))
+        return tuple(norm(x) / size for x in (off, off_drift, *second))
 
-    return jax.lax.map(lambda tp: at(*tp), (path.t, path.params))
+    off, off_drift, *second = jax.lax.map(lambda tp: at(*tp), (path.t, path.params))
+    if theory.second is None:
+        second = [jnp.full_like(path.t, jnp.nan)] * 2
+    return off, off_drift, second[0], second[1]
+
+
+def _ratio(theory: TwoPhase, slow: np.ndarray) -> np.ndarray:
+    """ρ, the ratio of the terms of order λ² and λ over λ, at the saved slow times."""
+    if theory.second is None:
+        return np.full_like(slow, np.nan)
+    ratio = np.asarray(theory.second.ratio)
+    return np.interp(slow, np.asarray(theory.drift.t)[: ratio.size], ratio)
 
 
 def _sup(errors: np.ndarray, where: np.ndarray) -> np.ndarray:
@@ -255,29 +343,19 @@ def _sup_until(errors: np.ndarray, slow: np.ndarray, until: float) -> np.ndarray
     return np.maximum(inside, at_end)
 
 
-def _times(t: Any, metrics: dict[str, Any], theory: TwoPhase) -> dict[str, float]:
+def _times(path: Path, theory: TwoPhase) -> dict[str, float]:
     watched = theory.drift.watched
     return {
-        name: crossing_time(t, metrics[name], watched[name])
-        if name in metrics and name in watched
+        name: crossing_time(path.t, path.metrics[name], watched[name])
+        if name in path.metrics and name in watched
         else np.nan
         for name in ("train", "test")
     }
 
 
-@eqx.filter_jit
-def _predicted_metrics(theory: TwoPhase, path: Path) -> tuple[Any, dict[str, Any]]:
-    end = jnp.minimum(path.t[-1], theory.drift.t[-1] / path.weight_decay)
-    t = jnp.concatenate([path.t[:1], jnp.geomspace(path.t[1], end, _DENSE)])
-
-    def at(t):
-        model = eqx.combine(
-            theory.predict_params(t, path.weight_decay), theory.drift.static
-        )
-        return {name: metric(model) for name, metric in theory.drift.watched.items()}
-
-    return t, jax.lax.map(at, t)
+def _number(x: Any) -> str:
+    return f"{x:9.2e}" if np.isfinite(x) else f"{'–':>9}"
 
 
 def _time(t: Any) -> str:
-    return f"{t:10.3g}" if np.isfinite(t) else f"{'–':>10}"
+    return f"{t:10.4g}" if np.isfinite(t) else f"{'–':>10}"

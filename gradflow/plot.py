@@ -107,11 +107,14 @@ def report(report: Report, fig: Figure | None = None) -> Figure:
     """The two-phase theory against simulation, in six panels.
 
     (a) train and test loss in time t, with the theory's test loss dashed, memorisation
-    times as squares and grokking times as circles. (b) The test loss on the slow clock,
+    times as squares and grokking times as circles; theory is drawn as far as it is
+    claimed to hold. (b) The test loss on the slow clock,
     where it falls on the drift's own curve. (c) The penalty on the slow clock. (d) The
-    largest error against λ, with the fitted rate; the λ that it was fitted to are
-    filled. (e) Measured against predicted grokking times. (f) The smallest normal
-    curvature along the drift: theory asks for λ far below it.
+    largest error against λ at orders 1 and 2, with the fitted rates; the λ that they
+    were fitted to are filled, dashes are the estimated errors. (e) Measured against
+    predicted grokking times. (f) The smallest normal curvature along the drift: theory
+    asks for λ far below it. Triangles on the slow clock: where the validity of that λ
+    ends.
 
     **Arguments:**
 
@@ -200,6 +203,7 @@ def collapse(report: Report, ax: Axes | None = None, *, metric: str = "test") ->
     ax = sweep(report.sweep, ax, metric=metric, clock="s", colorbar=False)
     x, y = _positive(drift.t, curve)
     ax.plot(x, y, color=THEORY, lw=1.4, ls=(0, (4, 3)), label="drift $w^\\circ(s)$")
+    _horizons(report, ax)
     # The fast phase, which is at smaller and smaller s, is not of interest here.
     left = 1e-4 * float(drift.t[-1])
     shown = values[(slow >= left) & np.isfinite(values)]
@@ -215,33 +219,34 @@ def collapse(report: Report, ax: Axes | None = None, *, metric: str = "test") ->
 
 
 def error(report: Report, ax: Axes | None = None) -> Axes:
-    """The largest error of the prediction against λ, and a line of slope one."""
+    """The largest error of the prediction against λ, at order 1 and 2, with lines of
+    these slopes. Filled: used to fit. Dashes: the error as estimated."""
     ax = _axes(ax)
-    lams, used = report.weight_decay, report.rate.used
-    order = np.argsort(lams)
-    lams, used = lams[order], used[order]
-    whole, regular = report.sup_error[order], report.sup_error_regular[order]
-    until = f"$s \\leq {report.regular_until:.2g}$"
-    ax.plot(lams, whole, "^--", color="grey", ms=5, lw=1, label="over all times")
-    ax.plot(lams, regular, "-", color=TRAIN, lw=1)
-    ax.plot(lams, regular, "o", mfc="white", mec=TRAIN, ms=7, label=f"over {until}")
-    if used.any():
-        ax.plot(
-            lams[used], regular[used], "o", color=TRAIN, ms=7, label="… used to fit"
+    order = np.argsort(report.weight_decay)
+    lams = report.weight_decay[order]
+    series = [(1, report.sup_error_regular, report.rate, TRAIN)]
+    if report.second_error is not None:
+        series.append((2, report.sup_second_error, report.second_rate, TEST))
+    whole = report.sup_error[order]
+    ax.plot(lams, whole, "^--", color="grey", ms=5, lw=1, label="order 1, all times")
+    for slope, values, rate, colour in series:
+        values, used = values[order], rate.used[order]
+        estimate = report.next_term[slope - 1][order]
+        ax.plot(lams, estimate, "--", color=colour, lw=1.2)
+        ax.plot(lams, values, "o", mfc="white", mec=colour, ms=7)
+        label = f"order {slope}: " + (
+            f"rate {rate.exponent:.3f}" if used.any() else "no rate"
         )
-        anchor = np.flatnonzero(used)[-1]
-        guide = regular[anchor] * lams / lams[anchor]
-        ax.plot(lams, 0.4 * guide, ":", color="black", lw=1.5, label="slope 1")
-    rate = report.rate
-    if np.isfinite(rate.exponent):
-        error = f" ± {rate.stderr:.3f}" if np.isfinite(rate.stderr) else ""
-        text = f"fitted rate {rate.exponent:.3f}{error}"
-    else:
-        text = "no rate: too few small λ"
-    ax.text(0.97, 0.05, text, transform=ax.transAxes, ha="right", fontsize=SIZE)
+        ax.plot(lams[used], values[used], "o", color=colour, ms=7, label=label)
+        if used.any():
+            anchor = np.flatnonzero(used)[-1]
+            guide = values[anchor] * (lams / lams[anchor]) ** slope
+            ax.plot(lams, 0.4 * guide, ":", color="black", lw=1.5)
+    ax.plot([], [], "--", color="grey", lw=1.2, label="next term, estimated")
+    ax.plot([], [], ":", color="black", lw=1.5, label="slopes 1 and 2")
     _finish(ax, "weight decay $\\lambda$", "error relative to $\\|\\Phi\\|$")
     _log(ax)
-    _legend(ax, loc="upper left")
+    _legend(ax, loc="lower right")
     return ax
 
 
@@ -285,10 +290,24 @@ def curvature(report: Report, ax: Axes | None = None) -> Axes:
 
     handles = [*ax.get_legend_handles_labels()[0]]
     handles.append(Line2D([], [], color=colours(0), lw=1.5, label="each $\\lambda$"))
+    _horizons(report, ax)
     _finish(ax, LABELS["s"], "curvature, weight decay")
     ax.set_yscale("log")
     ax.legend(handles=handles, fontsize=SIZE - 1, frameon=False, loc="best")
     return ax
+
+
+def _horizons(report: Report, ax: Axes) -> None:
+    """On axes against slow time, where the validity of each λ ends: a triangle below,
+    for those that end before the drift does."""
+    colours = Colours(report.weight_decay)
+    label = "theory holds up to here"
+    for i, s in enumerate(report.valid_until):
+        if 0 < s < float(report.theory.drift.t[-1]):
+            at = ax.get_xaxis_transform()
+            ax.plot(s, 0.02, "v", color=colours(i), mec="black", transform=at, ms=7,
+                label=label, clip_on=False)  # fmt: skip
+            label = None
 
 
 _NAMES = {

@@ -6,6 +6,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from ._checks import check_horizon, check_tolerance, resolvable
@@ -15,11 +16,20 @@ from .losses import AbstractCompositeLoss
 from .manifold import Limit, limit_map, retract, riemannian_flow, Spectrum, spectrum
 from .metrics import Metric
 from .path import Path
+from .predicted_time import predicted_time, PredictedTime
 from .results import RESULTS
+from .second_order import check_second_order, second_order, SecondOrder
 from .simulate import as_metrics, check_scalars, simulate
 from .solvers import KKT5, sharpness
 
 _NODES = 257  # of the fast path, evenly spaced in log(1 + t/τ)
+_TIMES = 400  # at which a predicted metric is evaluated
+
+# Where theory is claimed to hold: λ at most a tenth of η, and no term more than a
+# quarter of the one before it. There the estimate of the next term was right to a
+# factor of 2.5 on five tasks.
+_CURVATURE_SHARE = 0.1
+_TERM_RATIO = 0.25
 
 
 class TwoPhase(eqx.Module):
@@ -43,6 +53,8 @@ class TwoPhase(eqx.Module):
     interpolation_error: Float[Array, ""]
     """A bound on what interpolating the two paths adds to the error, relative to
     ‖Φ(θ₀)‖: what it would add with every second point left out."""
+    second: SecondOrder | None
+    """The terms of order λ, for predictions of order 2; `None` where not asked for."""
     result: RESULTS
 
     @property
@@ -54,47 +66,161 @@ class TwoPhase(eqx.Module):
         self,
         t: Float[Array, " *n"] | float,
         weight_decay: float | Float[Array, ""],
+        *,
+        order: int = 1,
     ) -> PyTree:
-        """The composite prediction θ_GF(t) + w°(λt) − Φ(θ₀).
+        """The composite prediction θ_GF(t) + w°(λt) − Φ(θ₀), with an error of O(λ); at
+        order 2, with + λ(e₁(t) + w₁(λt) + h(λt)), of O(λ²). See
+        [`gradflow.SecondOrder`][].
 
         **Arguments:**
 
         - `t`: one time or a vector of n, in time t (not λt).
         - `weight_decay`: λ.
+        - `order`: 1 or 2. The second is better wherever theory is asymptotic (see
+            `valid_until`), and worse beyond.
 
         **Returns:** a model; its trainable leaves are stacked along `t` if that is a
-        vector. NaN beyond the slow time to which the drift was computed.
+        vector. NaN beyond the slow time to which the terms were computed.
+
+        **Raises:** `ValueError` for another order, or one that was not computed.
         """
+        self._check_order(order)
         dtype = self.fast.t.dtype
         t, lam = jnp.asarray(t, dtype), jnp.asarray(weight_decay, dtype)
-        at_once = lambda x: self.predict_params(x, lam)
+        at_once = lambda x: self.predict_params(x, lam, order=order)
         params = at_once(t) if t.ndim == 0 else jax.lax.map(at_once, t)
         return eqx.combine(params, self.drift.static)
 
-    def predict_params(self, t: Float[Array, ""], lam: Float[Array, ""]) -> PyTree:
+    def valid_until(self, weight_decay: float) -> float:
+        """The slow time up to which theory is claimed to hold for this λ.
+
+        That is where λ ≤ η(s)/10 for the smallest normal curvature η; where λρ(s) ≤ 1/4
+        for the estimated ratio ρ of the terms of order λ² and λ; and where all terms
+        are known.
+
+        **Returns:** s; 0 where λ is too large from the start.
+        """
+        lam = float(weight_decay)
+        holds = lam <= _CURVATURE_SHARE * np.asarray(self.smallest_curvature)
+        if self.second is not None:
+            ratio = np.asarray(self.second.ratio)
+            holds = holds[: ratio.size] & (lam * ratio <= _TERM_RATIO)
+        first = int(np.argmin(np.append(holds, False)))
+        return float(self.drift.t[max(first - 1, 0)])
+
+    def grokking_time(self, weight_decay: float) -> PredictedTime:
+        """When the metric `"test"` will have passed its threshold for good; from the
+        same fast path and drift for every λ.
+
+        **Arguments:**
+
+        - `weight_decay`: λ > 0.
+
+        **Returns:** a [`gradflow.PredictedTime`][]: the time t, with an error from the
+        terms of the second order where they are known. NaN, with the reason, where it
+        is not crossed while theory holds (see `valid_until`).
+
+        **Raises:** `ValueError` where no metric has that name.
+        """
+        return self.crossing_time("test", weight_decay)
+
+    def memorisation_time(self, weight_decay: float) -> PredictedTime:
+        """The same for the metric `"train"`; see `grokking_time`."""
+        return self.crossing_time("train", weight_decay)
+
+    def crossing_time(self, name: str, weight_decay: float) -> PredictedTime:
+        """The same for any metric; see `grokking_time`."""
+        watched = self.drift.watched
+        if name not in watched:
+            raise ValueError(
+                f"name: no metric is named {name!r}; two_phase was given "
+                f"{list(watched) or 'none'}."
+            )
+        t, curves = self.predicted_metrics(weight_decay)
+        return self.time_from(weight_decay, name, t, curves)
+
+    def time_from(
+        self,
+        weight_decay: float,
+        name: str,
+        t: np.ndarray,
+        curves: list[dict[str, np.ndarray]],
+    ) -> PredictedTime:
+        """`crossing_time` from what `predicted_metrics` gave."""
+        ratio = np.full_like(t, np.nan)
+        if self.second is not None:
+            known = np.asarray(self.second.ratio)
+            nodes = np.asarray(self.drift.t)[: known.size]
+            ratio = weight_decay * np.interp(weight_decay * t, nodes, known)
+        values = [curve[name] for curve in curves]
+        until = self.valid_until(weight_decay)
+        return predicted_time(t, values, self.drift.watched[name], until, ratio)
+
+    def predicted_metrics(
+        self, weight_decay: float
+    ) -> tuple[np.ndarray, list[dict[str, np.ndarray]]]:
+        """The metrics along the prediction, as far as theory holds.
+
+        **Returns:** times t, zero and evenly spaced in log t up to `valid_until`; and
+        the metrics by name, at order 1 and, if known, at order 2. NaN where λ is too
+        large from the start.
+        """
+        lam = jnp.asarray(weight_decay, self.fast.t.dtype)
+        until = self.valid_until(weight_decay)
+        end = until / lam if until > 0 else jnp.full_like(lam, jnp.nan)
+        t, curves = _metrics_along(self, lam, end)
+        return np.asarray(t), [jax.tree.map(np.asarray, c) for c in curves]
+
+    def _check_order(self, order: int) -> None:
+        if order not in (1, 2):
+            raise ValueError(f"order: expected 1 or 2, got {order}.")
+        if order == 2 and self.second is None:
+            raise ValueError(
+                "order: the second was not computed; call two_phase with order=2."
+            )
+
+    def predict_params(
+        self, t: Float[Array, ""], lam: Float[Array, ""], *, order: int = 1
+    ) -> PyTree:
         """As `predict`, for one time: the trainable parameters alone."""
-        end_t, end_s = self.fast.t[-1], self.drift.t[-1]
-        spacing = lambda end, scale, n: jnp.log1p(end / scale) / (n - 1)
-        fast = interpolate(
-            self.fast.params,
-            jnp.log1p(t / self.fast_scale)
-            / spacing(end_t, self.fast_scale, len(self.fast)),
-        )
+        end_s = self.drift.t[-1]
         s = lam * t
-        drift = interpolate(
-            self.drift.params, jnp.log1p(s) / spacing(end_s, 1.0, len(self.drift))
-        )
         # Beyond its last time the fast path has arrived.
-        arrived = t >= end_t
-        known = s <= end_s * (1 + 8 * jnp.finfo(s.dtype).eps)
-        return jax.tree.map(
-            lambda w, th, ths: jnp.where(
-                known, w + jnp.where(arrived, 0.0, th - ths[-1]), jnp.nan
-            ),
-            drift,
+        arrived = t >= self.fast.t[-1]
+        fast = self._along_fast(self.fast.params, t)
+        out = jax.tree.map(
+            lambda w, th, ths: w + jnp.where(arrived, 0.0, th - ths[-1]),
+            self._along_drift(self.drift.params, s),
             fast,
             self.fast.params,
         )
+        if order == 2 and self.second is not None:
+            end_s = self.second.until
+            change = self._second_term(t, s)
+            out = jax.tree.map(lambda w, c: w + lam * c, out, change)
+        known = s <= end_s * (1 + 8 * jnp.finfo(s.dtype).eps)
+        return jax.tree.map(lambda w: jnp.where(known, w, jnp.nan), out)
+
+    def _second_term(self, t: Float[Array, ""], s: Float[Array, ""]) -> PyTree:
+        assert self.second is not None
+        arrived = t >= self.fast.t[-1]
+        return jax.tree.map(
+            lambda e, w, h: jnp.where(arrived, 0.0, e) + w + h,
+            self._along_fast(self.second.inner, t),
+            self._along_drift(self.second.tangent, s),
+            self._along_drift(self.second.offset, s),
+        )
+
+    def _along_fast(self, values: PyTree, t: Float[Array, ""]) -> PyTree:
+        """`values` at the nodes of the fast path, at time t."""
+        spacing = jnp.log1p(self.fast.t[-1] / self.fast_scale) / (len(self.fast) - 1)
+        return interpolate(values, jnp.log1p(t / self.fast_scale) / spacing)
+
+    def _along_drift(self, values: PyTree, s: Float[Array, ""]) -> PyTree:
+        """`values` at the nodes of the drift, at slow time s."""
+        spacing = jnp.log1p(self.drift.t[-1]) / (len(self.drift) - 1)
+        return interpolate(values, jnp.log1p(s) / spacing)
 
     def __str__(self) -> str:
         eta = self.smallest_curvature
@@ -104,6 +230,8 @@ class TwoPhase(eqx.Module):
             f"s = {float(self.drift.t[-1]):.3g}; smallest normal curvature η = "
             f"{float(eta[0]):.2g} at its start, {float(eta[-1]):.2g} at its end",
         ]
+        if self.second is not None:
+            lines.append(f"  {self.second}")
         if float(self.interpolation_error) > 1e-6:
             lines.append(
                 "  interpolated with a relative error of up to "
@@ -121,6 +249,7 @@ def two_phase(
     *,
     slow_time: float,
     metrics: dict[str, Callable | Metric] | None = None,
+    order: int = 2,
     rtol: float = 1e-9,
     max_steps: int = 100_000,
     throw: bool = True,
@@ -128,7 +257,8 @@ def two_phase(
     """Predicts the flow from `model` for all small weight decays.
 
     Three runs: the limit map, the fast path on a grid fit for interpolation, and the
-    Riemannian flow from its end.
+    Riemannian flow from its end. The terms of the second order take one linear equation
+    along each of the two paths, less than one run more.
 
     **Arguments:**
 
@@ -136,6 +266,8 @@ def two_phase(
     - `model`: the initial model θ₀.
     - `slow_time`: how far to follow the drift, s = λt.
     - `metrics`: as for `simulate`; recorded along both phases.
+    - `order`: 2, or 1 to leave out the terms of the second order; these need a loss
+        and a penalty that are smooth, and in the Hessian form at most 5000 parameters.
     - `rtol`: the tolerance of the runs.
     - `max_steps`: the budget of steps of each.
     - `throw`: raise where theory does not apply; otherwise see `result`.
@@ -149,6 +281,8 @@ def two_phase(
     check_tolerance(rtol)
     rtol = resolvable(rtol, params)
     check_horizon(1.0, slow_time, None, None, _NODES)
+    if order not in (1, 2):
+        raise ValueError(f"order: expected 1 or 2, got {order}.")
     check_scalars(flow.loss, as_metrics(metrics), model)
     limit = limit_map(
         flow.loss,
@@ -160,6 +294,8 @@ def two_phase(
     )
     # A failed run ends in NaN: there the limit, wherever it got to, stands in.
     at_limit = spectrum(flow.loss, limit.model, trainable=flow.trainable)
+    if order == 2:
+        check_second_order(at_limit)
     tau, ts = _fast_times(term, params, limit, at_limit.smallest_curvature)
     fast = simulate(
         flow,
@@ -186,10 +322,13 @@ def two_phase(
     )
     result = _first_failure(limit.result, fast.result, end.result, drift.result)
     error = _interpolation_error(fast, drift)
-    out = TwoPhase(end.model, fast, drift, at_limit, tau, error, result)
     # Past the loss of rank the drift still stands; its validity is for the report.
     standing = (RESULTS.successful, RESULTS.rank_lost, RESULTS.slid)
     fatal = jnp.all(jnp.stack([result != r for r in standing]))
+    terms = None
+    if order == 2 and not bool(fatal):
+        terms = second_order(term, fast, drift, at_limit, tau)
+    out = TwoPhase(end.model, fast, drift, at_limit, tau, error, terms, result)
     return result.error_if(out, fatal) if throw else out
 
 
@@ -210,6 +349,22 @@ def _fast_times(
     x = jnp.linspace(0.0, 1.0, _NODES, dtype=end.dtype) * jnp.log1p(end / tau)
     ts = (tau * jnp.expm1(x)).at[-1].set(end)
     return tau, ts
+
+
+@eqx.filter_jit
+def _metrics_along(
+    theory: TwoPhase, lam: Float[Array, ""], end: Float[Array, ""]
+) -> tuple[Array, list[dict[str, Array]]]:
+    start = jnp.minimum(0.05 * theory.fast_scale, 0.1 * end)
+    t = jnp.concatenate([jnp.zeros_like(end)[None], jnp.geomspace(start, end, _TIMES)])
+
+    def at(t, order):
+        params = theory.predict_params(t, lam, order=order)
+        model = eqx.combine(params, theory.drift.static)
+        return {name: metric(model) for name, metric in theory.drift.watched.items()}
+
+    orders = (1,) if theory.second is None else (1, 2)
+    return t, [jax.lax.map(lambda t, k=k: at(t, k), t) for k in orders]
 
 
 @eqx.filter_jit

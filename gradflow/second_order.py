@@ -1,0 +1,354 @@
+"""The terms of order λ in the two-phase prediction, uniform in time.
+
+With H = ∇²F, h = −H⁺∇R and D³F[a, b] the derivative of ∇²F(w) a along b:
+
+- outer: θ_λ = w° + λ(w₁ + h(w°)) + O(λ²), where w₁ is tangent and
+  w₁' = Df[w₁] − D²Φ[h, ∇R] − P∇²R h, with f = −P∇R the field of the drift;
+- inner: θ_λ = θ_GF + λθ₁ + O(λ²), where θ₁' = −H(θ_GF)θ₁ − ∇R(θ_GF), θ₁(0) = 0;
+- they meet: θ₁(t) → −tP∇R(Φ) + w₁(0) + h(Φ), which gives w₁(0).
+
+This expands dy/ds = −DΦ(θ_λ)∇R(θ_λ), which y = Φ(θ_λ) obeys exactly, in λ.
+"""
+
+from typing import Any
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, Int, PyTree
+
+from ._interpolate import interpolate
+from .flow import FlatLoss, flatten, FlowTerm
+from .manifold import Spectrum
+from .manifold._normal import weighted_jacobian
+from .path import Path
+from .penalties import AbstractPenalty
+from .solvers.kkt import DENSE_LIMIT
+
+
+class SecondOrder(eqx.Module):
+    """The terms of order λ, at the nodes of the fast path and of the drift."""
+
+    inner: PyTree
+    """e₁(t) = θ₁ + tP∇R(Φ) − w₁(0) − h(Φ), which is gone with the fast phase."""
+    tangent: PyTree
+    """w₁(s), the drift's own correction, along M; up to `until`."""
+    offset: PyTree
+    """h(s) = −(∇²F)⁺∇R, the offset normal to M; up to `until`."""
+    ratio: Float[Array, " n"]
+    """‖b‖/‖h‖ along the drift, b the part normal to M of the next term, that of λ²: how
+    fast the series falls is λ times this."""
+    until: Float[Array, ""]
+    """The slow time up to which w₁ was found."""
+    mismatch: Float[Array, ""]
+    """How far w₁(0) is off at most, relative to the term of order λ at s = 0: the
+    difference that a formula of one order less makes."""
+
+    def __str__(self) -> str:
+        ratio = self.ratio
+        text = (
+            f"second order known to s = {float(self.until):.3g}; its terms fall as "
+            f"{float(ratio[0]):.2g} λ at s = 0, {float(ratio[-1]):.2g} λ at the end"
+        )
+        if float(self.mismatch) > 1e-2:
+            text += (
+                f"; uncertain by {100 * float(self.mismatch):.1g} %, as the fast phase "
+                "changes abruptly, late in its course"
+            )
+        return text
+
+
+def check_second_order(spectrum: Spectrum) -> None:
+    if spectrum.form == "hessian" and spectrum.parameters > DENSE_LIMIT:
+        raise ValueError(
+            f"order: the second factorises the Hessian, for up to {DENSE_LIMIT} "
+            f"parameters, got {spectrum.parameters}; give order=1."
+        )
+
+
+def second_order(
+    term: FlowTerm, fast: Path, drift: Path, spectrum: Spectrum, fast_scale: Array
+) -> SecondOrder:
+    """The terms of order λ for the two paths of a two-phase prediction."""
+    form, rank = spectrum.form, spectrum.rank
+    start = jax.tree.map(lambda p: p[0], drift.params)
+    thetas = [
+        inner(term, fast.params, fast_scale, fast.t, backward_differences(k), form)
+        for k in (5, 4)
+    ]
+    w1, h, speed = match(term, start, thetas[0][-1], fast.t[-1], form, rank)
+    rough, *_ = match(term, start, thetas[1][-1], fast.t[-1], form, rank)
+    n = _regular(drift)
+    nodes = jax.tree.map(lambda p: p[:n], drift.params)
+    tangent = outer(term, drift.params, drift.t, drift.t[:n], w1, 1.0, form, rank)
+    offset, ratio = _next(term, nodes, drift.t[:n], tangent, form, rank)
+    # What the solver did not reach is infinite.
+    n = int(jnp.sum(jnp.all(jnp.isfinite(tangent), axis=1)))
+    e1 = thetas[0] + jnp.outer(fast.t, speed) - (w1 + h)[None]
+    stack = jax.vmap(ravel_pytree(start)[1])
+    return SecondOrder(
+        inner=stack(e1.at[-1].set(0.0)),
+        tangent=stack(tangent[:n]),
+        offset=stack(offset[:n]),
+        ratio=ratio[:n],
+        until=drift.t[n - 1],
+        mismatch=jnp.linalg.norm(w1 - rough) / jnp.linalg.norm(w1 + h),
+    )
+
+
+class Point(eqx.Module):
+    """M at a point: its curvature H = GᵀG in the normal directions, and the penalty."""
+
+    loss: FlatLoss
+    penalty: AbstractPenalty
+    w: Float[Array, " d"]
+    root: Float[Array, "k d"]  # G, with orthogonal rows
+    curvature: Float[Array, " k"]  # of the rows, that is their squares; ∞ if not kept
+    sign: Float[Array, " k"]  # −1 for a negative curvature: at a saddle
+    drift: Float[Array, " d"]  # P∇R
+    offset: Float[Array, " d"]  # h = −H⁺∇R
+
+    def __init__(self, term: FlowTerm, params: PyTree, form: str, rank: Int[Array, ""]):
+        """M at `params`; `rank` is that of ∇²F along M."""
+        w, loss = flatten(term.loss, params, term.static)
+        if form == "jacobian":
+            a, _ = weighted_jacobian(loss, w)
+            values, vectors = jnp.linalg.eigh(a @ a.T)
+            root = vectors.T @ a
+        else:
+            values, vectors = jnp.linalg.eigh(jax.hessian(loss)(w))
+            root = jnp.sqrt(jnp.abs(values))[:, None] * vectors.T
+        place = jnp.argsort(jnp.argsort(-jnp.abs(values)))
+        self.loss, self.penalty, self.w, self.root = loss, term.penalty, w, root
+        self.curvature = jnp.where(place < rank, jnp.abs(values), jnp.inf)
+        self.sign = jnp.sign(values)
+        gradient = self._gradient(w)
+        self.drift = self.project(gradient)
+        self.offset = -self.inverse(gradient)
+
+    def _gradient(self, w: Float[Array, " d"]) -> Float[Array, " d"]:
+        return ravel_pytree(self.penalty.gradient(self.loss.unravel(w)))[0]
+
+    def project(self, v: Float[Array, " d"]) -> Float[Array, " d"]:
+        """P v, along M."""
+        return v - self.root.T @ (self.root @ v / self.curvature)
+
+    def inverse(self, v: Float[Array, " d"]) -> Float[Array, " d"]:
+        """H⁺ v."""
+        return self.root.T @ (self.sign * (self.root @ v) / self.curvature**2)
+
+    def penalty_hvp(self, v: Float[Array, " d"]) -> Float[Array, " d"]:
+        """∇²R v."""
+        return jax.jvp(self._gradient, (self.w,), (v,))[1]
+
+    def third(
+        self, a: Float[Array, "p d"], b: Float[Array, "p d"]
+    ) -> Float[Array, "p d"]:
+        """D³F[a, b] for p pairs."""
+
+        def one(a, b):
+            hvp = lambda w: jax.jvp(self.loss.gradient, (w,), (a,))[1]
+            return jax.jvp(hvp, (self.w,), (b,))[1]
+
+        return jax.vmap(one)(a, b)
+
+    def bending(self) -> Float[Array, " d"]:
+        """D²Φ[h, ∇R] = −P D³F[H⁺h, P∇R] + ½P D³F[h, h]."""
+        h = self.offset
+        first, second = self.third(
+            jnp.stack([self.inverse(h), h]), jnp.stack([self.drift, h])
+        )
+        return self.project(0.5 * second - first)
+
+    def field_jvp(self, v: Float[Array, " d"]) -> Float[Array, " d"]:
+        """Df[v] of the field f = −P∇R for a tangent v:
+        H⁺D³F[v, P∇R] − P(D³F[h, v] + ∇²R v)."""
+        first, second = self.third(
+            jnp.stack([v, self.offset]), jnp.stack([self.drift, v])
+        )
+        return self.inverse(first) - self.project(second + self.penalty_hvp(v))
+
+
+@eqx.filter_jit
+def match(
+    term: FlowTerm,
+    start: PyTree,
+    theta1: Float[Array, " d"],
+    t: Float[Array, ""],
+    form: str,
+    rank: Int[Array, ""],
+) -> tuple[Float[Array, " d"], Float[Array, " d"], Float[Array, " d"]]:
+    """w₁(0) = P(Φ)[θ₁(t) + tP∇R(Φ)], h(Φ) and P∇R(Φ)."""
+    at = Point(term, start, form, rank)
+    return at.project(theta1 + t * at.drift), at.offset, at.drift
+
+
+@eqx.filter_jit
+def outer(
+    term: FlowTerm,
+    path: PyTree,
+    nodes: Float[Array, " nodes"],
+    ts: Float[Array, " n"],
+    w1: Float[Array, " d"],
+    bend: float,
+    form: str,
+    rank: Int[Array, ""],
+) -> Float[Array, "n d"]:
+    """w₁ at the slow times `ts`, along the drift known at `nodes`. It is smooth, and
+    not held to M: a plain solver and its dense output will do. `bend` is 1; with 0 the
+    term D²Φ[h, ∇R] is left out."""
+    spacing = jnp.log1p(nodes[-1]) / (nodes.size - 1)
+
+    def field(s, v, args):
+        at = Point(term, interpolate(path, jnp.log1p(s) / spacing), form, rank)
+        source = bend * at.bending() + at.project(at.penalty_hvp(at.offset))
+        return at.field_jvp(v) - source
+
+    size = jnp.linalg.norm(w1) + jnp.linalg.norm(ravel_pytree(path)[0])
+    scale = size / (w1.size * nodes.size) ** 0.5
+    solution = diffrax.diffeqsolve(
+        diffrax.ODETerm(field),
+        diffrax.Tsit5(),
+        t0=jnp.zeros((), w1.dtype),
+        t1=ts[-1],
+        dt0=0.01 * ts[-1],
+        y0=w1,
+        saveat=diffrax.SaveAt(ts=ts),
+        stepsize_controller=diffrax.PIDController(rtol=1e-6, atol=1e-6 * scale),
+        max_steps=2000,
+        throw=False,
+        adjoint=diffrax.ForwardMode(),
+    )
+    ys: Any = solution.ys
+    return ys
+
+
+def _regular(drift: Path) -> int:
+    """How many nodes of the drift there are before η has fallen to a thousandth."""
+    eta = np.asarray(drift.stats["smallest_curvature"])
+    fallen = np.flatnonzero(~(eta >= 1e-3 * eta[0]))
+    return max(int(fallen[0]) if fallen.size else eta.size, 8)
+
+
+@eqx.filter_jit
+def _next(
+    term: FlowTerm,
+    nodes: PyTree,
+    s: Float[Array, " n"],
+    tangent: Float[Array, "n d"],
+    form: str,
+    rank: Int[Array, ""],
+) -> tuple[Float[Array, "n d"], Float[Array, " n"]]:
+    """h, and ‖b‖/‖h‖: b = −H⁺(½D³F[a, a] + ∇²R a + da/ds), a = w₁ + h, is what the
+    terms of order λ² in λ dθ/ds = −∇F − λ∇R leave normal to M."""
+    offset = jax.lax.map(lambda p: Point(term, p, form, rank).offset, nodes)
+    first = tangent + offset
+    rise, run = jnp.gradient(first, axis=0), jnp.gradient(s)
+    rate = jnp.asarray(rise) / jnp.asarray(run)[:, None]
+
+    def at(args):
+        p, a, rate, h = args
+        here = Point(term, p, form, rank)
+        force = 0.5 * here.third(a[None], a[None])[0] + here.penalty_hvp(a) + rate
+        size = jnp.linalg.norm(h)
+        ratio = jnp.linalg.norm(here.inverse(force)) / jnp.where(size > 0, size, 1.0)
+        return jnp.where(size > 0, ratio, 0.0)
+
+    return offset, jax.lax.map(at, (nodes, first, rate, offset))
+
+
+@eqx.filter_jit
+def inner(
+    term: FlowTerm,
+    path: PyTree,
+    scale: Float[Array, ""],
+    ts: Float[Array, " nodes"],
+    alpha: Float[Array, " 6"],
+    form: str,
+) -> Float[Array, "n d"]:
+    """θ₁ at the nodes of the fast path.
+
+    They are even in x = log(1 + t/τ), where θ₁ is smooth: the implicit formula of
+    backward differences `alpha` needs no other point, and H only there. The spectrum is
+    real, so that its stability is that of an L-stable method.
+    """
+    first = jax.tree.map(lambda p: p[0], path)
+    theta, _ = flatten(term.loss, first, term.static)
+    dx = jnp.log1p(ts[-1] / scale) / (ts.size - 1)
+    gradient = lambda p: ravel_pytree(term.penalty.gradient(p))[0]
+
+    def rate(x, v):
+        """dθ₁/dx, where the problem is not stiff yet."""
+        p = interpolate(path, x / dx)
+        w, loss = flatten(term.loss, p, term.static)
+        hv = jax.jvp(loss.gradient, (w,), (v,))[1]
+        return -scale * jnp.exp(x) * (hv + gradient(p))
+
+    def runge_kutta(v, k):
+        x = k * dx
+        k1 = rate(x, v)
+        k2 = rate(x + dx / 2, v + dx / 2 * k1)
+        k3 = rate(x + dx / 2, v + dx / 2 * k2)
+        k4 = rate(x + dx, v + dx * k3)
+        v = v + dx / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+        return v, v
+
+    def advance(past, at):
+        p, t = at
+        w, loss = flatten(term.loss, p, term.static)
+        h = dx * (t + scale)
+        right = -h * gradient(p) - alpha[1:] @ past
+        v = _shifted(loss, w, form, h, alpha[0], right, past[0])
+        return jnp.concatenate([v[None], past[:-1]]), v
+
+    zero = jnp.zeros_like(theta)
+    count = jnp.arange(alpha.size - 2, dtype=theta.dtype)
+    early = jax.lax.scan(runge_kutta, zero, count)[1]
+    early = jnp.concatenate([zero[None], early])
+    rest = jax.tree.map(lambda a: a[alpha.size - 1 :], (path, ts))
+    return jnp.concatenate([early, jax.lax.scan(advance, early[::-1], rest)[1]])
+
+
+def _shifted(
+    loss: FlatLoss,
+    w: Float[Array, " d"],
+    form: str,
+    h: Float[Array, ""],
+    alpha: Float[Array, ""],
+    right: Float[Array, " d"],
+    guess: Float[Array, " d"],
+) -> Float[Array, " d"]:
+    """Solves (α + hH) v = right. In the Jacobian form H = AᵀA + S, where S, from the
+    residuals, fades along the path: conjugate gradients, preconditioned by α + hAᵀA,
+    take a few iterations first and one in the end."""
+    if form == "hessian":
+        matrix = alpha * jnp.eye(w.size, dtype=w.dtype) + h * jax.hessian(loss)(w)
+        return jnp.linalg.solve(matrix, right)
+    a, _ = weighted_jacobian(loss, w)
+    kernel = a @ a.T + alpha / h * jnp.eye(a.shape[0], dtype=w.dtype)
+    factor = jax.scipy.linalg.cho_factor(kernel)
+    precondition = lambda v: (
+        (v - a.T @ jax.scipy.linalg.cho_solve(factor, a @ v)) / alpha
+    )
+    apply = lambda v: alpha * v + h * jax.jvp(loss.gradient, (w,), (v,))[1]
+    return jax.scipy.sparse.linalg.cg(
+        apply,
+        right,
+        guess,
+        tol=1e4 * float(jnp.finfo(w.dtype).eps),
+        maxiter=100,
+        M=precondition,
+    )[0]
+
+
+def backward_differences(order: int) -> Float[Array, " 6"]:
+    """α with Σⱼ αⱼ v(x − j) = v'(x) to an order of at most 5: Σₖ ∇ᵏ/k."""
+    alpha = np.zeros(6)
+    difference = np.array([1.0])
+    for k in range(1, order + 1):
+        difference = np.convolve(difference, [1.0, -1.0])
+        alpha[: k + 1] += difference / k
+    return jnp.asarray(alpha)

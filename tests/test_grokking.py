@@ -1,0 +1,147 @@
+"""Grokking times: predicted with an error, refused where theory ends, and the rules of
+thumb beside them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gradflow as gf
+
+KEY = jax.random.key(0)
+LAMS = (1e-2, 1e-3, 1e-5)
+
+
+@pytest.fixture(scope="module")
+def diagonal():
+    task = gf.tasks.diagonal_network(KEY, samples=8, dim=20, sparsity=2)
+    options = dict(slow_time=4.0, metrics=task.metrics)
+    theory = gf.two_phase(task.flow, task.model, **options)
+    paths = gf.sweep(
+        task.flow,
+        task.model,
+        weight_decay=jnp.array(LAMS),
+        solver=gf.KKT5(),
+        saves=513,
+        rtol=1e-8,
+        progress=False,
+        **options,
+    )
+    return task, theory, paths
+
+
+@pytest.mark.parametrize("name", ["train", "test"])
+def test_times_are_right_and_so_is_their_error(diagonal, name):
+    _, theory, paths = diagonal
+    for lam, path in zip(LAMS, paths, strict=True):
+        predicted = theory.crossing_time(name, lam)
+        measured = path.crossing_time(name)
+        assert predicted.order == 2
+        assert abs(predicted.time / measured - 1) < 1e-3
+        # Twice, and what interpolating the path between its saved times adds.
+        off = abs(predicted.time - measured)
+        assert off < 2 * predicted.error + 3e-6 * measured
+        assert predicted.error < 5e-3 * measured
+        assert f"{predicted.time:.6g}" in str(predicted)
+
+
+def test_the_second_order_is_nearer(diagonal):
+    _, theory, paths = diagonal
+    first = dataclasses.replace(theory, second=None)
+    for lam, path in zip(LAMS[:2], paths, strict=False):
+        measured = path.crossing_time("test")
+        off = [abs(x.grokking_time(lam).time - measured) for x in (first, theory)]
+        assert off[0] > 5 * off[1]
+        assert np.isnan(first.grokking_time(lam).error)
+
+
+def test_no_number_beyond_the_validity(diagonal):
+    _, theory, paths = diagonal
+    # It does cross, at s = 1.1, but η(s) is no longer above 10 λ there.
+    beyond = theory.grokking_time(0.1)
+    assert np.isnan(beyond.time) and np.isnan(beyond.error)
+    until = theory.valid_until(0.1)
+    assert 0 < until < 1 and f"s ≤ {until:.3g}" in str(beyond)
+    eta = np.interp(until, theory.drift.t, theory.smallest_curvature)
+    assert eta > 1.0
+    # From the start:
+    assert theory.valid_until(10.0) == 0.0
+    assert "too large" in theory.grokking_time(10.0).why
+    horizons = [theory.valid_until(lam) for lam in (1e-1, 1e-2, 1e-3, 1e-5)]
+    assert np.all(np.diff(horizons) > 0) and horizons[-1] == theory.drift.t[-1]
+
+
+def test_names_and_thresholds(diagonal):
+    task, theory, _ = diagonal
+    with pytest.raises(ValueError, match="no metric is named 'other'"):
+        theory.crossing_time("other", 1e-3)
+
+
+def test_widths(diagonal):
+    _, _, paths = diagonal
+    a, b = (gf.widths(paths[i]) for i in (1, 2))
+    assert abs(b.drop - a.drop) < 0.02 * a.drop
+    assert abs((b.plateau - a.plateau) / np.log(100) - 1) < 0.01
+    # A metric that is known: 1/(1 + t) from memorisation at t = 0.1 on.
+    t = jnp.concatenate([jnp.zeros(1), jnp.geomspace(1e-3, 1e6, 400)])
+    fall = 1 / (1 + t)
+    known = dataclasses.replace(
+        paths[1],
+        t=t,
+        metrics={"train": 1 / (1 + 10 * t), "test": fall},
+        watched={"train": gf.Metric(lambda m: m, threshold=0.5)},
+    )
+    width = gf.widths(known)
+    top = 1 / 1.1
+    begin, end = 1 / (0.9 * top) - 1, 1 / (0.1 * top) - 1
+    np.testing.assert_allclose(width.begin, begin, rtol=2e-2)
+    np.testing.assert_allclose(width.end, end, rtol=2e-2)
+    np.testing.assert_allclose(width.drop, np.log(end / begin), atol=2e-2)
+
+
+def test_onset(diagonal):
+    task, theory, paths = diagonal
+    found = [gf.onset(task.flow, path) for path in paths]
+    # t_GF is of the fast phase; t_WD grows as ln(1/λ) over η at the end of it.
+    fitted = [x.fitted for x in found]
+    np.testing.assert_allclose(fitted, fitted[-1], rtol=0.05)
+    eta = float(theory.spectrum.smallest_curvature)
+    slope = (found[2].decaying - found[1].decaying) / np.log(100)
+    assert abs(slope * eta - 1) < 0.1
+    # Where the two phases are told apart, λ is far below the balance.
+    assert found[1].balance > 100 * LAMS[1]
+    gradient = task.flow.velocity(task.model, 0.0)
+    size = np.sqrt(sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(gradient)))
+    end = np.sqrt(2 * float(paths[1].penalty[-1]))
+    np.testing.assert_allclose(found[1].balance, size / end, rtol=1e-10)
+
+
+def test_radial_law(diagonal):
+    task, theory, _ = diagonal
+    law = gf.radial_law(task.flow, theory)
+    np.testing.assert_allclose(law.integral, law.log_norm, atol=2e-6)
+    assert law.log_norm[-1] < -0.3 and np.all(np.diff(law.log_norm) < 0)
+
+
+def test_transition_time_of_large_scales():
+    assert np.isclose(gf.transition_time(np.e**2, 0.1), 20.0)
+    with pytest.raises(ValueError, match="scale"):
+        gf.transition_time(0.5, 0.1)
+    # The null coordinates of linear regression decay as αe^{−λt}: exact in ratios.
+    task = gf.tasks.linear_regression(KEY, samples=5, dim=12)
+    drawn = task.model.weights
+    times = []
+    for alpha in (10.0, 1000.0):
+        model = gf.models.LinearModel(alpha * drawn)
+        theory = gf.two_phase(
+            task.flow,
+            model,
+            slow_time=12.0,
+            metrics={"test": task.metrics["test"]},
+            order=1,
+        )
+        times.append(theory.grokking_time(1e-3).time)
+    expected = gf.transition_time(100.0, 1e-3)
+    np.testing.assert_allclose(times[1] - times[0], expected, rtol=1e-2)

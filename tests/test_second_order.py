@@ -1,0 +1,301 @@
+"""The second order of the two-phase theory: its rate, its terms, and its error bar."""
+
+import dataclasses
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+
+import gradflow as gf
+from gradflow import second_order
+from gradflow.second_order import backward_differences, inner, Point
+
+KEY = jax.random.key(0)
+
+
+class Softened(gf.AbstractPenalty):
+    """R(θ) = Σ √(1 + θ²) − 1: smooth, and neither quadratic nor rotation-invariant."""
+
+    def __call__(self, params):
+        each = (jnp.sum(jnp.sqrt(1 + p * p) - 1) for p in jax.tree.leaves(params))
+        return jnp.asarray(sum(each))
+
+    def gradient(self, params):
+        return jax.tree.map(lambda p: p / jnp.sqrt(1 + p * p), params)
+
+
+def net(key, *, depth, width, inputs, scale):
+    model = eqx.nn.MLP(inputs, "scalar", width, depth, jnp.tanh, key=key)
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+    return eqx.combine(jax.tree.map(lambda p: scale * p, params), static)
+
+
+def diagonal():
+    task = gf.tasks.diagonal_network(KEY, samples=5, dim=10, sparsity=2)
+    return task.flow, task.model, 1.0
+
+
+def teacher_student():
+    task = gf.tasks.teacher_student(KEY, width=10, samples=4)
+    return task.flow, task.model, 0.6
+
+
+def three_layers():
+    """Two hidden layers, three of weights."""
+    x = jax.random.normal(jax.random.key(1), (4, 2))
+    loss = gf.SquaredError(x, jnp.sin(2 * x[:, 0]) + 0.5 * x[:, 1])
+    model = net(jax.random.key(3), depth=2, width=6, inputs=2, scale=2.0)
+    return gf.GradientFlow(loss), model, 0.5
+
+
+def soft_labels():
+    """Neither loss nor penalty is quadratic."""
+    x = jax.random.normal(jax.random.key(1), (4, 2))
+    y = jnp.array([0.1, 0.8, 0.6, 0.3])
+    flow = gf.GradientFlow(gf.Logistic(x, y, reduction="sum"), penalty=Softened())
+    keys = jax.random.split(jax.random.key(3), 3)
+    shapes = ((8, 2), (8,), (8,))
+    drawn = (jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True))
+    return flow, gf.models.TwoLayer(*drawn), 0.5
+
+
+PROBLEMS = {
+    f.__name__: f for f in (diagonal, teacher_student, three_layers, soft_labels)
+}
+
+
+@pytest.fixture(scope="module", params=PROBLEMS)
+def studied(request):
+    flow, model, slow_time = PROBLEMS[request.param]()
+    theory = gf.two_phase(flow, model, slow_time=slow_time, rtol=1e-10)
+    sweep = gf.sweep(
+        flow,
+        model,
+        weight_decay=jnp.array([3e-3, 1e-3, 3e-4, 1e-4, 3e-5]),
+        slow_time=slow_time,
+        solver=gf.KKT5(),
+        saves=129,
+        rtol=1e-10,
+        progress=False,
+    )
+    return request.param, flow, theory, sweep, gf.compare(sweep, theory)
+
+
+def test_rates_over_two_decades(studied):
+    _, _, theory, _, report = studied
+    assert np.all(report.valid_until == theory.drift.t[-1])
+    ends = report.weight_decay[[0, -1]]
+    for error, rate in ((report.error, 1), (report.second_error, 2)):
+        sup = error.max(axis=1)
+        slopes = np.diff(np.log(sup)) / np.diff(np.log(report.weight_decay))
+        whole = np.log(sup[0] / sup[-1]) / np.log(ends[0] / ends[1])
+        assert abs(whole - rate) < 0.1, slopes
+    gain = report.error[1].max() / report.second_error[1].max()  # at λ = 1e-3
+    assert gain > 10, gain
+    assert abs(report.second_rate.exponent - 2) < 0.1
+    assert "theory: 2" in str(report)
+
+
+def test_error_bars(studied):
+    _, _, _, _, report = studied
+    first, second = report.next_term
+    used = report.second_rate.used
+    assert used.sum() >= 2
+    # The triangle inequality; and the second error is small.
+    off = np.abs(first - report.sup_error_regular)
+    assert np.all(off <= 1.01 * report.sup_second_error), off
+    np.testing.assert_allclose(first, report.sup_error_regular, rtol=0.1)
+    ratio = report.sup_second_error[used] / second[used]
+    assert np.all((ratio > 0.4) & (ratio < 2.5)), ratio
+
+
+def test_start_and_end_of_the_fast_phase(studied):
+    _, _, theory, _, _ = studied
+    # θ₁(0) = 0: weight decay has had no time.
+    for lam in (1e-2, 1e-4):
+        start = theory.predict(0.0, lam, order=2)
+        for a, b in zip(leaves(start), leaves(theory.predict(0.0, 0.0)), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-12)
+    flat = vectors(theory.second.inner)
+    size = np.linalg.norm(flat, axis=1)
+    assert size[-1] == 0 and size[-2] < 1e-6 * size.max()
+    assert theory.second.mismatch < 1e-3
+
+
+def test_normal_and_tangent_parts(studied):
+    _, flow, theory, _, _ = studied
+    term, _ = flow.term(eqx.combine(theory.limit, theory.drift.static))
+    form, rank = theory.spectrum.form, theory.spectrum.rank
+    for i in (0, 100):
+        params = jax.tree.map(lambda p, i=i: p[i], theory.drift.params)
+        at = Point(term, params, form, rank)
+        w1 = jnp.asarray(vectors(theory.second.tangent)[i])
+        h = jnp.asarray(vectors(theory.second.offset)[i])
+        assert np.linalg.norm(at.project(h)) < 1e-10 * np.linalg.norm(h)
+        # To the tolerance of its equation, which is not told to stay tangent.
+        assert np.linalg.norm(at.project(w1) - w1) < 1e-5 * np.linalg.norm(w1 + h)
+
+
+def test_hessian_form_agrees(studied):
+    name, flow, theory, _, _ = studied
+    if name != "diagonal":
+        pytest.skip("one problem is enough")
+    limit = eqx.combine(theory.limit, theory.drift.static)
+    term, _ = flow.term(limit)
+    dense = gf.manifold.spectrum(flow.loss, limit, form="hessian")
+    paths = theory.fast, theory.drift
+    other = second_order.second_order(term, *paths, dense, theory.fast_scale)
+    for part in ("inner", "tangent", "offset"):
+        a, b = (vectors(getattr(x, part)) for x in (theory.second, other))
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_every_term_is_needed(studied):
+    name, flow, theory, sweep, _ = studied
+    if name != "teacher_student":
+        pytest.skip("one generic network is enough")
+    term, _ = flow.term(eqx.combine(theory.limit, theory.drift.static))
+    form, rank = theory.spectrum.form, theory.spectrum.rank
+    second = theory.second
+    nothing = lambda tree: jax.tree.map(jnp.zeros_like, tree)
+    start = jnp.asarray(vectors(second.tangent)[0])
+    first = jax.tree.map(lambda p: p[0], second.tangent)
+    stack = jax.vmap(ravel_pytree(first)[1])
+    along = lambda w1, bend: stack(
+        second_order.outer(
+            term, theory.drift.params, theory.drift.t, theory.drift.t, w1, bend, form,
+            rank,
+        )
+    )  # fmt: skip
+    whole = along(start, 1.0)
+    for a, b in zip(leaves(whole), leaves(second.tangent), strict=True):
+        np.testing.assert_array_equal(a, b)
+    without = {
+        "offset": dict(offset=nothing(second.offset)),
+        "inner": dict(inner=nothing(second.inner)),
+        "w₁(0)": dict(tangent=along(jnp.zeros_like(start), 1.0)),
+        "D²Φ": dict(tangent=along(start, 0.0)),
+    }
+    for name, change in without.items():
+        maimed = dataclasses.replace(
+            theory, second=dataclasses.replace(second, **change)
+        )
+        sup = gf.compare(sweep, maimed).second_error.max(axis=1)
+        lams = np.asarray(sweep.weight_decay)
+        slope = np.log(sup[2] / sup[-1]) / np.log(lams[2] / lams[-1])
+        assert abs(slope - 1) < 0.1, (name, slope)
+
+
+def leaves(tree):
+    return jax.tree.leaves(eqx.filter(tree, eqx.is_inexact_array))
+
+
+def vectors(params):
+    return np.asarray(jax.vmap(lambda p: ravel_pytree(p)[0])(params))
+
+
+def test_second_derivative_of_the_limit_map():
+    flow, model, _ = soft_labels()
+    limit = gf.manifold.limit_map(flow.loss, model, rtol=1e-11)
+    term, params = flow.term(limit.model)
+    found = gf.manifold.spectrum(flow.loss, limit.model)
+    at = Point(term, params, found.form, found.rank)
+    h, gradient = (
+        at.offset,
+        at.drift - at.root.T @ (at.root @ at.offset),
+    )  # ∇R = P∇R − Hh
+    np.testing.assert_allclose(
+        gradient, ravel_pytree(flow.penalty.gradient(params))[0], atol=1e-10
+    )
+    unravel = ravel_pytree(params)[1]
+    a, b = h / jnp.linalg.norm(h), gradient / jnp.linalg.norm(gradient)
+
+    def phi(theta):
+        moved = eqx.combine(unravel(theta), term.static)
+        out = gf.manifold.limit_map(flow.loss, moved, rtol=1e-12)
+        return ravel_pytree(flow.partition(out.model)[0])[0]
+
+    def mixed(step):
+        corner = lambda i, j: phi(at.w + step * (i * a + j * b))
+        same, opposite = corner(1, 1) + corner(-1, -1), corner(1, -1) + corner(-1, 1)
+        return (same - opposite) / (4 * step**2)
+
+    exact = at.bending() / (jnp.linalg.norm(h) * jnp.linalg.norm(gradient))
+    # This is the tangent part of D²Φ, all that the drift needs of it.
+    errors = [
+        float(jnp.linalg.norm(at.project(mixed(step)) - exact)) for step in (0.06, 0.03)
+    ]
+    assert errors[1] < 0.05 * jnp.linalg.norm(exact)
+    assert abs(np.log2(errors[0] / errors[1]) - 2) < 0.3, errors
+
+
+def test_derivative_of_the_drift_field():
+    flow, model, _ = soft_labels()
+    limit = gf.manifold.limit_map(flow.loss, model, rtol=1e-11)
+    term, params = flow.term(limit.model)
+    found = gf.manifold.spectrum(flow.loss, limit.model)
+    at = Point(term, params, found.form, found.rank)
+    unravel = ravel_pytree(params)[1]
+    v = at.project(jax.random.normal(jax.random.key(9), at.w.shape))
+    v = v / jnp.linalg.norm(v)
+
+    def field(step):
+        moved = eqx.combine(unravel(at.w + step * v), term.static)
+        moved = gf.manifold.retract(flow.loss, moved).model
+        return -Point(term, flow.partition(moved)[0], found.form, found.rank).drift
+
+    step = 1e-4
+    difference = (field(step) - field(-step)) / (2 * step)
+    np.testing.assert_allclose(difference, at.field_jvp(v), atol=1e-6)
+
+
+def test_linear_regression_in_closed_form():
+    task = gf.tasks.linear_regression(KEY, samples=5, dim=12)
+    x, y = np.asarray(task.loss.x), np.asarray(task.loss.y)
+    curvature, basis = np.linalg.eigh(x.T @ x / 5)
+    force, start = basis.T @ (x.T @ y / 5), basis.T @ np.asarray(task.model.weights)
+    inside = curvature > 1e-10
+    k = np.where(inside, curvature, 1.0)
+    scale = jnp.asarray(0.2 / curvature[-1])
+    ts = scale * jnp.expm1(jnp.linspace(0.0, 1.0, 257) * jnp.log1p(40.0 / scale))
+    t = np.asarray(ts)[:, None]
+    decayed = np.exp(-k * t)
+    path = np.where(inside, force / k + (start - force / k) * decayed, start) @ basis.T
+    within = -force / k**2 * (1 - decayed) - (start - force / k) * t * decayed
+    exact = np.where(inside, within, -t * start) @ basis.T
+    term, _ = task.flow.term(task.model)
+    path = jax.vmap(gf.models.LinearModel)(jnp.asarray(path))
+    alpha = backward_differences(5)
+    numerical = inner(term, path, scale, ts, alpha, "jacobian")
+    np.testing.assert_allclose(numerical, exact, atol=1e-8 * np.abs(exact).max())
+    # w₁ vanishes, and h = −(∇²F)⁺w.
+    last = gf.models.LinearModel(path.weights[-1])
+    rank = jnp.array(5)
+    w1, h, _ = second_order.match(term, last, numerical[-1], ts[-1], "jacobian", rank)
+    exact_h = -np.where(inside, force / k**2, 0.0) @ basis.T
+    np.testing.assert_allclose(h, exact_h, atol=1e-9)
+    assert jnp.abs(w1).max() < 1e-6
+
+
+def test_backward_differences():
+    for order in (4, 5):
+        alpha = np.asarray(backward_differences(order))
+        for degree in range(order + 1):
+            exact = degree == 1
+            at = -np.arange(6.0)
+            assert abs(alpha @ at**degree - exact) < 1e-10
+
+
+def test_orders_that_there_are_not():
+    flow, model, _ = diagonal()
+    theory = gf.two_phase(flow, model, slow_time=1.0, rtol=1e-10, order=1)
+    assert theory.second is None and "second order" not in str(theory)
+    with pytest.raises(ValueError, match="order: the second was not computed"):
+        theory.predict(1.0, 1e-3, order=2)
+    with pytest.raises(ValueError, match="order: expected 1 or 2"):
+        theory.predict(1.0, 1e-3, order=3)
+    with pytest.raises(ValueError, match="order: expected 1 or 2"):
+        gf.two_phase(flow, model, slow_time=0.3, order=0)
