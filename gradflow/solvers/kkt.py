@@ -32,7 +32,7 @@ class ChordIteration(eqx.Module):
     rtol: Any
     atol: Any
     norm: Any
-    kappa: float = 0.05
+    kappa: float = 0.03
 
 
 class _State(eqx.Module):
@@ -342,7 +342,7 @@ class AbstractKKT(
 # Up to this size the inverse is cheaper than to solve by a factor in each iteration.
 _INVERTED = 128
 _DRIFT = 0.1  # contraction that a factor made for another shift may cost
-_SLOW = 4  # iterations a stage above which the tangent kernel is renewed
+_SLOW = 3  # iterations a stage above which the tangent kernel is renewed
 DENSE_LIMIT = 5000  # parameters up to which the Hessian of an opaque loss is factorised
 SLIDING_RTOL = 1e-3  # what is resolved, relatively, while the flow slides along a kink
 _SLIDE = 0.2  # tolerances by which the mean may still move when a sliding stage ends
