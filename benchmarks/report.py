@@ -129,7 +129,7 @@ def best(rows: Iterable[Row], problem: str, method: str, lam: float) -> Row | No
 MARKS = (
     "≥: stopped there, over the budget. ≥ … †: not run, for it had been stopped at a "
     "larger λ; a bound if the cost does not fall with λ. ≈: not measured, extrapolated "
-    "from larger λ."
+    "from larger λ. Does not fit: not run, as one d × d matrix takes gigabytes."
 )
 
 
@@ -401,6 +401,13 @@ def legend(figure, rows: Sequence[Row], styles: dict[str, dict], extra=()) -> No
     figure.legend(handles=[*lines, *extra], loc="outside right center", fontsize=9)
 
 
+def widen(ax, least: float = 15.0) -> None:
+    """Makes the time axis span at least such a factor: ticks in less would overlap."""
+    left, right = ax.get_xlim()
+    more = max(1.0, least * left / right) ** 0.5
+    ax.set_xlim(left / more, right * more)
+
+
 def work_precision(rows: Sequence[Row], file: Path) -> None:
     """Error against seconds at λ = 1e-5."""
     here = [r for r in rows if near(r.weight_decay, KEY) and r.status == OK]
@@ -415,6 +422,7 @@ def work_precision(rows: Sequence[Row], file: Path) -> None:
             mine.sort(key=lambda r: -r.rtol)
             ax.plot([r.seconds for r in mine], [r.error for r in mine], **how)
         ax.axhline(GOAL, color="black", lw=0.8, ls=":")
+        widen(ax)
         ax.set_xlabel("time (seconds, one core)")
         ax.set_ylabel("largest relative error of $\\theta$")
     legend(figure, here, styles)
