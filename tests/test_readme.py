@@ -11,10 +11,12 @@ def test_example_runs(tmp_path, monkeypatch, capsys):
 
     matplotlib.use("Agg")
     monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    exec(compile(code, "README.md", "exec"), {})
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) == 2  # the second goes on where the first ended
+    exec(compile("\n".join(blocks), "README.md", "exec"), {})
     assert (tmp_path / "report.png").stat().st_size > 10_000
-    assert "rate of the error" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "rate of the error" in out and "order 2, theory holds up to" in out
 
 
 def test_figure_and_tasks_exist():
