@@ -249,7 +249,7 @@ def two_phase(
     *,
     slow_time: float,
     metrics: dict[str, Callable | Metric] | None = None,
-    order: int = 2,
+    order: int = 1,
     rtol: float = 1e-9,
     max_steps: int = 100_000,
     throw: bool = True,
@@ -258,7 +258,8 @@ def two_phase(
 
     Three runs: the limit map, the fast path on a grid fit for interpolation, and the
     Riemannian flow from its end. The terms of the second order take one linear equation
-    along each of the two paths, less than one run more.
+    along each of the two paths: from half a run to some runs more, the more the closer
+    the drift comes to a singular point.
 
     **Arguments:**
 
@@ -266,8 +267,9 @@ def two_phase(
     - `model`: the initial model θ₀.
     - `slow_time`: how far to follow the drift, s = λt.
     - `metrics`: as for `simulate`; recorded along both phases.
-    - `order`: 2, or 1 to leave out the terms of the second order; these need a loss
-        and a penalty that are smooth, and in the Hessian form at most 5000 parameters.
+    - `order`: 1, or 2 to compute the terms of the second order too, which the error
+        estimates come from; these need a loss and a penalty that are smooth, and in the
+        Hessian form at most 5000 parameters.
     - `rtol`: the tolerance of the runs.
     - `max_steps`: the budget of steps of each.
     - `throw`: raise where theory does not apply; otherwise see `result`.

@@ -18,7 +18,7 @@ LAMS = (1e-2, 1e-3, 1e-5)
 def diagonal():
     task = gf.tasks.diagonal_network(KEY, samples=8, dim=20, sparsity=2)
     options = dict(slow_time=4.0, metrics=task.metrics)
-    theory = gf.two_phase(task.flow, task.model, **options)
+    theory = gf.two_phase(task.flow, task.model, order=2, **options)
     paths = gf.sweep(
         task.flow,
         task.model,
@@ -140,7 +140,6 @@ def test_transition_time_of_large_scales():
             model,
             slow_time=12.0,
             metrics={"test": task.metrics["test"]},
-            order=1,
         )
         times.append(theory.grokking_time(1e-3).time)
     expected = gf.transition_time(100.0, 1e-3)

@@ -19,14 +19,14 @@ LAMS = jnp.array([1e-2, 1e-3, 1e-4])
 @pytest.fixture(scope="module")
 def results():
     task = gf.tasks.linear_regression(jax.random.key(0), samples=4, dim=8)
-    theory = gf.two_phase(task.flow, task.model, slow_time=3.0, metrics=task.metrics)
+    options = dict(slow_time=3.0, metrics=task.metrics)
+    theory = gf.two_phase(task.flow, task.model, order=2, **options)
     sweep = gf.sweep(
         task.flow,
         task.model,
         weight_decay=LAMS,
-        slow_time=3.0,
         saves=65,
-        metrics=task.metrics,
+        **options,
         solver=gf.KKT5(),
         rtol=1e-8,
         progress=False,
