@@ -227,6 +227,9 @@ def compare(sweep: Sweep, theory: TwoPhase, *, after: float = 0.1) -> Report:
     never = PredictedTime(np.nan, np.nan, 1, "")
     get = lambda name: [p.get(name, never) for p in predicted]
     sup_second = _sup_until(second_errors, slow, until)
+    # A lane that slid along kinks is exact to three digits only.
+    exact = np.asarray(sweep.result == RESULTS.successful)
+    fitted = lambda values: np.where(exact, values, np.nan)
     ratio = _ratio(theory, slow) * lams[:, None]
     largest = float(curvature) / 20
     steepest = _sup(ratio, slow <= until)
@@ -241,11 +244,14 @@ def compare(sweep: Sweep, theory: TwoPhase, *, after: float = 0.1) -> Report:
         sup_error_regular=regular,
         regular_until=until,
         after=after,
-        rate=fit_rate(lams, regular, largest, floor),
+        rate=fit_rate(lams, fitted(regular), largest, floor),
         second_error=None if theory.second is None else second_errors,
         sup_second_error=sup_second,
         next_term=np.stack(
-            [_sup(s, slow <= until) for s in (second_terms, second_terms * ratio)]
+            [
+                _sup(s, slow <= until)
+                for s in (second_terms, second_terms * (ratio + _mismatch(theory)))
+            ]
         ),
         second_rate=fit_rate(
             lams, np.where(steepest <= 0.1, sup_second, np.nan), largest, finer
@@ -275,7 +281,7 @@ def fit_rate(
     used = used & (error >= floor) & np.isfinite(error)
     if used.sum() < 2:
         why = f"fewer than two λ ≤ {largest:.1e} have an error above {floor:.0e}"
-        return Rate(np.nan, np.nan, used, why)
+        return Rate(np.nan, np.nan, np.zeros_like(used), why)
     x, y = np.log(weight_decay[used]), np.log(error[used])
     x0 = x - x.mean()
     slope = float(x0 @ y / (x0 @ x0))
@@ -285,6 +291,10 @@ def fit_rate(
     lo, hi = weight_decay[used].min(), weight_decay[used].max()
     why = f"{n} λ from {lo:.1e} to {hi:.1e}"
     return Rate(slope, float(stderr), used, why)
+
+
+def _mismatch(theory: TwoPhase) -> float:
+    return 0.0 if theory.second is None else float(theory.second.mismatch)
 
 
 def _regular_until(theory: TwoPhase) -> float:

@@ -44,14 +44,21 @@ def widths(path: Path, *, train: str = "train", test: str = "test") -> Widths:
         come to rest.
     - `train`, `test`: their names.
 
-    **Returns:** a `Widths`; NaN where the path does not memorise.
+    **Returns:** a `Widths`; NaN where the path does not memorise, or did from the start.
+
+    **Raises:** `ValueError` for a metric that the path does not have.
 
     Source: Boursier, Pesme, Dragomir, arXiv 2505.20172, section 4: the drop is not
     sudden, it lasts as long on the logarithmic clock whatever λ.
     """
+    for name in (train, test):
+        if name not in path.metrics:
+            raise ValueError(
+                f"path: has no metric {name!r}, only {list(path.metrics)}."
+            )
     t, values = np.asarray(path.t), np.asarray(path.metrics[test])
     memorised = path.crossing_time(train)
-    if not np.isfinite(memorised):
+    if not memorised > 0:
         return Widths(np.nan, np.nan, np.nan, np.nan)
     plateau, last = np.interp(memorised, t, values), values[-1]
     at = lambda share: crossing_time(
@@ -72,10 +79,10 @@ def widths(path: Path, *, train: str = "train", test: str = "test") -> Widths:
 class Onset(eqx.Module):
     """When the phases end and begin, by the size of the two forces."""
 
-    fitted: float
-    """t_GF, the time from which ‖∇F‖ ≤ ε‖∇F(θ₀)‖."""
-    decaying: float
-    """t_WD, the time from which ‖∇F‖ ≤ λ‖∇R‖."""
+    t_gf: float
+    """The time from which ‖∇F‖ ≤ ε‖∇F(θ₀)‖."""
+    t_wd: float
+    """The time from which ‖∇F‖ ≤ λ‖∇R‖."""
     balance: float
     """‖∇F(θ₀)‖/‖∇R‖, with ∇R at the end of the path: grokking asks for λ far below."""
 
@@ -95,15 +102,19 @@ def onset(flow: GradientFlow, path: Path, *, share: float = 0.01) -> Onset:
 
     **Returns:** an `Onset`, its times in t; NaN where they are not reached.
 
+    **Raises:** `ValueError` where λ = 0.
+
     Source: Boursier, Pesme, Dragomir, arXiv 2505.20172, appendix E.
     """
+    if not float(path.weight_decay) > 0:
+        raise ValueError("path: expected one with weight decay.")
     force, decay = (np.asarray(x) for x in _forces(flow, path))
     below = lambda values, level: crossing_time(
         path.t, values, Metric(lambda model: model, threshold=level)
     )
     return Onset(
-        fitted=below(force / force[0], share),
-        decaying=below(force / (float(path.weight_decay) * decay), 1.0),
+        t_gf=below(force / force[0], share),
+        t_wd=below(force / (float(path.weight_decay) * decay), 1.0),
         balance=float(force[0] / decay[-1]),
     )
 

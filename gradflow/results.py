@@ -65,6 +65,11 @@ class RESULTS(diffrax.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
         "ill-conditioned, or too few steps were allowed. Use method='dense' if it "
         "fits the memory, or allow more steps."
     )
+    second_order_lost = (
+        "The terms of the second order could not be found: the fast phase changes too "
+        "abruptly, or the drift is singular from its start. The first order stands; "
+        "shorten `slow_time`, or tighten `rtol`."
+    )
     rank_lost = (
         "The Jacobian lost rank along the drift: the critical manifold is singular "
         "there and theory holds only up to that slow time. Shorten `slow_time`."

@@ -71,8 +71,9 @@ def check_second_order(spectrum: Spectrum) -> None:
 
 def second_order(
     term: FlowTerm, fast: Path, drift: Path, spectrum: Spectrum, fast_scale: Array
-) -> SecondOrder:
-    """The terms of order λ for the two paths of a two-phase prediction."""
+) -> SecondOrder | None:
+    """The terms of order λ for the two paths of a two-phase prediction; `None` where
+    they could not be found."""
     form, rank = spectrum.form, spectrum.rank
     start = jax.tree.map(lambda p: p[0], drift.params)
     thetas = [
@@ -87,6 +88,9 @@ def second_order(
     offset, ratio = _next(term, nodes, drift.t[:n], tangent, form, rank)
     # What the solver did not reach is infinite.
     n = int(jnp.sum(jnp.all(jnp.isfinite(tangent), axis=1)))
+    mismatch = jnp.linalg.norm(w1 - rough) / jnp.linalg.norm(w1 + h)
+    if n < 8 or not bool(jnp.isfinite(mismatch)):  # interpolation takes 8
+        return None
     e1 = thetas[0] + jnp.outer(fast.t, speed) - (w1 + h)[None]
     stack = jax.vmap(ravel_pytree(start)[1])
     return SecondOrder(
@@ -95,7 +99,7 @@ def second_order(
         offset=stack(offset[:n]),
         ratio=ratio[:n],
         until=drift.t[n - 1],
-        mismatch=jnp.linalg.norm(w1 - rough) / jnp.linalg.norm(w1 + h),
+        mismatch=mismatch,
     )
 
 
@@ -218,7 +222,8 @@ def outer(
         y0=w1,
         saveat=diffrax.SaveAt(ts=ts),
         stepsize_controller=diffrax.PIDController(rtol=1e-6, atol=1e-6 * scale),
-        max_steps=2000,
+        # Tens are enough but near a singular point, where w₁ grows without bound.
+        max_steps=300,
         throw=False,
         adjoint=diffrax.ForwardMode(),
     )

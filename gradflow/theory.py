@@ -1,5 +1,6 @@
 """The two-phase theory: fast flow to the critical manifold, then a slow drift on it."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from ._checks import check_horizon, check_tolerance, resolvable
+from ._checks import (
+    check_horizon,
+    check_tolerance,
+    check_weight_decay,
+    resolvable,
+)
 from ._interpolate import interpolate
 from .flow import GradientFlow
 from .losses import AbstractCompositeLoss
@@ -30,6 +36,10 @@ _TIMES = 400  # at which a predicted metric is evaluated
 # factor of 2.5 on five tasks.
 _CURVATURE_SHARE = 0.1
 _TERM_RATIO = 0.25
+
+# Results with which a prediction stands; with the first three validity is claimed too.
+_CLAIMED = (RESULTS.successful, RESULTS.rank_lost, RESULTS.second_order_lost)
+_STANDING = (*_CLAIMED, RESULTS.slid, RESULTS.ambiguous_rank)
 
 
 class TwoPhase(eqx.Module):
@@ -86,6 +96,7 @@ class TwoPhase(eqx.Module):
         **Raises:** `ValueError` for another order, or one that was not computed.
         """
         self._check_order(order)
+        check_weight_decay(weight_decay)
         dtype = self.fast.t.dtype
         t, lam = jnp.asarray(t, dtype), jnp.asarray(weight_decay, dtype)
         at_once = lambda x: self.predict_params(x, lam, order=order)
@@ -99,8 +110,14 @@ class TwoPhase(eqx.Module):
         for the estimated ratio ρ of the terms of order λ² and λ; and where all terms
         are known.
 
-        **Returns:** s; 0 where λ is too large from the start.
+        **Returns:** s; 0 where λ is too large from the start, the rank is a guess, or a
+        path slid along kinks.
+
+        **Raises:** `ValueError` unless λ > 0.
         """
+        _check_positive(weight_decay)
+        if self._doubt():
+            return 0.0
         lam = float(weight_decay)
         holds = lam <= _CURVATURE_SHARE * np.asarray(self.smallest_curvature)
         if self.second is not None:
@@ -108,6 +125,10 @@ class TwoPhase(eqx.Module):
             holds = holds[: ratio.size] & (lam * ratio <= _TERM_RATIO)
         first = int(np.argmin(np.append(holds, False)))
         return float(self.drift.t[max(first - 1, 0)])
+
+    def _doubt(self) -> str:
+        """Why nothing is claimed, for whatever λ; empty where something is."""
+        return "" if _among(self.result, _CLAIMED) else RESULTS[self.result]
 
     def grokking_time(self, weight_decay: float) -> PredictedTime:
         """When the metric `"test"` will have passed its threshold for good; from the
@@ -153,9 +174,12 @@ class TwoPhase(eqx.Module):
             known = np.asarray(self.second.ratio)
             nodes = np.asarray(self.drift.t)[: known.size]
             ratio = weight_decay * np.interp(weight_decay * t, nodes, known)
+            ratio = ratio + float(self.second.mismatch)
         values = [curve[name] for curve in curves]
         until = self.valid_until(weight_decay)
-        return predicted_time(t, values, self.drift.watched[name], until, ratio)
+        out = predicted_time(t, values, self.drift.watched[name], until, ratio)
+        doubt = self._doubt()
+        return dataclasses.replace(out, why=doubt) if doubt else out
 
     def predicted_metrics(
         self, weight_decay: float
@@ -166,6 +190,7 @@ class TwoPhase(eqx.Module):
         the metrics by name, at order 1 and, if known, at order 2. NaN where λ is too
         large from the start.
         """
+        _check_positive(weight_decay)
         lam = jnp.asarray(weight_decay, self.fast.t.dtype)
         until = self.valid_until(weight_decay)
         end = until / lam if until > 0 else jnp.full_like(lam, jnp.nan)
@@ -177,7 +202,8 @@ class TwoPhase(eqx.Module):
             raise ValueError(f"order: expected 1 or 2, got {order}.")
         if order == 2 and self.second is None:
             raise ValueError(
-                "order: the second was not computed; call two_phase with order=2."
+                "order: the second was not computed; call two_phase with order=2"
+                " (or see `result`, where that was done)."
             )
 
     def predict_params(
@@ -239,7 +265,8 @@ class TwoPhase(eqx.Module):
                 "late in its course"
             )
         if not bool(self.result == RESULTS.successful):
-            lines.append(f"  FAILED: {RESULTS[self.result]}")
+            word = "WARNING" if _among(self.result, _STANDING) else "FAILED"
+            lines.append(f"  {word}: {RESULTS[self.result]}")
         return "\n".join(lines)
 
 
@@ -325,11 +352,15 @@ def two_phase(
     result = _first_failure(limit.result, fast.result, end.result, drift.result)
     error = _interpolation_error(fast, drift)
     # Past the loss of rank the drift still stands; its validity is for the report.
-    standing = (RESULTS.successful, RESULTS.rank_lost, RESULTS.slid)
-    fatal = jnp.all(jnp.stack([result != r for r in standing]))
+    if bool(result == RESULTS.successful) and bool(at_limit.ambiguous):
+        result = RESULTS.ambiguous_rank
+    fatal = not _among(result, _STANDING)
     terms = None
-    if order == 2 and not bool(fatal):
+    # Along kinks there are no second derivatives to go by.
+    if order == 2 and not fatal and not bool(result == RESULTS.slid):
         terms = second_order(term, fast, drift, at_limit, tau)
+        if terms is None and bool(result == RESULTS.successful):
+            result = RESULTS.second_order_lost
     out = TwoPhase(end.model, fast, drift, at_limit, tau, error, terms, result)
     return result.error_if(out, fatal) if throw else out
 
@@ -386,6 +417,16 @@ def _interpolation_error(fast: Path, drift: Path) -> Float[Array, ""]:
 
     size = jnp.sqrt(sum(jnp.sum(w[0] ** 2) for w in jax.tree.leaves(drift.params)))
     return (off(fast) + off(drift)) / size
+
+
+def _among(result: RESULTS, results: tuple[RESULTS, ...]) -> bool:
+    return any(bool(result == r) for r in results)
+
+
+def _check_positive(weight_decay: float) -> None:
+    check_weight_decay(weight_decay)
+    if not float(weight_decay) > 0:
+        raise ValueError("weight_decay: expected a positive number, got 0.")
 
 
 def _first_failure(*results: RESULTS) -> RESULTS:

@@ -105,10 +105,10 @@ def test_onset(diagonal):
     task, theory, paths = diagonal
     found = [gf.onset(task.flow, path) for path in paths]
     # t_GF is of the fast phase; t_WD grows as ln(1/λ) over η at the end of it.
-    fitted = [x.fitted for x in found]
+    fitted = [x.t_gf for x in found]
     np.testing.assert_allclose(fitted, fitted[-1], rtol=0.05)
     eta = float(theory.spectrum.smallest_curvature)
-    slope = (found[2].decaying - found[1].decaying) / np.log(100)
+    slope = (found[2].t_wd - found[1].t_wd) / np.log(100)
     assert abs(slope * eta - 1) < 0.1
     # Where the two phases are told apart, λ is far below the balance.
     assert found[1].balance > 100 * LAMS[1]
