@@ -44,7 +44,7 @@ def widths(path: Path, *, train: str = "train", test: str = "test") -> Widths:
         come to rest.
     - `train`, `test`: their names.
 
-    **Returns:** a `Widths`; NaN where the path does not memorise, or did from the start.
+    **Returns:** a `Widths`; NaN where the path never memorises, or did at once.
 
     **Raises:** `ValueError` for a metric that the path does not have.
 
