@@ -91,6 +91,8 @@ def test_widths(diagonal):
         paths[1],
         t=t,
         metrics={"train": 1 / (1 + 10 * t), "test": fall},
+        train_loss=fall,
+        penalty=fall,
         watched={"train": gf.Metric(lambda m: m, threshold=0.5)},
     )
     width = gf.widths(known)
