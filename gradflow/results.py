@@ -70,6 +70,12 @@ class RESULTS(diffrax.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
         "abruptly, or the drift is singular from its start. The first order stands; "
         "shorten `slow_time`, or tighten `rtol`."
     )
+    singular_point = (
+        "The rank is higher beside this point than at it: the critical manifold is "
+        "singular here (it crosses itself, or the loss is flatter than quadratic), has "
+        "no tangent space, and theory does not hold. Perturb the model, and take "
+        "`limit_map` from there."
+    )
     rank_lost = (
         "The Jacobian lost rank along the drift: the critical manifold is singular "
         "there and theory holds only up to that slow time. Shorten `slow_time`."

@@ -143,6 +143,15 @@ def test_rank_deficient_minimum(ranks, expected):
     found = manifold.spectrum(loss, model)
     assert found.form == "hessian" and found.rank == expected
     assert found.gap > 1e3 and not found.ambiguous and not found.negative
+    expected_result = gf.RESULTS.successful
+    if ranks == (1, 1):
+        expected_result = gf.RESULTS.singular_point
+    told = manifold.diagnose(gf.GradientFlow(loss), model)
+    assert told.result == expected_result
+    # Without noise the Jacobian form has to see it, too.
+    told = manifold.diagnose(gf.GradientFlow(gf.SquaredError(x, x @ target.T)), model)
+    assert told.spectrum.form == "jacobian" and told.spectrum.rank == expected
+    assert told.result == expected_result
 
 
 # --- No minimiser ------------------------------------------------------------------

@@ -83,26 +83,44 @@ def test_distance_and_its_result():
     assert "not on the critical manifold" in str(found)
 
 
+def no_gap():
+    """Singular values 10⁰, 10⁻¹, …, 10⁻¹⁴: no gap to cut at."""
+    loss = gf.SquaredError(jnp.diag(jnp.logspace(0, -14, 15)), jnp.zeros(15))
+    return loss, Linear(jnp.zeros(15)), gf.RESULTS.ambiguous_rank
+
+
+def hyperbola(y):
+    """At the origin, uv = y has a saddle, and uv = 0 crosses itself."""
+    result = gf.RESULTS.saddle if y else gf.RESULTS.singular_point
+    loss = gf.SquaredError(jnp.ones(1), jnp.full(1, y))
+    return loss, Product(jnp.zeros(()), jnp.zeros(())), result
+
+
+def quartic():
+    """Here M is a point, but ∇²F = 0, without any doubt."""
+    loss = gf.Loss(lambda m: jnp.sum(m.w**4))
+    return loss, Linear(jnp.zeros(15)), gf.RESULTS.singular_point
+
+
+@pytest.mark.parametrize("method", ["dense", "matrix-free"])
 @pytest.mark.parametrize(
-    ("loss", "model", "result"),
-    [
-        (
-            gf.SquaredError(jnp.ones(1), jnp.ones(1)),
-            Product(jnp.zeros(()), jnp.zeros(())),
-            gf.RESULTS.saddle,
-        ),
-        (
-            # Singular values 10⁰, 10⁻¹, …, 10⁻¹⁴: no gap to cut at.
-            gf.SquaredError(jnp.diag(jnp.logspace(0, -14, 15)), jnp.zeros(15)),
-            Linear(jnp.zeros(15)),
-            gf.RESULTS.ambiguous_rank,
-        ),
-    ],
+    "case", [no_gap(), hyperbola(1.0), hyperbola(0.0), quartic()], ids=range(4)
 )
-def test_degenerate_points_are_named(loss, model, result):
-    found = manifold.diagnose(gf.GradientFlow(loss), model)
+def test_degenerate_points_are_named(case, method):
+    loss, model, result = case
+    found = manifold.diagnose(gf.GradientFlow(loss), model, method=method)
     assert found.result == result
     assert str(gf.RESULTS[result]) in str(found)
+
+
+def test_rtol_decides_what_distance_is_measured_in():
+    """A residual of 1e-9 is 1e-6 away along σ = 1e-3, and 1e-9 if that is dropped."""
+    loss = gf.SquaredError(jnp.diag(jnp.array([1.0, 1e-3])), jnp.array([1.0, 1e-9]))
+    flow, model = gf.GradientFlow(loss), Linear(jnp.array([1.0, 0.0]))
+    for rtol, rank, distance in ((None, 2, 1e-6), (0.1, 1, 1e-9)):
+        found = manifold.diagnose(flow, model, form="jacobian", rtol=rtol)
+        assert found.spectrum.rank == rank
+        np.testing.assert_allclose(found.distance, distance, rtol=1e-3)
 
 
 # --- Without a matrix --------------------------------------------------------------
@@ -157,6 +175,9 @@ def test_matrix_free_sees_redundant_data():
         assert found.resolved and not found.ambiguous
         assert found.rank == 6 and found.deficient
         assert "rank-deficient (6 of 12)" in str(found)
+    # The same all over M, which therefore is regular.
+    flow = gf.GradientFlow(twice)
+    assert manifold.diagnose(flow, on).result == gf.RESULTS.successful
 
 
 def test_size_decides(monkeypatch):
@@ -256,6 +277,25 @@ def test_regularity_along_the_drift_of_a_hyperbola():
     assert found.valid_until(1e-3) == 3.0  # η ≥ 2y = 0.2 throughout
     assert found.valid_until(1.0) == 0.0
     assert "valid up to s = " in str(found)
+    for lam in (0.0, -1.0, np.nan):
+        with pytest.raises(ValueError, match="weight_decay: expected"):
+            found.valid_until(lam)
+    # Nothing is valid where nothing is known.
+    guess = eqx.tree_at(lambda r: r.ambiguous, found, jnp.ones_like(found.ambiguous))
+    assert np.isnan(guess.regular_until) and guess.valid_until(1e-3) == 0.0
+    assert "nan" not in str(guess) and "not regular" in str(guess)
+    unknown = found.smallest_curvature.at[100:].set(jnp.nan)
+    unknown = eqx.tree_at(lambda r: r.smallest_curvature, found, unknown)
+    assert unknown.valid_until(1e-3) == drift.slow_time[99]
+    # Nor of a drift that did not get to its end, or that was not one.
+    lost = jax.tree.map(lambda p: p.at[200:].set(jnp.nan), drift.params)
+    lost = eqx.tree_at(
+        lambda p: (p.params, p.result), drift, (lost, gf.RESULTS.out_of_steps)
+    )
+    with pytest.raises(ValueError, match="path: the drift failed .* step budget"):
+        manifold.regularity(flow, lost)
+    off = eqx.tree_at(lambda p: p.result, drift, gf.RESULTS.not_critical)
+    assert manifold.regularity(flow, off).result == gf.RESULTS.not_critical
 
 
 def test_regularity_where_rank_is_lost():

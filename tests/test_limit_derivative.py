@@ -1,5 +1,7 @@
 """The derivative of the limit map, against finite differences and what it must obey."""
 
+from types import SimpleNamespace
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -29,34 +31,38 @@ def flat_limit(loss, model, **options):
     return phi, theta, gradient
 
 
-def stiff_network():
-    """Curvatures over three decades."""
+@pytest.fixture(scope="module")
+def stiff():
+    """A network with curvatures over three decades, and one feature that is always
+    zero: its Φ at θ, and DΦ v forward and uᵀDΦ in reverse."""
     loss, model = diagonal_problem(jr.key(7), samples=6, features=15)
-    scales = jnp.logspace(0, -1.5, 15)
+    scales = jnp.logspace(0, -1.5, 15).at[-1].set(0.0)
     x = loss.x * jnp.broadcast_to(scales, loss.x.shape)
-    return gf.SquaredError(x, x[:, :2].sum(axis=1)), model
-
-
-def test_derivative_off_the_manifold():
-    """Forward, reverse, finite differences, and DΦ∇F = 0: Φ is constant along the
-    flow."""
-    phi, theta, gradient = flat_limit(*stiff_network())
+    loss = gf.SquaredError(x, x[:, :2].sum(axis=1))
+    phi, theta, gradient = flat_limit(loss, model)
     kv, ku = jr.split(jr.key(1))
     v, u = jr.normal(kv, theta.shape), jr.normal(ku, theta.shape)
     w, push = jax.linearize(phi, theta)
-    forward = push(v)
     (backward,) = jax.linear_transpose(push, theta)(u)
-    np.testing.assert_allclose(backward @ v, u @ forward, rtol=1e-11)
+    return SimpleNamespace(**locals())
+
+
+def test_derivative_off_the_manifold(stiff):
+    """Forward, reverse, finite differences, and DΦ∇F = 0: Φ is constant along the
+    flow."""
+    phi, theta, v, push = stiff.phi, stiff.theta, stiff.v, stiff.push
+    forward = push(v)
+    np.testing.assert_allclose(stiff.backward @ v, stiff.u @ forward, rtol=1e-11)
     # Central differences twice, so that their error is O(h⁴).
     difference = lambda h: (phi(theta + h * v) - phi(theta - h * v)) / (2 * h)
     h = 4e-3
     exact = (4 * difference(h / 2) - difference(h)) / 3
     assert jnp.linalg.norm(forward - exact) < 1e-5 * jnp.linalg.norm(forward)
-    force = gradient(theta)
+    force = stiff.gradient(theta)
     assert jnp.linalg.norm(force) > 0.05
     assert jnp.linalg.norm(push(force)) < 1e-6 * jnp.linalg.norm(force)
     assert jnp.linalg.norm(forward) > 0.1 * jnp.linalg.norm(v)
-    np.testing.assert_array_equal(w, phi(theta))
+    np.testing.assert_array_equal(stiff.w, phi(theta))
 
 
 def test_derivative_without_interpolation():
@@ -103,30 +109,57 @@ def test_derivative_of_a_batch():
     np.testing.assert_allclose(batch[2], slope(starts[2]), rtol=1e-6, atol=1e-8)
 
 
-def test_iterative_step_is_the_dense_one(monkeypatch):
+def test_iterative_step_is_the_dense_one(stiff, monkeypatch):
     """What serves more than 1500 parameters: its linear systems, and their transpose
-    in reverse mode."""
-    loss, model = stiff_network()
-    params, static = eqx.partition(model, eqx.is_inexact_array)
-    theta, flat = flatten(loss, params, static)
-    b = jr.normal(jr.key(1), theta.shape)
-    solve = lambda b: _variational._shifted_solve(flat, theta, jnp.array(30.0), b)
-    dense = solve(b), jax.vjp(solve, b)[1](b)[0]
+    in reverse mode. ∇²F leaves the weights of the dead feature alone; where b is zero
+    there as well, 0/0 would end the iteration."""
+    # On M: off it, c = 10⁷ would meet negative curvature.
+    params, static = eqx.partition(stiff.model, eqx.is_inexact_array)
+    flat = flatten(stiff.loss, params, static)[1]
+    b = stiff.u.at[14].set(0.0)
+    solve = lambda b, c: _variational._shifted_solve(flat, stiff.w, c, b)
+
+    def answers(c):
+        forward, transpose = jax.vjp(lambda b: solve(b, c), b)
+        return forward, transpose(b)[0]
+
+    cs = jnp.array([1.0, 30.0, 1e7])
+    dense = jax.vmap(answers)(cs)
     monkeypatch.setattr(_variational, "_DENSE", 0)
-    iterative = solve(b), jax.vjp(solve, b)[1](b)[0]
-    np.testing.assert_allclose(iterative[0], dense[0], atol=1e-9)
-    np.testing.assert_allclose(iterative[1], dense[1], atol=1e-9)
-    assert (dense[0] != iterative[0]).any()
+    iterative = jax.vmap(answers)(cs)
+    for one, two in zip(dense, iterative, strict=True):
+        np.testing.assert_allclose(two, one, atol=1e-9)
+        assert (one != two).any()
+
+
+def test_iterative_derivative_is_the_dense_one(stiff, monkeypatch):
+    monkeypatch.setattr(_variational, "_DENSE", 0)
+    made = _variational.pushforward.__wrapped__
+    fresh = lambda *args: made(*args)  # not the one compiled before
+    monkeypatch.setattr(_variational, "pushforward", eqx.filter_jit(fresh))
+    backward = jax.grad(lambda th: stiff.phi(th) @ stiff.u)(stiff.theta)
+    np.testing.assert_allclose(backward, stiff.backward, atol=1e-9)
+    assert (backward != stiff.backward).any()
+
+
+@pytest.mark.parametrize("broken", [jnp.nan, -1.0])
+def test_a_system_that_fails_is_nan(broken):
+    """And one that does not is exact, b = 0 included."""
+    solve = lambda scale, b: _variational._conjugate_gradients(lambda x: scale * x, b)
+    bad = jnp.array([1.0, broken])
+    assert jnp.isnan(solve(bad, jnp.ones(2))).all()
+    np.testing.assert_allclose(solve(jnp.array([1.0, 4.0]), jnp.ones(2)), [1, 0.25])
+    np.testing.assert_array_equal(solve(jnp.ones(2), jnp.zeros(2)), jnp.zeros(2))
 
 
 def test_only_the_start_has_a_derivative():
     loss, model = diagonal_problem(jr.key(7), samples=6, features=15)
     limit = lambda y: manifold.limit_map(gf.SquaredError(loss.x, y), model).model
     with pytest.raises(ValueError, match="only the derivative in the initial"):
-        jax.grad(lambda y: limit(y).u[0])(loss.y)
+        jax.eval_shape(jax.grad(lambda y: limit(y).u[0]), loss.y)
     trainable = Diagonal(True, False)
     half = lambda u, v: manifold.limit_map(
         loss, Diagonal(u, v), trainable=trainable
     ).model.u[0]
     with pytest.raises(ValueError, match="only the derivative in the initial"):
-        jax.grad(half, 1)(model.u, model.v)
+        jax.eval_shape(jax.grad(half, 1), model.u, model.v)

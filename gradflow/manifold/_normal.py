@@ -90,13 +90,18 @@ def jacobian_normal(loss: FlatLoss, theta: Float[Array, " d"]) -> NormalSpace:
 
 
 def exact_jacobian_normal(
-    loss: FlatLoss, theta: Float[Array, " d"], rtol: float | None = None
+    loss: FlatLoss,
+    theta: Float[Array, " d"],
+    rank: Int[Array, ""] | None = None,
+    rtol: float | None = None,
 ) -> NormalSpace:
-    """From singular values and their numerical rank: P is a projection exactly, and the
-    residuals out of reach of J leave no trace in `step`; but neither is smooth in θ."""
+    """From singular values, the `rank` largest (the numerical rank unless given): P is
+    a projection exactly, and the residuals out of reach of J leave no trace in `step`;
+    but neither is smooth in θ."""
     a, rho = weighted_jacobian(loss, theta)
     left, values, rows = jnp.linalg.svd(a, full_matrices=False)
-    rank, _, _ = numerical_rank(values, theta.size, rtol)
+    if rank is None:
+        rank, _, _ = numerical_rank(values, theta.size, rtol)
     kept = jnp.arange(values.size) < rank
     basis = jnp.where(kept, rows.T, 0)
     inverse = jnp.where(kept, 1 / jnp.where(kept, values, 1), 0)

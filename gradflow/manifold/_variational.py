@@ -175,12 +175,31 @@ def _shifted_solve(
         eye = jnp.eye(theta.size, dtype=theta.dtype)
         return jnp.linalg.solve(eye + c * jax.hessian(loss)(theta), b)
     hvp = _hvp(loss, theta)
+    # Both ways, and each with its own failure: ∇²F is symmetric.
+    return jax.lax.custom_linear_solve(
+        lambda x: x + c * hvp(x), b, _conjugate_gradients, symmetric=True
+    )
+
+
+def _conjugate_gradients(matvec, b: Float[Array, " d"]) -> Float[Array, " d"]:
+    """The solution, NaN where it was not found."""
     operator = lx.FunctionLinearOperator(
-        lambda x: x + c * hvp(x),
+        matvec,
         jax.eval_shape(lambda: b),
         # Definite but for steps longer than 1/|κ|, κ a negative curvature, which the
         # accuracy of the path forbids.
         tags=lx.positive_semidefinite_tag,
     )
-    solver = lx.CG(rtol=1e-12, atol=0.0, max_steps=4 * theta.size)
-    return lx.linear_solve(operator, b, solver).value
+    # Relative to ‖b‖, since bᵢ = 0 leaves no scale for rᵢ. The residual is that of the
+    # recursion: the true one stops at the rounding of c∇²F x, in stiff directions, in
+    # which an error of x is smaller by 1 + cκ.
+    most = 20 * b.size + 100
+    solver = lx.CG(rtol=0.0, atol=1e-12, stabilise_every=None, max_steps=most)
+    size = jnp.linalg.norm(b)
+    unit = b / jnp.where(size > 0, size, 1)
+    out = lx.linear_solve(operator, unit, solver, throw=False)
+    # A breakdown is reported as success; the residual tells.
+    found = jnp.linalg.norm(unit - matvec(out.value)) < 1e-3
+    found = found & (out.result == lx.RESULTS.successful)
+    found = found | (size == 0)
+    return size * jnp.where(found, out.value, jnp.nan)

@@ -1,10 +1,12 @@
 """How regular the critical manifold is, at a point: rank, distance, curvature."""
 
+import math
 from collections.abc import Callable
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
@@ -22,12 +24,15 @@ from ._matrix_free import (
 )
 from ._normal import (
     exact_jacobian_normal,
+    GAP,
     hessian_normal,
     outer_root,
     weighted_jacobian,
 )
-from .spectrum import measure, Spectrum
+from .spectrum import _spectrum, Spectrum
 
+# How far beside a point the rank is looked at again, relative to ‖θ‖.
+_BESIDE = 1e-3
 # The relative distance from M beyond which what is measured is not that of M.
 _NEAR = 1e-6
 
@@ -44,7 +49,8 @@ class Diagnosis(eqx.Module):
     bending: Float[Array, ""]
     """‖II(u, u)‖: the acceleration that keeps the drift on M."""
     result: RESULTS
-    """`successful`, `not_critical`, `saddle`, `ambiguous_rank` or `unresolved`."""
+    """`successful`, `not_critical`, `saddle`, `ambiguous_rank`, `unresolved`, or
+    `singular_point` where the rank is higher beside the point."""
 
     @property
     def curvature(self) -> Float[Array, ""]:
@@ -90,7 +96,8 @@ def diagnose(
         LSMR.
 
     **Returns:** a [`gradflow.manifold.Diagnosis`][]. What is doubtful is named in its
-    `result`; nothing is raised.
+    `result`; nothing is raised. Where M is regular the rank is the same beside the
+    point: it is looked at again 1e-3 ‖θ‖ σ_min/σ_max away along M.
 
     **Raises:** `ValueError` for a Jacobian form of a loss that is not composite.
 
@@ -99,20 +106,62 @@ def diagnose(
     term, params = flow.term(model)
     form = choose_form(flow.loss, params, term.static, form)
     method = choose_method(method, flow.loss, params, term.static, form)
-    return _diagnose(term, params, form, rtol, method, max_steps)
+    spectrum = lambda p: _spectrum(
+        term.loss, p, term.static, form, rtol, method, max_steps
+    )
+    found = spectrum(params)
+    beside = spectrum(_displaced(term, params, found, method))
+    rises = _rises(found, beside, rtol)
+    return _diagnose(term, params, found, rises, method)
+
+
+@eqx.filter_jit
+def _displaced(term: FlowTerm, params: PyTree, found: Spectrum, method: str) -> PyTree:
+    """A point of M beside, along a random tangent, if M is what it seems to be here:
+    three Newton steps in `rank` directions take h to h¹⁶."""
+    theta, loss = flatten(term.loss, params, term.static)
+    v = jr.normal(jr.key(4), theta.shape, theta.dtype)
+    if method == "matrix-free":
+        op = operator(loss, theta, found.form)
+        v, _ = project(op, v)
+        step = lambda th: matrix_free_geometry(loss, th, found.form).step
+    else:
+        exact = exact_jacobian_normal if found.form == "jacobian" else hessian_normal
+        v = exact(loss, theta, found.rank).tangential(v)
+        step = lambda th: exact(loss, th, found.rank).step
+    size = jnp.linalg.norm(theta)
+    size = jnp.where(size > 0, size, 1)
+    # Within reach of Newton, where M bends the more the smaller its least σ.
+    ratio = jnp.sqrt(found.smallest_curvature / found.curvatures[0])
+    ratio = jnp.where(found.rank > 0, ratio, 1)
+    length = jnp.linalg.norm(v)
+    # Where M is a point, what is left of v is rounding.
+    h = _BESIDE * ratio * size / jnp.where(length > _NEAR, length, 1)
+    theta = jax.lax.fori_loop(0, 3, lambda _, th: th + step(th), theta + h * v)
+    return loss.unravel(theta)
+
+
+def _rises(found: Spectrum, beside: Spectrum, rtol: float | None) -> Bool[Array, ""]:
+    """Whether the first value dropped is one beside the point, far above what it is at
+    it, and above rounding."""
+    last = found.values.size - 1
+    first = jnp.minimum(found.rank, last)
+    floor = jnp.finfo(found.values.dtype).eps * math.sqrt(found.parameters)
+    dropped = jnp.maximum(found.values[first], floor * beside.values[0])
+    least = jnp.maximum(GAP * dropped, (rtol or 0.0) * beside.values[0])
+    return (found.rank <= last) & (beside.values[first] > least)
 
 
 @eqx.filter_jit
 def _diagnose(
     term: FlowTerm,
     params: PyTree,
-    form: str,
-    rtol: float | None,
+    found: Spectrum,
+    rises: Bool[Array, ""],
     method: str,
-    max_steps: int | None,
 ) -> Diagnosis:
     theta, loss = flatten(term.loss, params, term.static)
-    found = measure(loss, theta, form, rtol, method, max_steps)
+    form = found.form
     geometry = (
         matrix_free_geometry(loss, theta, form)
         if method == "matrix-free"
@@ -123,7 +172,8 @@ def _diagnose(
     distance = geometry.distance / jnp.maximum(
         jnp.linalg.norm(theta), jnp.finfo(theta.dtype).tiny
     )
-    result = RESULTS.where(okay, RESULTS.successful, RESULTS.unresolved)
+    result = RESULTS.where(rises, RESULTS.singular_point, RESULTS.successful)
+    result = RESULTS.where(okay, result, RESULTS.unresolved)
     doubtful = found.ambiguous & found.resolved
     result = RESULTS.where(doubtful, RESULTS.ambiguous_rank, result)
     near = distance <= _NEAR
@@ -137,6 +187,7 @@ class Geometry(eqx.Module):
 
     project: Callable[[Array], tuple[Array, Bool[Array, ""]]]
     inverse: Callable[[Array], tuple[Array, Bool[Array, ""]]]  # (∇²F)⁺
+    step: Float[Array, " d"]  # to M, to first order
     distance: Float[Array, ""]
     okay: Bool[Array, ""]
 
@@ -149,7 +200,7 @@ def dense_geometry(
         a, _ = weighted_jacobian(loss, theta)
         _, values, rows = jnp.linalg.svd(a, full_matrices=False)
         curvatures, basis = values**2, rows.T
-        normal = exact_jacobian_normal(loss, theta)
+        normal = exact_jacobian_normal(loss, theta, rank)
     else:
         curvatures, basis = jnp.linalg.eigh(jax.hessian(loss)(theta))
         order = jnp.argsort(-jnp.abs(curvatures))
@@ -162,6 +213,7 @@ def dense_geometry(
     return Geometry(
         lambda v: (v - basis @ (basis.T @ v), yes),
         lambda x: (basis @ (inverse * (basis.T @ x)), yes),
+        normal.step,
         jnp.maximum(jnp.linalg.norm(normal.step), normal.force),
         yes,
     )
@@ -173,11 +225,12 @@ def matrix_free_geometry(
     """From products with A or ∇²F, by LSMR."""
     op = operator(loss, theta, form)
     force = loss.gradient(theta) if form == "hessian" else outer_root(loss, theta)[1]
-    step, okay = least_squares(op.apply, force, op.columns)
+    step, okay = least_squares(op.apply, -force, op.columns)
     scale = frobenius(op, theta) + jnp.finfo(theta.dtype).tiny
     return Geometry(
         lambda v: project(op, v),
         lambda x: curvature_inverse(op, x),
+        step,
         jnp.maximum(jnp.linalg.norm(step), jnp.linalg.norm(force) / scale),
         # Residuals of rounding size need not be solved for.
         okay | (jnp.linalg.norm(step) <= _NEAR * jnp.linalg.norm(theta)),

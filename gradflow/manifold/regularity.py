@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from .._checks import check_weight_decay, is_concrete
 from ..flow import flatten, FlowTerm, GradientFlow
 from ..path import Path
 from ..results import RESULTS
@@ -31,8 +32,8 @@ class Regularity(eqx.Module):
     """‖II(u, u)‖/‖u‖², u = P∇R: that of M along the drift."""
     form: str = eqx.field(static=True)
     result: RESULTS
-    """`successful`; `rank_lost` where the rank falls, or `ambiguous_rank` where it is a
-    guess from the start."""
+    """`successful`; `rank_lost` where the rank falls, `ambiguous_rank` where it is a
+    guess from the start; else that of the path."""
 
     @property
     def sigma_min(self) -> Float[Array, " n"]:
@@ -53,26 +54,33 @@ class Regularity(eqx.Module):
 
         **Arguments:**
 
-        - `weight_decay`: λ.
+        - `weight_decay`: λ > 0.
         - `margin`: how much larger than λ η has to be. The error of the prediction is
             about λ/η.
 
         **Returns:** the slow time, between saved ones by interpolation of log η; the
-        last one if η stays above, 0 if it is below from the start. Never later than
-        `regular_until`.
+        last one if η stays above, 0 if it is below, or the rank a guess, from the
+        start. Never later than `regular_until`.
+
+        **Raises:** `ValueError` unless λ is a positive number.
         """
+        check_weight_decay(weight_decay)
+        if weight_decay == 0:
+            raise ValueError("weight_decay: expected a positive number, got 0.")
+        if np.isnan(self.regular_until):
+            return 0.0
         eta = np.asarray(self.smallest_curvature, float)
         s = np.asarray(self.slow_time, float)
         height = np.log(np.maximum(eta, np.finfo(float).tiny) / (margin * weight_decay))
-        low = np.flatnonzero(height < 0)
+        low = np.flatnonzero(~(height >= 0))  # a NaN is not known to be above
         end = s[-1]
         if low.size:
             i = low[0]
             if i == 0:
                 return 0.0
             part = height[i - 1] / (height[i - 1] - height[i])
-            end = s[i - 1] + part * (s[i] - s[i - 1])
-        return float(np.fmin(end, self.regular_until))
+            end = s[i - 1] + np.nan_to_num(part) * (s[i] - s[i - 1])
+        return float(min(end, self.regular_until))
 
     def __str__(self) -> str:
         eta, s = np.asarray(self.smallest_curvature), np.asarray(self.slow_time)
@@ -80,10 +88,11 @@ class Regularity(eqx.Module):
         decades = ", ".join(
             f"{self.valid_until(lam):.3g} (λ = {lam:.0e})" for lam in (1e-2, 1e-4, 1e-6)
         )
+        until = self.regular_until
+        regular = "not regular" if np.isnan(until) else f"regular up to s = {until:.3g}"
         lines = [
             f"Critical manifold along a drift to s = {s[-1]:.3g}: rank "
-            f"{int(self.rank[0])} → {int(self.rank[-1])}, regular up to s = "
-            f"{self.regular_until:.3g}",
+            f"{int(self.rank[0])} → {int(self.rank[-1])}, {regular}",
             f"  smallest normal curvature η {eta[0]:.2g} → {eta[-1]:.2g}; curvature "
             f"of M along the drift {bend[0]:.2g} → {bend[-1]:.2g}, at most "
             f"{np.nanmax(bend):.2g}",
@@ -112,10 +121,17 @@ def regularity(
 
     **Returns:** a [`gradflow.manifold.Regularity`][].
 
-    **Raises:** `ValueError` for a Jacobian form of a loss that is not composite.
+    **Raises:** `ValueError` for a Jacobian form of a loss that is not composite, and
+    for a drift that failed before its last time.
 
     Source: assumption 2 of Boursier, Pesme, Dragomir, arXiv 2505.20172.
     """
+    for leaf in jax.tree.leaves(path.params):
+        if is_concrete(leaf) and not np.isfinite(leaf).all():
+            raise ValueError(
+                "path: the drift failed before its last time, its parameters are not "
+                f"finite. {RESULTS[path.result]}"
+            )
     term, params = flow.term(path[0])
     form = choose_form(flow.loss, params, term.static, form)
     return _regularity(term, path, form, rtol)
@@ -138,11 +154,15 @@ def _regularity(
         relative = jnp.linalg.norm(bend) / jnp.where(speed > 0, speed, 1) ** 2
         last = found.curvatures[jnp.maximum(start.rank - 1, 0)]
         eta = jnp.where(start.rank > 0, last, jnp.inf)
-        return found.rank, found.ambiguous, eta, found.curvatures[0], relative
+        # Of a path that is traced, NaNs are found here alone.
+        ambiguous = found.ambiguous | ~jnp.all(jnp.isfinite(theta))
+        return found.rank, ambiguous, eta, found.curvatures[0], relative
 
     # One at a time: a Jacobian for each of the saved points would fill the memory.
     rank, ambiguous, eta, largest, bend = jax.lax.map(at, path.params)
     changed = jnp.any((rank != rank[0]) | ambiguous)
     result = RESULTS.where(changed, RESULTS.rank_lost, RESULTS.successful)
     result = RESULTS.where(ambiguous[0], RESULTS.ambiguous_rank, result)
+    failed = (result == RESULTS.successful) & ~path.succeeded
+    result = RESULTS.where(failed, path.result, result)
     return Regularity(path.slow_time, rank, ambiguous, eta, largest, bend, form, result)

@@ -85,7 +85,7 @@ def _project(
 ) -> PyTree:
     theta, flat = flatten(loss, params, static)
     if form == "jacobian":
-        normal = exact_jacobian_normal(flat, theta, rtol)
+        normal = exact_jacobian_normal(flat, theta, rtol=rtol)
     else:
         normal = hessian_normal(flat, theta, rtol=rtol)
     return flat.unravel(normal.tangential(ravel_pytree(v)[0]))
