@@ -11,28 +11,32 @@ from gradflow import manifold
 from gradflow.models import TwoLayer
 
 
+def handmade(t, params):
+    """A path of what is given."""
+    nothing = jnp.zeros(t.shape)
+    return gf.Path(
+        t=jnp.asarray(t),
+        weight_decay=jnp.ones(()),
+        params=params,
+        static=jax.tree.map(lambda p: None, params),
+        metrics={},
+        train_loss=nothing,
+        penalty=nothing,
+        result=gf.RESULTS.successful,
+        stats={},
+        watched={},
+    )
+
+
 def test_crossings_of_a_known_path():
     """A path in slow time t ↦ bias = cos, at x = 0: the preactivation is the bias."""
-    task = gf.tasks.linear_regression(jr.key(0), samples=2, dim=4)
-    path = gf.simulate(task.flow, task.model, weight_decay=0.1, t1=1.0, saves=101)
     t = np.linspace(0.0, 7.0, 101)
     # One crosses at π/2, 3π/2; one stays positive; one reaches its kink at t = 2, stays
     # until 3, and leaves on the other side; one stays and comes back.
     held = np.clip(t - 2, None, 0) + np.clip(t - 3, 0, None)
     back = np.clip(2 - t, 0, None) + np.clip(t - 3, 0, None)
     gates = np.stack([np.cos(t), 2 + np.cos(t), held, back], axis=1)
-    path = gf.Path(
-        t=jnp.asarray(t),
-        weight_decay=jnp.ones(()),
-        params={"gates": jnp.asarray(gates)},
-        static={"gates": None},
-        metrics={},
-        train_loss=path.train_loss,
-        penalty=path.penalty,
-        result=path.result,
-        stats=path.stats,
-        watched={},
-    )
+    path = handmade(t, {"gates": jnp.asarray(gates)})
     found = manifold.kink_crossings(path, lambda model: model["gates"])
     assert found.count == 3
     np.testing.assert_allclose(
@@ -45,9 +49,29 @@ def test_crossings_of_a_known_path():
     assert "3 crossings" in str(found) and "slid along 2" in str(found)
 
 
+def resampled_crossings(path, x, tolerance=1e-6, fine=16):
+    """For each sample and neuron, how often wx + b changes its sign along the path,
+    interpolated between its saved times, and seen at 16 times as many."""
+    t = np.asarray(path.t)
+    places = np.interp(
+        np.arange(fine * (t.size - 1) + 1) / fine, np.arange(t.size), np.arange(t.size)
+    )
+    at = lambda p: np.stack(
+        [np.interp(places, np.arange(t.size), column) for column in np.asarray(p).T]
+    )
+    w, b = at(path.params.inner[:, :, 0]), at(path.params.bias)
+    counts = np.zeros((x.size, len(w)), int)
+    for i, value in enumerate(np.asarray(x).reshape(-1)):
+        for j, z in enumerate(w * value + b):
+            saved = np.abs(z[::fine])
+            signs = np.sign(z[np.abs(z) > tolerance * saved.max()])
+            counts[i, j] = np.sum(signs[1:] != signs[:-1])
+    return counts
+
+
 def test_relu_drift():
-    """A drift of a ReLU network crosses kinks, each seen as a flip of a gate between
-    the two saved times."""
+    """A drift of a ReLU network crosses kinks: as many, of each gate, as are counted
+    along the interpolated path."""
     task = gf.tasks.relu_1d(jr.key(1), width=12, samples=4)
     path = gf.simulate(
         task.flow, task.model, weight_decay=1e-2, slow_time=1.0, rtol=1e-5, throw=False
@@ -57,13 +81,16 @@ def test_relu_drift():
     preactivations = lambda model: jax.vmap(model.preactivations)(x)
     found = manifold.kink_crossings(path, preactivations)
     assert found.sliding.shape == (4, 12)
-    gates = np.asarray(jax.vmap(preactivations)(path.models))
-    flips = np.diff(np.sign(gates), axis=0) != 0
     assert found.count > 0
+    counts = np.zeros((4, 12), int)
+    np.add.at(counts, tuple(found.gate.T), 1)
+    np.testing.assert_array_equal(counts, resampled_crossings(path, x))
     # Every crossing is a flip seen between its two saved times.
+    gates = np.asarray(jax.vmap(preactivations)(path.models))
     for before, after, gate in zip(found.before, found.after, found.gate, strict=True):
         i, j = np.searchsorted(np.asarray(path.t), [before, after])
-        assert flips[i:j, gate[0], gate[1]].any()
+        z = gates[[i, j], gate[0], gate[1]]
+        assert z[0] * z[1] < 0
 
 
 def test_preactivations_are_those_of_the_network():
@@ -74,14 +101,7 @@ def test_preactivations_are_those_of_the_network():
 
 
 def test_a_path_that_ended_early_is_refused():
-    task = gf.tasks.relu_1d(jr.key(1), width=12, samples=4)
-    path = gf.simulate(
-        task.flow,
-        task.model,
-        weight_decay=1e-2,
-        slow_time=1.0,
-        max_steps=3,
-        throw=False,
-    )
+    gates = jnp.array([1.0, -1.0, jnp.nan])[:, None]
+    path = handmade(np.arange(3.0), {"gates": gates})
     with pytest.raises(ValueError, match="path: ended early"):
-        manifold.kink_crossings(path, lambda model: model.bias)
+        manifold.kink_crossings(path, lambda model: model["gates"])
