@@ -105,7 +105,7 @@ def main(config: Config) -> dict[str, Any]:
     dataset(reports).to_netcdf(config.out / "limits.nc", engine="scipy")
     numbers = {
         "reports": {
-            name: {scale or "default": summarise(r) for scale, r in found.items()}
+            name: {str(scale or "default"): summarise(r) for scale, r in found.items()}
             for name, found in scaled.items()
         },
         "settings": {

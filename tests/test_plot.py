@@ -16,6 +16,14 @@ matplotlib.use("Agg")
 LAMS = jnp.array([1e-2, 1e-3, 1e-4])
 
 
+@pytest.fixture(autouse=True)
+def no_figures():
+    """Other tests may leave figures open in this process."""
+    plt.close("all")
+    yield
+    plt.close("all")
+
+
 @pytest.fixture(scope="module")
 def results():
     task = gf.tasks.linear_regression(jax.random.key(0), samples=4, dim=8)
@@ -108,7 +116,7 @@ def test_without_axes_they_make_a_figure_of_their_own(results):
     sweep, report = results
     assert sweep[0].plot().get_figure() is not sweep.plot().get_figure()
     assert isinstance(report.plot(), Figure)
-    assert len(matplotlib.pyplot.get_fignums()) == 3
+    assert len(plt.get_fignums()) == 3
     matplotlib.pyplot.close("all")
 
 
