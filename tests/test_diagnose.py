@@ -93,7 +93,7 @@ def hyperbola(y):
     """At the origin, uv = y has a saddle, and uv = 0 crosses itself."""
     result = gf.RESULTS.saddle if y else gf.RESULTS.singular_point
     loss = gf.SquaredError(jnp.ones(1), jnp.full(1, y))
-    return loss, Product(jnp.zeros(()), jnp.zeros(())), result
+    return loss, Product(jnp.array(0.0), jnp.array(0.0)), result
 
 
 def quartic():

@@ -16,7 +16,8 @@ from gradflow.models import DiagonalNetwork, TwoLayer
 
 SMOOTH = {
     "linear_regression": dict(samples=4, dim=8),
-    "diagonal_network": dict(samples=4, dim=8, sparsity=2),
+    # In the form and shape of the next: compiled but once.
+    "diagonal_network": dict(form="product", samples=4, dim=7, sparsity=2),
     "fourier_diagonal": dict(samples=4, frequencies=3),
     "matrix_completion": dict(shape=(4, 4), rank=1),
     "deep_linear": dict(width=3, inputs=6, samples=3),
