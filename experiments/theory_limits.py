@@ -138,7 +138,7 @@ def compare(
         task.model,
         weight_decay=jnp.asarray(config.lams()),
         slow_time=slow_time,
-        saves=97,
+        saves=193,
         metrics=task.metrics,
         solver=gf.KKT5(),
         rtol=1e-10,

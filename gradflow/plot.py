@@ -242,8 +242,10 @@ def error(report: Report, ax: Axes | None = None) -> Axes:
             anchor = np.flatnonzero(used)[-1]
             guide = values[anchor] * (lams / lams[anchor]) ** slope
             ax.plot(lams, 0.4 * guide, ":", color="black", lw=1.5)
-    ax.plot([], [], "--", color="grey", lw=1.2, label="next term, estimated")
-    ax.plot([], [], ":", color="black", lw=1.5, label="slopes 1 and 2")
+    if len(series) == 2:
+        ax.plot([], [], "--", color="grey", lw=1.2, label="next term, estimated")
+    slopes = "slope 1" if len(series) == 1 else "slopes 1 and 2"
+    ax.plot([], [], ":", color="black", lw=1.5, label=slopes)
     _finish(ax, "weight decay $\\lambda$", "error relative to $\\|\\Phi\\|$")
     _log(ax)
     _legend(ax, loc="lower right")
