@@ -1,14 +1,18 @@
 """Strict numerics, shapes checked at run time, and fresh random keys."""
 
+import gc
+import importlib.metadata
 import os
 import random
 
-# Most of the time goes into compiling small programs: let that be quick.
-os.environ.setdefault(
-    "XLA_FLAGS",
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
-)
+# Most of the time goes into compiling small programs: let that be quick. XLA ends the
+# process for a flag that it does not know.
+flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    flags += " --xla_cpu_use_fusion_emitters=false"
+os.environ.setdefault("XLA_FLAGS", flags)
 
+import equinox as eqx
 import jax
 import pytest
 from jaxtyping import install_import_hook
@@ -19,6 +23,15 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Before anything imports gradflow: every annotation of the library is checked.
 install_import_hook("gradflow", "beartype.beartype")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget():
+    """What was compiled is dropped after each file: it takes memory maps, of which
+    Linux grants a process 65530, and beyond them it ends in a segmentation fault."""
+    yield
+    eqx.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture
