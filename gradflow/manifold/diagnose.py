@@ -33,6 +33,7 @@ from .spectrum import _spectrum, Spectrum
 
 # How far beside a point the rank is looked at again, relative to ‖θ‖.
 _BESIDE = 1e-3
+_SETTLED = 1e-6  # and how small, over its length, the last Newton step is to be
 # The relative distance from M beyond which what is measured is not that of M.
 _NEAR = 1e-6
 
@@ -110,21 +111,25 @@ def diagnose(
         term.loss, p, term.static, form, rtol, method, max_steps
     )
     found = spectrum(params)
-    beside = spectrum(_displaced(term, params, found, method))
-    rises = _rises(found, beside, rtol)
+    displaced, settled = _displaced(term, params, found, method)
+    rises = settled & _rises(found, spectrum(displaced), rtol)
     return _diagnose(term, params, found, rises, method)
 
 
 @eqx.filter_jit
-def _displaced(term: FlowTerm, params: PyTree, found: Spectrum, method: str) -> PyTree:
+def _displaced(
+    term: FlowTerm, params: PyTree, found: Spectrum, method: str
+) -> tuple[PyTree, Bool[Array, ""]]:
     """A point of M beside, along a random tangent, if M is what it seems to be here:
-    three Newton steps in `rank` directions take h to h¹⁶."""
+    three Newton steps in `rank` directions take h to h¹⁶. And whether the last one was
+    small: without, the point tells nothing, for off M the rank is higher anyway."""
     theta, loss = flatten(term.loss, params, term.static)
     v = jr.normal(jr.key(4), theta.shape, theta.dtype)
     if method == "matrix-free":
         op = operator(loss, theta, found.form)
         v, _ = project(op, v)
-        step = lambda th: matrix_free_geometry(loss, th, found.form).step
+        newton = lambda th: matrix_free_geometry(loss, th, found.form).step
+        step = lambda th: jnp.where(found.rank > 0, newton(th), 0)
     else:
         exact = exact_jacobian_normal if found.form == "jacobian" else hessian_normal
         v = exact(loss, theta, found.rank).tangential(v)
@@ -137,8 +142,15 @@ def _displaced(term: FlowTerm, params: PyTree, found: Spectrum, method: str) -> 
     length = jnp.linalg.norm(v)
     # Where M is a point, what is left of v is rounding.
     h = _BESIDE * ratio * size / jnp.where(length > _NEAR, length, 1)
-    theta = jax.lax.fori_loop(0, 3, lambda _, th: th + step(th), theta + h * v)
-    return loss.unravel(theta)
+
+    def iterate(_, carry):
+        th, _ = carry
+        change = step(th)
+        return th + change, jnp.linalg.norm(change)
+
+    first = (theta + h * v, jnp.zeros((), theta.dtype))
+    theta, last = jax.lax.fori_loop(0, 3, iterate, first)
+    return loss.unravel(theta), last <= _SETTLED * h * length
 
 
 def _rises(found: Spectrum, beside: Spectrum, rtol: float | None) -> Bool[Array, ""]:
