@@ -87,14 +87,15 @@ def test_a_failed_lane_is_marked_and_harms_no_other():
     for batch in ("loop", "vmap"):
         options = dict(t1=400.0, saves=9, progress=False, batch=batch, rtol=1e-6)
         lanes = gf.sweep(flow, model, weight_decay=lams, **options)
-        alone = gf.sweep(flow, model, weight_decay=lams[::2], **options)
+        # As many lanes: the same program, for arithmetic may differ with the size.
+        healthy = gf.sweep(flow, model, weight_decay=lams.at[1].set(2.0), **options)
         assert lanes.succeeded.tolist() == [True, False, True]
         assert bool(lanes[1].result == gf.RESULTS.diverged)
         assert "FAILED" in str(lanes) and "unbounded below" in str(lanes)
         assert jnp.isnan(lanes[1].train_loss[-1])
-        for here, there in ((0, 0), (2, 1)):
+        for here in (0, 2):
             np.testing.assert_array_equal(
-                lanes[here].models.weights, alone[there].models.weights, strict=True
+                lanes[here].models.weights, healthy[here].models.weights, strict=True
             )
             exact = model.weights[None, :] * jnp.exp(
                 (0.1 - lams[here]) * lanes[here].t[:, None]
