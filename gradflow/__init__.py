@@ -16,7 +16,7 @@ from .losses import (
     Loss as Loss,
     SquaredError as SquaredError,
 )
-from .penalties import AbstractPenalty as AbstractPenalty, L2 as L2
+from .penalties import AbstractPenalty as AbstractPenalty, L1 as L1, L2 as L2
 from .metrics import Metric as Metric
 from .results import RESULTS as RESULTS
 from .path import Path as Path
