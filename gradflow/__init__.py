@@ -16,7 +16,17 @@ from .losses import (
     Loss as Loss,
     SquaredError as SquaredError,
 )
-from .penalties import AbstractPenalty as AbstractPenalty, L2 as L2
+from .penalties import (
+    AbstractPenalty as AbstractPenalty,
+    ElasticNet as ElasticNet,
+    GroupLasso as GroupLasso,
+    L1 as L1,
+    L2 as L2,
+    Moreau as Moreau,
+    Nuclear as Nuclear,
+    Schatten as Schatten,
+    Sobolev as Sobolev,
+)
 from .metrics import Metric as Metric
 from .results import RESULTS as RESULTS
 from .path import Path as Path

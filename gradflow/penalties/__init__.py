@@ -9,6 +9,7 @@ from .leafwise import (
     GroupLasso as GroupLasso,
     L1 as L1,
     L2 as L2,
+    soft_threshold as soft_threshold,
 )
 from .matrix import Nuclear as Nuclear, Schatten as Schatten
 from .moreau import Moreau as Moreau

@@ -66,7 +66,7 @@ class AbstractPenalty(eqx.Module):
         **Raises:** `NotImplementedError` where none is known in closed form.
         """
         raise NotImplementedError(
-            f"penalty: no proximal map of {type(self).__name__} is known in closed form."
+            f"penalty: {type(self).__name__} has no known proximal map in closed form."
         )
 
     def absolute_weights(self, params: PyTree) -> PyTree | None:
@@ -98,12 +98,12 @@ class AbstractPenalty(eqx.Module):
 
         return Sum(self, other)
 
-    def __mul__(self, scale: float | Scalar) -> "Scaled":
+    def __mul__(self, scale: int | float | Scalar) -> "Scaled":
         from .combine import Scaled
 
         return Scaled(scale, self)
 
-    def __rmul__(self, scale: float | Scalar) -> "Scaled":
+    def __rmul__(self, scale: int | float | Scalar) -> "Scaled":
         return self * scale
 
 

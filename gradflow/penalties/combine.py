@@ -64,7 +64,8 @@ class Sum(AbstractPenalty):
         **Raises:** `NotImplementedError` otherwise.
         """
         leaves, tree = jax.tree.flatten(params)
-        ridge, others = [0.0] * len(leaves), [[] for _ in leaves]
+        ridge: list = [0.0] * len(leaves)
+        others: list[list] = [[] for _ in leaves]
         for weight, part in self.terms():
             if not isinstance(part, AbstractLeafwise):
                 return super().prox(params, step)
@@ -111,7 +112,7 @@ class Scaled(AbstractPenalty):
     scale: float | Scalar
     penalty: AbstractPenalty
 
-    def __init__(self, scale: float | Scalar, penalty: AbstractPenalty):
+    def __init__(self, scale: int | float | Scalar, penalty: AbstractPenalty):
         """**Arguments:**
 
         - `scale`: c, a number that is not negative.
@@ -121,7 +122,7 @@ class Scaled(AbstractPenalty):
             value = np.asarray(scale)
             if value.shape != () or not np.isfinite(value) or value < 0:
                 raise ValueError(f"scale: expected a number from 0 on, got {scale!r}.")
-        self.scale = scale
+        self.scale = float(scale) if isinstance(scale, int) else scale
         self.penalty = penalty
 
     @property
@@ -167,9 +168,7 @@ def _add(curvatures: list, params: PyTree) -> float | PyTree:
     even = sum(c for c in curvatures if _number(c))
     if not uneven:
         return even
-    return jax.tree.map(
-        lambda x, *c: sum(c, jnp.zeros_like(x)) + even, params, *uneven
-    )
+    return jax.tree.map(lambda x, *c: sum(c, jnp.zeros_like(x)) + even, params, *uneven)
 
 
 def _number(curvature: PyTree) -> bool:

@@ -8,15 +8,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree, Scalar
 
 from .._checks import check_finite
-from ..flow import partition
 from .base import AbstractOwnGradient
 
 
 class Sobolev(AbstractOwnGradient):
     """R(θ) = meanᵢ ‖∂f/∂x(xᵢ) − Jᵢ‖_F², plus meanᵢ ‖f(xᵢ) − vᵢ‖² where values v are
     given: the distance of the model from a function in the Sobolev sense (Czarnecki et
-    al., 2017). With `root`, the square root of the sum over samples instead of the mean,
-    as in the code of Notsawo, Dumas and Rabusseau (arXiv 2506.05718).
+    al., 2017). With `root`, the square root of the sum over samples, in place of their
+    mean, as in the code of Notsawo, Dumas and Rabusseau (arXiv 2506.05718).
 
     For piecewise linear networks ∂f/∂x jumps in θ where a sample crosses a kink; the
     gradient is that almost everywhere.
@@ -40,7 +39,7 @@ class Sobolev(AbstractOwnGradient):
     ):
         """**Arguments:**
 
-        - `model`: f, a function of one sample; all but its trainable parameters is kept.
+        - `model`: f, a function of one sample. All but its parameters is kept.
         - `x`: inputs, n samples on the first axis. They need no labels.
         - `target`: Jᵢ, of shape (n, *outputs, *inputs); zero unless given.
         - `values`: vᵢ, of shape (n, *outputs); no such term unless given.
@@ -49,7 +48,7 @@ class Sobolev(AbstractOwnGradient):
 
         **Raises:** `ValueError` where shapes do not fit, or where data are not finite.
         """
-        _, self.static = partition(model, trainable)
+        self.static = eqx.partition(model, trainable)[1]
         self.x = jnp.asarray(x)
         self.root = root
         if self.x.ndim == 0 or self.x.shape[0] == 0:

@@ -81,15 +81,22 @@ class AbstractLeafwise(AbstractOwnGradient):
                 )
         return [n in chosen for n in range(len(leaves))]
 
+    def _chosen(self, params: PyTree) -> list[Array]:
+        """The leaves that R acts on."""
+        pairs = zip(self.acts_on(params), jax.tree.leaves(params), strict=True)
+        return [x for on, x in pairs if on]
+
     def _map(self, fn: Callable, other: Callable, params: PyTree, *rest: Any) -> PyTree:
         """`fn` of the leaves that R acts on, `other` of the others."""
         leaves, tree = jax.tree.flatten(params)
-        rows = zip(self.acts_on(params), leaves, *map(tree.flatten_up_to, rest))
-        return tree.unflatten([(fn if on else other)(*row) for on, *row in rows])
+        rows = zip(leaves, *map(tree.flatten_up_to, rest), strict=True)
+        flags = self.acts_on(params)
+        return tree.unflatten(
+            [(fn if on else other)(*row) for on, row in zip(flags, rows, strict=True)]
+        )
 
     def value(self, params: PyTree) -> Scalar:
-        pairs = zip(self.acts_on(params), jax.tree.leaves(params))
-        return jnp.asarray(sum(self.leaf_value(x) for on, x in pairs if on))
+        return jnp.asarray(sum(self.leaf_value(x) for x in self._chosen(params)))
 
     def gradient(self, params: PyTree) -> PyTree:
         return self._map(
@@ -112,8 +119,8 @@ class AbstractLeafwise(AbstractOwnGradient):
         return self._map(lambda x: self.leaf_prox(x, step), lambda x: x, params)
 
     def lipschitz(self, params: PyTree) -> float:
-        pairs = zip(self.acts_on(params), jax.tree.leaves(params))
-        return float(np.sqrt(sum(self.leaf_lipschitz(x) ** 2 for on, x in pairs if on)))
+        squares = [self.leaf_lipschitz(x) ** 2 for x in self._chosen(params)]
+        return float(np.sqrt(sum(squares)))
 
 
 class L2(AbstractLeafwise):
@@ -235,11 +242,11 @@ class GroupLasso(AbstractLeafwise):
 
     **Arguments:**
 
-    - `groups`: `"rows"`, where each slice along the first axis of a leaf of two axes or
-        more is a group, such as the incoming weights of a neuron in an `eqx.nn.Linear`;
-        `"columns"`, along the last axis; or `"leaf"`, where each leaf is one group: then
-        R = Σ‖W‖ over the layers.
-    - `where`: the leaves; all of them unless given, for rows and columns all with two
+    - `groups`: `"rows"`, where each slice of a leaf along its first axis is a group,
+        such as the incoming weights of a neuron in an `eqx.nn.Linear`; `"columns"`,
+        where it is each slice along the last axis; or `"leaf"`, where each leaf is one
+        group: then R = Σ‖W‖ over the layers.
+    - `where`: the leaves. Unless given, all of them; with rows and columns, all of two
         axes or more.
     """
 

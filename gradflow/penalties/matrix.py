@@ -37,7 +37,7 @@ class Nuclear(AbstractLeafwise):
         self, x: Array, force: Array, strength: float | Scalar
     ) -> Array:
         u, _, vt, kept = kept_svd(x)
-        u, vt = u * kept[None, :], vt * kept[:, None]
+        u, vt = jnp.where(kept[None, :], u, 0), jnp.where(kept[:, None], vt, 0)
         # ∂‖W‖_* = UVᵀ + {Z : UᵀZ = 0, ZV = 0, ‖Z‖ ≤ 1}; Z takes up what it can of v.
         free = force - u @ (u.T @ force)
         free = free - (free @ vt.T) @ vt

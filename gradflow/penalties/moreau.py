@@ -28,7 +28,7 @@ class Moreau(AbstractOwnGradient):
         - `epsilon`: ε > 0, in units of ‖θ‖²/R: for ℓ1, the half width of the zone in
             which |θᵢ| is rounded off.
 
-        **Raises:** `ValueError` where ε is not positive, or R can't have a proximal map.
+        **Raises:** `ValueError` where ε is not positive, or R has no proximal map.
         """
         if is_concrete(epsilon):
             value = np.asarray(epsilon)
