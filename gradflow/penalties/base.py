@@ -66,7 +66,7 @@ class AbstractPenalty(eqx.Module):
         **Raises:** `NotImplementedError` where none is known in closed form.
         """
         raise NotImplementedError(
-            f"penalty: {type(self).__name__} has no known proximal map in closed form."
+            f"penalty: {type(self).__name__} has no proximal map in closed form."
         )
 
     def absolute_weights(self, params: PyTree) -> PyTree | None:
