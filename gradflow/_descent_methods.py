@@ -4,9 +4,7 @@ from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree, Scalar
@@ -43,7 +41,13 @@ class Projection(eqx.Module):
 
 
 def projection(term: FlowTerm, params: PyTree) -> Projection:
-    """The projection onto the interpolants of a squared error."""
+    """The projection onto the interpolants of a squared error.
+
+    **Raises:** `ValueError` for another loss.
+    """
+    if not isinstance(term.loss, SquaredError):
+        kind = type(term.loss).__name__
+        raise ValueError(f"method: 'projected' needs a SquaredError, got {kind}.")
     theta, flat = flatten(term.loss, params, term.static)
     inverse = jnp.linalg.pinv(flat.jacobian(theta))
     return Projection(flat, term.loss.y.reshape(-1), inverse)
@@ -55,9 +59,6 @@ def check_projection(
     """Raises where there is nothing to project onto."""
     if optimiser is not None or batch_size is not None:
         raise ValueError("method: 'projected' takes no optimiser and no minibatches.")
-    if not isinstance(term.loss, SquaredError):
-        kind = type(term.loss).__name__
-        raise ValueError(f"method: 'projected' needs a SquaredError, got {kind}.")
     theta, _ = ravel_pytree(params)
     miss = _miss(term, params)
     if is_concrete(miss) and not miss <= 1e5 * jnp.finfo(theta.dtype).eps:
@@ -74,6 +75,6 @@ def _miss(term: FlowTerm, params: PyTree) -> Scalar:
     away = jnp.cos(jnp.arange(theta.size, dtype=theta.dtype))
     project = projection(term, params)
     on = project(unravel(theta + away * (1 + jnp.max(jnp.abs(theta)))))
-    left = term.loss.outputs(term.model(on)) - project.targets
+    left = project.flat.outputs(ravel_pytree(on)[0]) - project.targets
     size = jnp.linalg.norm(project.targets)
     return jnp.linalg.norm(left) / jnp.where(size > 0, size, 1.0)

@@ -11,7 +11,8 @@ from jaxtyping import Array, Int, PRNGKeyArray
 from .losses import AbstractLoss, CrossEntropy, Huber, Logistic, SquaredError
 
 
-def _data(loss: Any) -> tuple[Any, Array]:
+def _data(loss: Any) -> tuple[Any, Any]:
+    """Inputs, and targets or labels."""
     return (loss.x, loss.labels if isinstance(loss, CrossEntropy) else loss.y)
 
 

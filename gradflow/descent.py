@@ -63,8 +63,8 @@ def descent(
 
     The clock is that of the flow: t = α · steps, and s = λt, for all methods. A plain
     gradient descent follows the flow to O(α); other optimisers follow flows of their
-    own, for which t is a unit of account. (Where the decay is decoupled, R = ½‖θ‖² alone
-    shrinks the parameters by e^{−s}, whatever the optimiser.)
+    own, for which t is a unit of account. (Where the decay is decoupled, R = ½‖θ‖²
+    alone shrinks the parameters by e^{−s}, whatever the optimiser.)
 
     **Arguments:**
 
@@ -131,7 +131,7 @@ def descent(
     return fail_unless_reached(path, path) if throw else path
 
 
-def _check_rate(learning_rate: float | Scalar) -> None:
+def _check_rate(learning_rate: Any) -> None:
     if is_concrete(learning_rate) and np.ndim(learning_rate) == 0:
         if not 0 < float(learning_rate) < np.inf:
             raise ValueError(
@@ -140,7 +140,7 @@ def _check_rate(learning_rate: float | Scalar) -> None:
 
 
 def _saved_steps(
-    steps: int | None,
+    steps: Any,
     slow_time: float | None,
     t1: float | None,
     at: Any,
@@ -246,7 +246,11 @@ def _descend(
             state = jax.lax.fori_loop(i, stop, step, state)
             shown = meter.step(shown, stop / numbers[-1])
             # What has left the finite range does not come back.
-            return jnp.where(optax.tree.norm(state.params) < largest, stop, end), state, shown
+            return (
+                jnp.where(optax.tree.norm(state.params) < largest, stop, end),
+                state,
+                shown,
+            )
 
         carry = jax.lax.while_loop(lambda c: c[0] < end, block_of_steps, carry)
         params = carry[1].params
@@ -260,7 +264,9 @@ def _descend(
         carry = (jnp.zeros_like(numbers[0]), start, meter.init())
         carry, (models, seen, train_loss, penalty) = jax.lax.scan(until, carry, numbers)
     meter.close(carry[2])
-    lost = ~jnp.isfinite(train_loss[-1]) | ~jnp.isfinite(optax.tree.norm(carry[1].params))
+    lost = ~jnp.isfinite(train_loss[-1]) | ~jnp.isfinite(
+        optax.tree.norm(carry[1].params)
+    )
     result = RESULTS.where(lost, RESULTS.overshot, RESULTS.successful)
     name = getattr(optimiser, "__name__", "an Optax optimiser")
     words = method if optimiser is optax.sgd else f"{method} with {name}"
@@ -301,7 +307,9 @@ def _step(
     force = jax.grad(lambda p: loss(term.model(p)))(params)
     if method == "subgradient":
         force = along(force, weight_decay, penalty.gradient(params))
-    update, memory = optimiser.update(force, state.optimiser, params)
+    # Optax counts steps in integers, and mixes them with floats.
+    with jax.numpy_dtype_promotion("standard"):
+        update, memory = optimiser.update(force, state.optimiser, params)
     moved = optax.apply_updates(params, update)
     if method == "decoupled":
         moved = along(moved, decay, penalty.gradient(params))
