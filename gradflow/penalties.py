@@ -41,7 +41,7 @@ class AbstractPenalty(eqx.Module):
         **Raises:** `NotImplementedError` where none is known in closed form.
         """
         raise NotImplementedError(
-            f"penalty: no proximal map of {type(self).__name__} is known in closed form."
+            f"penalty: no proximal map of {type(self).__name__} in closed form."
         )
 
     def curvature(self, params: PyTree) -> float | PyTree:
