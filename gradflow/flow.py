@@ -45,6 +45,11 @@ class GradientFlow(eqx.Module):
                 f"loss: expected a gradflow loss, got {type(loss).__name__}; wrap a "
                 "function of the model as gradflow.Loss(fn)."
             )
+        if not (penalty is None or isinstance(penalty, AbstractPenalty)):
+            raise ValueError(
+                f"penalty: expected a gradflow penalty, got {type(penalty).__name__}; "
+                "see gradflow.AbstractPenalty for one of your own."
+            )
         self.loss = loss
         self.penalty = L2() if penalty is None else penalty
         self.trainable = trainable

@@ -25,12 +25,15 @@ from .path import Path
 from .results import RESULTS
 from .solvers import (
     AbstractKKT,
+    ActiveSet,
     as_choice,
     Choice,
+    Landing,
     measure_size,
     RKC2,
     second_choice,
     sharpness,
+    Signed,
     Size,
     TRIAL_STEPS,
 )
@@ -54,6 +57,11 @@ def simulate(
     progress: bool = False,
 ) -> Path:
     """Runs the flow θ' = −∇F(θ) − λ∇R(θ) from `model`.
+
+    Where the penalty has kinks at zero coordinates, as ℓ1, it runs the differential
+    inclusion θ' ∈ −∇F(θ) − λ∂R(θ), with the element of least norm on the right:
+    coordinates that reach zero and may stay there do stay, exactly. Steps end where one
+    is caught or let go.
 
     **Arguments:**
 
@@ -292,9 +300,16 @@ def _solve(
         ),
         step_ts=ts,
     )
+    name = type(solver).__name__
     y0, params_of = params, lambda y: y
     loss_of = lambda y, model: term.loss(model)
-    if isinstance(solver, AbstractKKT):
+    if not term.penalty.smooth:
+        solver, controller = _with_kinks(term, params, solver, controller)
+    if isinstance(solver, ActiveSet):
+        term, y0 = solver.track(term, params, weight_decay)
+        params_of = lambda y: y.params
+        loss_of = lambda y, model: solver.loss_of(term, y)
+    elif isinstance(solver, AbstractKKT):
         term, y0 = solver.track(term, params)
         params_of = lambda y: y.params
         loss_of = lambda y, model: solver.loss_of(term, y)
@@ -333,7 +348,7 @@ def _solve(
             return jax.tree.map(lambda x: jnp.where(reached, x, jnp.nan), values)
 
         models, seen, train_loss, penalty = jax.lax.map(record, saved[0])
-        end = jax.tree.map(lambda y: y[0], params_of(saved[1]))
+        end = params_of(jax.tree.map(lambda y: y[0], saved[1]))
         result = _translate(solution.result)
         lost = ~jnp.isfinite(term.loss(term.model(end))) | ~(_norm(end) < size)
         lost = lost & (result != RESULTS.out_of_steps)
@@ -341,7 +356,7 @@ def _solve(
         fled = (result == RESULTS.stalled) & (_norm(end) > 100 * (1 + _norm(params)))
         result = RESULTS.where(lost | fled, RESULTS.diverged, result)
         work: dict[str, Array] = {}
-        if isinstance(solver, (AbstractKKT, RKC2)):
+        if isinstance(solver, (AbstractKKT, ActiveSet, RKC2)):
             work = solver.work(term, solution.solver_state)
         slid = (result == RESULTS.successful) & (work.get("sliding", 0) > 0)
         result = RESULTS.where(slid, RESULTS.slid, result)
@@ -352,7 +367,7 @@ def _solve(
             noisy = noisy & (result == RESULTS.successful)
             result = RESULTS.where(noisy, RESULTS.unstable, result)
     stats = {
-        "solver": type(solver).__name__,
+        "solver": name,
         "rtol": rtol,
         "atol": atol,
         "steps": solution.stats["num_steps"],
@@ -374,6 +389,28 @@ def _solve(
     )
 
 
+def _with_kinks(
+    term: FlowTerm,
+    params: PyTree,
+    solver: diffrax.AbstractSolver,
+    controller: diffrax.AbstractAdaptiveStepSizeController,
+) -> tuple[diffrax.AbstractSolver, diffrax.AbstractAdaptiveStepSizeController]:
+    """The solver and the controller that follow a flow along the kinks of its
+    penalty."""
+    kind = type(term.penalty).__name__
+    remedy = f"give gradflow.Moreau({kind}(…), epsilon=…), which is smooth."
+    if term.penalty.absolute_weights(params) is None:
+        raise ValueError(
+            f"penalty: the kinks of {kind} are not coordinates at zero; {remedy}"
+        )
+    if not isinstance(solver, AbstractKKT):
+        raise ValueError(
+            f"solver: only the KKT solvers follow a flow along the kinks of {kind}, "
+            f"got {type(solver).__name__}; or {remedy}"
+        )
+    return ActiveSet(solver), Landing(controller)
+
+
 def _stiffness(term: FlowTerm, models: PyTree, ts: Float[Array, " n"]) -> Scalar:
     """∫L dt along the saved models, about the number of steps that an explicit method
     takes at its stability limit. L may change a lot from one to the next: its geometric
@@ -391,6 +428,8 @@ _NOISE = 1.5
 
 def _rms(y: PyTree) -> Scalar:
     """The root of the mean square; of the parameters alone, where y is tracked."""
+    if isinstance(y, Signed):
+        y = y.tracked
     return optx.rms_norm(y.params if isinstance(y, Tracked) else y)
 
 

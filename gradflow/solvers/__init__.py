@@ -1,5 +1,6 @@
 """Stiff Diffrax solvers for training flows, and the choice between solvers."""
 
+from .active_set import ActiveSet as ActiveSet, Landing as Landing, Signed as Signed
 from .choose import (
     as_choice as as_choice,
     Choice as Choice,

@@ -29,6 +29,8 @@ class Size(eqx.Module):
     parameters: int = eqx.field(static=True)
     outputs: int | None = eqx.field(static=True)
     """How many the loss has; `None` where it is not composite."""
+    kinks: bool = eqx.field(static=True, default=False)
+    """Whether the penalty has any."""
 
 
 def measure_size(
@@ -45,6 +47,7 @@ def measure_size(
         (sharpness(term, params) + weight_decay) * t1,
         sum(p.size for p in jax.tree.leaves(params)),
         outputs,
+        not term.penalty.smooth,
     )
 
 
@@ -91,7 +94,7 @@ def choose_solver(
     steps were measured on the tasks of this package. An explicit solver is taken only
     where it is expected to be three times cheaper, for KKT is the most exact. KKT is
     left out where its matrix would not fit: above 10 000 outputs, or 5000 parameters of
-    an opaque loss.
+    an opaque loss. A penalty with kinks leaves no choice: KKT.
 
     The curvature may rise along the path. So Tsit5 is on trial: if it stalls, runs at
     its stability limit, or has not ended after 10 000 steps, the run (of all lanes, in
@@ -126,6 +129,9 @@ def choose_solver(
     if not classical:
         del costs["Tsit5"]
     kkt = "KKT4" if tolerance >= 1e-6 else "KKT5"
+    if size.kinks:
+        solver = KKT4() if kkt == "KKT4" else KKT5()
+        return Choice(solver, "the penalty has kinks, which only KKT solvers follow")
     best = min(costs, key=lambda name: costs[name])
     if fits:
         iterations = 12 * (2 * gradient + 4 * m * m)

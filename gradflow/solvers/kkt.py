@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
 from ..flow import FlatLoss, FlatOpaqueLoss, flatten, FlowTerm, Tracked, TrackedFlowTerm
 from ..losses import AbstractCompositeLoss
+from ..penalties import AbstractPenalty
 
 if TYPE_CHECKING:
     from typing import ClassVar as AbstractClassVar
@@ -175,7 +176,8 @@ class AbstractKKT(
 
         # A kernel that has served too long is no reason to shorten the step: the second
         # attempt renews it. (Diffrax forgets what a rejected step has learnt.)
-        renew = jnp.array(True) if uneven else solver_state.stale
+        lasting = not uneven or _only_holds(term.penalty, params)
+        renew = solver_state.stale if lasting else jnp.array(True)
         stages = len(self.tableau.b_sol) - 1
         no = jnp.array(False)
         none = _Step(
@@ -316,12 +318,14 @@ class AbstractKKT(
         y1 = y0 + h * (a[-1] @ slopes) + c * slopes[-1]
         mu = mus[-1]
         ok = ok & jnp.all(jnp.isfinite(y1))
-        if isinstance(term, TrackedFlowTerm) and jnp.ndim(alpha) == 0:
+        held = isinstance(term.penalty, OnOrthant)
+        if isinstance(term, TrackedFlowTerm) and (held or jnp.ndim(alpha) == 0):
             # θ fixes cμ, and c may be small: μ is less exact than θ. But it also obeys
             # μ' = −ℓ''J(Jᵀμ + λ∇R), to whose stiff part μ' adds little.
             rates = jnp.asarray(_end_slope(self.tableau), y0.dtype) / h
             z, push = jax.linearize(loss.outputs, y1)
-            pullback = lambda u: jax.linear_transpose(push, y1)(u)[0]
+            free = jnp.where(alpha < HELD**0.5, 1.0, 0.0) if held else 1.0
+            pullback = lambda u: free * jax.linear_transpose(push, y1)(u)[0]
             pulled = push(weight_decay * decay(y1))
             past = rates[:-1] @ mus[:-1]
 
@@ -346,6 +350,50 @@ _SLOW = 3  # iterations a stage above which the tangent kernel is renewed
 DENSE_LIMIT = 5000  # parameters up to which the Hessian of an opaque loss is factorised
 SLIDING_RTOL = 1e-3  # what is resolved, relatively, while the flow slides along a kink
 _SLIDE = 0.2  # tolerances by which the mean may still move when a sliding stage ends
+
+
+HELD = 1e30  # the curvature that stands for a coordinate held at zero
+
+
+class OnOrthant(AbstractPenalty):
+    """A penalty R = S + Σ wᵢ|θᵢ| where each coordinate has a known sign σᵢ, which makes
+    it smooth, S + Σ wᵢσᵢθᵢ; where σᵢ = 0 the coordinate is held at zero."""
+
+    penalty: AbstractPenalty
+    sign: Float[Array, " d"]
+
+    def __call__(self, params: PyTree) -> Scalar:
+        return self.penalty(params)
+
+    def smooth_gradient(self, params: PyTree) -> PyTree:
+        """∇S."""
+        return jax.tree.map(
+            lambda g, w, p: g - w * jnp.sign(p),
+            self.penalty.gradient(params),
+            self.penalty.absolute_weights(params),
+            params,
+        )
+
+    def gradient(self, params: PyTree) -> PyTree:
+        smooth, unravel = ravel_pytree(self.smooth_gradient(params))
+        weights, _ = ravel_pytree(self.penalty.absolute_weights(params))
+        free = jnp.abs(self.sign)
+        return unravel(free * (smooth + weights * self.sign))
+
+    def curvature(self, params: PyTree) -> PyTree:
+        flat, unravel = ravel_pytree(params)
+        rho = ravel_pytree(self.penalty.curvature(params))[0].astype(flat.dtype)
+        rho = jnp.broadcast_to(rho, flat.shape)
+        return unravel(jnp.where(self.sign == 0, HELD, rho))
+
+
+def _only_holds(penalty: AbstractPenalty, params: PyTree) -> bool:
+    """Whether its curvature is that of the coordinates held at zero and nothing else:
+    then it is the same for all step sizes."""
+    if not isinstance(penalty, OnOrthant):
+        return False
+    rest = penalty.penalty.curvature(params)
+    return isinstance(rest, float) and rest == 0.0
 
 
 def _unwrap(terms: AbstractTerm, y: PyTree) -> tuple[FlowTerm, PyTree]:

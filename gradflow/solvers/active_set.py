@@ -1,0 +1,291 @@
+"""Flows with a penalty whose kinks are coordinates at zero, such as ℓ1: exact sliding.
+
+θ' ∈ −∇F(θ) − λ∂R(θ) with R = S + Σ wᵢ|θᵢ|, S smooth. Between events each coordinate is
+positive, negative or held at zero, and the flow is smooth. A held one stays while
+|∂ᵢ(F + λS)| ≤ λwᵢ, for then 0 is the element of least norm of its part of the right
+side. Steps end on the events: where a coordinate reaches zero, and where a held one is
+let go (Filippov, Differential Equations with Discontinuous Righthand Sides, 1988).
+"""
+
+from typing import Any, ClassVar
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, PyTree, Scalar
+
+from ..flow import FlowTerm, Tracked, TrackedFlowTerm
+from .kkt import _flat, _unwrap, AbstractKKT, ChordIteration, OnOrthant
+
+# An event may be missed by this share of the tolerance of a step.
+_SHARE = 0.1
+# Of a step that came too late for a release, this part is tried when what the straight
+# line says has failed twice: just after another event the force jumps.
+_BACK = 0.1
+
+
+class Signed(eqx.Module):
+    """A `Tracked` state, with the sign of each coordinate: 0 where it is held at zero,
+    1 where |θᵢ| has no part in R."""
+
+    tracked: Tracked
+    sign: Float[Array, "*times d"]
+    landing: Float[Array, " *times"]
+    """The part of the step at which it should have ended, negative if for a release;
+    1 where it need not be shortened."""
+
+    @property
+    def params(self) -> PyTree:
+        """θ, with zeros that are zeros to the bit."""
+        theta, unravel = ravel_pytree(self.tracked.params)
+        return unravel(jnp.where(jnp.abs(self.sign) > 0.5, theta, 0.0))
+
+    @property
+    def multiplier(self) -> Float[Array, " m"]:
+        return self.tracked.multiplier
+
+
+class _State(eqx.Module):
+    inner: Any
+    force: Float[Array, " d"]  # ∇(F + λS) where the last step ended
+
+
+class SignedFlowTerm(FlowTerm):
+    """The flow with a `Signed` state."""
+
+    def vf(self, t: Any, y: Signed, args: Any) -> Signed:
+        inner = _on_orthant(self, y.sign).vf(t, y.tracked, args)
+        return Signed(inner, jnp.zeros_like(y.sign), jnp.zeros_like(y.landing))
+
+
+class ActiveSet(
+    diffrax.AbstractImplicitSolver[_State], diffrax.AbstractAdaptiveSolver[_State]
+):
+    """A KKT solver for a penalty with kinks where coordinates are zero. Use it with
+    `Landing`, and with the term and the state that `track` makes."""
+
+    solver: AbstractKKT
+    root_finder: ChordIteration = diffrax.with_stepsize_controller_tols(
+        ChordIteration
+    )()
+    root_find_max_steps: int = 12
+    term_structure: ClassVar = SignedFlowTerm
+    interpolation_cls: ClassVar = (
+        diffrax.ThirdOrderHermitePolynomialInterpolation.from_k
+    )
+
+    def order(self, terms: PyTree[diffrax.AbstractTerm]) -> int | None:
+        return self.solver.order(terms)
+
+    def func(self, terms: Any, t0: Any, y0: PyTree, args: Any) -> PyTree:
+        return terms.vf(t0, y0, args)
+
+    @property
+    def _inner(self) -> AbstractKKT:
+        return eqx.tree_at(lambda s: s.root_finder, self.solver, self.root_finder)
+
+    def track(
+        self, term: FlowTerm, params: PyTree, weight_decay: Scalar
+    ) -> tuple[SignedFlowTerm, Signed]:
+        """The term and the initial state: coordinates that start at zero are held there
+        if they may be."""
+        _, tracked = self.solver.track(term, params)
+        out = SignedFlowTerm(term.loss, term.penalty, term.static)
+        theta, _ = ravel_pytree(params)
+        weights = _weights(term, params)
+        force = _force(out, tracked, weight_decay)
+        leaving = jnp.abs(force) > weight_decay * weights
+        at_zero = jnp.where(leaving, -jnp.sign(force), 0.0)
+        sign = jnp.where(theta == 0, at_zero, jnp.sign(theta))
+        sign = jnp.where(weights > 0, sign, 1.0)
+        return out, Signed(tracked, sign, jnp.ones((), theta.dtype))
+
+    def loss_of(self, term: FlowTerm, y: Signed) -> Scalar:
+        """F, through the multiplier; see `AbstractKKT.loss_of`."""
+        return self.solver.loss_of(term, y.tracked)
+
+    def work(self, term: FlowTerm, state: _State) -> dict[str, Array]:
+        """See `AbstractKKT.work`."""
+        return self.solver.work(term, state.inner)
+
+    def init(self, terms: Any, t0: Any, t1: Any, y0: Signed, args: Any) -> _State:
+        term, _ = _unwrap(terms, y0.tracked)
+        inner_term = _on_orthant(term, y0.sign)
+        inner = self._inner.init(inner_term, t0, t1, y0.tracked, args)
+        return _State(inner, _force(term, y0.tracked, args))
+
+    @eqx.filter_jit  # Diffrax traces a step several times
+    def step(
+        self,
+        terms: Any,
+        t0: Any,
+        t1: Any,
+        y0: Signed,
+        args: Any,
+        solver_state: _State,
+        made_jump: Any,
+    ) -> tuple[Signed, Signed, dict, _State, diffrax.RESULTS]:
+        term, params = _unwrap(terms, y0.tracked)
+        y1, error, dense, inner, result = self._inner.step(
+            _on_orthant(term, y0.sign),
+            t0,
+            t1,
+            y0.tracked,
+            args,
+            solver_state.inner,
+            made_jump,
+        )
+        flat = lambda tree: ravel_pytree(tree)[0]
+        theta, unravel = ravel_pytree(y1.params)
+        before, sign, h = flat(params), y0.sign, t1 - t0
+        slopes = jax.vmap(flat)(dense["k"].params)
+        start, end = slopes[0], slopes[1]
+        force = _force(term, y1, args)
+        pull = args * _weights(term, y1.params)
+        atol, rtol = self.root_finder.atol, self.root_finder.rtol
+        tol = _SHARE * (atol + rtol * jnp.sqrt(jnp.mean(theta**2)))
+
+        height = sign * theta
+        movable = (sign != 0) & (pull > 0)
+        gone = movable & (height < tol) & ((height <= 0) | (sign * end < 0))
+        stays = jnp.abs(force) <= pull
+        curve = _Cubic(sign * before, height, sign * start, sign * end)
+        bottom = curve.lowest()
+        # Down through zero, and up again, within the step.
+        dipped = movable & ~gone & (curve(bottom) < -tol)
+        crossed = (gone & (jnp.abs(theta) > tol)) | dipped
+        at = jax.lax.cond(
+            jnp.any(crossed),
+            lambda: curve.root(bottom),
+            lambda: jnp.ones_like(theta),
+        )
+        # What passes through zero has had the wrong sign for the rest of the step.
+        wrong = jnp.where(stays | dipped, jnp.abs(theta), 2 * pull * h * (1 - at))
+        over = crossed & (wrong > tol)
+
+        freed = (sign == 0) & (jnp.abs(force) > pull)
+        excess = jnp.abs(force) - pull
+        late = freed & (0.5 * h * excess > tol)
+        held = jnp.abs(solver_state.force)
+        rise = jnp.abs(force) - held
+        then = (pull - held) / jnp.where(rise > 0, rise, 1.0)
+        then = jnp.min(jnp.where(late, jnp.clip(then, 0.01, 0.999), 1.0))
+        soon = jnp.min(jnp.where(over, at, 1.0))
+        landing = jnp.where(then < soon, -then, soon)
+        okay = result == diffrax.RESULTS.successful
+        landing = jnp.where(okay, landing, 1.0)
+
+        changed = gone | freed
+        new = jnp.where(gone & stays, 0.0, -jnp.sign(force))
+        new = jnp.where(changed, new, sign)
+        theta = jnp.where(gone & (new * theta <= 0), 0.0, theta)
+        slope = jnp.where(changed, -force - pull * new, inner.slope)
+        slope = jnp.where(new == 0, 0.0, slope)
+        inner = eqx.tree_at(
+            lambda s: (s.slope, s.stale), inner, (slope, inner.stale | jnp.any(changed))
+        )
+        rejected = jnp.where(landing < 1, jnp.inf, 0.0)
+        error = jax.tree.map(lambda e: e + rejected, error.params)
+        none = jnp.zeros_like(sign)
+        still = jnp.zeros_like(landing)
+        tracked = Tracked(unravel(theta), y1.multiplier)
+        y1 = Signed(tracked, new, landing)
+        error = Signed(Tracked(error, jnp.zeros_like(y0.multiplier)), none, still)
+        k = Signed(dense["k"], jnp.stack([none, none]), jnp.stack([still, still]))
+        return y1, error, dict(y0=y0, y1=y1, k=k), _State(inner, force), result
+
+
+class Landing(diffrax.AbstractAdaptiveStepSizeController):
+    """Ends steps on the events that an `ActiveSet` finds."""
+
+    controller: diffrax.AbstractAdaptiveStepSizeController
+
+    def __init__(self, controller: diffrax.AbstractAdaptiveStepSizeController):
+        self.controller = controller
+
+    @property
+    def rtol(self):
+        return self.controller.rtol
+
+    @property
+    def atol(self):
+        return self.controller.atol
+
+    @property
+    def norm(self):
+        return self.controller.norm
+
+    def wrap(self, direction):
+        wrapped = self.controller.wrap(direction)
+        return eqx.tree_at(lambda s: s.controller, self, wrapped)
+
+    def init(self, *args):
+        t1, inner = self.controller.init(*args)
+        return t1, (inner, jnp.array(0))
+
+    def adapt_step_size(
+        self, t0, t1, y0, y1_candidate, args, y_error, error_order, controller_state
+    ):
+        inner, tries = controller_state
+        keep, next_t0, next_t1, jump, inner, result = self.controller.adapt_step_size(
+            t0, t1, y0, y1_candidate, args, y_error, error_order, inner
+        )
+        part = y1_candidate.landing
+        tries = jnp.where(part < 0, tries + 1, 0)
+        part = jnp.where(tries > 2, -jnp.minimum(-part, _BACK), part)
+        shortened = t0 + jnp.abs(part) * (t1 - t0)
+        next_t1 = jnp.where(part < 1, shortened, next_t1)
+        return keep, next_t0, next_t1, jump, (inner, tries), result
+
+
+def _weights(term: FlowTerm, params: PyTree) -> Float[Array, " d"]:
+    return ravel_pytree(term.penalty.absolute_weights(params))[0]
+
+
+def _on_orthant(term: FlowTerm, sign: Float[Array, " d"]) -> TrackedFlowTerm:
+    return TrackedFlowTerm(term.loss, OnOrthant(term.penalty, sign), term.static)
+
+
+def _force(term: FlowTerm, y: Tracked, weight_decay: Scalar) -> Float[Array, " d"]:
+    """∇(F + λS), by the multiplier: on the critical manifold ∇F is as small as λ."""
+    theta, loss = _flat(term, y.params)
+    _, pull = jax.vjp(loss.outputs, theta)
+    smooth = OnOrthant(term.penalty, jnp.zeros_like(theta)).smooth_gradient(y.params)
+    return pull(y.multiplier)[0] + weight_decay * ravel_pytree(smooth)[0]
+
+
+class _Cubic(eqx.Module):
+    """For each coordinate the cubic on (0, 1) with these ends and slopes."""
+
+    y0: Float[Array, " d"]
+    y1: Float[Array, " d"]
+    slope0: Float[Array, " d"]
+    slope1: Float[Array, " d"]
+
+    def __call__(self, x: Float[Array, " d"]) -> Float[Array, " d"]:
+        rise = self.y1 - self.y0
+        bend = (self.slope0 - rise) * (1 - x) + (rise - self.slope1) * x
+        return (1 - x) * self.y0 + x * self.y1 + x * (1 - x) * bend
+
+    def lowest(self) -> Float[Array, " d"]:
+        """Where it turns, if it falls at 0 and rises at 1; else 1."""
+        rise = self.y1 - self.y0
+        b = 3 * rise - 2 * self.slope0 - self.slope1
+        a = self.slope0 + self.slope1 - 2 * rise
+        below = b + jnp.sqrt(jnp.maximum(b**2 - 3 * a * self.slope0, 0.0))
+        turns = (self.slope0 < 0) & (self.slope1 > 0) & (below > 0)
+        return jnp.where(turns, -self.slope0 / jnp.where(turns, below, 1.0), 1.0)
+
+    def root(self, end: Float[Array, " d"]) -> Float[Array, " d"]:
+        """The zero before `end`, where it is negative, by bisection."""
+
+        def halve(_, ends):
+            low, high = ends
+            middle = 0.5 * (low + high)
+            above = self(middle) > 0
+            return jnp.where(above, middle, low), jnp.where(above, high, middle)
+
+        low, high = jax.lax.fori_loop(0, 30, halve, (jnp.zeros_like(end), end))
+        return jnp.clip(0.5 * (low + high), 0.01, 0.9999)
