@@ -31,6 +31,7 @@ from .metrics import Metric as Metric
 from .results import RESULTS as RESULTS
 from .path import Path as Path
 from .simulate import simulate as simulate
+from .descent import descent as descent, log_spaced_steps as log_spaced_steps
 from .solvers import KKT4 as KKT4, KKT5 as KKT5, RKC2 as RKC2
 
 from . import models as models, tasks as tasks

@@ -14,7 +14,7 @@ from .results import RESULTS
 
 
 class Path(eqx.Module):
-    """A path θ(t) of a gradient flow, saved at n times.
+    """A path θ(t) of a gradient flow, or of a descent, saved at n times.
 
     Every array has the n times as its first axis (after that of the lanes, inside a
     `Sweep`). Where a run ended early, what comes after its end is NaN. `path[i]` is the
@@ -120,6 +120,9 @@ _SINGULAR = 1e-6
 
 
 def _steps(stats: dict[str, Any]) -> str:
+    if "learning_rate" in stats:
+        rate = float(stats["learning_rate"])
+        return f"{stats['solver']}, {int(stats['steps'])} steps of {rate:.3g}"
     return (
         f"{stats['solver']}, rtol {float(stats['rtol']):.1g}: {int(stats['steps'])} "
         f"steps, {int(stats['rejected'])} rejected"

@@ -35,6 +35,10 @@ class RESULTS(diffrax.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
         "unbounded below, or not defined everywhere. Check the loss, or add "
         "weight decay."
     )
+    overshot = (
+        "The descent left the finite range: the learning rate is likely above 2/L, L "
+        "the largest curvature of the loss. Lower it."
+    )
     not_converged = (
         "The flow had not come to rest at the largest time allowed: the loss is nearly "
         "flat somewhere along it. Increase `t_max`, or check that a minimiser exists."

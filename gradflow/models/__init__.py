@@ -6,5 +6,6 @@ from .diagonal import (
     DifferenceNetwork as DifferenceNetwork,
 )
 from .factorisation import MatrixFactorisation as MatrixFactorisation
+from .hadamard import HadamardProduct as HadamardProduct
 from .linear import LinearModel as LinearModel
 from .two_layer import TwoLayer as TwoLayer

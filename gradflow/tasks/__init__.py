@@ -15,8 +15,16 @@ from .matrix_completion import (
     CompletionTruth as CompletionTruth,
     matrix_completion as matrix_completion,
 )
+from .matrix_recovery import (
+    matrix_recovery as matrix_recovery,
+    MatrixTruth as MatrixTruth,
+)
 from .relu_1d import Kinks as Kinks, relu_1d as relu_1d, ReLU1dTruth as ReLU1dTruth
-from .task import Task as Task
+from .sparse_recovery import (
+    sparse_recovery as sparse_recovery,
+    SparseTruth as SparseTruth,
+)
+from .task import RelativeError as RelativeError, Task as Task
 from .teacher_student import (
     teacher_student as teacher_student,
     TeacherTruth as TeacherTruth,

@@ -15,6 +15,11 @@ def check_positive(value: float, name: str):
         raise ValueError(f"{name}: expected a positive number, got {value!r}.")
 
 
+def check_fraction(value: float, name: str):
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}: expected a number from 0 to 1, got {value!r}.")
+
+
 def check_choice(value: str, name: str, choices: Sequence[str]):
     if value not in choices:
         expected = " or ".join(map(repr, choices))

@@ -4,6 +4,7 @@ import warnings
 from typing import NamedTuple
 
 import numpy as np
+from scipy import sparse
 
 
 class Certified(NamedTuple):
@@ -60,19 +61,27 @@ def least_l1(features: np.ndarray, targets: np.ndarray) -> Certified:
     return _certified(beta, dual, np.abs(beta).sum(), y @ dual)
 
 
-def least_nuclear(
-    indices: np.ndarray, values: np.ndarray, shape: tuple[int, int]
-) -> Certified:
-    """min ‖M‖_* subject to Mᵢⱼ = values on the indices, by semidefinite programming.
+def places(flat: np.ndarray, shape: tuple[int, int]) -> sparse.csr_array:
+    """The operator that takes the entries at the places `flat` = n i + j of a matrix of
+    that shape (m, n), of shape (N, mn)."""
+    count = len(flat)
+    ones = np.ones(count)
+    return sparse.csr_array((ones, (np.arange(count), flat)), (count, np.prod(shape)))
 
-    The dual is max ⟨values, Λ⟩ over matrices Λ that vanish off the indices, with
-    ‖Λ‖₂ ≤ 1.
+
+def least_nuclear(
+    operator: np.ndarray | sparse.csr_array, values: np.ndarray, shape: tuple[int, int]
+) -> Certified:
+    """min ‖M‖_* subject to 𝒳 vec(M) = values, by semidefinite programming.
+
+    The dual is max ⟨values, ν⟩ subject to ‖mat(𝒳ᵀν)‖₂ ≤ 1.
 
     **Arguments:**
 
-    - `indices`: of shape (N, 2), all different.
+    - `operator`: 𝒳, of shape (N, mn), of full row rank, dense or sparse. Matrices are
+        read row by row.
     - `values`: of shape (N,).
-    - `shape`: of the matrix.
+    - `shape`: (m, n).
 
     **Raises:** `ImportError` without CVXPY; `RuntimeError` where its solver finds no
     solution, or none certified to 1e-6.
@@ -84,11 +93,10 @@ def least_nuclear(
             "The least nuclear norm needs CVXPY: pip install gradflow[experiments]"
         ) from error
 
-    rows, columns = np.asarray(indices).T
     values = np.asarray(values, np.float64)
     matrix = cp.Variable(shape)
-    data = [matrix[rows, columns] == values]
-    program = cp.Problem(cp.Minimize(cp.normNuc(matrix)), data)
+    data = cp.Zero(operator @ cp.vec(matrix, order="C") - values)
+    program = cp.Problem(cp.Minimize(cp.normNuc(matrix)), [data])
     tight = {f"tol_{what}": 1e-11 for what in ("gap_abs", "gap_rel", "feas")}
     with warnings.catch_warnings():
         # The solver warns where it falls short of these tolerances; the gap found below
@@ -97,18 +105,18 @@ def least_nuclear(
         program.solve(solver=cp.CLARABEL, **tight)
     if matrix.value is None:
         raise RuntimeError(f"least nuclear norm: {program.status}")
-    solution = np.array(matrix.value)
-    solution[rows, columns] = values
-    dual = np.zeros(shape)
+    solution = np.array(matrix.value).reshape(-1)
+    gram = operator @ operator.T
+    gram = gram if isinstance(gram, np.ndarray) else gram.toarray()
+    away = np.linalg.solve(gram, operator @ solution - values)
+    solution = (solution - operator.T @ away).reshape(shape)
     # CVXPY's multiplier of an equality has the opposite sign of the dual used here.
-    dual[rows, columns] = -np.asarray(data[0].dual_value)
-    dual /= max(1.0, np.linalg.norm(dual, 2))
-    return _certified(
-        solution,
-        dual,
-        np.linalg.norm(solution, "nuc"),
-        values @ dual[rows, columns],
-    )
+    multiplier = -np.asarray(data.dual_value)
+    size = np.linalg.norm((operator.T @ multiplier).reshape(shape), 2)
+    multiplier = multiplier / max(1.0, size)
+    dual = (operator.T @ multiplier).reshape(shape)
+    norm = np.linalg.norm(solution, "nuc")
+    return _certified(solution, dual, norm, values @ multiplier)
 
 
 def _certified(solution, dual, norm, bound) -> Certified:

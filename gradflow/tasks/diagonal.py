@@ -2,16 +2,14 @@
 
 from typing import Literal
 
-import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
-import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ..losses import SquaredError
 from ..models import DiagonalNetwork, DifferenceNetwork
 from ._checks import check_choice, check_count, check_positive
-from ._convex import Certified, least_l1
+from ._truths import AbstractSparseTruth
 from .task import at_zero, Task, train_and_test
 
 
@@ -146,7 +144,7 @@ def _beta(model: DiagonalNetwork | DifferenceNetwork, _: None) -> Array:
     return model.beta
 
 
-class DiagonalTruth(eqx.Module):
+class DiagonalTruth(AbstractSparseTruth):
     """What is known of a diagonal network's flow.
 
     - `features`, `targets`: X and y.
@@ -171,18 +169,3 @@ class DiagonalTruth(eqx.Module):
         if isinstance(model, DifferenceNetwork):
             return model.u * model.v
         return model.u**2 - model.v**2
-
-    def certificate(self) -> Certified:
-        """The interpolant of least ℓ1 norm, with the dual point that proves it (by
-        `scipy.optimize.linprog`)."""
-        return least_l1(np.asarray(self.features), np.asarray(self.targets))
-
-    def end_point(self) -> Float[Array, " d"]:
-        """argmin ‖β‖₁ over Xβ = y: the global minimum of ½(‖u‖² + ‖v‖²) on M. The drift
-        ends at a KKT point of that problem, which need not be this one."""
-        return jnp.asarray(self.certificate().solution, self.target.dtype)
-
-    def recovers_target(self, *, tolerance: float = 1e-6) -> bool:
-        """Whether the end point is the target, to a relative `tolerance`."""
-        error = jnp.linalg.norm(self.end_point() - self.target)
-        return bool(error <= tolerance * jnp.linalg.norm(self.target))

@@ -1,8 +1,7 @@
 """Completing a low-rank matrix from some of its entries."""
 
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
-import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
@@ -11,7 +10,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from ..losses import SquaredError
 from ..models import MatrixFactorisation
 from ._checks import check_choice, check_count, check_positive
-from ._convex import Certified, least_nuclear
+from ._convex import Certified, least_nuclear, places
+from ._truths import AbstractConvexTruth
 from .task import at_zero, Task, train_and_test
 
 
@@ -95,16 +95,16 @@ def matrix_completion(
     )
 
 
-def entries(model: MatrixFactorisation, flat: Int[Array, " N"]) -> Float[Array, " N"]:
-    """The entries of UVᵀ at the places `flat` = n i + j.
+def entries(model: Any, flat: Int[Array, " N"]) -> Float[Array, " N"]:
+    """The entries of `model.matrix`, (m, n), at the places `flat` = n i + j.
 
-    Forms the whole matrix once: a gather of rows of U and V for each entry is slower
-    when a good part of the entries is asked for.
+    Forms the whole matrix once: a gather of rows of its factors for each entry is
+    slower when a good part of the entries is asked for.
     """
     return jnp.take(model.matrix.reshape(-1), flat, unique_indices=True, mode="clip")
 
 
-class CompletionTruth(eqx.Module):
+class CompletionTruth(AbstractConvexTruth):
     """What is known of a matrix factorisation's flow.
 
     - `target`: M, of shape (m, n).
@@ -114,6 +114,8 @@ class CompletionTruth(eqx.Module):
     target: Float[Array, "m n"]
     indices: Int[Array, "N 2"]
     values: Float[Array, " N"]
+    # The solver finds the norm to about 1e-10, but the matrix only to the root of that.
+    resolved: ClassVar[float] = 1e-4
 
     def coefficients(self, model: MatrixFactorisation) -> Float[Array, "m n"]:
         """UVᵀ."""
@@ -126,21 +128,8 @@ class CompletionTruth(eqx.Module):
 
     def certificate(self) -> Certified:
         """The completion of least nuclear norm, with the dual point that proves it (by
-        CVXPY, to be installed as `gradflow[experiments]`)."""
-        return least_nuclear(
-            np.asarray(self.indices), np.asarray(self.values), self.target.shape
-        )
-
-    def end_point(self) -> Float[Array, "m n"]:
-        """argmin ‖M‖_* over all completions: the global minimum of ½(‖U‖² + ‖V‖²) on M,
-        with as many columns as it needs. The drift ends at a KKT point of that problem.
-
-        **Raises:** `ImportError` without CVXPY.
-        """
-        return jnp.asarray(self.certificate().solution, self.target.dtype)
-
-    def recovers_target(self, *, tolerance: float = 1e-4) -> bool:
-        """Whether the end point is the target, to a relative `tolerance`. The solver
-        finds the norm to about 1e-10, but the matrix only to the root of that."""
-        error = jnp.linalg.norm(self.end_point() - self.target)
-        return bool(error <= tolerance * jnp.linalg.norm(self.target))
+        CVXPY, to be installed as `gradflow[experiments]`). It is the global minimum of
+        ½(‖U‖² + ‖V‖²) on M with as many columns as it needs."""
+        shape = self.target.shape
+        flat = np.ravel_multi_index(tuple(np.asarray(self.indices).T), shape)
+        return least_nuclear(places(flat, shape), np.asarray(self.values), shape)

@@ -1,15 +1,17 @@
 """A ready problem: an initial model, its loss, what to watch and what is known."""
 
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree, Scalar
 
 from ..flow import GradientFlow
-from ..losses import AbstractLoss
+from ..losses import AbstractLoss, SquaredError
 from ..metrics import Metric
+from ..penalties import AbstractPenalty, L2
 
 
 class Task(eqx.Module):
@@ -19,7 +21,8 @@ class Task(eqx.Module):
     - `model`: the initial model.
     - `loss`: the training loss F.
     - `metrics`: what to watch along a path; always `"train"`, the training loss, and
-        `"test"`, the error on unseen data, each with the level that counts.
+        `"test"`, the error on unseen data, each with the level that counts. (Where the
+        task is to recover a target: the relative errors of the fit and of the target.)
     - `truth`: what is known of the answer. Each kind of task has its own; wherever the
         end of the drift is known, `truth.end_point()` gives it and
         `truth.coefficients(model)` the quantity to compare with it; wherever there is
@@ -28,6 +31,7 @@ class Task(eqx.Module):
     - `codimension`: the rank of J on the critical manifold, which has dimension
         d − `codimension`; `None` where it is not known.
     - `slow_time`: how far to run, s = λt, to see the whole drift.
+    - `penalty`: R, ½‖θ‖² unless the task is about another one.
     """
 
     name: str = eqx.field(static=True)
@@ -37,6 +41,7 @@ class Task(eqx.Module):
     truth: Any
     codimension: int | None = eqx.field(static=True)
     slow_time: float = eqx.field(static=True)
+    penalty: AbstractPenalty = L2()
 
     def __check_init__(self):
         missing = {"train", "test"} - self.metrics.keys()
@@ -47,8 +52,8 @@ class Task(eqx.Module):
 
     @property
     def flow(self) -> GradientFlow:
-        """The flow θ' = −∇F(θ) − λθ of this task's loss."""
-        return GradientFlow(self.loss)
+        """The flow θ' = −∇F(θ) − λ∇R(θ) of this task's loss and penalty."""
+        return GradientFlow(self.loss, penalty=self.penalty)
 
 
 def train_and_test(
@@ -71,6 +76,36 @@ def train_and_test(
     return {
         "train": Metric(loss, threshold=0.01 * at_zero(loss, model)),
         "test": Metric(test_loss, threshold=float(grokked)),
+    }
+
+
+class RelativeError(eqx.Module):
+    """‖of(model) − target‖/‖target‖, Euclidean (of matrices, Frobenius)."""
+
+    of: Callable[[Any], Array]
+    target: Array
+
+    def __call__(self, model: PyTree) -> Scalar:
+        away = self.of(model) - self.target
+        return jnp.linalg.norm(away) / jnp.linalg.norm(self.target)
+
+
+def fit_and_recovery(
+    loss: SquaredError,
+    coefficients: Callable[[Any], Array],
+    target: Array,
+    *,
+    fitted: float,
+    recovered: float,
+) -> dict[str, Metric]:
+    """The two metrics where a target is to be recovered.
+
+    **Returns:** `"train"`, ‖z − y‖/‖y‖ with threshold `fitted`, and `"test"`, the same
+    of the coefficients and the target, with threshold `recovered`.
+    """
+    return {
+        "train": Metric(RelativeError(loss.outputs, loss.y), threshold=fitted),
+        "test": Metric(RelativeError(coefficients, target), threshold=recovered),
     }
 
 

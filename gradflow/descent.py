@@ -1,0 +1,318 @@
+"""The discrete counterpart of the flow: gradient descent, with any Optax optimiser."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, get_args
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Int, PRNGKeyArray, PyTree, Scalar
+
+from ._checks import check_weight_decay, is_concrete
+from ._descent_methods import (
+    as_optimiser,
+    check_projection,
+    Method,
+    Optimiser,
+    Projection,
+    projection,
+)
+from ._minibatch import check_batches, epoch_order, minibatch
+from .flow import FlowTerm, GradientFlow
+from .metrics import Metric
+from .path import Path
+from .results import RESULTS
+from .simulate import as_metrics, check_scalars, fail_unless_reached
+
+
+def descent(
+    flow: GradientFlow,
+    model: PyTree,
+    *,
+    weight_decay: float | Scalar,
+    learning_rate: float | Scalar,
+    steps: int | None = None,
+    slow_time: float | None = None,
+    t1: float | None = None,
+    at: Sequence[int] | Int[Array | np.ndarray, " n"] | None = None,
+    saves: int = 65,
+    method: Method = "subgradient",
+    optimiser: Optimiser | None = None,
+    batch_size: int | None = None,
+    key: PRNGKeyArray | None = None,
+    metrics: dict[str, Callable | Metric] | None = None,
+    throw: bool = True,
+    progress: bool = False,
+) -> Path:
+    """Descends F + λR from `model` in steps of size α, instead of flowing.
+
+    With G = ∇F(θ), or its estimate from a minibatch, H = ∇R(θ) (at a kink the
+    subgradient of least norm: sign(0) = 0), and U the update of the optimiser, −αG for
+    plain gradient descent, a step of each method is
+
+    - `"subgradient"`: θ ← θ + U(G + λH);
+    - `"decoupled"`: θ ← θ + U(G) − αλH. With Adam and R = ½‖θ‖² this is AdamW
+      (Loshchilov & Hutter, arXiv 1711.05101);
+    - `"proximal"`: θ ← prox_{αλR}(θ + U(G)). With plain gradient descent and the ℓ1
+      norm this is ISTA (Daubechies, Defrise, De Mol, 2004);
+    - `"projected"`: θ ← Π(θ − αλH), Π the orthogonal projection onto {z(θ) = y}: the
+      squared error of a model that is linear in its parameters, without optimiser.
+
+    The clock is that of the flow: t = α · steps, and s = λt, for all methods. A plain
+    gradient descent follows the flow to O(α); other optimisers follow flows of their
+    own, for which t is a unit of account. (Where the decay is decoupled, R = ½‖θ‖²
+    alone shrinks the parameters by e^{−s}, whatever the optimiser.)
+
+    **Arguments:**
+
+    - `flow`: the loss, the penalty and what is trainable.
+    - `model`: the initial model θ₀.
+    - `weight_decay`: λ ≥ 0.
+    - `learning_rate`: α > 0.
+    - `steps`, `slow_time`, `t1`, `at`: give one. Take so many steps; run to slow time
+        s = λt, or to time t (to the nearest step); or take as many as the last of the
+        given increasing numbers of steps, and save at each of them.
+    - `saves`: how many steps are saved when `at` is not given: the first and the last,
+        and between them evenly in the logarithm. Fewer where there are not as many.
+    - `method`: what is done with the penalty, see above.
+    - `optimiser`: an Optax optimiser as a function of its learning rate, `optax.adam`;
+        or one that is ready, `optax.adam(1e-3)`, and then `learning_rate` is only what
+        the clock and the penalty step take. `optax.sgd` unless given.
+    - `batch_size`: of minibatches, drawn anew each epoch without replacement (the last
+        one of an epoch is filled up with its first samples). All samples unless given.
+    - `key`: of the minibatches.
+    - `metrics`: functions of the model, by name; `Metric` adds a threshold.
+    - `throw`: raise if the descent leaves the finite range; otherwise see
+        `path.result`.
+    - `progress`: show a progress bar.
+
+    **Returns:** a `Path`, as `simulate` does. Its `train_loss` is that of all samples.
+
+    **Raises:** `ValueError` for arguments that make no sense, before any compute;
+    `NotImplementedError` where a proximal map is asked for that is not known;
+    `RuntimeError` if the descent leaves the finite range and `throw`.
+    """
+    term, params = flow.term(model)
+    watched = as_metrics(metrics)
+    check_weight_decay(weight_decay)
+    _check_rate(learning_rate)
+    for name, value in (
+        ("weight_decay", weight_decay),
+        ("learning_rate", learning_rate),
+    ):
+        if np.ndim(value) != 0:
+            raise ValueError(f"{name}: expected one number; use jax.vmap for many.")
+    if method not in get_args(Method):
+        expected = ", ".join(map(repr, get_args(Method)))
+        raise ValueError(f"method: expected one of {expected}, got {method!r}.")
+    if method == "projected":
+        check_projection(term, params, optimiser, batch_size)
+    samples = check_batches(term.loss, batch_size, key)
+    numbers = _saved_steps(steps, slow_time, t1, at, saves, weight_decay, learning_rate)
+
+    dtype = jax.tree.leaves(params)[0].dtype
+    path = _descend(
+        term,
+        params,
+        jnp.asarray(weight_decay, dtype),
+        jnp.asarray(learning_rate, dtype),
+        jnp.asarray(numbers),
+        watched,
+        method,
+        optax.sgd if optimiser is None else optimiser,
+        batch_size if samples is not None else None,
+        key if samples is not None else None,
+        progress,
+    )
+    path.stats["why"] = f"{method} steps were asked for"
+    return fail_unless_reached(path, path) if throw else path
+
+
+def _check_rate(learning_rate: Any) -> None:
+    if is_concrete(learning_rate) and np.ndim(learning_rate) == 0:
+        if not 0 < float(learning_rate) < np.inf:
+            raise ValueError(
+                f"learning_rate: expected a positive number, got {learning_rate}."
+            )
+
+
+def _saved_steps(
+    steps: Any,
+    slow_time: float | None,
+    t1: float | None,
+    at: Any,
+    saves: int,
+    weight_decay: Any,
+    learning_rate: Any,
+) -> np.ndarray:
+    """The numbers of steps after which to save."""
+    lengths = dict(steps=steps, slow_time=slow_time, t1=t1, at=at)
+    given = [name for name, value in lengths.items() if value is not None]
+    if len(given) != 1:
+        expected = "steps, slow_time, t1, at"
+        raise ValueError(f"{expected}: give exactly one, got {given or 'none'}.")
+    if at is not None:
+        numbers = np.asarray(at)
+        integers = numbers.ndim == 1 and np.issubdtype(numbers.dtype, np.integer)
+        if not integers or numbers.size < 2:
+            raise ValueError("at: expected a vector of two or more integers.")
+        if numbers[0] < 0 or (np.diff(numbers) <= 0).any():
+            raise ValueError("at: expected increasing numbers of steps from 0 on.")
+        return numbers
+    if saves < 3:
+        raise ValueError(f"saves: expected 3 or more, got {saves}.")
+    for name, value in (("slow_time", slow_time), ("t1", t1)):
+        if value is None:
+            continue
+        if not is_concrete(learning_rate) or not is_concrete(weight_decay):
+            raise ValueError(f"{name}: give steps where λ or α is being traced.")
+        if not 0 < value < np.inf:
+            raise ValueError(f"{name}: expected a positive number, got {value}.")
+        unit = learning_rate * (weight_decay if name == "slow_time" else 1)
+        if unit == 0:
+            raise ValueError("slow_time: s = λt needs weight_decay > 0; give steps.")
+        steps = max(1, round(value / float(unit)))
+    if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or steps < 1:
+        raise ValueError(f"steps: expected an integer >= 1, got {steps!r}.")
+    return log_spaced_steps(int(steps), saves)
+
+
+def log_spaced_steps(steps: int, saves: int = 65) -> np.ndarray:
+    """0, and up to `saves` − 1 integers from 1 to `steps`, evenly in the logarithm as
+    far as integers can be."""
+    if saves > steps:
+        return np.arange(steps + 1)
+    few, many = saves - 1, 64 * saves
+    spaced = lambda k: np.unique(np.rint(np.geomspace(1, steps, k)).astype(np.int64))
+    # Where integers coincide, finer spacing makes up for those that are lost.
+    while few < many:
+        middle = (few + many) // 2
+        if spaced(middle).size < saves - 1:
+            few = middle + 1
+        else:
+            many = middle
+    return np.concatenate([[0], spaced(few)])
+
+
+class _State(eqx.Module):
+    """Where a descent is: `order` is that of the samples in this epoch."""
+
+    params: PyTree
+    optimiser: PyTree
+    order: Int[Array, " n"] | None
+
+
+@eqx.filter_jit
+def _descend(
+    term: FlowTerm,
+    params: PyTree,
+    weight_decay: Scalar,
+    learning_rate: Scalar,
+    numbers: Int[Array, " saves"],
+    watched: dict[str, Metric],
+    method: Method,
+    optimiser: Optimiser,
+    batch_size: int | None,
+    key: PRNGKeyArray | None,
+    progress: bool,
+) -> Path:
+    check_scalars(term.loss, watched, term.model(params))
+    optax_one = as_optimiser(optimiser, learning_rate)
+    project = projection(term, params) if method == "projected" else None
+    order = None if key is None else epoch_order(term.loss, key, jnp.zeros((), int))
+    start = _State(params, optax_one.init(params), order)
+    largest = (1 + optax.tree.norm(params)) / jnp.finfo(weight_decay.dtype).eps ** 0.5
+    meter = diffrax.TqdmProgressMeter() if progress else diffrax.NoProgressMeter()
+    block = jnp.maximum(1, numbers[-1] // 200)
+
+    def step(i: Array, state: _State) -> _State:
+        order = state.order
+        if key is None or batch_size is None:
+            loss = term.loss
+        else:
+            loss, order = minibatch(term.loss, order, key, i, batch_size)
+        return _step(
+            term, loss, _State(state.params, state.optimiser, order),
+            weight_decay, learning_rate, method, optax_one, project,
+        )  # fmt: skip
+
+    def until(carry, end):
+        def block_of_steps(carry):
+            i, state, shown = carry
+            stop = jnp.minimum(i + block, end)
+            state = jax.lax.fori_loop(i, stop, step, state)
+            shown = meter.step(shown, stop / numbers[-1])
+            # What has left the finite range does not come back.
+            return (
+                jnp.where(optax.tree.norm(state.params) < largest, stop, end),
+                state,
+                shown,
+            )
+
+        carry = jax.lax.while_loop(lambda c: c[0] < end, block_of_steps, carry)
+        params = carry[1].params
+        model = term.model(params)
+        seen = {name: metric(model) for name, metric in watched.items()}
+        values = (params, seen, term.loss(model), term.penalty(params))
+        reached = optax.tree.norm(params) < largest
+        return carry, jax.tree.map(lambda x: jnp.where(reached, x, jnp.nan), values)
+
+    with jax.default_matmul_precision("highest"):
+        carry = (jnp.zeros_like(numbers[0]), start, meter.init())
+        carry, (models, seen, train_loss, penalty) = jax.lax.scan(until, carry, numbers)
+    meter.close(carry[2])
+    lost = ~jnp.isfinite(train_loss[-1]) | ~jnp.isfinite(
+        optax.tree.norm(carry[1].params)
+    )
+    result = RESULTS.where(lost, RESULTS.overshot, RESULTS.successful)
+    name = getattr(optimiser, "__name__", "an Optax optimiser")
+    words = method if optimiser is optax.sgd else f"{method} with {name}"
+    return Path(
+        t=learning_rate * numbers.astype(learning_rate.dtype),
+        weight_decay=weight_decay,
+        params=models,
+        static=term.static,
+        metrics=seen,
+        train_loss=train_loss,
+        penalty=penalty,
+        result=result,
+        stats={
+            "solver": f"descent ({words})",
+            "learning_rate": learning_rate,
+            "steps": numbers[-1],
+        },
+        watched=watched,
+    )
+
+
+def _step(
+    term: FlowTerm,
+    loss: Callable,
+    state: _State,
+    weight_decay: Scalar,
+    learning_rate: Scalar,
+    method: Method,
+    optimiser: optax.GradientTransformation,
+    project: Projection | None,
+) -> _State:
+    params, penalty = state.params, term.penalty
+    along = lambda p, scale, v: jax.tree.map(lambda a, b: a + scale * b, p, v)
+    decay = -learning_rate * weight_decay
+    if project is not None:
+        moved = along(params, decay, penalty.gradient(params))
+        return _State(project(moved), state.optimiser, state.order)
+    force = jax.grad(lambda p: loss(term.model(p)))(params)
+    if method == "subgradient":
+        force = along(force, weight_decay, penalty.gradient(params))
+    # Optax counts steps in integers, and mixes them with floats.
+    with jax.numpy_dtype_promotion("standard"):
+        update, memory = optimiser.update(force, state.optimiser, params)
+    moved = optax.apply_updates(params, update)
+    if method == "decoupled":
+        moved = along(moved, decay, penalty.gradient(params))
+    if method == "proximal":
+        moved = penalty.prox(moved, -decay)
+    return _State(moved, memory, state.order)
