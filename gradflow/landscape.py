@@ -39,17 +39,14 @@ class Landscape(eqx.Module):
     def best(self, name: str = "test") -> Float[np.ndarray, " starts"]:
         """w_c: the norm at which the metric is best, for each start; between the norms
         by the parabola through the best and its neighbours, in the logarithms."""
-        values, sign = self._toward_low(name)
+        values, _ = self._toward_low(name)
         out = []
         for w, v in zip(np.log(self.norm), values, strict=True):
             i = int(np.nanargmin(v))
             x = w[i]
             if 0 < i < len(w) - 1:
-                y = (
-                    np.log(v[i - 1 : i + 2])
-                    if sign > 0 and (v > 0).all()
-                    else v[i - 1 : i + 2]
-                )
+                y = v[i - 1 : i + 2]
+                y = np.log(y) if (y > 0).all() else y
                 p = np.polyfit(w[i - 1 : i + 2] - x, y, 2)
                 shift = -p[1] / (2 * p[0]) if p[0] > 0 else 0.0
                 x = x + np.clip(shift, w[i - 1] - x, w[i + 1] - x)
@@ -110,7 +107,8 @@ class Landscape(eqx.Module):
         ]
         middle = lambda v, i: float(np.median(v[:, i]))
         for i, a in enumerate(self.scale):
-            row = f"  {a:8.3g} {middle(self.norm, i):9.3g} {middle(self.train_loss, i):11.3g}"
+            row = f"  {a:8.3g} {middle(self.norm, i):9.3g}"
+            row += f" {middle(self.train_loss, i):11.3g}"
             row += "".join(f" {middle(v, i):10.3g}" for v in self.metrics.values())
             row += f" {middle(self.slope, i):8.1g}"
             failed = int((~self.succeeded[:, i]).sum())
@@ -130,7 +128,7 @@ def landscape(
     flow: GradientFlow,
     models: PyTree | Sequence[PyTree],
     *,
-    scales: Float[Array | np.ndarray, " n"],
+    scales: Float[Array | np.ndarray, " n"] | Sequence[float],
     t1: float | None = None,
     metrics: dict[str, Callable | Metric] | None = None,
     progress: bool = True,
@@ -141,7 +139,9 @@ def landscape(
     By default the flow on the sphere, θ' = −(I − θ̂θ̂ᵀ)∇F, runs from αθ₀ to time t₁. With
     `learning_rate` and `steps` it is stepped instead, each step of the optimiser
     followed by a rescaling to the norm, as in the paper; as the learning rate of plain
-    gradient descent goes to zero, that is the flow.
+    gradient descent goes to zero, that is the flow. (An optimiser that scales
+    coordinates, as Adam does, comes to rest elsewhere than at the minimum, unless F has
+    a critical point on the sphere: what is radial in ∇F is no longer so in its step.)
 
     **Arguments:**
 
@@ -175,19 +175,13 @@ def landscape(
     if t1 is not None:
         options = {**options, "t1": t1}
     options = {"saves": 3, **options}
+    options = {"metrics": watched, "throw": False, **options}
     rows = []
     with tqdm(total=len(seeds) * len(scales), disable=not progress) as bar:
         for model in seeds:
             for alpha in scales:
                 start = scaled(model, alpha, trainable=flow.trainable)
-                path = run(
-                    held,
-                    start,
-                    weight_decay=0.0,
-                    metrics=watched,
-                    throw=False,
-                    **options,
-                )
+                path = run(held, start, weight_decay=0.0, **options)
                 rows.append(_end(held, path))
                 bar.update()
     shape = (len(seeds), len(scales))

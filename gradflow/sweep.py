@@ -145,6 +145,7 @@ def sweep(
     `RuntimeError` if a lane fails and `throw`.
     """
     term, params = flow.term(model)
+    _, static = place(params, term.static)
     watched = as_metrics(metrics)
     check_weight_decay(weight_decay)
     if np.ndim(weight_decay) != 1 or np.size(weight_decay) == 0:
