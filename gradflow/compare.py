@@ -205,14 +205,7 @@ def compare(sweep: Sweep, theory: TwoPhase, *, after: float = 0.1) -> Report:
     last = float(theory.drift.t[-1]) * (1 + 8 * np.finfo(slow.dtype).eps)
     regular = _sup_until(errors, slow, until)
     known_to = (sweep.stats["rtol"], theory.fast.stats["rtol"])
-    floor, finer = (
-        10 * max(float(np.max(error)) for error in (*known_to, interpolation))
-        for interpolation in (
-            theory.interpolation_error,
-            # Of degree 7: with all points it is nearer by far, 2⁸ where it is smooth.
-            theory.interpolation_error / 16,
-        )
-    )
+    floor = 10 * max(float(np.max(e)) for e in (*known_to, theory.interpolation_error))
     curvature = np.interp(until, theory.drift.t, theory.smallest_curvature)
     measured = [_times(path, theory) for path in sweep]
     curves = [theory.predicted_metrics(lam) for lam in lams]
@@ -254,7 +247,7 @@ def compare(sweep: Sweep, theory: TwoPhase, *, after: float = 0.1) -> Report:
             ]
         ),
         second_rate=fit_rate(
-            lams, np.where(steepest <= 0.1, sup_second, np.nan), largest, finer
+            lams, np.where(steepest <= 0.1, sup_second, np.nan), largest, floor
         ),
         valid_until=np.array([theory.valid_until(lam) for lam in lams]),
         memorisation_time=np.array([m["train"] for m in measured]),

@@ -20,7 +20,7 @@ from ._interpolate import even_times, interpolate, place
 from ._refine import FEWEST, refined
 from .flow import GradientFlow
 from .losses import AbstractCompositeLoss
-from .manifold import Limit, limit_map, retract, riemannian_flow, Spectrum, spectrum
+from .manifold import Limit, limit_map, riemannian_flow, Spectrum, spectrum
 from .metrics import Metric
 from .path import Path
 from .predicted_time import predicted_time, PredictedTime
@@ -29,6 +29,7 @@ from .second_order import check_second_order, second_order, SecondOrder
 from .simulate import as_metrics, check_scalars, simulate
 from .solvers import KKT5, sharpness
 
+_LOOSE = 1e-6  # tolerance of the limit map
 _TIMES = 400  # at which a predicted metric is evaluated
 
 # Where theory is claimed to hold: λ at most a tenth of η, and no term more than a
@@ -314,15 +315,16 @@ def two_phase(
     if order not in (1, 2):
         raise ValueError(f"order: expected 1 or 2, got {order}.")
     check_scalars(flow.loss, as_metrics(metrics), model)
+    # It says whether there is a limit, when, and how curved F is there: a loose one
+    # will do. The limit itself is the end of the fast path.
     limit = limit_map(
         flow.loss,
         model,
-        rtol=rtol,
+        rtol=max(rtol, _LOOSE),
         max_steps=max_steps,
         throw=throw,
         trainable=flow.trainable,
     )
-    # A failed run ends in NaN: there the limit, wherever it got to, stands in.
     at_limit = spectrum(flow.loss, limit.model, trainable=flow.trainable)
     if order == 2:
         check_second_order(at_limit)
@@ -340,21 +342,24 @@ def two_phase(
         ),
         target,
     )
-    # The end of the fast path itself, so that the two phases meet to all digits.
+    # A failed run ends in NaN: there the limit, wherever it got to, stands in.
     last = fast[-1] if bool(fast.succeeded) else limit.model
-    end = retract(flow.loss, last, throw=False, trainable=flow.trainable)
     drift, more = refined(
         lambda x: riemannian_flow(
             flow,
-            end.model,
+            last,
             slow_time=slow_time,
             ts=even_times(x, jnp.asarray(slow_time, tau.dtype), jnp.ones_like(tau)),
             **options,
         ),
         target,
     )
-    result = _first_failure(limit.result, fast.result, end.result, drift.result)
-    error = (error + more) / _norm(flow.partition(end.model)[0])
+    # Retracted, so that the two phases meet to all digits.
+    end = drift[0]
+    error = (error + more) / _norm(flow.partition(end)[0])
+    result = _first_failure(limit.result, fast.result, drift.result)
+    if bool(drift.succeeded):
+        at_limit = spectrum(flow.loss, end, trainable=flow.trainable)
     # Past the loss of rank the drift still stands; its validity is for the report.
     if bool(result == RESULTS.successful) and bool(at_limit.ambiguous):
         result = RESULTS.ambiguous_rank
@@ -365,7 +370,7 @@ def two_phase(
         terms = second_order(term, fast, drift, at_limit, tau)
         if terms is None and bool(result == RESULTS.successful):
             result = RESULTS.second_order_lost
-    out = TwoPhase(end.model, fast, drift, at_limit, tau, error, terms, result)
+    out = TwoPhase(end, fast, drift, at_limit, tau, error, terms, result)
     return result.error_if(out, fatal) if throw else out
 
 
