@@ -63,7 +63,7 @@ class TwoPhase(eqx.Module):
     """τ: the fast path is saved evenly in log(1 + t/τ)."""
     interpolation_error: Float[Array, ""]
     """An estimate of what interpolating the two paths adds to the error, relative to
-    ‖Φ(θ₀)‖: at most 20 `rtol`, unless 1025 points are too few for that."""
+    ‖Φ(θ₀)‖: at most 60 `rtol`, unless 1025 points are too few for that."""
     second: SecondOrder | None
     """The terms of order λ, for predictions of order 2; `None` where not asked for."""
     result: RESULTS
@@ -285,7 +285,7 @@ def two_phase(
 
     Three runs: the limit map, the fast path on a grid fit for interpolation, and the
     Riemannian flow from its end. Both paths are saved at 65 points, and run again for
-    more where interpolating them would add more than 10 `rtol` to the error: where a
+    more where interpolating them would add more than 30 `rtol` to the error: where a
     phase changes abruptly. The terms of the second order take one linear equation
     along each of the two paths: from half a run to some runs more, the more the closer
     the drift comes to a singular point.
@@ -329,7 +329,7 @@ def two_phase(
     if order == 2:
         check_second_order(at_limit)
     tau, until = _fast_scales(term, params, limit, at_limit.smallest_curvature)
-    target = 10 * rtol * _norm(flow.partition(limit.model)[0])
+    target = 30 * rtol * _norm(flow.partition(limit.model)[0])
     options = dict(metrics=metrics, rtol=rtol, max_steps=max_steps, throw=False)
     fast, error = refined(
         lambda x: simulate(

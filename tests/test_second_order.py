@@ -121,7 +121,9 @@ def test_start_and_end_of_the_fast_phase(studied):
             np.testing.assert_allclose(a, b, atol=1e-12)
     flat = vectors(theory.second.inner)
     size = np.linalg.norm(flat, axis=1)
-    assert size[-1] == 0 and size[-2] < 1e-6 * size.max()
+    # It is gone, to within the error of w₁(0) that is subtracted.
+    left = theory.second.mismatch * size.max()
+    assert size[-1] == 0 and size[-2] < max(left, 1e-6 * size.max())
     assert theory.second.mismatch < 1e-3
 
 
