@@ -208,10 +208,10 @@ def compare(sweep: Sweep, theory: TwoPhase, *, after: float = 0.1) -> Report:
     floor = 10 * max(float(np.max(e)) for e in (*known_to, theory.interpolation_error))
     curvature = np.interp(until, theory.drift.t, theory.smallest_curvature)
     measured = [_times(path, theory) for path in sweep]
-    curves = [theory.predicted_metrics(lam) for lam in lams]
+    curves = [theory._predicted_metrics(lam) for lam in lams]
     predicted = [
         {
-            name: theory.time_from(lam, name, t, values)
+            name: theory._time_from(lam, name, t, values)
             for name in ("train", "test")
             if name in theory.drift.watched
         }
@@ -306,7 +306,7 @@ def _errors(theory: TwoPhase, path: Path) -> tuple[Any, Any, Any, Any]:
     order = 1 if theory.second is None else 2
 
     def at(t, params):
-        predict = lambda lam, order: theory.predict_params(t, lam, order=order)
+        predict = lambda lam, order: theory._predict_params(t, lam, order=order)
         composite, better = (predict(path.weight_decay, k) for k in (1, order))
         fast = predict(jnp.zeros_like(path.weight_decay), 1)
         still_fast = jax.tree.map(lambda f, w: f - w[0], fast, theory.drift.params)

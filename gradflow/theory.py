@@ -100,7 +100,7 @@ class TwoPhase(eqx.Module):
         check_weight_decay(weight_decay)
         dtype = self.fast.t.dtype
         t, lam = jnp.asarray(t, dtype), jnp.asarray(weight_decay, dtype)
-        at_once = lambda x: self.predict_params(x, lam, order=order)
+        at_once = lambda x: self._predict_params(x, lam, order=order)
         params = at_once(t) if t.ndim == 0 else jax.lax.map(at_once, t)
         return eqx.combine(params, self.drift.static)
 
@@ -159,17 +159,17 @@ class TwoPhase(eqx.Module):
                 f"name: no metric is named {name!r}; two_phase was given "
                 f"{list(watched) or 'none'}."
             )
-        t, curves = self.predicted_metrics(weight_decay)
-        return self.time_from(weight_decay, name, t, curves)
+        t, curves = self._predicted_metrics(weight_decay)
+        return self._time_from(weight_decay, name, t, curves)
 
-    def time_from(
+    def _time_from(
         self,
         weight_decay: float,
         name: str,
         t: np.ndarray,
         curves: list[dict[str, np.ndarray]],
     ) -> PredictedTime:
-        """`crossing_time` from what `predicted_metrics` gave."""
+        """`crossing_time` from what `_predicted_metrics` gave."""
         ratio = np.full_like(t, np.nan)
         if self.second is not None:
             known = np.asarray(self.second.ratio)
@@ -182,7 +182,7 @@ class TwoPhase(eqx.Module):
         doubt = self._doubt()
         return dataclasses.replace(out, why=doubt) if doubt else out
 
-    def predicted_metrics(
+    def _predicted_metrics(
         self, weight_decay: float
     ) -> tuple[np.ndarray, list[dict[str, np.ndarray]]]:
         """The metrics along the prediction, as far as theory holds.
@@ -207,7 +207,7 @@ class TwoPhase(eqx.Module):
                 " (or see `result`, where that was done)."
             )
 
-    def predict_params(
+    def _predict_params(
         self, t: Float[Array, ""], lam: Float[Array, ""], *, order: int = 1
     ) -> PyTree:
         """As `predict`, for one time: the trainable parameters alone."""
@@ -402,7 +402,7 @@ def _metrics_along(
     t = jnp.concatenate([jnp.zeros_like(end)[None], jnp.geomspace(start, end, _TIMES)])
 
     def at(t, order):
-        params = theory.predict_params(t, lam, order=order)
+        params = theory._predict_params(t, lam, order=order)
         model = eqx.combine(params, theory.drift.static)
         return {name: metric(model) for name, metric in theory.drift.watched.items()}
 
