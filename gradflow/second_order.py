@@ -66,7 +66,12 @@ class SecondOrder(eqx.Module):
         return text
 
 
-def check_second_order(spectrum: Spectrum) -> None:
+def check_second_order(spectrum: Spectrum, penalty: AbstractPenalty) -> None:
+    if not penalty.smooth:
+        raise ValueError(
+            f"order: the second takes ∇²R, which {type(penalty).__name__} has not "
+            "everywhere; give order=1."
+        )
     if spectrum.form == "hessian" and spectrum.parameters > DENSE_LIMIT:
         raise ValueError(
             f"order: the second factorises the Hessian, for up to {DENSE_LIMIT} "
