@@ -237,3 +237,15 @@ def test_products_of_vectors():
     assert_allclose(stack.beta[1], 8 * model.beta)
     with pytest.raises(ValueError, match="factors: expected shape"):
         HadamardProduct(jnp.ones((0, 4)))
+
+
+@pytest.mark.parametrize("samples", [8, 40])
+def test_lasso_by_two_methods(samples):
+    truth = tasks.sparse_recovery(jr.key(0), samples=samples, snr=10.0).truth
+    x, y = np.asarray(truth.features), np.asarray(truth.targets)
+    largest = np.abs(x.T @ y).max()
+    for weight in (0.5 * largest, 1e-2 * largest, 1e-5 * largest):
+        exact = np.asarray(truth.lasso(weight))
+        assert oracles.lasso_violation(x, y, weight, exact) < 1e-7
+        assert_allclose(exact, oracles.lasso(x, y, weight), atol=1e-7)
+    assert (truth.lasso(1.01 * largest) == 0).all()

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ._convex import Certified, least_l1
+from ._convex import Certified, lasso, least_l1
 
 
 class AbstractConvexTruth(eqx.Module):
@@ -47,3 +47,8 @@ class AbstractSparseTruth(AbstractConvexTruth):
         """argmin ‖β‖₁ over Xβ = y, with the dual point that proves it (by
         `scipy.optimize.linprog`)."""
         return least_l1(np.asarray(self.features), np.asarray(self.targets))
+
+    def lasso(self, weight: float) -> Float[Array, " d"]:
+        """argmin ½‖Xβ − y‖² + w‖β‖₁, for w > 0, exactly."""
+        solution = lasso(np.asarray(self.features), np.asarray(self.targets), weight)
+        return jnp.asarray(solution, self.target.dtype)
