@@ -8,14 +8,24 @@ claimed against outside oracles, and writes summary.json, arrays.nc and figures.
 from pathlib import Path
 from typing import Any
 
+import beyond_l2_data
+import beyond_l2_depth
+import beyond_l2_samples
 import beyond_l2_sparse
+import beyond_l2_theorems
 import matplotlib
 import tyro
 from beyond_l2_common import Settings
 from common import Clock, write
 
 # One module for each family of experiments, with its sub-commands in EXPERIMENTS.
-FAMILIES = (beyond_l2_sparse,)
+FAMILIES = (
+    beyond_l2_sparse,
+    beyond_l2_samples,
+    beyond_l2_data,
+    beyond_l2_depth,
+    beyond_l2_theorems,
+)
 EXPERIMENTS = {k: v for family in FAMILIES for k, v in family.EXPERIMENTS.items()}
 
 

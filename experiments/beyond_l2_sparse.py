@@ -260,11 +260,11 @@ class CS1(Settings):
         descended, _, ours = timed(descend)
         last = np.asarray(descended.params.weights[-1] - exact)
         error["loop"] = np.abs(last).max()
+        steps = int(path.stats["steps"])
         print(
-            f"NumPy loop {numpy:.3g} s; flow {again:.3g} s ({first:.3g} s with "
-            f"compilation, {int(path.stats['steps'])} steps); descent {ours:.3g} s; largest "
-            f"errors at the end {error['loop']:.1g} of the loop, {error['flow']:.1g} of "
-            "the flow"
+            f"NumPy loop {numpy:.3g} s; descent {ours:.3g} s; flow {again:.3g} s "
+            f"({first:.3g} s with compilation, {steps} steps); largest errors at the "
+            f"end: {error['loop']:.1g} of descent, {error['flow']:.1g} of the flow"
         )
         return {
             "numpy_seconds": numpy,
