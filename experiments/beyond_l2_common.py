@@ -15,6 +15,7 @@ import xarray as xr
 from common import Row
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scipy.stats import spearmanr
 from tqdm.auto import tqdm
 
 import gradflow as gf
@@ -64,6 +65,13 @@ def spread(values: Sequence[float] | np.ndarray) -> float:
     return float(np.exp(np.abs(logs - logs.mean()).max()) - 1)
 
 
+def rank_correlation(x: Any, y: Any) -> float:
+    """Spearman's; NaN where one of them is constant."""
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
+        return np.nan
+    return float(spearmanr(x, y)[0])  # pyright: ignore[reportArgumentType]
+
+
 def check(name: str, value: Any, bound: str, ok: Any, sentence: str) -> Row:
     """A row; `ok` None where the criterion can't be judged here."""
     verdict = None if ok is None else bool(ok)
@@ -104,6 +112,8 @@ def padded(task: gf.tasks.Task, rows: int) -> gf.tasks.Task:
     """The same task with measurements of zero added, which change nothing: tasks of
     different N then share what is compiled."""
     loss = task.loss
+    if not isinstance(loss, gf.SquaredError):
+        raise ValueError(f"task: expected a squared error, got {type(loss).__name__}.")
     more = rows - loss.y.shape[0]
     x, y = jnp.pad(loss.x, ((0, more), (0, 0))), jnp.pad(loss.y, (0, more))
     loss = gf.SquaredError(x, y, reduction="sum")

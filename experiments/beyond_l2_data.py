@@ -14,13 +14,13 @@ from beyond_l2_common import (
     Outcome,
     padded,
     panels,
+    rank_correlation,
     relative,
     Settings,
 )
 from beyond_l2_samples import first
 from beyond_l2_sparse import flow, flow_times
 from common import below
-from scipy.stats import spearmanr
 
 import gradflow as gf
 
@@ -73,7 +73,7 @@ class CS6(Settings):
             for name, value in zip(names, values, strict=True):
                 found[name][i, j] = float(value)
         never = np.where(np.isfinite(found["t2"]), found["t2"], np.inf)
-        rank = lambda y: spearmanr(taus, y).statistic if np.ptp(y) else np.nan
+        rank = lambda y: rank_correlation(taus, y)
         inner = [j for j, n in enumerate(samples) if n < self.features]
         large = np.nanmax(never[np.isfinite(never)], initial=1.0) * 10
         late = [rank(np.minimum(never[:, j], large)) for j in inner]
@@ -166,7 +166,7 @@ class CS7(Settings):
         least = np.array(
             [[first(self.samples, row) for row in each] for each in enough]
         )
-        in_s = [spearmanr(sparsities, row).statistic for row in least[:-1]]
+        in_s = [rank_correlation(sparsities, row) for row in least[:-1]]
         checks = [
             check(
                 "P2-CS7 s", min(in_s), "≥ 0.9", min(in_s) >= 0.9,

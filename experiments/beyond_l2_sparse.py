@@ -237,7 +237,9 @@ class CS1(Settings):
     def timing(self, task: gf.tasks.Task, end: float) -> dict[str, float]:
         truth = task.truth
         loop = subgradient_loop(
-            *(np.asarray(v) for v in (truth.features, truth.targets, truth.target)),
+            np.asarray(truth.features),
+            np.asarray(truth.targets),
+            np.asarray(truth.target),
             np.asarray(task.model.weights),
             alpha=self.alpha,
             beta=self.beta,
