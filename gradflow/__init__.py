@@ -40,6 +40,7 @@ from .sweep import Sweep as Sweep, sweep as sweep
 from .predicted_time import PredictedTime as PredictedTime
 from .second_order import SecondOrder as SecondOrder
 from .theory import two_phase as two_phase, TwoPhase as TwoPhase
+from .landscape import Landscape as Landscape, landscape as landscape, scaled as scaled
 from .compare import compare as compare, Rate as Rate, Report as Report
 from .grokking import crossing_time as crossing_time
 from .heuristics import (

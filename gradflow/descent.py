@@ -21,7 +21,7 @@ from ._descent_methods import (
     projection,
 )
 from ._minibatch import check_batches, epoch_order, minibatch
-from .flow import FlowTerm, GradientFlow
+from .flow import FlowTerm, GradientFlow, Sphere
 from .metrics import Metric
 from .path import Path
 from .results import RESULTS
@@ -68,7 +68,9 @@ def descent(
 
     **Arguments:**
 
-    - `flow`: the loss, the penalty and what is trainable.
+    - `flow`: the loss, the penalty and what is trainable. Where it holds the norm, each
+        step is rescaled to it (step, then rescale: Liu, Michaud, Tegmark, arXiv
+        2210.01117); not with `"projected"`.
     - `model`: the initial model θ₀.
     - `weight_decay`: λ ≥ 0.
     - `learning_rate`: α > 0.
@@ -109,6 +111,8 @@ def descent(
         expected = ", ".join(map(repr, get_args(Method)))
         raise ValueError(f"method: expected one of {expected}, got {method!r}.")
     if method == "projected":
+        if flow.hold_norm:
+            raise ValueError("method: 'projected' cannot hold the norm as well.")
         check_projection(term, params, optimiser, batch_size)
     samples = check_batches(term.loss, batch_size, key)
     numbers = _saved_steps(steps, slow_time, t1, at, saves, weight_decay, learning_rate)
@@ -219,6 +223,11 @@ def _descend(
     key: PRNGKeyArray | None,
     progress: bool,
 ) -> Path:
+    sphere = term.static if isinstance(term.static, Sphere) else None
+    if sphere is not None:
+        # The step is taken as if the norm were free, and the result rescaled.
+        penalty: Any = term.penalty
+        term = FlowTerm(term.loss, penalty.penalty, sphere.static)
     check_scalars(term.loss, watched, term.model(params))
     optax_one = as_optimiser(optimiser, learning_rate)
     project = projection(term, params) if method == "projected" else None
@@ -234,10 +243,13 @@ def _descend(
             loss = term.loss
         else:
             loss, order = minibatch(term.loss, order, key, i, batch_size)
-        return _step(
+        state = _step(
             term, loss, _State(state.params, state.optimiser, order),
             weight_decay, learning_rate, method, optax_one, project,
         )  # fmt: skip
+        if sphere is None:
+            return state
+        return eqx.tree_at(lambda s: s.params, state, sphere.place(state.params))
 
     def until(carry, end):
         def block_of_steps(carry):

@@ -8,10 +8,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree, Scalar
 
-from ._checks import check_model
+from ._checks import check_model, is_concrete
 from .losses import AbstractCompositeLoss, AbstractLoss
 from .penalties import AbstractPenalty, L2
 
@@ -25,6 +26,7 @@ class GradientFlow(eqx.Module):
     loss: AbstractLoss
     penalty: AbstractPenalty
     trainable: PyTree = eqx.field(static=True)
+    hold_norm: bool = eqx.field(static=True)
 
     def __init__(
         self,
@@ -32,6 +34,7 @@ class GradientFlow(eqx.Module):
         *,
         penalty: AbstractPenalty | None = None,
         trainable: PyTree = eqx.is_inexact_array,
+        hold_norm: bool = False,
     ):
         """**Arguments:**
 
@@ -39,6 +42,8 @@ class GradientFlow(eqx.Module):
         - `penalty`: R; ½‖θ‖² unless given.
         - `trainable`: a filter, as for `eqx.partition`: a function of a leaf, or a
             pytree of booleans. Leaves that it leaves out stay as they are.
+        - `hold_norm`: keep the norm ‖θ‖ of the trainable parameters at its initial
+            value: the flow on a sphere, θ' = −(I − θ̂θ̂ᵀ)(∇F(θ) + λ∇R(θ)), θ̂ = θ/‖θ‖.
         """
         if not isinstance(loss, AbstractLoss):
             raise ValueError(
@@ -53,6 +58,7 @@ class GradientFlow(eqx.Module):
         self.loss = loss
         self.penalty = L2() if penalty is None else penalty
         self.trainable = trainable
+        self.hold_norm = hold_norm
 
     def partition(self, model: PyTree) -> tuple[PyTree, PyTree]:
         """Splits `model` into its trainable parameters and all the rest.
@@ -69,7 +75,13 @@ class GradientFlow(eqx.Module):
         **Returns:** `(term, params)`; the state is the pytree of parameters.
         """
         params, static = self.partition(model)
-        return FlowTerm(self.loss, self.penalty, static), params
+        if not self.hold_norm:
+            return FlowTerm(self.loss, self.penalty, static), params
+        norm = optax.tree.norm(params)
+        if is_concrete(norm) and not norm > 0:
+            raise ValueError("model: parameters of norm 0 leave no direction to hold.")
+        sphere = Sphere(static, norm)
+        return FlowTerm(self.loss, Tangential(self.penalty, sphere), sphere), params
 
     def velocity(self, model: PyTree, weight_decay: float | Scalar) -> PyTree:
         """θ' = −∇F(θ) − λ∇R(θ) at `model`, a pytree like its parameters."""
@@ -87,6 +99,48 @@ def partition(
     return params, static
 
 
+class Sphere(eqx.Module):
+    """What is not trained of a model whose parameters are held at a norm w: those of a
+    state φ are θ = wφ/‖φ‖.
+
+    The plain flow of φ ↦ F(wφ/‖φ‖) from ‖φ‖ = w is the flow on the sphere itself: its
+    gradient is tangent, so ‖φ‖ never changes. Every solver serves it as it is.
+    """
+
+    static: PyTree
+    norm: Scalar
+
+    def place(self, params: PyTree) -> PyTree:
+        """θ."""
+        scale = self.norm / optax.tree.norm(params)
+        return jax.tree.map(lambda p: scale * p, params)
+
+
+def place(params: PyTree, static: PyTree) -> tuple[PyTree, PyTree]:
+    """The parameters of a model, and all the rest of it, from those of a state."""
+    if isinstance(static, Sphere):
+        return static.place(params), static.static
+    return params, static
+
+
+class Tangential(AbstractPenalty):
+    """φ ↦ R(wφ/‖φ‖), whose gradient is tangent to the sphere."""
+
+    penalty: AbstractPenalty
+    sphere: Sphere
+
+    @property
+    def smooth(self) -> bool:
+        return self.penalty.smooth
+
+    def __call__(self, params: PyTree) -> Scalar:
+        return self.penalty(self.sphere.place(params))
+
+    def gradient(self, params: PyTree) -> PyTree:
+        theta, pull = jax.vjp(self.sphere.place, params)
+        return pull(self.penalty.gradient(theta))[0]
+
+
 class FlowTerm(diffrax.AbstractTerm):
     """θ' = −∇F(θ) − λ∇R(θ) as a Diffrax term that knows its loss.
 
@@ -100,7 +154,7 @@ class FlowTerm(diffrax.AbstractTerm):
 
     def model(self, params: PyTree) -> PyTree:
         """The model with parameters `params`."""
-        return eqx.combine(params, self.static)
+        return eqx.combine(*place(params, self.static))
 
     def vf(self, t: Any, y: PyTree, args: Any) -> PyTree:
         force = jax.grad(lambda p: self.loss(self.model(p)))(y)
@@ -150,7 +204,7 @@ class FlatLoss(eqx.Module):
     unravel: Callable[[Array], PyTree] = eqx.field(static=True)
 
     def model(self, theta: Float[Array, " d"]) -> PyTree:
-        return eqx.combine(self.unravel(theta), self.static)
+        return eqx.combine(*place(self.unravel(theta), self.static))
 
     def __call__(self, theta: Float[Array, " d"]) -> Scalar:
         return self.loss(self.model(theta))

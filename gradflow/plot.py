@@ -6,9 +6,11 @@ figure of its own with `pyplot`.
 
 from typing import Any, Literal, TYPE_CHECKING, TypeAlias
 
+import jax
 import numpy as np
 
 from .compare import Report
+from .landscape import Landscape
 from .path import Path
 from .sweep import Sweep
 
@@ -318,6 +320,72 @@ _NAMES = {
     "train_loss": "train loss",
     "penalty": "penalty $R$",
 }
+
+
+def landscape(
+    landscape: Landscape,
+    ax: Axes | None = None,
+    *,
+    metric: str = "test",
+    runs: dict[str, Path] | None = None,
+) -> Axes:
+    """The L and the U: train loss and a metric against the norm of the parameters, at
+    the minimiser over each sphere.
+
+    **Arguments:**
+
+    - `landscape`: from `gradflow.landscape`. The median over its starts is drawn, with
+        their range.
+    - `ax`: where to draw; a new figure unless given.
+    - `metric`: the name of a metric.
+    - `runs`: paths to overlay, by name: train loss and metric at the norm they have at
+        each time, with a dot where they end.
+
+    **Returns:** the axes, logarithmic both ways; the zone where the metric passes its
+    threshold is shaded.
+    """
+    ax = _axes(ax)
+    w = np.median(landscape.norm, axis=0)
+    floor = max(float(np.min(landscape.metrics[metric])) * 1e-6, 1e-12)
+    drawn = (("train loss", landscape.train_loss, TRAIN),
+             (metric, landscape.metrics[metric], TEST))  # fmt: skip
+    for name, values, colour in drawn:
+        values = np.maximum(values, floor)
+        ax.plot(
+            w, np.median(values, axis=0), "o-", color=colour, lw=2, ms=4, label=name
+        )
+        if len(values) > 1:
+            ax.fill_between(
+                w, *np.quantile(values, (0, 1), axis=0), color=colour, alpha=0.2
+            )
+    if landscape.watched[metric].threshold is not None:
+        zones = landscape.zone(metric)
+        zones = zones[np.isfinite(zones).all(axis=1)]
+        if zones.size:
+            low, high = np.median(zones, axis=0)
+            ax.axvspan(low, high, color=PENALTY, alpha=0.12, label="Goldilocks zone")
+    styles = iter(("-", "--", ":", "-."))
+    for name, run in (runs or {}).items():
+        style = next(styles, "-")
+        norm = _norms(run)
+        for values, colour in ((run.train_loss, TRAIN), (run.metrics[metric], TEST)):
+            values = np.maximum(np.asarray(values), floor)
+            ax.plot(norm, values, style, color=colour, lw=1.2, alpha=0.8)
+            ax.plot(norm[-1:], values[-1:], "o", mfc="white", color=colour)
+        ax.plot([], [], style, color="grey", label=name)
+    _finish(ax, "norm of the parameters $w$", f"train loss, {metric}")
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    _legend(ax)
+    return ax
+
+
+def _norms(path: Path) -> np.ndarray:
+    squares = [
+        np.sum(np.asarray(p).reshape(len(path), -1) ** 2, axis=1)
+        for p in jax.tree.leaves(path.params)
+    ]
+    return np.sqrt(sum(squares))
 
 
 def colorbar(weight_decay: Any, fig: Figure, axes: Any) -> Any:

@@ -18,7 +18,7 @@ from ._checks import (
     is_concrete,
     resolvable,
 )
-from .flow import FlowTerm, GradientFlow, Tracked
+from .flow import FlowTerm, GradientFlow, place, Tracked
 from .losses import AbstractLoss
 from .metrics import Metric
 from .path import Path
@@ -348,6 +348,8 @@ def _solve(
             return jax.tree.map(lambda x: jnp.where(reached, x, jnp.nan), values)
 
         models, seen, train_loss, penalty = jax.lax.map(record, saved[0])
+        static = place(params, term.static)[1]
+        models = jax.vmap(lambda p: place(p, term.static)[0])(models)
         end = params_of(jax.tree.map(lambda y: y[0], saved[1]))
         result = _translate(solution.result)
         lost = ~jnp.isfinite(term.loss(term.model(end))) | ~(_norm(end) < size)
@@ -379,7 +381,7 @@ def _solve(
         t=ts,
         weight_decay=weight_decay,
         params=models,
-        static=term.static,
+        static=static,
         metrics=seen,
         train_loss=train_loss,
         penalty=penalty,

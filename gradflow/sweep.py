@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 from tqdm.auto import tqdm
 
 from ._checks import check_horizon, check_tolerance, check_weight_decay, resolvable
-from .flow import GradientFlow
+from .flow import GradientFlow, place
 from .metrics import Metric
 from .path import Path
 from .results import RESULTS
@@ -145,6 +145,7 @@ def sweep(
     `RuntimeError` if a lane fails and `throw`.
     """
     term, params = flow.term(model)
+    _, static = place(params, term.static)
     watched = as_metrics(metrics)
     check_weight_decay(weight_decay)
     if np.ndim(weight_decay) != 1 or np.size(weight_decay) == 0:
@@ -182,7 +183,12 @@ def sweep(
             paths = _stack(_each(lane, lams, times, progress))
         stats = {**paths.stats, "why": choice.why}
         return Sweep(
-            dataclasses.replace(paths, static=term.static, watched=watched, stats=stats)
+            dataclasses.replace(
+                paths,
+                static=place(params, term.static)[1],
+                watched=watched,
+                stats=stats,
+            )
         )
 
     choice = as_choice(solver, stiffest, rtol)

@@ -107,8 +107,10 @@ class ActiveSet(
         return self.solver.loss_of(term, y.tracked)
 
     def work(self, term: FlowTerm, state: _State) -> dict[str, Array]:
-        """See `AbstractKKT.work`."""
-        return self.solver.work(term, state.inner)
+        """See `AbstractKKT.work`. There is no `conditioning`: J loses rank by what is
+        held at zero."""
+        work = self.solver.work(term, state.inner)
+        return {k: v for k, v in work.items() if k != "conditioning"}
 
     def init(self, terms: Any, t0: Any, t1: Any, y0: Signed, args: Any) -> _State:
         term, _ = _unwrap(terms, y0.tracked)

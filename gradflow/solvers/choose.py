@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, PyTree, Scalar
 from .._checks import is_concrete
 from ..flow import FlowTerm
 from ..losses import AbstractCompositeLoss
+from ..penalties import Moreau
 from .kkt import DENSE_LIMIT, KKT4, KKT5
 from .rkc import RKC2
 
@@ -31,6 +32,8 @@ class Size(eqx.Module):
     """How many the loss has; `None` where it is not composite."""
     kinks: bool = eqx.field(static=True, default=False)
     """Whether the penalty has any."""
+    rounded: bool = eqx.field(static=True, default=False)
+    """Whether it is a Moreau envelope that couples coordinates: stiff across them."""
 
 
 def measure_size(
@@ -48,6 +51,10 @@ def measure_size(
         sum(p.size for p in jax.tree.leaves(params)),
         outputs,
         not term.penalty.smooth,
+        any(
+            isinstance(part, Moreau) and not part.separable
+            for _, part in term.penalty.terms()
+        ),
     )
 
 
@@ -94,7 +101,8 @@ def choose_solver(
     steps were measured on the tasks of this package. An explicit solver is taken only
     where it is expected to be three times cheaper, for KKT is the most exact. KKT is
     left out where its matrix would not fit: above 10 000 outputs, or 5000 parameters of
-    an opaque loss. A penalty with kinks leaves no choice: KKT.
+    an opaque loss. A penalty with kinks leaves no choice:
+    KKT. A Moreau envelope that couples coordinates goes to RKC2.
 
     The curvature may rise along the path. So Tsit5 is on trial: if it stalls, runs at
     its stability limit, or has not ended after 10 000 steps, the run (of all lanes, in
@@ -132,6 +140,11 @@ def choose_solver(
     if size.kinks:
         solver = KKT4() if kkt == "KKT4" else KKT5()
         return Choice(solver, "the penalty has kinks, which only KKT solvers follow")
+    if size.rounded:
+        return Choice(
+            RKC2(),
+            "the penalty is stiff across coordinates, in which KKT's iteration is slow",
+        )
     best = min(costs, key=lambda name: costs[name])
     if fits:
         iterations = 12 * (2 * gradient + 4 * m * m)

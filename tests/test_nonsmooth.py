@@ -1,0 +1,64 @@
+"""Flows with kinked penalties: the smoothed flow and proximal descent approach the same
+path, each at its own order, and for ℓ1 the exact one."""
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from jaxtyping import Array
+
+import gradflow as gf
+
+
+class Sensing(eqx.Module):
+    a: Array
+
+    def __call__(self, x):
+        return jnp.sum(x * self.a)
+
+
+@pytest.fixture(scope="module")
+def problem():
+    kx, ky, ka = jr.split(jr.key(0), 3)
+    x = jr.normal(kx, (6, 4, 3)) / 6**0.5
+    y = jr.normal(ky, (6,))
+    return gf.SquaredError(x, y, reduction="sum"), Sensing(jr.normal(ka, (4, 3)))
+
+
+# Times are multiples of the steps; at the end everything has settled.
+LAM, TS = 0.2, jnp.asarray([0.0, *(0.4 * 2.0**k for k in range(8))])
+
+
+def distance(one, other):
+    return float(jnp.max(jnp.abs(one.params.a - other.params.a)))
+
+
+@pytest.mark.parametrize("penalty", [gf.L1(), gf.GroupLasso(), gf.Nuclear()], ids=str)
+def test_smoothing_and_proximal_steps_agree(penalty, problem):
+    loss, start = problem
+
+    def smoothed(epsilon):
+        flow = gf.GradientFlow(loss, penalty=gf.Moreau(penalty, epsilon))
+        path = gf.simulate(flow, start, weight_decay=LAM, ts=TS, rtol=1e-7)
+        assert isinstance(penalty, gf.L1) or path.stats["solver"] == "RKC2"
+        return path
+
+    def stepped(rate):
+        flow = gf.GradientFlow(loss, penalty=penalty)
+        at = np.round(np.asarray(TS) / rate).astype(int)
+        return gf.descent(
+            flow, start, weight_decay=LAM, learning_rate=rate, at=at, method="proximal"
+        )
+
+    if isinstance(penalty, gf.L1):
+        flow = gf.GradientFlow(loss, penalty=penalty)
+        exact = gf.simulate(flow, start, weight_decay=LAM, ts=TS, rtol=1e-8)
+    else:
+        exact = smoothed(1e-4)
+    rough, fine = (distance(smoothed(e), exact) for e in (1e-2, 1e-3))
+    assert fine < 0.2 * rough < 0.2 * 5e-2
+    rates = jnp.array([0.05, 0.0125])
+    far, near = (distance(stepped(float(rate)), exact) for rate in rates)
+    assert near < 0.5 * far and near < 2e-2
+    assert float(jnp.max(jnp.abs(exact.params.a[-1] - exact.params.a[0]))) > 0.3
