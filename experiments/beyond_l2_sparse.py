@@ -314,7 +314,7 @@ class CS2(Settings):
         bias = np.array([relative(truth.lasso(b), target) for b in betas])
         judged = bias < self.threshold / 3
 
-        more = np.append(betas, [1e-8, 1e-9])
+        more = np.sort(np.append(betas, [1e-8, 1e-9]))
         flows = [self.flow(task, beta) for beta in bar(more, "flows")]
         flow_t2 = np.array([p.crossing_time("test") for p in flows])
         flow_floor = np.array([float(p.metrics["test"][-1]) for p in flows])
@@ -322,7 +322,7 @@ class CS2(Settings):
         s2 = float(np.nanmin(slow))
 
         rows, left_out = [], []
-        pairs = [(a, b) for b in betas for a in self.alphas]
+        pairs = [(a, float(b)) for b in betas for a in self.alphas]
         for alpha, beta in bar(pairs, "descents"):
             length = max(1.25 * s2 / (alpha * beta), 3e3 / alpha)
             if length > most:
