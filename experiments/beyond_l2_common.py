@@ -97,15 +97,15 @@ def bar(items: Iterable[Any], name: str) -> Iterable[Any]:
 
 
 def timed(fn: Callable[[], gf.Path]) -> tuple[gf.Path, float, float]:
-    """A path, and the seconds of a first and of a second run: the second without
-    compilation."""
+    """A path, and the seconds of a first run and of the median of three more, which
+    are without compilation."""
     seconds = []
-    for _ in range(2):
+    for _ in range(4):
         start = time.perf_counter()
         path = fn()
         jax.block_until_ready(path.params)
         seconds.append(time.perf_counter() - start)
-    return path, seconds[0], seconds[1]
+    return path, seconds[0], float(np.median(seconds[1:]))
 
 
 def padded(task: gf.tasks.Task, rows: int) -> gf.tasks.Task:

@@ -54,14 +54,19 @@ class Matrices(Settings):
 
 
 def descend(
-    task: gf.tasks.Task, alpha: float, beta: float, steps: int, method: str
+    task: gf.tasks.Task,
+    alpha: float,
+    beta: float,
+    steps: int | np.ndarray,
+    method: str,
 ) -> gf.Path:
+    """A descent of so many steps, or through those given."""
     return gf.descent(
         task.flow,
         task.model,
         weight_decay=beta,
         learning_rate=alpha,
-        at=steps_until(steps, 193, dense=20),
+        at=steps_until(steps, 193, dense=20) if isinstance(steps, int) else steps,
         method=method,
         metrics=task.metrics,
     )
@@ -150,13 +155,16 @@ class MF1(Matrices):
         least = np.asarray(truth.end_point())
         target = np.asarray(truth.target)
         gate = truth.recovers_target()
-        slow = self.slow_time / (10 if self.quick else 1)
-        count = round(slow / (self.large * self.beta))
+        beta = self.beta * (10 if self.quick else 1)
+        count = round(self.slow_time / (self.large * beta))
         steps = self.steps // (10 if self.quick else 1)
-        run = lambda *args: descend(task, *args)
+        at = steps_until(count, 193, dense=20)
+        # The same times for both, as far as the smaller steps go.
+        fine = at * round(self.large / self.alpha)
+        fine = fine[fine <= steps]
         paths = {
-            "subgradient": run(self.alpha, self.beta, steps, "subgradient"),
-            "proximal": run(self.large, self.beta, count, "proximal"),
+            "subgradient": descend(task, self.alpha, beta, fine, "subgradient"),
+            "proximal": descend(task, self.large, beta, at, "proximal"),
         }
         for name, path in paths.items():
             print(f"{name}: {path}")
@@ -171,14 +179,14 @@ class MF1(Matrices):
             ),
             check(
                 "P2-MF1 end", relative(end, least), "≤ 1e-03",
-                relative(end, least) <= 1e-3 if not self.quick else None,
+                relative(end, least) <= 1e-3,
                 "proximal descent ends at the least nuclear norm"
                 + ("" if done else " (still moving)"),
             ),
             check(
                 "P2-MF1 t2/t1", t2 / t1, "≥ 100", t2 >= 100 * t1 if gate else None,
                 f"delay: t₁ = {t1:.3g}, t₂ = {t2:.3g}, heuristic "
-                f"{t1 + heuristic(truth) / self.beta:.3g}",
+                f"{t1 + heuristic(truth) / beta:.3g}",
             ),
         ]  # fmt: skip
         checks += self.deaths(far, t1)
@@ -186,7 +194,7 @@ class MF1(Matrices):
         numbers = {
             "t1": t1,
             "t2": t2,
-            "heuristic": heuristic(truth) / self.beta,
+            "heuristic": heuristic(truth) / beta,
             "final_singular_values": np.linalg.svd(end, compute_uv=False),
             "target_singular_values": np.linalg.svd(target, compute_uv=False),
         }
@@ -203,7 +211,7 @@ class MF1(Matrices):
         over = np.isfinite(t[np.minimum(last + 1, len(t) - 1)]) & (last < len(t) - 1)
         died = np.where(over, t[np.minimum(last + 1, len(t) - 1)], np.inf)
         known = np.isfinite(died)
-        order = bool((np.diff(died) <= 0).all())
+        order = bool((died[:-1] >= died[1:]).all())
         widest = died[known].max() / died[known].min() if known.any() else np.nan
         # Were each to fall at the rate β, it would last its size over β.
         share = died[known] / (start[known] / float(path.weight_decay))
@@ -223,20 +231,12 @@ class MF1(Matrices):
         """The two methods at the same t, though their steps differ tenfold."""
         one, other = paths["subgradient"], paths["proximal"]
         t = np.asarray(one.t)
-        until = min(t[-1], float(other.t[-1]))
-        at = [i for i in range(len(t)) if 1e3 <= t[i] <= until]
-        theirs = matrices(other)
-        index = [int(np.argmin(np.abs(np.asarray(other.t) - t[i]))) for i in at]
-        close = [
-            relative(matrices(one)[i], theirs[j])
-            for i, j in zip(at, index, strict=True)
-            if abs(float(other.t[j]) - t[i]) < 1e-2 * t[i]
-        ]
-        worst = max(close, default=np.nan)
+        # Steps that large are not the flow while the data are being fitted.
+        at = np.flatnonzero(t >= 100)
+        pairs = zip(matrices(one)[at], matrices(other)[at], strict=True)
+        worst = max(relative(a, b) for a, b in pairs)
         words = f"subgradient at α = {self.alpha} against proximal at {self.large}"
-        return [
-            below("P2-MF1 agree", worst, 0.02, f"{words}, {len(close)} times t ≥ 1e3")
-        ]
+        return [below("P2-MF1 agree", worst, 0.02, f"{words}, t ≥ 100, to {t[-1]:g}")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -343,14 +343,15 @@ class MF3(Matrices):
         truth = task.truth
         gate = truth.recovers_target()
         steps = self.steps // (5 if self.quick else 1)
+        beta = self.beta * (10 if self.quick else 1)
         paths = {
-            method: descend(task, self.alpha, self.beta, steps, method)
+            method: descend(task, self.alpha, beta, steps, method)
             for method in ("projected", "proximal")
         }
         for name, path in paths.items():
             print(f"{name}: {path}")
         t2 = {k: p.crossing_time("test") / self.alpha for k, p in paths.items()}
-        expected = heuristic(truth) / (self.alpha * self.beta)
+        expected = heuristic(truth) / (self.alpha * beta)
         after = np.asarray(paths["projected"].metrics["train"])[1:]
         least = truth.end_point()
         checks = [
