@@ -10,6 +10,7 @@ from typing import Any
 
 import beyond_l2_data
 import beyond_l2_depth
+import beyond_l2_matrix
 import beyond_l2_samples
 import beyond_l2_sparse
 import beyond_l2_theorems
@@ -24,6 +25,7 @@ FAMILIES = (
     beyond_l2_samples,
     beyond_l2_data,
     beyond_l2_depth,
+    beyond_l2_matrix,
     beyond_l2_theorems,
 )
 EXPERIMENTS = {k: v for family in FAMILIES for k, v in family.EXPERIMENTS.items()}

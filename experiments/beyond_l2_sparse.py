@@ -237,7 +237,9 @@ class CS1(Settings):
     def timing(self, task: gf.tasks.Task, end: float) -> dict[str, float]:
         truth = task.truth
         loop = subgradient_loop(
-            *(np.asarray(v) for v in (truth.features, truth.targets, truth.target)),
+            np.asarray(truth.features),
+            np.asarray(truth.targets),
+            np.asarray(truth.target),
             np.asarray(task.model.weights),
             alpha=self.alpha,
             beta=self.beta,
@@ -312,7 +314,7 @@ class CS2(Settings):
         bias = np.array([relative(truth.lasso(b), target) for b in betas])
         judged = bias < self.threshold / 3
 
-        more = np.append(betas, [1e-8, 1e-9])
+        more = np.sort(np.append(betas, [1e-8, 1e-9]))
         flows = [self.flow(task, beta) for beta in bar(more, "flows")]
         flow_t2 = np.array([p.crossing_time("test") for p in flows])
         flow_floor = np.array([float(p.metrics["test"][-1]) for p in flows])
@@ -320,7 +322,7 @@ class CS2(Settings):
         s2 = float(np.nanmin(slow))
 
         rows, left_out = [], []
-        pairs = [(a, b) for b in betas for a in self.alphas]
+        pairs = [(a, float(b)) for b in betas for a in self.alphas]
         for alpha, beta in bar(pairs, "descents"):
             length = max(1.25 * s2 / (alpha * beta), 3e3 / alpha)
             if length > most:

@@ -27,7 +27,7 @@ class T(Settings):
     samples: int = 30
     alphas: tuple[float, ...] = (0.1, 0.05, 0.01)
     betas: tuple[float, ...] = (1e-3, 1e-4, 1e-5)
-    etas: tuple[float, ...] = (0.3, 0.1, 0.03)
+    etas: tuple[float, ...] = (10.0, 3.0, 1.0, 0.3)
     seeds: int = 4
 
     def run(self) -> Outcome:
