@@ -223,7 +223,7 @@ def order_rows(name: str, runs: Sequence[Trained]) -> list[Row]:
         rank = math.nan
         if len(mine) > 1 and done:
             beta = [run.cell.beta for run in mine]
-            rank = spearmanr(beta, [run.delay for run in mine]).statistic
+            rank = float(spearmanr(beta, [run.delay for run in mine])[0])
         enough = done >= 3
         words = (
             f"{penalty}, α = {alpha:g}: Spearman's correlation of delay and β, "

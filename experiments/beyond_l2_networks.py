@@ -104,9 +104,10 @@ class NL2(Grid):
 
     def run(self) -> Outcome:
         task = gf.tasks.wide_teacher(jr.key(self.seed), width=self.width)
-        x = task.loss.x
+        squared = task.penalty
+        assert isinstance(squared, gf.Sobolev)
         sobolev = gf.Sobolev(
-            task.model, x, target=task.truth.jacobian(x), root=not self.squared
+            task.model, squared.x, target=squared.target, root=not self.squared
         )
         task = below_nothing(task)
         runs = train(
@@ -278,7 +279,7 @@ class MN1(Grid):
             grid(
                 self.penalties,
                 self.alphas,
-                self.chosen_betas(),
+                self.strongest(3),
             ),
             steps=self.most(3000),
             every=100,
