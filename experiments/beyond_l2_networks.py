@@ -223,19 +223,24 @@ def ends(runs: list[Trained]) -> dict:
 
 
 def norm_rows(name: str, run: Trained) -> list[Row]:
-    """‖θ‖₂ grows from memorisation to generalisation under ℓ1: while the test accuracy
-    rises to one half, and up to its threshold."""
-    if run.cell.penalty != "l1" or run.cell.beta == 0 or math.isinf(run.half):
+    """‖θ‖₂ under ℓ1 grows from memorisation to generalisation: to a test accuracy of one
+    half, to its threshold, and to the end, where the network still generalises."""
+    if run.cell.penalty != "l1" or run.cell.beta == 0:
         return []
     start = run.at("norm_l2", run.memorised)
+    end = run.steps[-1] if math.isfinite(run.grokked) else math.inf
     rows = []
-    for words, when in (("0.5", run.half), ("0.99", run.grokked)):
+    for words, when in (
+        ("at test accuracy 0.5", run.half),
+        ("at test accuracy 0.99", run.grokked),
+        ("at the end", end),
+    ):
         if math.isinf(when):
             continue
         ratio = run.at("norm_l2", when) / start
         sentence = (
-            f"{run.cell}: ℓ2 norm at test accuracy {words} (step {when:.0f}), compared "
-            f"with memorisation (step {run.memorised:.0f})"
+            f"{run.cell}: ℓ2 norm {words} (step {when:.0f}), relative to memorisation "
+            f"(step {run.memorised:.0f})"
         )
         rows.append(check(name, ratio, "> 1", ratio > 1, sentence))
     return rows

@@ -114,7 +114,7 @@ def test_the_growth_of_the_norm_is_judged():
     rising = np.linspace(1, 2, 101)
     for norm, ok in ((rising, True), (rising[::-1], False)):
         rows = networks.norm_rows("row", runs_with([80], [1e-3], norm)[0])
-        assert [row.ok for row in rows] == [ok, ok]
+        assert [row.ok for row in rows] == [ok, ok, ok]
     assert not networks.norm_rows("row", runs_with([80], [0.0], rising)[0])
     (half,) = networks.norm_rows(
         "row", dataclasses.replace(runs_with([80], [1.0], rising)[0], grokked=math.inf)
