@@ -335,13 +335,13 @@ class MF3(Matrices):
     samples: int = 70
     alpha: float = 0.1
     beta: float = 1e-4
-    steps: int = 10**6
+    steps: int = 2 * 10**6
 
     def run(self) -> Outcome:
         task = self.task(self.samples, measurements="gaussian")
         truth = task.truth
         gate = truth.recovers_target()
-        steps = self.steps // (5 if self.quick else 1)
+        steps = self.steps // (10 if self.quick else 1)
         beta = self.beta * (10 if self.quick else 1)
         paths = {
             method: descend(task, self.alpha, beta, steps, method)
