@@ -11,6 +11,7 @@ from typing import Any
 import beyond_l2_data
 import beyond_l2_depth
 import beyond_l2_matrix
+import beyond_l2_networks
 import beyond_l2_samples
 import beyond_l2_sparse
 import beyond_l2_theorems
@@ -27,6 +28,7 @@ FAMILIES = (
     beyond_l2_depth,
     beyond_l2_matrix,
     beyond_l2_theorems,
+    beyond_l2_networks,
 )
 EXPERIMENTS = {k: v for family in FAMILIES for k, v in family.EXPERIMENTS.items()}
 

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree, Scalar
 
-_POINTS = 8  # polynomials of degree 7: error 1e-9 on exp(−eˣ) at a spacing of 0.08
+DEGREE = 7  # of the polynomials: error 1e-9 on exp(−eˣ) at a spacing of 0.08
+_POINTS = DEGREE + 1
 
 
 def interpolate(values: PyTree, position: Float[Array, ""]) -> PyTree:
@@ -34,3 +35,22 @@ def _lagrange(x: Scalar) -> Float[Array, " points"]:
     others = np.stack([np.delete(nodes, j) for j in range(_POINTS)])
     scale = np.prod(nodes[:, None] - others, axis=1)
     return jnp.prod(x - others, axis=1) / scale
+
+
+def even_times(
+    x: Float[Array | np.ndarray, " n"],
+    end: Float[Array, ""],
+    scale: Float[Array, ""],
+) -> Float[Array, " n"]:
+    """The times at fractions x of the way to `end`, in log(1 + t/τ), τ the scale; the
+    last fraction is 1."""
+    fraction = jnp.asarray(x, end.dtype)
+    times = scale * jnp.expm1(fraction * jnp.log1p(end / scale))
+    return times.at[-1].set(end)
+
+
+def place(
+    t: Float[Array, ""], end: Float[Array, ""], scale: Array | float, count: int
+) -> Float[Array, ""]:
+    """The fractional index of time t among `count` even times; see `even_times`."""
+    return jnp.log1p(t / scale) / jnp.log1p(end / scale) * (count - 1)

@@ -205,20 +205,13 @@ def compare(sweep: Sweep, theory: TwoPhase, *, after: float = 0.1) -> Report:
     last = float(theory.drift.t[-1]) * (1 + 8 * np.finfo(slow.dtype).eps)
     regular = _sup_until(errors, slow, until)
     known_to = (sweep.stats["rtol"], theory.fast.stats["rtol"])
-    floor, finer = (
-        10 * max(float(np.max(error)) for error in (*known_to, interpolation))
-        for interpolation in (
-            theory.interpolation_error,
-            # Of degree 7: with all points it is nearer by far, 2⁸ where it is smooth.
-            theory.interpolation_error / 16,
-        )
-    )
+    floor = 10 * max(float(np.max(e)) for e in (*known_to, theory.interpolation_error))
     curvature = np.interp(until, theory.drift.t, theory.smallest_curvature)
     measured = [_times(path, theory) for path in sweep]
-    curves = [theory.predicted_metrics(lam) for lam in lams]
+    curves = [theory._predicted_metrics(lam) for lam in lams]
     predicted = [
         {
-            name: theory.time_from(lam, name, t, values)
+            name: theory._time_from(lam, name, t, values)
             for name in ("train", "test")
             if name in theory.drift.watched
         }
@@ -254,7 +247,7 @@ def compare(sweep: Sweep, theory: TwoPhase, *, after: float = 0.1) -> Report:
             ]
         ),
         second_rate=fit_rate(
-            lams, np.where(steepest <= 0.1, sup_second, np.nan), largest, finer
+            lams, np.where(steepest <= 0.1, sup_second, np.nan), largest, floor
         ),
         valid_until=np.array([theory.valid_until(lam) for lam in lams]),
         memorisation_time=np.array([m["train"] for m in measured]),
@@ -313,7 +306,7 @@ def _errors(theory: TwoPhase, path: Path) -> tuple[Any, Any, Any, Any]:
     order = 1 if theory.second is None else 2
 
     def at(t, params):
-        predict = lambda lam, order: theory.predict_params(t, lam, order=order)
+        predict = lambda lam, order: theory._predict_params(t, lam, order=order)
         composite, better = (predict(path.weight_decay, k) for k in (1, order))
         fast = predict(jnp.zeros_like(path.weight_decay), 1)
         still_fast = jax.tree.map(lambda f, w: f - w[0], fast, theory.drift.params)

@@ -20,7 +20,8 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PyTree
 
-from ._interpolate import interpolate
+from ._interpolate import even_times, interpolate, place
+from ._refine import FEWEST, MOST
 from .flow import FlatLoss, flatten, FlowTerm
 from .manifold import Spectrum
 from .manifold._normal import weighted_jacobian
@@ -28,12 +29,16 @@ from .path import Path
 from .penalties import AbstractPenalty
 from .solvers.kkt import DENSE_LIMIT
 
+_ORDER = 5  # of the formula of backward differences
+_MISMATCH = 1e-3  # above it, the grid of θ₁ is refined
+
 
 class SecondOrder(eqx.Module):
-    """The terms of order λ, at the nodes of the fast path and of the drift."""
+    """The terms of order λ, along the fast path and at the nodes of the drift."""
 
     inner: PyTree
-    """e₁(t) = θ₁ + tP∇R(Φ) − w₁(0) − h(Φ), which is gone with the fast phase."""
+    """e₁(t) = θ₁ + tP∇R(Φ) − w₁(0) − h(Φ), which is gone with the fast phase; at times
+    of its own, even in log(1 + t/τ) up to the end of the fast path."""
     tangent: PyTree
     """w₁(s), the drift's own correction, along M; up to `until`."""
     offset: PyTree
@@ -44,8 +49,8 @@ class SecondOrder(eqx.Module):
     until: Float[Array, ""]
     """The slow time up to which w₁ was found."""
     mismatch: Float[Array, ""]
-    """How far w₁(0) is off at most, relative to the term of order λ at s = 0: the
-    difference that a formula of one order less makes."""
+    """How far w₁(0) is off at most, relative to the term of order λ at s = 0: the error
+    of the finer of the two grids that it is extrapolated from."""
 
     def __str__(self) -> str:
         ratio = self.ratio
@@ -76,22 +81,31 @@ def second_order(
     they could not be found."""
     form, rank = spectrum.form, spectrum.rank
     start = jax.tree.map(lambda p: p[0], drift.params)
-    thetas = [
-        inner(term, fast.params, fast_scale, fast.t, backward_differences(k), form)
-        for k in (5, 4)
-    ]
-    w1, h, speed = match(term, start, thetas[0][-1], fast.t[-1], form, rank)
-    rough, *_ = match(term, start, thetas[1][-1], fast.t[-1], form, rank)
+    end = fast.t[-1]
+    times = lambda n: even_times(np.linspace(0, 1, n), end, fast_scale)
+    theta1 = lambda n: inner(term, fast.params, fast_scale, times(n), form)
+    count = FEWEST
+    rough, fine = theta1(count), theta1(2 * count - 1)
+    while True:
+        # The error falls 32 times with the spacing: one more is had by extrapolation.
+        change = (fine[::2] - rough) / (2**_ORDER - 1)
+        w1, h, speed = match(term, start, fine[-1] + change[-1], end, form, rank)
+        off, *_ = match(term, start, fine[-1], end, form, rank)
+        mismatch = jnp.linalg.norm(w1 - off) / jnp.linalg.norm(w1 + h)
+        if not bool(mismatch > _MISMATCH) or 2 * count > MOST:
+            break
+        count = 2 * count - 1
+        rough, fine = fine, theta1(2 * count - 1)
+    theta = fine[::2] + change
     n = _regular(drift)
     nodes = jax.tree.map(lambda p: p[:n], drift.params)
     tangent = outer(term, drift.params, drift.t, drift.t[:n], w1, 1.0, form, rank)
     offset, ratio = _next(term, nodes, drift.t[:n], tangent, form, rank)
     # What the solver did not reach is infinite.
     n = int(jnp.sum(jnp.all(jnp.isfinite(tangent), axis=1)))
-    mismatch = jnp.linalg.norm(w1 - rough) / jnp.linalg.norm(w1 + h)
     if n < 8 or not bool(jnp.isfinite(mismatch)):  # interpolation takes 8
         return None
-    e1 = thetas[0] + jnp.outer(fast.t, speed) - (w1 + h)[None]
+    e1 = theta + jnp.outer(times(count), speed) - (w1 + h)[None]
     stack = jax.vmap(ravel_pytree(start)[1])
     return SecondOrder(
         inner=stack(e1.at[-1].set(0.0)),
@@ -204,10 +218,10 @@ def outer(
     """w₁ at the slow times `ts`, along the drift known at `nodes`. It is smooth, and
     not held to M: a plain solver and its dense output will do. `bend` is 1; with 0 the
     term D²Φ[h, ∇R] is left out."""
-    spacing = jnp.log1p(nodes[-1]) / (nodes.size - 1)
 
     def field(s, v, args):
-        at = Point(term, interpolate(path, jnp.log1p(s) / spacing), form, rank)
+        here = interpolate(path, place(s, nodes[-1], 1.0, nodes.size))
+        at = Point(term, here, form, rank)
         source = bend * at.bending() + at.project(at.penalty_hvp(at.offset))
         return at.field_jvp(v) - source
 
@@ -270,16 +284,19 @@ def inner(
     term: FlowTerm,
     path: PyTree,
     scale: Float[Array, ""],
-    ts: Float[Array, " nodes"],
-    alpha: Float[Array, " 6"],
+    ts: Float[Array, " n"],
     form: str,
 ) -> Float[Array, "n d"]:
-    """θ₁ at the nodes of the fast path.
+    """θ₁ at the times `ts`.
 
-    They are even in x = log(1 + t/τ), where θ₁ is smooth: the implicit formula of
-    backward differences `alpha` needs no other point, and H only there. The spectrum is
-    real, so that its stability is that of an L-stable method.
+    They are even in x = log(1 + t/τ), as are those of the fast path, however many, and
+    θ₁ is smooth there: the implicit formula of backward differences needs no other
+    point, and H only there. The spectrum is real, so that its stability is that of an
+    L-stable method.
     """
+    alpha = backward_differences(_ORDER)
+    nodes = jax.tree.leaves(path)[0].shape[0]
+    at = lambda t: interpolate(path, place(t, ts[-1], scale, nodes))
     first = jax.tree.map(lambda p: p[0], path)
     theta, _ = flatten(term.loss, first, term.static)
     dx = jnp.log1p(ts[-1] / scale) / (ts.size - 1)
@@ -287,7 +304,7 @@ def inner(
 
     def rate(x, v):
         """dθ₁/dx, where the problem is not stiff yet."""
-        p = interpolate(path, x / dx)
+        p = at(scale * jnp.expm1(x))
         w, loss = flatten(term.loss, p, term.static)
         hv = jax.jvp(loss.gradient, (w,), (v,))[1]
         return -scale * jnp.exp(x) * (hv + gradient(p))
@@ -301,8 +318,8 @@ def inner(
         v = v + dx / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
         return v, v
 
-    def advance(past, at):
-        p, t = at
+    def advance(past, t):
+        p = at(t)
         w, loss = flatten(term.loss, p, term.static)
         h = dx * (t + scale)
         right = -h * gradient(p) - alpha[1:] @ past
@@ -313,8 +330,8 @@ def inner(
     count = jnp.arange(alpha.size - 2, dtype=theta.dtype)
     early = jax.lax.scan(runge_kutta, zero, count)[1]
     early = jnp.concatenate([zero[None], early])
-    rest = jax.tree.map(lambda a: a[alpha.size - 1 :], (path, ts))
-    return jnp.concatenate([early, jax.lax.scan(advance, early[::-1], rest)[1]])
+    late = jax.lax.scan(advance, early[::-1], ts[alpha.size - 1 :])[1]
+    return jnp.concatenate([early, late])
 
 
 def _shifted(

@@ -121,7 +121,9 @@ def test_start_and_end_of_the_fast_phase(studied):
             np.testing.assert_allclose(a, b, atol=1e-12)
     flat = vectors(theory.second.inner)
     size = np.linalg.norm(flat, axis=1)
-    assert size[-1] == 0 and size[-2] < 1e-6 * size.max()
+    # It is gone, to within the error of w₁(0) that is subtracted.
+    left = theory.second.mismatch * size.max()
+    assert size[-1] == 0 and size[-2] < max(left, 1e-6 * size.max())
     assert theory.second.mismatch < 1e-3
 
 
@@ -129,7 +131,7 @@ def test_normal_and_tangent_parts(studied):
     _, flow, theory, _, _ = studied
     term, _ = flow.term(eqx.combine(theory.limit, theory.drift.static))
     form, rank = theory.spectrum.form, theory.spectrum.rank
-    for i in (0, 100):
+    for i in (0, 25):
         params = jax.tree.map(lambda p, i=i: p[i], theory.drift.params)
         at = Point(term, params, form, rank)
         w1 = jnp.asarray(vectors(theory.second.tangent)[i])
@@ -268,8 +270,7 @@ def test_linear_regression_in_closed_form():
     exact = np.where(inside, within, -t * start) @ basis.T
     term, _ = task.flow.term(task.model)
     path = jax.vmap(gf.models.LinearModel)(jnp.asarray(path))
-    alpha = backward_differences(5)
-    numerical = inner(term, path, scale, ts, alpha, "jacobian")
+    numerical = inner(term, path, scale, ts, "jacobian")
     np.testing.assert_allclose(numerical, exact, atol=1e-8 * np.abs(exact).max())
     # w₁ vanishes, and h = −(∇²F)⁺w.
     last = gf.models.LinearModel(path.weights[-1])
