@@ -192,8 +192,8 @@ class CS1(Settings):
                 timing["ratio"],
                 "≥ 100",
                 timing["ratio"] >= 100,
-                f"flow (rtol {self.timed_rtol:g}, error {timing['flow_error']:.1g}) to t = "
-                f"{end:g} against {self.steps:.0e} steps of NumPy (error "
+                f"flow to t = {end:g} (error {timing['flow_error']:.1g}) against "
+                f"{self.steps:.0e} steps of NumPy (error "
                 f"{timing['descent_error']:.1g})"
                 + (" (extrapolated from a tenth)" if self.quick else ""),
             )  # fmt: skip
