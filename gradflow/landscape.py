@@ -167,9 +167,7 @@ def landscape(
     if not stepped and t1 is None:
         raise ValueError("t1: give the time to run to, or `learning_rate` and `steps`.")
     seeds = list(models) if isinstance(models, (list, tuple)) else [models]
-    held = GradientFlow(
-        flow.loss, penalty=flow.penalty, trainable=flow.trainable, hold_norm=True
-    )
+    held = GradientFlow(flow.loss, trainable=flow.trainable, hold_norm=True)
     watched = as_metrics(metrics)
     run: Callable[..., Any] = descent if stepped else simulate
     if t1 is not None:
