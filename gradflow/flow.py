@@ -84,9 +84,12 @@ class GradientFlow(eqx.Module):
         return FlowTerm(self.loss, Tangential(self.penalty, sphere), sphere), params
 
     def velocity(self, model: PyTree, weight_decay: float | Scalar) -> PyTree:
-        """θ' = −∇F(θ) − λ∇R(θ) at `model`, a pytree like its parameters."""
+        """θ' = −∇F(θ) − λ∇R(θ) at `model`, a pytree like its parameters. At a kink of R
+        it is minus the element of least norm of ∇F(θ) + λ∂R(θ)."""
         term, params = self.term(model)
-        return term.vf(jnp.zeros(()), params, weight_decay)
+        force = jax.grad(lambda p: term.loss(term.model(p)))(params)
+        slope = term.penalty.least_norm(params, force, weight_decay)
+        return jax.tree.map(jnp.negative, slope)
 
 
 def partition(

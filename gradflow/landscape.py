@@ -38,10 +38,14 @@ class Landscape(eqx.Module):
 
     def best(self, name: str = "test") -> Float[np.ndarray, " starts"]:
         """w_c: the norm at which the metric is best, for each start; between the norms
-        by the parabola through the best and its neighbours, in the logarithms."""
+        by the parabola through the best and its neighbours, in the logarithms. NaN
+        where no run reached its end."""
         values, _ = self._toward_low(name)
         out = []
         for w, v in zip(np.log(self.norm), values, strict=True):
+            if np.isnan(v).all():  # no run reached its end
+                out.append(np.nan)
+                continue
             i = int(np.nanargmin(v))
             x = w[i]
             if 0 < i < len(w) - 1:
@@ -73,7 +77,7 @@ class Landscape(eqx.Module):
             raise ValueError(f"threshold: the metric {name!r} has none; give one.")
         out = []
         for w, v in zip(np.log(self.norm), values, strict=True):
-            i = int(np.nanargmin(v))
+            i = 0 if np.isnan(v).all() else int(np.nanargmin(v))
             if not v[i] <= sign * level:
                 out.append((np.nan, np.nan))
                 continue
@@ -167,9 +171,7 @@ def landscape(
     if not stepped and t1 is None:
         raise ValueError("t1: give the time to run to, or `learning_rate` and `steps`.")
     seeds = list(models) if isinstance(models, (list, tuple)) else [models]
-    held = GradientFlow(
-        flow.loss, penalty=flow.penalty, trainable=flow.trainable, hold_norm=True
-    )
+    held = GradientFlow(flow.loss, trainable=flow.trainable, hold_norm=True)
     watched = as_metrics(metrics)
     run: Callable[..., Any] = descent if stepped else simulate
     if t1 is not None:

@@ -88,6 +88,27 @@ def test_flow_equals_the_exact_one(flow_and_exact):
     assert ((zeros[:-1] & ~zeros[1:]).any(axis=0) & zeros[-1]).any() or zeros[0, 3]
 
 
+def test_from_zero(flow_and_exact):
+    """What is held from the start is at zero inside the solver too."""
+    flow, start, ts, _ = flow_and_exact
+    x, y = np.asarray(flow.loss.x), np.asarray(flow.loss.y)
+    exact = l1_flow(x, y, np.zeros(16), 0.1, ts[-1], ts=ts)
+    model = eqx.tree_at(lambda m: m.a, start, jnp.zeros(16))
+    path = gf.simulate(
+        flow, model, weight_decay=0.1, ts=jnp.asarray(ts), rtol=1e-9, solver=gf.KKT5()
+    )
+    found = np.asarray(path.params.a)
+    np.testing.assert_allclose(found, exact, atol=1e-8)
+    r = found @ x.T - y
+    np.testing.assert_allclose(path.train_loss, 0.5 * (r**2).sum(axis=1), rtol=1e-6)
+
+
+def test_velocity_is_zero_where_a_coordinate_is_held():
+    flow = gf.GradientFlow(loss_on(np.eye(3), [0.05, -0.4, 0.3]), penalty=gf.L1())
+    velocity = flow.velocity(Linear(jnp.array([0.0, 0.0, 0.2])), 0.1)
+    np.testing.assert_allclose(velocity.a, [0.0, -0.3, 0.0], atol=1e-15)
+
+
 def test_lanes_agree_with_single_runs(flow_and_exact):
     flow, start, ts, exact = flow_and_exact
     lams = jnp.array([1e-2, 1e-3])

@@ -122,6 +122,24 @@ def shape():
     )  # fmt: skip
 
 
+def test_penalty_plays_no_part_in_a_landscape(shape):
+    """Not even one with kinks, which no solver could follow on the sphere."""
+    again = gf.landscape(
+        gf.GradientFlow(towards(A), penalty=gf.L1()), START, scales=shape.scale[:3],
+        t1=200.0, metrics={"test": shape.watched["test"]}, progress=False, rtol=1e-8,
+    )  # fmt: skip
+    np.testing.assert_allclose(again.train_loss[0], shape.train_loss[0, :3], rtol=1e-12)
+
+
+def test_a_start_whose_runs_all_failed(shape):
+    lost = shape.metrics["test"].copy()
+    lost[0] = np.nan
+    partly = eqx.tree_at(lambda s: s.metrics["test"], shape, lost)
+    assert np.isnan(partly.best()[0]) and partly.best()[1] == shape.best()[1]
+    assert np.isnan(partly.zone(threshold=1e9)[0]).all()
+    assert "Loss landscape" in str(partly)
+
+
 def test_landscape_in_closed_form(shape):
     assert shape.succeeded.all() and shape.norm.shape == (2, 9)
     np.testing.assert_allclose(shape.norm[0], 2 * shape.scale)

@@ -99,7 +99,7 @@ class ActiveSet(
         leaving = jnp.abs(force) > weight_decay * weights
         at_zero = jnp.where(leaving, -jnp.sign(force), 0.0)
         sign = jnp.where(theta == 0, at_zero, jnp.sign(theta))
-        sign = jnp.where(weights > 0, sign, 1.0)
+        sign = jnp.where(weight_decay * weights > 0, sign, 1.0)
         return out, Signed(tracked, sign, jnp.ones((), theta.dtype))
 
     def loss_of(self, term: FlowTerm, y: Signed) -> Scalar:
@@ -116,6 +116,9 @@ class ActiveSet(
         term, _ = _unwrap(terms, y0.tracked)
         inner_term = _on_orthant(term, y0.sign)
         inner = self._inner.init(inner_term, t0, t1, y0.tracked, args)
+        # Stages are predicted from it, and what is held has no force to bring it back.
+        slope = jnp.where(y0.sign == 0, 0.0, inner.slope)
+        inner = eqx.tree_at(lambda s: s.slope, inner, slope)
         return _State(inner, _force(term, y0.tracked, args))
 
     @eqx.filter_jit  # Diffrax traces a step several times
