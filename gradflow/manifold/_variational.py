@@ -23,9 +23,9 @@ from ..results import RESULTS
 from ..solvers import KKT5
 from ._normal import exact_jacobian_normal, hessian_normal
 
-# Steps of the linear equation, and the tolerance of the path. On 50 random problems each
-# of four kinds (tanh and diagonal networks, factorised and plain matrices) DΦ∇F, which
-# is zero, is 2e-10 ‖∇F‖ at most; with 256 steps spread by the solver alone, 9e-9.
+# Steps of the linear equation, and the tolerance of the path. On 50 random problems
+# each of four kinds (tanh and diagonal networks, matrices, factorised or not) DΦ∇F,
+# which is 0, is 2e-10 ‖∇F‖ at most; with 256 steps spread by the solver alone, 9e-9.
 _STEPS = 320
 _RTOL = 1e-11
 # Forces below this part of the largest say nothing of the path: they are its error.
