@@ -22,8 +22,11 @@ SMOOTH = {
     "matrix_completion": dict(shape=(4, 4), rank=1),
     "deep_linear": dict(width=3, inputs=6, samples=3),
     "teacher_student": dict(width=8, samples=4),
+    "matrix_recovery": dict(shape=(3, 3), rank=1, samples=5, depth=2, scale=0.7),
 }
 KINKED = {"relu_1d": dict(width=12, samples=4)}
+# Under ‖θ‖₁, which has no drift along M.
+UNSMOOTH = {"sparse_recovery": dict(features=4, samples=2, sparsity=1)}
 
 
 def test_every_task_is_here():
@@ -32,7 +35,9 @@ def test_every_task_is_here():
         for name, made in inspect.getmembers(tasks, inspect.isfunction)
         if inspect.signature(made).return_annotation is tasks.Task
     }
-    assert makers == {*SMOOTH, *KINKED}
+    assert makers == {*SMOOTH, *KINKED, *UNSMOOTH}
+    for name, options in UNSMOOTH.items():
+        assert not getattr(tasks, name)(jr.key(1), **options).penalty.smooth
 
 
 def invariant(task, model):
@@ -42,6 +47,9 @@ def invariant(task, model):
         return model.weights - basis.T @ (basis @ model.weights), 1.0
     if task.name == "teacher_student":
         return None, None
+    if task.name == "matrix_recovery":
+        first, second = model.weights
+        return (second.T @ second - first @ first.T).reshape(-1), 2.0
     return ravel_pytree(task.truth.invariant(model))[0], 2.0
 
 
