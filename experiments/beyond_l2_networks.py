@@ -223,8 +223,8 @@ def ends(runs: list[Trained]) -> dict:
 
 
 def norm_rows(name: str, run: Trained) -> list[Row]:
-    """‖θ‖₂ under ℓ1 grows from memorisation to generalisation: to a test accuracy of one
-    half, to its threshold, and to the end, where the network still generalises."""
+    """‖θ‖₂ under ℓ1 grows from memorisation to generalisation: to a test accuracy of
+    one half, to its threshold, and to the end, where the network still generalises."""
     if run.cell.penalty != "l1" or run.cell.beta == 0:
         return []
     start = run.at("norm_l2", run.memorised)
