@@ -108,7 +108,7 @@ class D1(Settings):
                 np.diff(middle).min(),
                 "> 0",
                 np.diff(middle).min() > 0,
-                f"steps until fitted, median over N ≥ 40, grow with L: "
+                "steps until fitted, median over N ≥ 40, grow with L: "
                 + ", ".join(f"{m:.3g}" for m in middle),
             )  # fmt: skip
         )
