@@ -307,11 +307,7 @@ def norms(run: Trained, title: str) -> Figure:
         axes[1].plot(x, values / there, color=colour, label=label)
     axes[1].axhline(1, color="grey", lw=0.7)
     finish(axes[1], "norms of all weights, relative to memorisation", log="xy")
-    times = {
-        "memorised": run.memorised,
-        "test 0.5": run.half,
-        "generalised": run.grokked,
-    }
+    times = {"memorised": run.memorised, "generalised": run.grokked}
     for ax in axes:
         marks(ax, times)
     return fig
