@@ -40,14 +40,14 @@ def main(config: Any) -> dict[str, Any]:
     out = config.out or Path("results/beyond_l2") / name
     out.mkdir(parents=True, exist_ok=True)
     clock = Clock()
-    first = (type(config).__doc__ or "").strip().splitlines()[0]
-    print(f"{name}: {first}", flush=True)
+    claim = " ".join((type(config).__doc__ or "").split())
+    print(f"{name}: {claim}", flush=True)
     with clock(name):
         numbers, checks, data, figures = config.run()
     for row in checks:
         print(row)
     settings = {k: v for k, v in vars(config).items() if k != "out"}
-    numbers = {"experiment": name, "claim": first, "settings": settings, **numbers}
+    numbers = {"experiment": name, "claim": claim, "settings": settings, **numbers}
     data.to_netcdf(out / "arrays.nc", engine="scipy")
     summary = write(out, numbers, checks, figures, clock)
     names = ", ".join(f"{figure}.png" for figure in figures)

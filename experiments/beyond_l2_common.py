@@ -209,14 +209,15 @@ def finish(
 
 
 def marks(ax: Axes, times: dict[str, float]) -> None:
-    """Dotted verticals with their names at the top."""
-    for label, at in times.items():
-        if np.isfinite(at) and at > 0:
-            ax.axvline(at, color="grey", ls=":", lw=1)
-            ax.text(
-                at, 0.98, label, transform=ax.get_xaxis_transform(), rotation=90,
-                va="top", ha="right", fontsize=SIZE - 3, color="grey",
-            )  # fmt: skip
+    """Dotted verticals with names at their foot, the last on the right."""
+    shown = {k: v for k, v in times.items() if np.isfinite(v) and v > 0}
+    last = max(shown.values(), default=0.0)
+    for label, at in shown.items():
+        ax.axvline(at, color="grey", ls=":", lw=1)
+        ax.text(
+            at, 0.02, f" {label} ", transform=ax.get_xaxis_transform(),
+            ha="left" if at == last else "right", fontsize=SIZE - 3, color="grey",
+        )  # fmt: skip
 
 
 def story(

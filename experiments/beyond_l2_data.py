@@ -106,8 +106,8 @@ class CS6(Settings):
             ),
             check(
                 "P2-CS6 never", len(hits), "= 0", not hits,
-                f"instances of τ = 1, N < n that recover, at N in {hits}; that the rows "
-                f"see the whole support is expected of {expected:.1f}",
+                f"instances of τ = 1, N < n that recover, at N in {hits}; rows see "
+                f"the whole support in {expected:.1f} on average",
             ),
             check(
                 "P2-CS6 seen", (at_one == seen).mean(), "= 1", (at_one == seen).all(),

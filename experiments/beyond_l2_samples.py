@@ -293,7 +293,8 @@ class CS5(Settings):
                 "P2-CS5 steps",
                 max(relative(a, closed.path(t, self.beta))
                     for t, a in zip(other.t[1:], other.a[1:], strict=True) if t > 100),
-                1e-5, "descent against the closed form of the flow, t > 100",
+                self.alpha * self.beta * (1 + self.alpha * self.beta * few),
+                "descent against the flow's closed form, t > 100; bound αβ(1 + s)",
             ),
             check(
                 "P2-CS5 late", plateau / one.test[-1], "≥ 10",

@@ -20,7 +20,9 @@ MOST = 1025
 def refined(
     run: Callable[[Float[np.ndarray, " n"]], Path],
     target: float | Float[Array, ""],
+    *,
     most: int = MOST,
+    degree: int = DEGREE,
 ) -> tuple[Path, Float[Array, ""]]:
     """A path at 65, 129, 257, … even places, until interpolation adds at most `target`.
 
@@ -32,22 +34,24 @@ def refined(
     - `run`: the path at increasing places between 0 and 1, the last of them 1.
     - `target`: the error of the parameters, a length.
     - `most`: the most places, 64·2ᵏ + 1.
+    - `degree`: of the interpolation; 1 for a path with kinks.
 
     **Returns:** the path, and its estimated error. With `most` places, and where the
     path did not reach its end, the error may be larger than `target`. Along kinks there
     is no convergence to wait for: 257 places are the most.
     """
     path = run(np.linspace(0, 1, FEWEST))
-    error = interpolation_error(path)
+    error = interpolation_error(path, degree)
+    kinked = degree == 1
     while bool(error > target) and len(path) < most:
-        if bool(path.result == RESULTS.slid) and len(path) >= 257:
+        if (kinked or bool(path.result == RESULTS.slid)) and len(path) >= 257:
             break
         n = len(path)
         between = (np.arange(n - 1) + 0.5) / (n - 1)
         runs = (n - 1) // (FEWEST - 1)
         parts = (np.append(between[k::runs], 1.0) for k in range(runs))
         path = _merge([path, *map(run, parts)])
-        error = interpolation_error(path)
+        error = interpolation_error(path, degree)
     return path, error
 
 
@@ -91,14 +95,14 @@ def _merge(paths: list[Path]) -> Path:
 
 
 @eqx.filter_jit
-def interpolation_error(path: Path) -> Float[Array, ""]:
+def interpolation_error(path: Path, degree: int = DEGREE) -> Float[Array, ""]:
     """What interpolating the path between its n places adds to its error, a length: by
     extrapolation from what n/2 and n/4 of them add at places left out.
 
     On seven tasks it was between 1 and 5 times the error, where that is above rounding.
     """
-    half, quarter = (_thinned(path.params, stride) for stride in (2, 4))
-    return extrapolated(half, quarter, DEGREE + 1)
+    half, quarter = (_thinned(path.params, stride, degree) for stride in (2, 4))
+    return extrapolated(half, quarter, degree + 1)
 
 
 def extrapolated(
@@ -111,7 +115,7 @@ def extrapolated(
     return 2 * half * jnp.clip(fall, 0.5**order, 1.0)
 
 
-def _thinned(params: PyTree, stride: int) -> Float[Array, ""]:
+def _thinned(params: PyTree, stride: int, degree: int) -> Float[Array, ""]:
     """The error of every `stride`-th place alone, halfway between them."""
     thin = jax.tree.map(lambda p: p[::stride], params)
     count = jax.tree.leaves(thin)[0].shape[0] - 1
@@ -120,7 +124,7 @@ def _thinned(params: PyTree, stride: int) -> Float[Array, ""]:
 
     def off(at):
         position, exact = at
-        near = interpolate(thin, position)
+        near = interpolate(thin, position, degree)
         squares = jax.tree.map(lambda a, b: jnp.sum((a - b) ** 2), near, exact)
         return jnp.sqrt(sum(jax.tree.leaves(squares)))
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
 
+from ._interpolate import holds_until
 from .grokking import crossing_time
 from .path import Path
 from .predicted_time import PredictedTime
@@ -291,9 +292,10 @@ def _mismatch(theory: TwoPhase) -> float:
 
 
 def _regular_until(theory: TwoPhase) -> float:
+    """Where η has fallen to a tenth."""
     s, eta = np.asarray(theory.drift.t), np.asarray(theory.smallest_curvature)
-    fallen = np.flatnonzero(~(eta >= 0.1 * eta[0]))
-    return float(s[max(fallen[0] - 1, 1)] if fallen.size else s[-1])
+    flat = np.isinf(eta)  # no normal directions at all
+    return holds_until(s, np.where(flat, 10.0, eta / np.where(flat, 1, 0.1 * eta[0])))
 
 
 @eqx.filter_jit

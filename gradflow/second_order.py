@@ -66,7 +66,12 @@ class SecondOrder(eqx.Module):
         return text
 
 
-def check_second_order(spectrum: Spectrum) -> None:
+def check_second_order(spectrum: Spectrum, penalty: AbstractPenalty) -> None:
+    if not penalty.smooth:
+        raise ValueError(
+            f"order: the second takes ∇²R, which {type(penalty).__name__} has not "
+            "everywhere; give order=1."
+        )
     if spectrum.form == "hessian" and spectrum.parameters > DENSE_LIMIT:
         raise ValueError(
             f"order: the second factorises the Hessian, for up to {DENSE_LIMIT} "
@@ -83,14 +88,16 @@ def second_order(
     start = jax.tree.map(lambda p: p[0], drift.params)
     end = fast.t[-1]
     times = lambda n: even_times(np.linspace(0, 1, n), end, fast_scale)
-    theta1 = lambda n: inner(term, fast.params, fast_scale, times(n), form)
+    none = jnp.zeros_like(ravel_pytree(start)[0])
+    _, h, speed = match(term, start, none, form, rank)
+    theta1 = lambda n: inner(term, fast.params, fast_scale, times(n), form, speed)
     count = FEWEST
     rough, fine = theta1(count), theta1(2 * count - 1)
     while True:
         # The error falls 32 times with the spacing: one more is had by extrapolation.
         change = (fine[::2] - rough) / (2**_ORDER - 1)
-        w1, h, speed = match(term, start, fine[-1] + change[-1], end, form, rank)
-        off, *_ = match(term, start, fine[-1], end, form, rank)
+        w1, *_ = match(term, start, fine[-1] + change[-1], form, rank)
+        off, *_ = match(term, start, fine[-1], form, rank)
         mismatch = jnp.linalg.norm(w1 - off) / jnp.linalg.norm(w1 + h)
         if not bool(mismatch > _MISMATCH) or 2 * count > MOST:
             break
@@ -105,7 +112,7 @@ def second_order(
     n = int(jnp.sum(jnp.all(jnp.isfinite(tangent), axis=1)))
     if n < 8 or not bool(jnp.isfinite(mismatch)):  # interpolation takes 8
         return None
-    e1 = theta + jnp.outer(times(count), speed) - (w1 + h)[None]
+    e1 = theta - (w1 + h)[None]
     stack = jax.vmap(ravel_pytree(start)[1])
     return SecondOrder(
         inner=stack(e1.at[-1].set(0.0)),
@@ -195,13 +202,13 @@ def match(
     term: FlowTerm,
     start: PyTree,
     theta1: Float[Array, " d"],
-    t: Float[Array, ""],
     form: str,
     rank: Int[Array, ""],
 ) -> tuple[Float[Array, " d"], Float[Array, " d"], Float[Array, " d"]]:
-    """w₁(0) = P(Φ)[θ₁(t) + tP∇R(Φ)], h(Φ) and P∇R(Φ)."""
+    """w₁(0) = P(Φ)[θ₁ + tP∇R(Φ)], given what is in the brackets at a large time; h(Φ)
+    and P∇R(Φ)."""
     at = Point(term, start, form, rank)
-    return at.project(theta1 + t * at.drift), at.offset, at.drift
+    return at.project(theta1), at.offset, at.drift
 
 
 @eqx.filter_jit
@@ -286,11 +293,13 @@ def inner(
     scale: Float[Array, ""],
     ts: Float[Array, " n"],
     form: str,
+    speed: Float[Array, " d"],
 ) -> Float[Array, "n d"]:
-    """θ₁ at the times `ts`.
+    """u = θ₁ + tv at the times `ts`, where v = `speed` = P∇R(Φ): what is left of θ₁
+    without its growth, u' = −H(u − tv) − ∇R + v.
 
-    They are even in x = log(1 + t/τ), as are those of the fast path, however many, and
-    θ₁ is smooth there: the implicit formula of backward differences needs no other
+    The times are even in x = log(1 + t/τ), as are those of the fast path, however many,
+    and u is smooth there: the implicit formula of backward differences needs no other
     point, and H only there. The spectrum is real, so that its stability is that of an
     L-stable method.
     """
@@ -300,14 +309,15 @@ def inner(
     first = jax.tree.map(lambda p: p[0], path)
     theta, _ = flatten(term.loss, first, term.static)
     dx = jnp.log1p(ts[-1] / scale) / (ts.size - 1)
-    gradient = lambda p: ravel_pytree(term.penalty.gradient(p))[0]
+    pull = lambda p: ravel_pytree(term.penalty.gradient(p))[0] - speed
 
-    def rate(x, v):
-        """dθ₁/dx, where the problem is not stiff yet."""
-        p = at(scale * jnp.expm1(x))
+    def rate(x, u):
+        """du/dx, where the problem is not stiff yet."""
+        t = scale * jnp.expm1(x)
+        p = at(t)
         w, loss = flatten(term.loss, p, term.static)
-        hv = jax.jvp(loss.gradient, (w,), (v,))[1]
-        return -scale * jnp.exp(x) * (hv + gradient(p))
+        hv = jax.jvp(loss.gradient, (w,), (u - t * speed,))[1]
+        return -scale * jnp.exp(x) * (hv + pull(p))
 
     def runge_kutta(v, k):
         x = k * dx
@@ -322,7 +332,8 @@ def inner(
         p = at(t)
         w, loss = flatten(term.loss, p, term.static)
         h = dx * (t + scale)
-        right = -h * gradient(p) - alpha[1:] @ past
+        grown = t * jax.jvp(loss.gradient, (w,), (speed,))[1]
+        right = h * (grown - pull(p)) - alpha[1:] @ past
         v = _shifted(loss, w, form, h, alpha[0], right, past[0])
         return jnp.concatenate([v[None], past[:-1]]), v
 

@@ -16,7 +16,7 @@ from ._checks import (
     check_weight_decay,
     resolvable,
 )
-from ._interpolate import even_times, interpolate, place
+from ._interpolate import DEGREE, even_times, holds_until, interpolate, place
 from ._refine import FEWEST, refined
 from .flow import GradientFlow
 from .losses import AbstractCompositeLoss
@@ -67,6 +67,8 @@ class TwoPhase(eqx.Module):
     second: SecondOrder | None
     """The terms of order λ, for predictions of order 2; `None` where not asked for."""
     result: RESULTS
+    drift_degree: int = eqx.field(static=True, default=DEGREE)
+    """The degree of the interpolation of the drift: 1 where the penalty has kinks."""
 
     @property
     def smallest_curvature(self) -> Float[Array, " n"]:
@@ -119,13 +121,16 @@ class TwoPhase(eqx.Module):
         _check_positive(weight_decay)
         if self._doubt():
             return 0.0
-        lam = float(weight_decay)
-        holds = lam <= _CURVATURE_SHARE * np.asarray(self.smallest_curvature)
-        if self.second is not None:
-            ratio = np.asarray(self.second.ratio)
-            holds = holds[: ratio.size] & (lam * ratio <= _TERM_RATIO)
-        first = int(np.argmin(np.append(holds, False)))
-        return float(self.drift.t[max(first - 1, 0)])
+        s, lam = np.asarray(self.drift.t), float(weight_decay)
+        share = _CURVATURE_SHARE * np.asarray(self.smallest_curvature) / lam
+        end = holds_until(s, share)
+        if self.second is None:
+            return end
+        ratio = np.asarray(self.second.ratio)
+        fall = np.divide(
+            _TERM_RATIO / lam, ratio, out=np.full_like(ratio, np.inf), where=ratio != 0
+        )
+        return min(end, holds_until(s[: ratio.size], fall))
 
     def _doubt(self) -> str:
         """Why nothing is claimed, for whatever λ; empty where something is."""
@@ -246,7 +251,8 @@ class TwoPhase(eqx.Module):
 
     def _along_drift(self, values: PyTree, s: Float[Array, ""]) -> PyTree:
         """`values` at the nodes of the drift, at slow time s."""
-        return interpolate(values, place(s, self.drift.t[-1], 1.0, len(self.drift)))
+        at = place(s, self.drift.t[-1], 1.0, len(self.drift))
+        return interpolate(values, at, self.drift_degree)
 
     def __str__(self) -> str:
         eta = self.smallest_curvature
@@ -259,10 +265,12 @@ class TwoPhase(eqx.Module):
         if self.second is not None:
             lines.append(f"  {self.second}")
         if float(self.interpolation_error) > 1e-6:
+            why = "a phase changes abruptly, late in its course"
+            if self.drift_degree == 1:
+                why = "the penalty has kinks, and with it the drift"
             lines.append(
-                "  interpolated with a relative error of up to "
-                f"{float(self.interpolation_error):.1g}: a phase changes abruptly, "
-                "late in its course"
+                "  interpolated with a relative error of about "
+                f"{float(self.interpolation_error):.1g}: {why}"
             )
         if not bool(self.result == RESULTS.successful):
             word = "WARNING" if _among(self.result, _STANDING) else "FAILED"
@@ -327,7 +335,7 @@ def two_phase(
     )
     at_limit = spectrum(flow.loss, limit.model, trainable=flow.trainable)
     if order == 2:
-        check_second_order(at_limit)
+        check_second_order(at_limit, flow.penalty)
     tau, until = _fast_scales(term, params, limit, at_limit.smallest_curvature)
     target = 30 * rtol * _norm(flow.partition(limit.model)[0])
     options = dict(metrics=metrics, rtol=rtol, max_steps=max_steps, throw=False)
@@ -344,6 +352,7 @@ def two_phase(
     )
     # A failed run ends in NaN: there the limit, wherever it got to, stands in.
     last = fast[-1] if bool(fast.succeeded) else limit.model
+    degree = DEGREE if flow.penalty.smooth else 1
     drift, more = refined(
         lambda x: riemannian_flow(
             flow,
@@ -353,6 +362,7 @@ def two_phase(
             **options,
         ),
         target,
+        degree=degree,
     )
     # Retracted, so that the two phases meet to all digits.
     end = drift[0]
@@ -370,7 +380,7 @@ def two_phase(
         terms = second_order(term, fast, drift, at_limit, tau)
         if terms is None and bool(result == RESULTS.successful):
             result = RESULTS.second_order_lost
-    out = TwoPhase(end, fast, drift, at_limit, tau, error, terms, result)
+    out = TwoPhase(end, fast, drift, at_limit, tau, error, terms, result, degree)
     return result.error_if(out, fatal) if throw else out
 
 
