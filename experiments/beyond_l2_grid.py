@@ -51,6 +51,11 @@ class Cell(NamedTuple):
     def __str__(self) -> str:
         return f"{self.penalty} alpha={self.alpha:g} beta={self.beta:g}"
 
+    @property
+    def title(self) -> str:
+        strengths = rf"$\alpha$ = {self.alpha:g}, $\beta$ = {self.beta:g}"
+        return f"{NAMES[self.penalty]}, {strengths}"
+
 
 @dataclasses.dataclass(frozen=True)
 class Trained:

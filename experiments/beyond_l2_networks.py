@@ -198,8 +198,9 @@ class MA1(Grid):
         figures = {"grid": curves(runs, "accuracy", f"{name}: addition mod 97", {})}
         for run in runs:
             if run.cell.beta > 0 and math.isfinite(run.grokked):
-                words = f"addition mod 97: {run.cell}"
-                figures[f"norms_{str(run.cell).replace(' ', '_')}"] = norms(run, words)
+                figures[f"norms_{str(run.cell).replace(' ', '_')}"] = norms(
+                    run, f"addition mod 97, {run.cell.title}"
+                )
         return Outcome(
             {"runs": lines(runs), **ends(runs)}, rows, dataset(runs), figures
         )
