@@ -167,8 +167,7 @@ class MA1(Grid):
     """Figures 1, 2 and 30: addition mod 97 under ℓ1, ℓ2, ℓ_*, and the ℓ2 norm.
 
     All of it: --penalties l1 l2 nuclear --alphas 1e-3 1e-2 1e-1 --betas 0 5e-9 5e-8
-    1e-7 1e-6 3e-6 1e-5 5e-5 1e-4. At α = 0.1 Adam is unstable, and generalises without
-    penalty too.
+    1e-7 1e-6 3e-6 1e-5 5e-5 1e-4. At α = 0.1 Adam generalises without penalty too.
     """
 
     penalties: tuple[str, ...] = ("l1",)
@@ -199,8 +198,9 @@ class MA1(Grid):
         figures = {"grid": curves(runs, "accuracy", f"{name}: addition mod 97", {})}
         for run in runs:
             if run.cell.beta > 0 and math.isfinite(run.grokked):
-                words = f"addition mod 97: {run.cell}"
-                figures[f"norms_{str(run.cell).replace(' ', '_')}"] = norms(run, words)
+                figures[f"norms_{str(run.cell).replace(' ', '_')}"] = norms(
+                    run, f"addition mod 97, {run.cell.title}"
+                )
         return Outcome(
             {"runs": lines(runs), **ends(runs)}, rows, dataset(runs), figures
         )
