@@ -27,7 +27,7 @@ from .penalties import (
     Schatten as Schatten,
     Sobolev as Sobolev,
 )
-from .metrics import Metric as Metric
+from .metrics import Accuracy as Accuracy, Metric as Metric
 from .results import RESULTS as RESULTS
 from .path import Path as Path
 from .simulate import simulate as simulate

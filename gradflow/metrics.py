@@ -4,7 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
-from jaxtyping import Scalar
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int, PyTree, Scalar
+
+from ._checks import check_loss_data
 
 
 class Metric(eqx.Module):
@@ -20,3 +24,30 @@ class Metric(eqx.Module):
 
     def __call__(self, model: Any) -> Scalar:
         return self.fn(model)
+
+
+class Accuracy(eqx.Module):
+    """The share of samples whose largest logit is at their label, from 0 to 1.
+
+    Watch it as `Metric(Accuracy(x, labels), threshold=0.99, higher_is_better=True)`.
+    """
+
+    x: PyTree
+    labels: Int[Array, " n"]
+
+    def __init__(self, x: PyTree, labels: Int[Array, " n"]):
+        """**Arguments:**
+
+        - `x`: inputs, n samples on the first axis.
+        - `labels`: integers from 0 on.
+
+        **Raises:** `ValueError` where they differ in length, or are empty.
+        """
+        self.x = jax.tree.map(jnp.asarray, x)
+        self.labels = jnp.asarray(labels)
+        check_loss_data(self.x, self.labels, "labels")
+
+    def __call__(self, model: Any) -> Scalar:
+        logits = jax.vmap(model)(self.x)
+        right = jnp.argmax(logits, axis=-1).astype(self.labels.dtype) == self.labels
+        return jnp.mean(right, dtype=logits.dtype)

@@ -8,4 +8,5 @@ from .diagonal import (
 from .factorisation import MatrixFactorisation as MatrixFactorisation
 from .hadamard import HadamardProduct as HadamardProduct
 from .linear import LinearModel as LinearModel
+from .pair_product import PairProduct as PairProduct
 from .two_layer import TwoLayer as TwoLayer

@@ -22,7 +22,7 @@ class TwoLayer(eqx.Module):
 
     - `inner`: the hidden weights, row j is wⱼ, of shape (h, d). With d = 1 the network
         takes scalars too.
-    - `bias`: b, of shape (h,).
+    - `bias`: b, of shape (h,), or `None` for a network without.
     - `outer`: a, of shape (h,) for a scalar output, (k, h) for k outputs.
     - `activation`: `"tanh"` or `"relu"`.
 
@@ -30,7 +30,7 @@ class TwoLayer(eqx.Module):
     """
 
     inner: Float[Array, "*batch h d"]
-    bias: Float[Array, "*batch h"]
+    bias: Float[Array, "*batch h"] | None
     outer: Float[Array, "*batch_k h"]
     activation: Literal["tanh", "relu"] = eqx.field(static=True, default="tanh")
 
@@ -38,7 +38,7 @@ class TwoLayer(eqx.Module):
         check_ndim(self.inner, "inner", 2)
         check_ndim(self.outer, "outer", (1, 2))
         width = self.inner.shape[0]
-        if self.bias.shape != (width,):
+        if self.bias is not None and self.bias.shape != (width,):
             raise ValueError(
                 f"bias: expected shape ({width},) as inner has {width} rows, got "
                 f"{self.bias.shape}."
@@ -53,9 +53,14 @@ class TwoLayer(eqx.Module):
                 f"activation: expected 'tanh' or 'relu', got {self.activation!r}."
             )
 
+    @property
+    def biases(self) -> Float[Array, "*batch h"]:
+        """b, zero where the network has none."""
+        return jnp.zeros_like(self.inner[..., 0]) if self.bias is None else self.bias
+
     def preactivations(self, x: Float[Array, "*d"]) -> Float[Array, " h"]:
         """⟨wⱼ, x⟩ + bⱼ: a ReLU has its kink where it is zero."""
-        return self.inner @ jnp.reshape(x, (self.inner.shape[1],)) + self.bias
+        return self.inner @ jnp.reshape(x, (self.inner.shape[1],)) + self.biases
 
     def __call__(self, x: Float[Array, "*d"]) -> Float[Array, "*k"]:
         """f(x), for x of shape (d,), or a scalar where d = 1."""

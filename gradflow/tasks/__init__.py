@@ -7,6 +7,10 @@ from .diagonal import (
     fourier_diagonal as fourier_diagonal,
     fourier_features as fourier_features,
 )
+from .image_classification import (
+    image_classification as image_classification,
+    ImageTruth as ImageTruth,
+)
 from .linear_regression import (
     linear_regression as linear_regression,
     LinearTruth as LinearTruth,
@@ -19,6 +23,10 @@ from .matrix_recovery import (
     matrix_recovery as matrix_recovery,
     MatrixTruth as MatrixTruth,
 )
+from .modular_addition import (
+    modular_addition as modular_addition,
+    ModularTruth as ModularTruth,
+)
 from .relu_1d import Kinks as Kinks, relu_1d as relu_1d, ReLU1dTruth as ReLU1dTruth
 from .sparse_recovery import (
     sparse_recovery as sparse_recovery,
@@ -28,4 +36,8 @@ from .task import RelativeError as RelativeError, Task as Task
 from .teacher_student import (
     teacher_student as teacher_student,
     TeacherTruth as TeacherTruth,
+)
+from .wide_teacher import (
+    wide_teacher as wide_teacher,
+    WideTeacherTruth as WideTeacherTruth,
 )

@@ -107,4 +107,4 @@ class ReLU1dTruth(eqx.Module):
     def kinks(self, model: TwoLayer) -> Kinks:
         """The kink of each neuron: at −bⱼ/vⱼ the slope jumps by uⱼ|vⱼ|."""
         slope = model.inner[:, 0]
-        return Kinks(-model.bias / slope, model.outer * jnp.abs(slope))
+        return Kinks(-model.biases / slope, model.outer * jnp.abs(slope))

@@ -10,7 +10,7 @@ from jaxtyping import Array, PyTree, Scalar
 
 from ..flow import GradientFlow
 from ..losses import AbstractLoss, SquaredError
-from ..metrics import Metric
+from ..metrics import Accuracy, Metric
 from ..penalties import AbstractPenalty, L2
 
 
@@ -22,7 +22,8 @@ class Task(eqx.Module):
     - `loss`: the training loss F.
     - `metrics`: what to watch along a path; always `"train"`, the training loss, and
         `"test"`, the error on unseen data, each with the level that counts. (Where the
-        task is to recover a target: the relative errors of the fit and of the target.)
+        task is to recover a target: the relative errors of the fit and of the target.
+        Where it is to classify: the accuracies, which are to rise.)
     - `truth`: what is known of the answer. Each kind of task has its own; wherever the
         end of the drift is known, `truth.end_point()` gives it and
         `truth.coefficients(model)` the quantity to compare with it; wherever there is
@@ -76,6 +77,23 @@ def train_and_test(
     return {
         "train": Metric(loss, threshold=0.01 * at_zero(loss, model)),
         "test": Metric(test_loss, threshold=float(grokked)),
+    }
+
+
+def accuracies(
+    x: PyTree,
+    labels: Array,
+    x_test: PyTree,
+    test_labels: Array,
+    *,
+    grokked: float = 0.99,
+) -> dict[str, Metric]:
+    """The two metrics of a classification: `"train"`, the share of training samples
+    that are right, with threshold 0.99, and `"test"`, with threshold `grokked`."""
+    high = lambda fn, level: Metric(fn, threshold=level, higher_is_better=True)
+    return {
+        "train": high(Accuracy(x, labels), 0.99),
+        "test": high(Accuracy(x_test, test_labels), grokked),
     }
 
 

@@ -118,7 +118,7 @@ def neuron_balance(model: TwoLayer) -> Float[Array, " h"]:
             "model: only a ReLU network of scalar output has this invariant, got "
             f"{model.activation} and outer weights of shape {model.outer.shape}."
         )
-    return model.outer**2 - jnp.sum(model.inner**2, axis=1) - model.bias**2
+    return model.outer**2 - jnp.sum(model.inner**2, axis=1) - model.biases**2
 
 
 class TeacherTruth(eqx.Module):
