@@ -13,8 +13,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 import gradflow as gf
 from gradflow import tasks
+from gradflow.data import read_idx
 from gradflow.models import PairProduct, TwoLayer
-from gradflow.tasks._images import read_idx
 
 
 @pytest.fixture(scope="module")

@@ -98,8 +98,10 @@ class Transformer(eqx.Module):
         self.blocks = tuple(
             Block(
                 Attention(
-                    *(normal(heads, size, width, fan=width) for _ in range(3)),
-                    normal(heads, width, size, fan=width),
+                    query=normal(heads, size, width, fan=width),
+                    key=normal(heads, size, width, fan=width),
+                    value=normal(heads, size, width, fan=width),
+                    output=normal(heads, width, size, fan=width),
                 ),
                 normal(hidden, width, fan=width),
                 jnp.zeros(hidden),
