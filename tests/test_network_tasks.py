@@ -175,12 +175,12 @@ def test_images_from_files(mnist_folder, monkeypatch):
 def test_files_that_are_not_right(mnist_folder, tmp_path):
     labels = mnist_folder / "MNIST/raw/train-labels-idx1-ubyte"
     whole = labels.read_bytes()
-    for content, match in {whole[:-1]: "39 entries", b"abc": "not a file"}.items():
+    for content, match in {whole[:-1]: "39 entries", b"abc": "IDX format"}.items():
         labels.write_bytes(content)
         with pytest.raises(ValueError, match=match):
             read_idx(labels)
     labels.unlink()
-    with pytest.raises(ValueError, match="data: expected a folder"):
+    with pytest.raises(ValueError, match="expected a folder"):
         tasks.image_classification(jr.key(0), data=mnist_folder)
 
 
