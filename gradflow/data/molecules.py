@@ -1,5 +1,6 @@
 """QM9: small molecules, and what quantum chemistry computes of them."""
 
+import bz2
 import hashlib
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -142,7 +143,8 @@ def qm9(
     **Arguments:**
 
     - `path`: of the archive, or of the folder with its files.
-    - `count`: the first so many; all of them unless given.
+    - `count`: the first so many; all of them unless given. What comes after them in
+        the archive is not looked at, but for its checksum.
     - `sha256`: the checksum of the archive; `None` takes any. A folder has none.
 
     **Raises:** `ValueError` where a file is damaged, not in the format, or missing, or
@@ -195,17 +197,20 @@ def _from_folder(path: Path, count: int | None) -> Iterator[tuple[Path, str]]:
 def _from_archive(path: Path, count: int | None) -> Iterator[tuple[str, str]]:
     found = 0
     try:
-        with tarfile.open(path, "r|bz2") as archive:
-            for member in archive:
+        with bz2.open(path) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
+            for member in tar:
                 number = _number(member.name)
                 if number is None or (count is not None and number > count):
                     continue
-                content = archive.extractfile(member)
+                content = tar.extractfile(member)
                 if content is not None:
                     name = f"{path}, {member.name}"
                     yield name, _text(content.read(), name)
                     found += 1
                 if found == count:
                     return
+            # The list of files may end before what is packed does.
+            while stream.read(2**20):
+                pass
     except (tarfile.TarError, EOFError, OSError) as error:
         raise problem(path, "a whole tar.bz2 file", str(error), _HOW) from error
