@@ -64,9 +64,7 @@ def test_idx_and_its_checksum(place):
             data.read_idx(place / name, sha256=sha(b""))
     with pytest.raises(ValueError, match="absent: expected a file to read, got .*http"):
         data.read_idx(place / "absent")
-    with pytest.raises(
-        ValueError, match="IDX format, got one that begins with 00000d03"
-    ):
+    with pytest.raises(ValueError, match="IDX format, .* begins with 00000d03"):
         (place / "floats").write_bytes(b"\x00\x00\x0d\x03" + IDX[4:])
         data.read_idx(place / "floats")
 
