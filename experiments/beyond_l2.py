@@ -10,6 +10,8 @@ from typing import Any
 
 import beyond_l2_data
 import beyond_l2_depth
+import beyond_l2_matrix
+import beyond_l2_networks
 import beyond_l2_samples
 import beyond_l2_sparse
 import beyond_l2_theorems
@@ -24,7 +26,9 @@ FAMILIES = (
     beyond_l2_samples,
     beyond_l2_data,
     beyond_l2_depth,
+    beyond_l2_matrix,
     beyond_l2_theorems,
+    beyond_l2_networks,
 )
 EXPERIMENTS = {k: v for family in FAMILIES for k, v in family.EXPERIMENTS.items()}
 
@@ -36,14 +40,14 @@ def main(config: Any) -> dict[str, Any]:
     out = config.out or Path("results/beyond_l2") / name
     out.mkdir(parents=True, exist_ok=True)
     clock = Clock()
-    first = (type(config).__doc__ or "").strip().splitlines()[0]
-    print(f"{name}: {first}", flush=True)
+    claim = " ".join((type(config).__doc__ or "").split())
+    print(f"{name}: {claim}", flush=True)
     with clock(name):
         numbers, checks, data, figures = config.run()
     for row in checks:
         print(row)
     settings = {k: v for k, v in vars(config).items() if k != "out"}
-    numbers = {"experiment": name, "claim": first, "settings": settings, **numbers}
+    numbers = {"experiment": name, "claim": claim, "settings": settings, **numbers}
     data.to_netcdf(out / "arrays.nc", engine="scipy")
     summary = write(out, numbers, checks, figures, clock)
     names = ", ".join(f"{figure}.png" for figure in figures)

@@ -14,13 +14,13 @@ from beyond_l2_common import (
     Outcome,
     padded,
     panels,
+    rank_correlation,
     relative,
     Settings,
 )
 from beyond_l2_samples import first
 from beyond_l2_sparse import flow, flow_times
 from common import below
-from scipy.stats import spearmanr
 
 import gradflow as gf
 
@@ -39,18 +39,20 @@ class CS6(Settings):
     zeta: float = 1e-6
     steps: int = 10**7
     """The flow runs to t = α · steps."""
+    trials: int = 3
+    """Instances; t₂ and errors are their medians."""
 
     def run(self) -> Outcome:
         samples = self.samples[2:9:2] if self.quick else self.samples
         taus = self.taus[::5] if self.quick else self.taus
-        shape = (len(taus), len(samples))
+        shape = (1 if self.quick else self.trials, len(taus), len(samples))
         names = ("t2", "error", "oracle", "seen", "largest", "mean")
         found = {name: np.full(shape, np.nan) for name in names}
         ts = flow_times(self.alpha * self.steps, 129)
-        cells = [(i, j) for i in range(shape[0]) for j in range(shape[1])]
-        for i, j in bar(cells, "τ, N"):
+        for index in bar(np.ndindex(*shape), "trial, τ, N"):
+            trial, i, j = index
             one = gf.tasks.sparse_recovery(
-                jr.key(self.seed),
+                jr.key(self.seed + trial),
                 features=self.features,
                 sparsity=self.sparsity,
                 samples=samples[j],
@@ -71,25 +73,25 @@ class CS6(Settings):
                 each.mean(),
             )
             for name, value in zip(names, values, strict=True):
-                found[name][i, j] = float(value)
-        never = np.where(np.isfinite(found["t2"]), found["t2"], np.inf)
-        rank = lambda y: spearmanr(taus, y).statistic if np.ptp(y) else np.nan
+                found[name][index] = float(value)
         inner = [j for j, n in enumerate(samples) if n < self.features]
-        large = np.nanmax(never[np.isfinite(never)], initial=1.0) * 10
-        late = [rank(np.minimum(never[:, j], large)) for j in inner]
-        worse = [rank(found["error"][:, j]) for j in inner]
+        t2 = np.where(np.isfinite(found["t2"]), found["t2"], 10 * self.steps)
+        middle = np.median(t2, axis=0)
+        error, mean = np.median(found["error"], 0), np.median(found["mean"], 0)
+        late = [rank_correlation(taus, middle[:, j]) for j in inner]
+        worse = [rank_correlation(taus, error[:, j]) for j in inner]
         recovered = found["error"] < 1e-2
-        at_one = taus.index(1.0)
-        hits = [samples[j] for j in inner if recovered[at_one, j]]
-        seen = [samples[j] for j in inner if found["seen"][at_one, j]]
+        at_one = recovered[:, taus.index(1.0), :][:, inner]
+        seen = found["seen"][:, taus.index(1.0), :][:, inner] > 0
+        hits = np.array(samples)[inner][np.nonzero(at_one)[1]].tolist()
         n, s = self.features, self.sparsity
         chance = {N: comb(n - s, N - s) / comb(n, N) for N in samples if N < n}
-        print(f"chance that N rows see all of the support: {chance}")
+        expected = sum(chance.values()) * shape[0]
         agree = (recovered == (found["oracle"] < 1e-3)).mean()
         checks = [
             check(
-                "P2-CS6 coherence", np.diff(found["mean"][:, inner], axis=0).min(),
-                "≥ 0", (np.diff(found["mean"][:, inner], axis=0) >= 0).all(),
+                "P2-CS6 coherence", np.diff(mean[:, inner], axis=0).min(), "≥ 0",
+                (np.diff(mean[:, inner], axis=0) >= 0).all(),
                 "mean over rows of max|Xᵢⱼ|/‖Xᵢ‖ does not fall as τ rises (the largest "
                 "one is 1 from the first such row on)",
             ),
@@ -104,13 +106,13 @@ class CS6(Settings):
             ),
             check(
                 "P2-CS6 never", len(hits), "= 0", not hits,
-                f"N < n at which τ = 1 recovers: {hits}; rows see the whole support at "
-                f"{seen}",
+                f"instances of τ = 1, N < n that recover, at N in {hits}; rows see "
+                f"the whole support in {expected:.1f} on average",
             ),
             check(
-                "P2-CS6 seen", float(hits == seen), "= 1", hits == seen,
+                "P2-CS6 seen", (at_one == seen).mean(), "= 1", (at_one == seen).all(),
                 "at τ = 1 a flow recovers exactly where each entry of the support is "
-                "measured (chance of that in the numbers)",
+                "measured",
             ),
             check(
                 "P2-CS6 oracle", agree, "≥ 0.95", agree >= 0.95,
@@ -121,14 +123,15 @@ class CS6(Settings):
         fig, axes = panels(3, 3)
         for j, colour in zip(inner, COLOURS * 2, strict=False):
             label = f"N = {samples[j]}"
-            axes[0].plot(taus, found["mean"][:, j], color=colour, label=label)
-            axes[1].plot(taus, found["t2"][:, j], "o-", color=colour)
-            axes[2].plot(taus, found["error"][:, j], "o-", color=colour)
+            axes[0].plot(taus, mean[:, j], color=colour, label=label)
+            never = np.where(middle[:, j] > self.steps, np.nan, middle[:, j])
+            axes[1].plot(taus, never, "o-", color=colour)
+            axes[2].plot(taus, error[:, j], "o-", color=colour)
         finish(axes[0], "mean coherence of the rows", "τ", log="")
         finish(axes[1], "steps to recovery", "τ", log="y")
         finish(axes[2], "recovery error at the end", "τ", log="y")
         data = xr.Dataset(
-            {k: (("tau", "N"), v) for k, v in found.items()},
+            {k: (("trial", "tau", "N"), v) for k, v in found.items()},
             coords={"tau": list(taus), "N": list(samples)},
         )
         numbers = {"late": late, "worse": worse, "chance_all_seen": chance}
@@ -166,7 +169,7 @@ class CS7(Settings):
         least = np.array(
             [[first(self.samples, row) for row in each] for each in enough]
         )
-        in_s = [spearmanr(sparsities, row).statistic for row in least[:-1]]
+        in_s = [rank_correlation(sparsities, row) for row in least[:-1]]
         checks = [
             check(
                 "P2-CS7 s", min(in_s), "≥ 0.9", min(in_s) >= 0.9,

@@ -51,6 +51,11 @@ class Cell(NamedTuple):
     def __str__(self) -> str:
         return f"{self.penalty} alpha={self.alpha:g} beta={self.beta:g}"
 
+    @property
+    def title(self) -> str:
+        strengths = rf"$\alpha$ = {self.alpha:g}, $\beta$ = {self.beta:g}"
+        return f"{NAMES[self.penalty]}, {strengths}"
+
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
@@ -223,7 +228,7 @@ def order_rows(name: str, runs: Sequence[Trained]) -> list[Row]:
         rank = math.nan
         if len(mine) > 1 and done:
             beta = [run.cell.beta for run in mine]
-            rank = spearmanr(beta, [run.delay for run in mine]).statistic
+            rank = float(spearmanr(beta, [run.delay for run in mine])[0])
         enough = done >= 3
         words = (
             f"{penalty}, α = {alpha:g}: Spearman's correlation of delay and β, "
@@ -307,11 +312,7 @@ def norms(run: Trained, title: str) -> Figure:
         axes[1].plot(x, values / there, color=colour, label=label)
     axes[1].axhline(1, color="grey", lw=0.7)
     finish(axes[1], "norms of all weights, relative to memorisation", log="xy")
-    times = {
-        "memorised": run.memorised,
-        "test 0.5": run.half,
-        "generalised": run.grokked,
-    }
+    times = {"memorised": run.memorised, "generalised": run.grokked}
     for ax in axes:
         marks(ax, times)
     return fig

@@ -27,20 +27,23 @@ class T(Settings):
     samples: int = 30
     alphas: tuple[float, ...] = (0.1, 0.05, 0.01)
     betas: tuple[float, ...] = (1e-3, 1e-4, 1e-5)
-    etas: tuple[float, ...] = (0.3, 0.1, 0.03)
+    etas: tuple[float, ...] = (10.0, 3.0, 1.0, 0.3)
     seeds: int = 4
+
+    def task(self, seed: int) -> gf.tasks.Task:
+        return gf.tasks.sparse_recovery(
+            jr.key(seed),
+            features=self.features,
+            sparsity=self.sparsity,
+            samples=self.samples,
+        )
 
     def run(self) -> Outcome:
         seeds = 1 if self.quick else self.seeds
         alphas = self.alphas[:2] if self.quick else self.alphas
         table: list[dict[str, float]] = []
         for seed in bar(range(self.seed, self.seed + seeds), "instances"):
-            task = gf.tasks.sparse_recovery(
-                jr.key(seed),
-                features=self.features,
-                sparsity=self.sparsity,
-                samples=self.samples,
-            )
+            task = self.task(seed)
             for alpha in alphas:
                 for beta in self.betas:
                     table.append(self.one(task, seed, alpha, beta))
@@ -57,7 +60,7 @@ class T(Settings):
                 "side: above 1, it cannot hold in the late phase",
             ),
         ]  # fmt: skip
-        checks += self.ridge(gf.tasks.sparse_recovery(jr.key(self.seed)))
+        checks += self.ridge(self.task(self.seed))
         checks += self.signs()
         fig, axes = panels(4)
         for ax, name in zip(axes, ("decay", "loss", "fit", "norm"), strict=True):

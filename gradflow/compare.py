@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
 
+from ._interpolate import holds_until
 from .grokking import crossing_time
 from .path import Path
 from .predicted_time import PredictedTime
@@ -205,20 +206,13 @@ def compare(sweep: Sweep, theory: TwoPhase, *, after: float = 0.1) -> Report:
     last = float(theory.drift.t[-1]) * (1 + 8 * np.finfo(slow.dtype).eps)
     regular = _sup_until(errors, slow, until)
     known_to = (sweep.stats["rtol"], theory.fast.stats["rtol"])
-    floor, finer = (
-        10 * max(float(np.max(error)) for error in (*known_to, interpolation))
-        for interpolation in (
-            theory.interpolation_error,
-            # Of degree 7: with all points it is nearer by far, 2⁸ where it is smooth.
-            theory.interpolation_error / 16,
-        )
-    )
+    floor = 10 * max(float(np.max(e)) for e in (*known_to, theory.interpolation_error))
     curvature = np.interp(until, theory.drift.t, theory.smallest_curvature)
     measured = [_times(path, theory) for path in sweep]
-    curves = [theory.predicted_metrics(lam) for lam in lams]
+    curves = [theory._predicted_metrics(lam) for lam in lams]
     predicted = [
         {
-            name: theory.time_from(lam, name, t, values)
+            name: theory._time_from(lam, name, t, values)
             for name in ("train", "test")
             if name in theory.drift.watched
         }
@@ -254,7 +248,7 @@ def compare(sweep: Sweep, theory: TwoPhase, *, after: float = 0.1) -> Report:
             ]
         ),
         second_rate=fit_rate(
-            lams, np.where(steepest <= 0.1, sup_second, np.nan), largest, finer
+            lams, np.where(steepest <= 0.1, sup_second, np.nan), largest, floor
         ),
         valid_until=np.array([theory.valid_until(lam) for lam in lams]),
         memorisation_time=np.array([m["train"] for m in measured]),
@@ -298,9 +292,10 @@ def _mismatch(theory: TwoPhase) -> float:
 
 
 def _regular_until(theory: TwoPhase) -> float:
+    """Where η has fallen to a tenth."""
     s, eta = np.asarray(theory.drift.t), np.asarray(theory.smallest_curvature)
-    fallen = np.flatnonzero(~(eta >= 0.1 * eta[0]))
-    return float(s[max(fallen[0] - 1, 1)] if fallen.size else s[-1])
+    flat = np.isinf(eta)  # no normal directions at all
+    return holds_until(s, np.where(flat, 10.0, eta / np.where(flat, 1, 0.1 * eta[0])))
 
 
 @eqx.filter_jit
@@ -313,7 +308,7 @@ def _errors(theory: TwoPhase, path: Path) -> tuple[Any, Any, Any, Any]:
     order = 1 if theory.second is None else 2
 
     def at(t, params):
-        predict = lambda lam, order: theory.predict_params(t, lam, order=order)
+        predict = lambda lam, order: theory._predict_params(t, lam, order=order)
         composite, better = (predict(path.weight_decay, k) for k in (1, order))
         fast = predict(jnp.zeros_like(path.weight_decay), 1)
         still_fast = jax.tree.map(lambda f, w: f - w[0], fast, theory.drift.params)

@@ -20,7 +20,8 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PyTree
 
-from ._interpolate import interpolate
+from ._interpolate import even_times, interpolate, place
+from ._refine import FEWEST, MOST
 from .flow import FlatLoss, flatten, FlowTerm
 from .manifold import Spectrum
 from .manifold._normal import weighted_jacobian
@@ -28,12 +29,16 @@ from .path import Path
 from .penalties import AbstractPenalty
 from .solvers.kkt import DENSE_LIMIT
 
+_ORDER = 5  # of the formula of backward differences
+_MISMATCH = 1e-3  # above it, the grid of θ₁ is refined
+
 
 class SecondOrder(eqx.Module):
-    """The terms of order λ, at the nodes of the fast path and of the drift."""
+    """The terms of order λ, along the fast path and at the nodes of the drift."""
 
     inner: PyTree
-    """e₁(t) = θ₁ + tP∇R(Φ) − w₁(0) − h(Φ), which is gone with the fast phase."""
+    """e₁(t) = θ₁ + tP∇R(Φ) − w₁(0) − h(Φ), which is gone with the fast phase; at times
+    of its own, even in log(1 + t/τ) up to the end of the fast path."""
     tangent: PyTree
     """w₁(s), the drift's own correction, along M; up to `until`."""
     offset: PyTree
@@ -44,8 +49,8 @@ class SecondOrder(eqx.Module):
     until: Float[Array, ""]
     """The slow time up to which w₁ was found."""
     mismatch: Float[Array, ""]
-    """How far w₁(0) is off at most, relative to the term of order λ at s = 0: the
-    difference that a formula of one order less makes."""
+    """How far w₁(0) is off at most, relative to the term of order λ at s = 0: the error
+    of the finer of the two grids that it is extrapolated from."""
 
     def __str__(self) -> str:
         ratio = self.ratio
@@ -61,7 +66,12 @@ class SecondOrder(eqx.Module):
         return text
 
 
-def check_second_order(spectrum: Spectrum) -> None:
+def check_second_order(spectrum: Spectrum, penalty: AbstractPenalty) -> None:
+    if not penalty.smooth:
+        raise ValueError(
+            f"order: the second takes ∇²R, which {type(penalty).__name__} has not "
+            "everywhere; give order=1."
+        )
     if spectrum.form == "hessian" and spectrum.parameters > DENSE_LIMIT:
         raise ValueError(
             f"order: the second factorises the Hessian, for up to {DENSE_LIMIT} "
@@ -76,22 +86,33 @@ def second_order(
     they could not be found."""
     form, rank = spectrum.form, spectrum.rank
     start = jax.tree.map(lambda p: p[0], drift.params)
-    thetas = [
-        inner(term, fast.params, fast_scale, fast.t, backward_differences(k), form)
-        for k in (5, 4)
-    ]
-    w1, h, speed = match(term, start, thetas[0][-1], fast.t[-1], form, rank)
-    rough, *_ = match(term, start, thetas[1][-1], fast.t[-1], form, rank)
+    end = fast.t[-1]
+    times = lambda n: even_times(np.linspace(0, 1, n), end, fast_scale)
+    none = jnp.zeros_like(ravel_pytree(start)[0])
+    _, h, speed = match(term, start, none, form, rank)
+    theta1 = lambda n: inner(term, fast.params, fast_scale, times(n), form, speed)
+    count = FEWEST
+    rough, fine = theta1(count), theta1(2 * count - 1)
+    while True:
+        # The error falls 32 times with the spacing: one more is had by extrapolation.
+        change = (fine[::2] - rough) / (2**_ORDER - 1)
+        w1, *_ = match(term, start, fine[-1] + change[-1], form, rank)
+        off, *_ = match(term, start, fine[-1], form, rank)
+        mismatch = jnp.linalg.norm(w1 - off) / jnp.linalg.norm(w1 + h)
+        if not bool(mismatch > _MISMATCH) or 2 * count > MOST:
+            break
+        count = 2 * count - 1
+        rough, fine = fine, theta1(2 * count - 1)
+    theta = fine[::2] + change
     n = _regular(drift)
     nodes = jax.tree.map(lambda p: p[:n], drift.params)
     tangent = outer(term, drift.params, drift.t, drift.t[:n], w1, 1.0, form, rank)
     offset, ratio = _next(term, nodes, drift.t[:n], tangent, form, rank)
     # What the solver did not reach is infinite.
     n = int(jnp.sum(jnp.all(jnp.isfinite(tangent), axis=1)))
-    mismatch = jnp.linalg.norm(w1 - rough) / jnp.linalg.norm(w1 + h)
     if n < 8 or not bool(jnp.isfinite(mismatch)):  # interpolation takes 8
         return None
-    e1 = thetas[0] + jnp.outer(fast.t, speed) - (w1 + h)[None]
+    e1 = theta - (w1 + h)[None]
     stack = jax.vmap(ravel_pytree(start)[1])
     return SecondOrder(
         inner=stack(e1.at[-1].set(0.0)),
@@ -181,13 +202,13 @@ def match(
     term: FlowTerm,
     start: PyTree,
     theta1: Float[Array, " d"],
-    t: Float[Array, ""],
     form: str,
     rank: Int[Array, ""],
 ) -> tuple[Float[Array, " d"], Float[Array, " d"], Float[Array, " d"]]:
-    """w₁(0) = P(Φ)[θ₁(t) + tP∇R(Φ)], h(Φ) and P∇R(Φ)."""
+    """w₁(0) = P(Φ)[θ₁ + tP∇R(Φ)], given what is in the brackets at a large time; h(Φ)
+    and P∇R(Φ)."""
     at = Point(term, start, form, rank)
-    return at.project(theta1 + t * at.drift), at.offset, at.drift
+    return at.project(theta1), at.offset, at.drift
 
 
 @eqx.filter_jit
@@ -204,10 +225,10 @@ def outer(
     """w₁ at the slow times `ts`, along the drift known at `nodes`. It is smooth, and
     not held to M: a plain solver and its dense output will do. `bend` is 1; with 0 the
     term D²Φ[h, ∇R] is left out."""
-    spacing = jnp.log1p(nodes[-1]) / (nodes.size - 1)
 
     def field(s, v, args):
-        at = Point(term, interpolate(path, jnp.log1p(s) / spacing), form, rank)
+        here = interpolate(path, place(s, nodes[-1], 1.0, nodes.size))
+        at = Point(term, here, form, rank)
         source = bend * at.bending() + at.project(at.penalty_hvp(at.offset))
         return at.field_jvp(v) - source
 
@@ -270,27 +291,33 @@ def inner(
     term: FlowTerm,
     path: PyTree,
     scale: Float[Array, ""],
-    ts: Float[Array, " nodes"],
-    alpha: Float[Array, " 6"],
+    ts: Float[Array, " n"],
     form: str,
+    speed: Float[Array, " d"],
 ) -> Float[Array, "n d"]:
-    """θ₁ at the nodes of the fast path.
+    """u = θ₁ + tv at the times `ts`, where v = `speed` = P∇R(Φ): what is left of θ₁
+    without its growth, u' = −H(u − tv) − ∇R + v.
 
-    They are even in x = log(1 + t/τ), where θ₁ is smooth: the implicit formula of
-    backward differences `alpha` needs no other point, and H only there. The spectrum is
-    real, so that its stability is that of an L-stable method.
+    The times are even in x = log(1 + t/τ), as are those of the fast path, however many,
+    and u is smooth there: the implicit formula of backward differences needs no other
+    point, and H only there. The spectrum is real, so that its stability is that of an
+    L-stable method.
     """
+    alpha = backward_differences(_ORDER)
+    nodes = jax.tree.leaves(path)[0].shape[0]
+    at = lambda t: interpolate(path, place(t, ts[-1], scale, nodes))
     first = jax.tree.map(lambda p: p[0], path)
     theta, _ = flatten(term.loss, first, term.static)
     dx = jnp.log1p(ts[-1] / scale) / (ts.size - 1)
-    gradient = lambda p: ravel_pytree(term.penalty.gradient(p))[0]
+    pull = lambda p: ravel_pytree(term.penalty.gradient(p))[0] - speed
 
-    def rate(x, v):
-        """dθ₁/dx, where the problem is not stiff yet."""
-        p = interpolate(path, x / dx)
+    def rate(x, u):
+        """du/dx, where the problem is not stiff yet."""
+        t = scale * jnp.expm1(x)
+        p = at(t)
         w, loss = flatten(term.loss, p, term.static)
-        hv = jax.jvp(loss.gradient, (w,), (v,))[1]
-        return -scale * jnp.exp(x) * (hv + gradient(p))
+        hv = jax.jvp(loss.gradient, (w,), (u - t * speed,))[1]
+        return -scale * jnp.exp(x) * (hv + pull(p))
 
     def runge_kutta(v, k):
         x = k * dx
@@ -301,11 +328,12 @@ def inner(
         v = v + dx / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
         return v, v
 
-    def advance(past, at):
-        p, t = at
+    def advance(past, t):
+        p = at(t)
         w, loss = flatten(term.loss, p, term.static)
         h = dx * (t + scale)
-        right = -h * gradient(p) - alpha[1:] @ past
+        grown = t * jax.jvp(loss.gradient, (w,), (speed,))[1]
+        right = h * (grown - pull(p)) - alpha[1:] @ past
         v = _shifted(loss, w, form, h, alpha[0], right, past[0])
         return jnp.concatenate([v[None], past[:-1]]), v
 
@@ -313,8 +341,8 @@ def inner(
     count = jnp.arange(alpha.size - 2, dtype=theta.dtype)
     early = jax.lax.scan(runge_kutta, zero, count)[1]
     early = jnp.concatenate([zero[None], early])
-    rest = jax.tree.map(lambda a: a[alpha.size - 1 :], (path, ts))
-    return jnp.concatenate([early, jax.lax.scan(advance, early[::-1], rest)[1]])
+    late = jax.lax.scan(advance, early[::-1], ts[alpha.size - 1 :])[1]
+    return jnp.concatenate([early, late])
 
 
 def _shifted(

@@ -16,10 +16,11 @@ from ._checks import (
     check_weight_decay,
     resolvable,
 )
-from ._interpolate import interpolate
+from ._interpolate import DEGREE, even_times, holds_until, interpolate, place
+from ._refine import FEWEST, refined
 from .flow import GradientFlow
 from .losses import AbstractCompositeLoss
-from .manifold import Limit, limit_map, retract, riemannian_flow, Spectrum, spectrum
+from .manifold import Limit, limit_map, riemannian_flow, Spectrum, spectrum
 from .metrics import Metric
 from .path import Path
 from .predicted_time import predicted_time, PredictedTime
@@ -28,7 +29,7 @@ from .second_order import check_second_order, second_order, SecondOrder
 from .simulate import as_metrics, check_scalars, simulate
 from .solvers import KKT5, sharpness
 
-_NODES = 257  # of the fast path, evenly spaced in log(1 + t/τ)
+_LOOSE = 1e-6  # tolerance of the limit map
 _TIMES = 400  # at which a predicted metric is evaluated
 
 # Where theory is claimed to hold: λ at most a tenth of η, and no term more than a
@@ -61,11 +62,13 @@ class TwoPhase(eqx.Module):
     fast_scale: Float[Array, ""]
     """τ: the fast path is saved evenly in log(1 + t/τ)."""
     interpolation_error: Float[Array, ""]
-    """A bound on what interpolating the two paths adds to the error, relative to
-    ‖Φ(θ₀)‖: what it would add with every second point left out."""
+    """An estimate of what interpolating the two paths adds to the error, relative to
+    ‖Φ(θ₀)‖: at most 60 `rtol`, unless 1025 points are too few for that."""
     second: SecondOrder | None
     """The terms of order λ, for predictions of order 2; `None` where not asked for."""
     result: RESULTS
+    drift_degree: int = eqx.field(static=True, default=DEGREE)
+    """The degree of the interpolation of the drift: 1 where the penalty has kinks."""
 
     @property
     def smallest_curvature(self) -> Float[Array, " n"]:
@@ -99,7 +102,7 @@ class TwoPhase(eqx.Module):
         check_weight_decay(weight_decay)
         dtype = self.fast.t.dtype
         t, lam = jnp.asarray(t, dtype), jnp.asarray(weight_decay, dtype)
-        at_once = lambda x: self.predict_params(x, lam, order=order)
+        at_once = lambda x: self._predict_params(x, lam, order=order)
         params = at_once(t) if t.ndim == 0 else jax.lax.map(at_once, t)
         return eqx.combine(params, self.drift.static)
 
@@ -118,13 +121,16 @@ class TwoPhase(eqx.Module):
         _check_positive(weight_decay)
         if self._doubt():
             return 0.0
-        lam = float(weight_decay)
-        holds = lam <= _CURVATURE_SHARE * np.asarray(self.smallest_curvature)
-        if self.second is not None:
-            ratio = np.asarray(self.second.ratio)
-            holds = holds[: ratio.size] & (lam * ratio <= _TERM_RATIO)
-        first = int(np.argmin(np.append(holds, False)))
-        return float(self.drift.t[max(first - 1, 0)])
+        s, lam = np.asarray(self.drift.t), float(weight_decay)
+        share = _CURVATURE_SHARE * np.asarray(self.smallest_curvature) / lam
+        end = holds_until(s, share)
+        if self.second is None:
+            return end
+        ratio = np.asarray(self.second.ratio)
+        fall = np.divide(
+            _TERM_RATIO / lam, ratio, out=np.full_like(ratio, np.inf), where=ratio != 0
+        )
+        return min(end, holds_until(s[: ratio.size], fall))
 
     def _doubt(self) -> str:
         """Why nothing is claimed, for whatever λ; empty where something is."""
@@ -158,17 +164,17 @@ class TwoPhase(eqx.Module):
                 f"name: no metric is named {name!r}; two_phase was given "
                 f"{list(watched) or 'none'}."
             )
-        t, curves = self.predicted_metrics(weight_decay)
-        return self.time_from(weight_decay, name, t, curves)
+        t, curves = self._predicted_metrics(weight_decay)
+        return self._time_from(weight_decay, name, t, curves)
 
-    def time_from(
+    def _time_from(
         self,
         weight_decay: float,
         name: str,
         t: np.ndarray,
         curves: list[dict[str, np.ndarray]],
     ) -> PredictedTime:
-        """`crossing_time` from what `predicted_metrics` gave."""
+        """`crossing_time` from what `_predicted_metrics` gave."""
         ratio = np.full_like(t, np.nan)
         if self.second is not None:
             known = np.asarray(self.second.ratio)
@@ -181,7 +187,7 @@ class TwoPhase(eqx.Module):
         doubt = self._doubt()
         return dataclasses.replace(out, why=doubt) if doubt else out
 
-    def predicted_metrics(
+    def _predicted_metrics(
         self, weight_decay: float
     ) -> tuple[np.ndarray, list[dict[str, np.ndarray]]]:
         """The metrics along the prediction, as far as theory holds.
@@ -206,7 +212,7 @@ class TwoPhase(eqx.Module):
                 " (or see `result`, where that was done)."
             )
 
-    def predict_params(
+    def _predict_params(
         self, t: Float[Array, ""], lam: Float[Array, ""], *, order: int = 1
     ) -> PyTree:
         """As `predict`, for one time: the trainable parameters alone."""
@@ -239,14 +245,14 @@ class TwoPhase(eqx.Module):
         )
 
     def _along_fast(self, values: PyTree, t: Float[Array, ""]) -> PyTree:
-        """`values` at the nodes of the fast path, at time t."""
-        spacing = jnp.log1p(self.fast.t[-1] / self.fast_scale) / (len(self.fast) - 1)
-        return interpolate(values, jnp.log1p(t / self.fast_scale) / spacing)
+        """`values` at even times of the fast path, at time t."""
+        count = jax.tree.leaves(values)[0].shape[0]
+        return interpolate(values, place(t, self.fast.t[-1], self.fast_scale, count))
 
     def _along_drift(self, values: PyTree, s: Float[Array, ""]) -> PyTree:
         """`values` at the nodes of the drift, at slow time s."""
-        spacing = jnp.log1p(self.drift.t[-1]) / (len(self.drift) - 1)
-        return interpolate(values, jnp.log1p(s) / spacing)
+        at = place(s, self.drift.t[-1], 1.0, len(self.drift))
+        return interpolate(values, at, self.drift_degree)
 
     def __str__(self) -> str:
         eta = self.smallest_curvature
@@ -259,10 +265,12 @@ class TwoPhase(eqx.Module):
         if self.second is not None:
             lines.append(f"  {self.second}")
         if float(self.interpolation_error) > 1e-6:
+            why = "a phase changes abruptly, late in its course"
+            if self.drift_degree == 1:
+                why = "the penalty has kinks, and with it the drift"
             lines.append(
-                "  interpolated with a relative error of up to "
-                f"{float(self.interpolation_error):.1g}: a phase changes abruptly, "
-                "late in its course"
+                "  interpolated with a relative error of about "
+                f"{float(self.interpolation_error):.1g}: {why}"
             )
         if not bool(self.result == RESULTS.successful):
             word = "WARNING" if _among(self.result, _STANDING) else "FAILED"
@@ -284,7 +292,9 @@ def two_phase(
     """Predicts the flow from `model` for all small weight decays.
 
     Three runs: the limit map, the fast path on a grid fit for interpolation, and the
-    Riemannian flow from its end. The terms of the second order take one linear equation
+    Riemannian flow from its end. Both paths are saved at 65 points, and run again for
+    more where interpolating them would add more than 30 `rtol` to the error: where a
+    phase changes abruptly. The terms of the second order take one linear equation
     along each of the two paths: from half a run to some runs more, the more the closer
     the drift comes to a singular point.
 
@@ -309,48 +319,57 @@ def two_phase(
     term, params = flow.term(model)
     check_tolerance(rtol)
     rtol = resolvable(rtol, params)
-    check_horizon(1.0, slow_time, None, None, _NODES)
+    check_horizon(1.0, slow_time, None, None, FEWEST)
     if order not in (1, 2):
         raise ValueError(f"order: expected 1 or 2, got {order}.")
     check_scalars(flow.loss, as_metrics(metrics), model)
+    # It says whether there is a limit, when, and how curved F is there: a loose one
+    # will do. The limit itself is the end of the fast path.
     limit = limit_map(
         flow.loss,
         model,
-        rtol=rtol,
+        rtol=max(rtol, _LOOSE),
         max_steps=max_steps,
         throw=throw,
         trainable=flow.trainable,
     )
-    # A failed run ends in NaN: there the limit, wherever it got to, stands in.
     at_limit = spectrum(flow.loss, limit.model, trainable=flow.trainable)
     if order == 2:
-        check_second_order(at_limit)
-    tau, ts = _fast_times(term, params, limit, at_limit.smallest_curvature)
-    fast = simulate(
-        flow,
-        model,
-        weight_decay=0.0,
-        ts=ts,
-        metrics=metrics,
-        solver=_solver(flow),
-        rtol=rtol,
-        max_steps=max_steps,
-        throw=False,
+        check_second_order(at_limit, flow.penalty)
+    tau, until = _fast_scales(term, params, limit, at_limit.smallest_curvature)
+    target = 30 * rtol * _norm(flow.partition(limit.model)[0])
+    options = dict(metrics=metrics, rtol=rtol, max_steps=max_steps, throw=False)
+    fast, error = refined(
+        lambda x: simulate(
+            flow,
+            model,
+            weight_decay=0.0,
+            ts=even_times(x, until, tau),
+            solver=_solver(flow),
+            **options,
+        ),
+        target,
     )
-    # The end of the fast path itself, so that the two phases meet to all digits.
+    # A failed run ends in NaN: there the limit, wherever it got to, stands in.
     last = fast[-1] if bool(fast.succeeded) else limit.model
-    end = retract(flow.loss, last, throw=False, trainable=flow.trainable)
-    drift = riemannian_flow(
-        flow,
-        end.model,
-        slow_time=slow_time,
-        metrics=metrics,
-        rtol=rtol,
-        max_steps=max_steps,
-        throw=False,
+    degree = DEGREE if flow.penalty.smooth else 1
+    drift, more = refined(
+        lambda x: riemannian_flow(
+            flow,
+            last,
+            slow_time=slow_time,
+            ts=even_times(x, jnp.asarray(slow_time, tau.dtype), jnp.ones_like(tau)),
+            **options,
+        ),
+        target,
+        degree=degree,
     )
-    result = _first_failure(limit.result, fast.result, end.result, drift.result)
-    error = _interpolation_error(fast, drift)
+    # Retracted, so that the two phases meet to all digits.
+    end = drift[0]
+    error = (error + more) / _norm(flow.partition(end)[0])
+    result = _first_failure(limit.result, fast.result, drift.result)
+    if bool(drift.succeeded):
+        at_limit = spectrum(flow.loss, end, trainable=flow.trainable)
     # Past the loss of rank the drift still stands; its validity is for the report.
     if bool(result == RESULTS.successful) and bool(at_limit.ambiguous):
         result = RESULTS.ambiguous_rank
@@ -361,7 +380,7 @@ def two_phase(
         terms = second_order(term, fast, drift, at_limit, tau)
         if terms is None and bool(result == RESULTS.successful):
             result = RESULTS.second_order_lost
-    out = TwoPhase(end.model, fast, drift, at_limit, tau, error, terms, result)
+    out = TwoPhase(end, fast, drift, at_limit, tau, error, terms, result, degree)
     return result.error_if(out, fatal) if throw else out
 
 
@@ -370,18 +389,19 @@ def _solver(flow: GradientFlow) -> KKT5 | None:
     return KKT5() if isinstance(flow.loss, AbstractCompositeLoss) else None
 
 
-def _fast_times(
+def _fast_scales(
     term: Any, params: PyTree, limit: Limit, curvature: Float[Array, ""]
-) -> tuple[Float[Array, ""], Float[Array, " nodes"]]:
-    """τ and the times of the fast path, evenly spaced in log(1 + t/τ), to where e^{−ηt}
-    has brought it from the 5e-7 of `limit_map` to 1e-12 of the limit."""
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """τ, and the end of the fast path, where e^{−ηt} has brought it from the 5e-7 of
+    `limit_map` to 1e-12 of the limit."""
     # Where ∇²F vanishes at θ₀ the limit's own time is all there is to go by.
     tau = jnp.minimum(0.2 / sharpness(term, params), 1e-3 * (1 + limit.time))
     end = limit.time + 13.0 / jnp.where(jnp.isfinite(curvature), curvature, 1.0)
-    end = jnp.maximum(end, 10 * tau)
-    x = jnp.linspace(0.0, 1.0, _NODES, dtype=end.dtype) * jnp.log1p(end / tau)
-    ts = (tau * jnp.expm1(x)).at[-1].set(end)
-    return tau, ts
+    return tau, jnp.maximum(end, 10 * tau)
+
+
+def _norm(tree: PyTree) -> Float[Array, ""]:
+    return jnp.sqrt(sum(jnp.sum(x * x) for x in jax.tree.leaves(tree)))
 
 
 @eqx.filter_jit
@@ -392,31 +412,12 @@ def _metrics_along(
     t = jnp.concatenate([jnp.zeros_like(end)[None], jnp.geomspace(start, end, _TIMES)])
 
     def at(t, order):
-        params = theory.predict_params(t, lam, order=order)
+        params = theory._predict_params(t, lam, order=order)
         model = eqx.combine(params, theory.drift.static)
         return {name: metric(model) for name, metric in theory.drift.watched.items()}
 
     orders = (1,) if theory.second is None else (1, 2)
     return t, [jax.lax.map(lambda t, k=k: at(t, k), t) for k in orders]
-
-
-@eqx.filter_jit
-def _interpolation_error(fast: Path, drift: Path) -> Float[Array, ""]:
-    """The error of paths thinned to every second point, at the points left out."""
-
-    def off(path):
-        thin = jax.tree.map(lambda p: p[::2], path.params)
-        odd = jnp.arange(1, len(path), 2)
-        at = jax.lax.map(lambda i: interpolate(thin, i / 2), odd.astype(path.t.dtype))
-        squares = jax.tree.map(
-            lambda a, p: jnp.sum((a - p[1::2]).reshape(odd.size, -1) ** 2, axis=1),
-            at,
-            path.params,
-        )
-        return jnp.sqrt(jnp.max(sum(jax.tree.leaves(squares))))
-
-    size = jnp.sqrt(sum(jnp.sum(w[0] ** 2) for w in jax.tree.leaves(drift.params)))
-    return (off(fast) + off(drift)) / size
 
 
 def _among(result: RESULTS, results: tuple[RESULTS, ...]) -> bool:

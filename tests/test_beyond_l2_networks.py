@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from idx_files import write_mnist
 from numpy.testing import assert_array_equal
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "experiments"))
@@ -113,7 +114,7 @@ def test_the_growth_of_the_norm_is_judged():
     rising = np.linspace(1, 2, 101)
     for norm, ok in ((rising, True), (rising[::-1], False)):
         rows = networks.norm_rows("row", runs_with([80], [1e-3], norm)[0])
-        assert [row.ok for row in rows] == [ok, ok]
+        assert [row.ok for row in rows] == [ok, ok, ok]
     assert not networks.norm_rows("row", runs_with([80], [0.0], rising)[0])
     (half,) = networks.norm_rows(
         "row", dataclasses.replace(runs_with([80], [1.0], rising)[0], grokked=math.inf)
@@ -149,6 +150,19 @@ def test_sobolev_lowers_the_distance_of_derivatives(tmp_path, monkeypatch, squar
     last = found.checks[-1]
     assert "h(θ)" in last.sentence and last.value < 1
     assert found.data.penalty.item() == "sobolev"
+
+
+def test_images_are_named(tmp_path):
+    """The title and the summary say which images they are."""
+    data = write_mnist(tmp_path, samples=30, test_samples=10)
+    config = networks.MN1(
+        data=str(data), samples=20, steps=20, betas=(0.0, 1e-4), width=8, out=tmp_path
+    )
+    found = config.run()
+    assert found.numbers["data"] == "MNIST"
+    assert "MNIST, 20 samples" in found.figures["grid"].get_suptitle()
+    sentences = [row.sentence for row in found.checks]
+    assert any("without penalty" in sentence for sentence in sentences)
 
 
 def test_single_precision_leaves_integers():

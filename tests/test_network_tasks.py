@@ -1,14 +1,12 @@
 """Networks of the second paper: models written out, data as specified, files read."""
 
-import gzip
-import struct
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from idx_files import write_mnist
 from numpy.testing import assert_allclose, assert_array_equal
 
 import gradflow as gf
@@ -133,25 +131,9 @@ def test_the_sobolev_penalty_vanishes_at_the_teacher(wide):
     assert_allclose(wide.penalty(wide.model), expected, rtol=1e-12)
 
 
-def write_idx(path, array):
-    header = b"\x00\x00\x08" + bytes([array.ndim])
-    content = header + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
-    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
-
-
 @pytest.fixture
 def mnist_folder(tmp_path):
-    """A folder with the four files, of 40 images of 3 × 2 pixels for training, whose
-    label is their first pixel, and 10 for the test."""
-    rng = np.random.default_rng(0)
-    folder = tmp_path / "MNIST" / "raw"
-    folder.mkdir(parents=True)
-    for kind, number in (("train", 40), ("t10k", 10)):
-        images = rng.integers(0, 256, (number, 3, 2), np.uint8)
-        images[:, 0, 0] = rng.integers(0, 10, number)
-        write_idx(folder / f"{kind}-images-idx3-ubyte.gz", images)
-        write_idx(folder / f"{kind}-labels-idx1-ubyte", images[:, 0, 0])
-    return tmp_path
+    return write_mnist(tmp_path, samples=40, test_samples=10)
 
 
 def test_images_from_files(mnist_folder, monkeypatch):

@@ -62,3 +62,22 @@ def test_smoothing_and_proximal_steps_agree(penalty, problem):
     far, near = (distance(stepped(float(rate)), exact) for rate in rates)
     assert near < 0.5 * far and near < 2e-2
     assert float(jnp.max(jnp.abs(exact.params.a[-1] - exact.params.a[0]))) > 0.3
+
+
+def test_two_phase_theory_of_a_penalty_with_kinks(problem):
+    """The drift is piecewise linear, and so is its interpolation: the error is of order
+    λ down to what that leaves, which is told."""
+    loss, start = problem
+    flow = gf.GradientFlow(loss, penalty=gf.L1())
+    theory = gf.two_phase(flow, start, slow_time=2.0)
+    assert 1e-6 < theory.interpolation_error < 2e-2
+    assert "the penalty has kinks" in str(theory)
+    sweep = gf.sweep(
+        flow, start, weight_decay=jnp.array([1e-2, 1e-3]), slow_time=2.0, rtol=1e-8,
+        progress=False,
+    )  # fmt: skip
+    report = gf.compare(sweep, theory)
+    left = float(theory.interpolation_error)
+    assert report.sup_error[1] < 0.3 * report.sup_error[0] + left
+    with pytest.raises(ValueError, match="the second takes"):
+        gf.two_phase(flow, start, slow_time=2.0, order=2)

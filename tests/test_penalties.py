@@ -13,7 +13,7 @@ from scipy.optimize import brentq
 
 import gradflow as gf
 from gradflow.models import LinearModel
-from gradflow.penalties import AbstractLeafwise, Scaled, Sum
+from gradflow.penalties import AbstractLeafwise, AbstractPenalty, Scaled, Sum
 
 
 class Net(eqx.Module):
@@ -287,6 +287,52 @@ def test_curvature_of_sums():
         np.diag(flat(mixed.curvature(model))), hessian(mixed, model), atol=1e-14
     )
     assert gf.ElasticNet(1.0, 0.3).curvature(model) == 0.3
+
+
+def test_the_smooth_part_keeps_its_force_at_zero():
+    """At a zero coordinate the least-norm gradient of ‖θ‖₁ + S is what the kink leaves
+    of ∇S, but the smooth part is ∇S whole."""
+    model = net(15, kinks=True)
+    coupled = gf.Schatten(3.0) + 0.5 * gf.L2()
+    penalty = 2.0 * (0.7 * gf.L1() + coupled)
+    expected = 2 * flat(coupled.gradient(model))
+    assert_allclose(flat(penalty.smooth_gradient(model)), expected, rtol=1e-13)
+    assert_allclose(flat(gf.L1().smooth_gradient(model)), 0)
+    assert_allclose(flat(gf.L2().smooth_gradient(model)), flat(model))
+
+
+def test_sliding_against_a_smooth_part():
+    """A flow with ‖θ‖₁ and a coupling that pushes coordinates off zero, against small
+    proximal steps."""
+
+    class Coupled(AbstractPenalty):
+        """½(θ₁ + θ₂ + θ₃ − 1)²."""
+
+        def __call__(self, params):
+            return 0.5 * (jnp.sum(params.weights) - 1) ** 2
+
+        def gradient(self, params):
+            return jax.grad(lambda p: self(p))(params)
+
+    loss = gf.SquaredError(jnp.array([[0.0, 0.3, 1.0]]), jnp.array([-1.0]))
+    model = LinearModel(jnp.array([0.0, 0.1, 0.9]))
+    lam, t1, step = 0.5, 3.0, 1e-4
+    penalty = 0.6 * gf.L1() + Coupled()
+    flow = gf.GradientFlow(loss, penalty=penalty)
+    ts = jnp.array([0.0, 1.0, t1])
+    path = gf.simulate(flow, model, weight_decay=lam, ts=ts, rtol=1e-8)
+
+    w = np.asarray(model.weights)
+    slides, found = 0, [w]
+    for i in range(round(t1 / step)):
+        force = np.array([0, 0.3, 1.0]) * (0.3 * w[1] + w[2] + 1)
+        w = w - step * (force + lam * (w.sum() - 1))
+        w = np.sign(w) * np.maximum(np.abs(w) - step * lam * 0.6, 0)
+        slides += (w == 0).any()
+        if i + 1 in (round(1 / step), round(t1 / step)):
+            found.append(w)
+    assert slides > 100
+    assert_allclose(path.params.weights, np.array(found), atol=2e-4)
 
 
 def test_absolute_weights():

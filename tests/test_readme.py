@@ -12,7 +12,7 @@ def test_example_runs(tmp_path, monkeypatch, capsys):
     matplotlib.use("Agg")
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 2  # the second goes on where the first ended
+    assert len(blocks) == 3  # each goes on where the one before ended
     exec(compile("\n".join(blocks), "README.md", "exec"), {})
     assert (tmp_path / "report.png").stat().st_size > 10_000
     out = capsys.readouterr().out

@@ -121,15 +121,15 @@ def test_start_and_end_of_the_fast_phase(studied):
             np.testing.assert_allclose(a, b, atol=1e-12)
     flat = vectors(theory.second.inner)
     size = np.linalg.norm(flat, axis=1)
-    assert size[-1] == 0 and size[-2] < 1e-6 * size.max()
-    assert theory.second.mismatch < 1e-3
+    assert size[-1] == 0 and size[-2] < 2e-6 * size.max()
+    assert theory.second.mismatch < 1e-6
 
 
 def test_normal_and_tangent_parts(studied):
     _, flow, theory, _, _ = studied
     term, _ = flow.term(eqx.combine(theory.limit, theory.drift.static))
     form, rank = theory.spectrum.form, theory.spectrum.rank
-    for i in (0, 100):
+    for i in (0, 25):
         params = jax.tree.map(lambda p, i=i: p[i], theory.drift.params)
         at = Point(term, params, form, rank)
         w1 = jnp.asarray(vectors(theory.second.tangent)[i])
@@ -265,16 +265,16 @@ def test_linear_regression_in_closed_form():
     decayed = np.exp(-k * t)
     path = np.where(inside, force / k + (start - force / k) * decayed, start) @ basis.T
     within = -force / k**2 * (1 - decayed) - (start - force / k) * t * decayed
-    exact = np.where(inside, within, -t * start) @ basis.T
+    exact = np.where(inside, within, 0.0) @ basis.T
+    speed = jnp.asarray(np.where(inside, 0.0, start) @ basis.T)
     term, _ = task.flow.term(task.model)
     path = jax.vmap(gf.models.LinearModel)(jnp.asarray(path))
-    alpha = backward_differences(5)
-    numerical = inner(term, path, scale, ts, alpha, "jacobian")
-    np.testing.assert_allclose(numerical, exact, atol=1e-8 * np.abs(exact).max())
+    numerical = inner(term, path, scale, ts, "jacobian", speed)
+    np.testing.assert_allclose(numerical, exact, atol=2e-8 * np.abs(exact).max())
     # w₁ vanishes, and h = −(∇²F)⁺w.
     last = gf.models.LinearModel(path.weights[-1])
     rank = jnp.array(5)
-    w1, h, _ = second_order.match(term, last, numerical[-1], ts[-1], "jacobian", rank)
+    w1, h, _ = second_order.match(term, last, numerical[-1], "jacobian", rank)
     exact_h = -np.where(inside, force / k**2, 0.0) @ basis.T
     np.testing.assert_allclose(h, exact_h, atol=1e-9)
     assert jnp.abs(w1).max() < 1e-6

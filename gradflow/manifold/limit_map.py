@@ -103,9 +103,9 @@ def limit_map(
 
     Its model has a derivative in θ₀, forward and reverse, under `jit` and `vmap`: on M
     DΦ = P; off M, DΦ(θ₀)v = P v(∞) with v' = −∇²F(θ(t))v, v(0) = v, and the transpose
-    by the adjoint equation. It costs a few paths and 128 linear steps, with ∇²F made
+    by the adjoint equation. It costs a few paths and 256 linear steps, with ∇²F made
     and factorised in each up to d = 1500, by conjugate gradients above; it is exact to
-    about 1e-7, and NaN where there is no limit. Derivatives in the loss or its data
+    about 1e-8, and NaN where there is no limit. Derivatives in the loss or its data
     raise an error.
 
     **Raises:** a runtime error where `throw` and there is no limit.

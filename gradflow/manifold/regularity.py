@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from .._checks import check_weight_decay, is_concrete
+from .._interpolate import holds_until
 from ..flow import flatten, FlowTerm, GradientFlow
 from ..path import Path
 from ..results import RESULTS
@@ -69,18 +70,9 @@ class Regularity(eqx.Module):
             raise ValueError("weight_decay: expected a positive number, got 0.")
         if np.isnan(self.regular_until):
             return 0.0
-        eta = np.asarray(self.smallest_curvature, float)
-        s = np.asarray(self.slow_time, float)
-        height = np.log(np.maximum(eta, np.finfo(float).tiny) / (margin * weight_decay))
-        low = np.flatnonzero(~(height >= 0))  # a NaN is not known to be above
-        end = s[-1]
-        if low.size:
-            i = low[0]
-            if i == 0:
-                return 0.0
-            part = height[i - 1] / (height[i - 1] - height[i])
-            end = s[i - 1] + np.nan_to_num(part) * (s[i] - s[i - 1])
-        return float(min(end, self.regular_until))
+        share = np.asarray(self.smallest_curvature) / (margin * weight_decay)
+        end = holds_until(np.asarray(self.slow_time), share)
+        return min(end, self.regular_until)
 
     def __str__(self) -> str:
         eta, s = np.asarray(self.smallest_curvature), np.asarray(self.slow_time)

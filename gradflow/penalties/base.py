@@ -75,6 +75,14 @@ class AbstractPenalty(eqx.Module):
         del params
         return None
 
+    def smooth_gradient(self, params: PyTree) -> PyTree:
+        """∇S(θ), S = R − Σ wᵢ|θᵢ| with the weights of `absolute_weights`; ∇R where it
+        has none."""
+        weights, slope = self.absolute_weights(params), self.gradient(params)
+        if weights is None:
+            return slope
+        return jax.tree.map(lambda g, w, x: g - w * jnp.sign(x), slope, weights, params)
+
     def curvature(self, params: PyTree) -> float | PyTree:
         """What the KKT solvers put for ∇²R(θ) in the stage equation: a number ρ where
         ∇²R ≈ ρ I, or the diagonal of ∇²R, a pytree like `params`, where it is large and

@@ -96,6 +96,12 @@ class Sum(AbstractPenalty):
             return None
         return jax.tree.map(lambda *w: sum(w), *weights)
 
+    def smooth_gradient(self, params: PyTree) -> PyTree:
+        # Not from the gradient: where a coordinate is zero, what is left of ∇S there
+        # has been taken out by the kink.
+        parts = [part.smooth_gradient(params) for part in self.parts]
+        return jax.tree.map(lambda *g: sum(g), *parts)
+
     def curvature(self, params: PyTree) -> float | PyTree:
         return _add([part.curvature(params) for part in self.parts], params)
 
@@ -150,6 +156,10 @@ class Scaled(AbstractPenalty):
     def absolute_weights(self, params: PyTree) -> PyTree | None:
         weights = self.penalty.absolute_weights(params)
         return jax.tree.map(lambda w: self.scale * w, weights)
+
+    def smooth_gradient(self, params: PyTree) -> PyTree:
+        slope = self.penalty.smooth_gradient(params)
+        return jax.tree.map(lambda g: self.scale * g, slope)
 
     def curvature(self, params: PyTree) -> float | PyTree:
         return jax.tree.map(lambda c: self.scale * c, self.penalty.curvature(params))

@@ -54,14 +54,14 @@ class Nuclear(AbstractLeafwise):
 class Schatten(AbstractLeafwise):
     """R(θ) = (1/p) Σ_W Σᵢ σᵢ(W)ᵖ, the p-th power of the Schatten norm divided by p.
 
-    Schatten(1) is `Nuclear`, Schatten(2) is `L2` on matrices. For p > 1 it is smooth
+    With p = 1 it would be `Nuclear`; Schatten(2) is `L2` on matrices. It is smooth
     once, ∇R = U Σᵖ⁻¹ Vᵀ, and twice for p ≥ 2. The proximal map applies that of uᵖ/p to
     each singular value: the root of u + h uᵖ⁻¹ = σ, by Newton's method, monotone from
     the point where it is begun.
 
     **Arguments:**
 
-    - `p`: the exponent, at least 1.
+    - `p`: the exponent, above 1.
     - `where`: the matrices; unless given, all leaves of two axes.
     """
 

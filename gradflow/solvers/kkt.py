@@ -367,12 +367,7 @@ class OnOrthant(AbstractPenalty):
 
     def smooth_gradient(self, params: PyTree) -> PyTree:
         """∇S."""
-        return jax.tree.map(
-            lambda g, w, p: g - w * jnp.sign(p),
-            self.penalty.gradient(params),
-            self.penalty.absolute_weights(params),
-            params,
-        )
+        return self.penalty.smooth_gradient(params)
 
     def gradient(self, params: PyTree) -> PyTree:
         smooth, unravel = ravel_pytree(self.smooth_gradient(params))
