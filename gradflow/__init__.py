@@ -34,7 +34,7 @@ from .simulate import simulate as simulate
 from .descent import descent as descent, log_spaced_steps as log_spaced_steps
 from .solvers import KKT4 as KKT4, KKT5 as KKT5, RKC2 as RKC2
 
-from . import models as models, tasks as tasks
+from . import data as data, models as models, tasks as tasks
 from . import manifold as manifold
 from .sweep import Sweep as Sweep, sweep as sweep
 from .predicted_time import PredictedTime as PredictedTime
@@ -51,5 +51,10 @@ from .heuristics import (
     transition_time as transition_time,
     widths as widths,
     Widths as Widths,
+)
+from .reduced_dynamics import (
+    Cliff as Cliff,
+    ReducedDynamics as ReducedDynamics,
+    ReducedPath as ReducedPath,
 )
 from . import plot as plot

@@ -11,8 +11,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 import gradflow as gf
 from gradflow import tasks
+from gradflow.data import read_idx
 from gradflow.models import PairProduct, TwoLayer
-from gradflow.tasks._images import read_idx
 
 
 @pytest.fixture(scope="module")
@@ -157,12 +157,12 @@ def test_images_from_files(mnist_folder, monkeypatch):
 def test_files_that_are_not_right(mnist_folder, tmp_path):
     labels = mnist_folder / "MNIST/raw/train-labels-idx1-ubyte"
     whole = labels.read_bytes()
-    for content, match in {whole[:-1]: "39 entries", b"abc": "not a file"}.items():
+    for content, match in {whole[:-1]: "39 entries", b"abc": "IDX format"}.items():
         labels.write_bytes(content)
         with pytest.raises(ValueError, match=match):
             read_idx(labels)
     labels.unlink()
-    with pytest.raises(ValueError, match="data: expected a folder"):
+    with pytest.raises(ValueError, match="expected a folder"):
         tasks.image_classification(jr.key(0), data=mnist_folder)
 
 

@@ -5,8 +5,15 @@ from .diagonal import (
     DiagonalNetwork as DiagonalNetwork,
     DifferenceNetwork as DifferenceNetwork,
 )
+from .embedding_decoder import (
+    EmbeddingDecoder as EmbeddingDecoder,
+    messy_embedding as messy_embedding,
+)
 from .factorisation import MatrixFactorisation as MatrixFactorisation
+from .graph import Graph as Graph, GraphNetwork as GraphNetwork
 from .hadamard import HadamardProduct as HadamardProduct
 from .linear import LinearModel as LinearModel
+from .lstm import LSTMClassifier as LSTMClassifier
 from .pair_product import PairProduct as PairProduct
+from .transformer import Transformer as Transformer
 from .two_layer import TwoLayer as TwoLayer

@@ -13,3 +13,9 @@ def check_ndim(array: Array, name: str, ndim: int | tuple[int, ...]) -> None:
     if array.ndim not in allowed:
         axes = " or ".join(map(str, allowed))
         raise ValueError(f"{name}: expected {axes} axes, got shape {array.shape}.")
+
+
+def check_sizes(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name}: expected an integer >= 1, got {size!r}.")

@@ -11,6 +11,7 @@ from .image_classification import (
     image_classification as image_classification,
     ImageTruth as ImageTruth,
 )
+from .image_mlp import DataTruth as DataTruth, image_mlp as image_mlp
 from .linear_regression import (
     linear_regression as linear_regression,
     LinearTruth as LinearTruth,
@@ -27,10 +28,23 @@ from .modular_addition import (
     modular_addition as modular_addition,
     ModularTruth as ModularTruth,
 )
+from .modular_transformer import (
+    modular_transformer as modular_transformer,
+    OperationTruth as OperationTruth,
+)
+from .polarizability import (
+    polarizability as polarizability,
+    PolarizabilityTruth as PolarizabilityTruth,
+)
 from .relu_1d import Kinks as Kinks, relu_1d as relu_1d, ReLU1dTruth as ReLU1dTruth
+from .sentiment import sentiment as sentiment
 from .sparse_recovery import (
     sparse_recovery as sparse_recovery,
     SparseTruth as SparseTruth,
+)
+from .symbol_addition import (
+    AdditionTruth as AdditionTruth,
+    symbol_addition as symbol_addition,
 )
 from .task import RelativeError as RelativeError, Task as Task
 from .teacher_student import (

@@ -9,11 +9,11 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
+from ..data import mnist, mnist_files, scikit_learn_digits
 from ..losses import CrossEntropy
 from ..models import TwoLayer
 from ..penalties import AbstractPenalty, L1
 from ._checks import check_count, check_positive
-from ._images import mnist, mnist_files, scikit_learn_digits
 from .task import accuracies, Task
 
 

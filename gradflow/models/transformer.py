@@ -1,0 +1,124 @@
+"""A small decoder-only transformer without layer normalisation."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from ._checks import check_sizes
+
+
+class Attention(eqx.Module):
+    """Causal self-attention of h heads, without biases: Σ_heads O softmax(QKᵀ/√k) V,
+    where a position sees itself and those before."""
+
+    query: Float[Array, "h k d"]
+    key: Float[Array, "h k d"]
+    value: Float[Array, "h k d"]
+    output: Float[Array, "h d k"]
+
+    def __call__(self, x: Float[Array, "n d"]) -> Float[Array, "n d"]:
+        of = lambda weights: jnp.einsum("hkd,nd->hnk", weights, x)
+        q, k, v = of(self.query), of(self.key), of(self.value)
+        scores = jnp.einsum("hnk,hmk->hnm", q, k) / self.key.shape[1] ** 0.5
+        seen = jnp.tril(jnp.ones(scores.shape[-2:], bool))
+        scores = jnp.where(seen[None], scores, -jnp.inf)
+        mixed = jnp.einsum("hnm,hmk->hnk", jax.nn.softmax(scores), v)
+        return jnp.einsum("hdk,hnk->nd", self.output, mixed)
+
+
+class Block(eqx.Module):
+    """x + attention(x), then the same with a ReLU network of one hidden layer."""
+
+    attention: Attention
+    inner: Float[Array, "w d"]
+    inner_bias: Float[Array, " w"]
+    outer: Float[Array, "d w"]
+    outer_bias: Float[Array, " d"]
+
+    def __call__(self, x: Float[Array, "n d"]) -> Float[Array, "n d"]:
+        x = x + self.attention(x)
+        hidden = jax.nn.relu(x @ self.inner.T + self.inner_bias[None])
+        return x + hidden @ self.outer.T + self.outer_bias[None]
+
+
+class Transformer(eqx.Module):
+    """Logits for the symbol that follows a few others.
+
+    Learned embeddings of symbols and of positions; blocks of causal attention and of a
+    ReLU layer, each added to its input; no layer normalisation; an unembedding that is
+    not tied. It is the network of Liu, Michaud, Tegmark, arXiv 2210.01117, figure 7,
+    and before them of Nanda et al., arXiv 2301.05217.
+
+    Initial weights are Gaussian with standard deviation 1/√width, the unembedding's
+    1/√symbols, and biases are zero.
+    """
+
+    embedding: Float[Array, "symbols d"]
+    positions: Float[Array, "n d"]
+    blocks: tuple[Block, ...]
+    unembedding: Float[Array, "symbols d"]
+
+    def __init__(
+        self,
+        *,
+        symbols: int,
+        length: int = 3,
+        layers: int = 1,
+        width: int = 128,
+        heads: int = 4,
+        hidden: int = 512,
+        key: PRNGKeyArray,
+    ):
+        """**Arguments:**
+
+        - `symbols`: how many there are, in and out.
+        - `length`: at most so many are read.
+        - `layers`: blocks.
+        - `width`: numbers at each position; a multiple of `heads`.
+        - `heads`: of each attention, of `width`/`heads` numbers each.
+        - `hidden`: ReLU neurons of each block.
+        - `key`: of the initial weights.
+
+        **Raises:** `ValueError` where a size makes no sense.
+        """
+        check_sizes(
+            symbols=symbols, length=length, layers=layers, width=width, heads=heads,
+            hidden=hidden,
+        )  # fmt: skip
+        if width % heads:
+            raise ValueError(f"heads: expected a divisor of {width}, got {heads}.")
+        keys = iter(jr.split(key, 3 + 6 * layers))
+        normal = lambda *shape, fan: jr.normal(next(keys), shape) / fan**0.5
+        size = width // heads
+        self.embedding = normal(symbols, width, fan=width)
+        self.positions = normal(length, width, fan=width)
+        self.unembedding = normal(symbols, width, fan=symbols)
+        self.blocks = tuple(
+            Block(
+                Attention(
+                    query=normal(heads, size, width, fan=width),
+                    key=normal(heads, size, width, fan=width),
+                    value=normal(heads, size, width, fan=width),
+                    output=normal(heads, width, size, fan=width),
+                ),
+                normal(hidden, width, fan=width),
+                jnp.zeros(hidden),
+                normal(width, hidden, fan=width),
+                jnp.zeros(width),
+            )
+            for _ in range(layers)
+        )
+
+    def at_each(self, symbols: Int[Array, " n"]) -> Float[Array, "n symbols"]:
+        """The logits at every position, each of which depends on the symbols up to it
+        alone."""
+        x = self.embedding[symbols] + self.positions[: symbols.shape[0]]
+        for block in self.blocks:
+            x = block(x)
+        return x @ self.unembedding.T
+
+    def __call__(self, symbols: Int[Array, " n"]) -> Float[Array, " symbols"]:
+        """The logits at the last position."""
+        return self.at_each(symbols)[-1]
