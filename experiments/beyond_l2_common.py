@@ -242,17 +242,17 @@ def story(
         axes[2].plot(x[1:], one.l2[1:], ls="--", **style)
     axes[0].set_ylim(bottom=1e-8)
     axes[2].axhline(np.abs(target).sum(), color="black", ls=":", lw=1)
-    first, last = next(iter(traces.items()))
+    name, trace = next(iter(traces.items()))
     on = np.flatnonzero(target) if support is None else support
     off = np.setdiff1d(np.arange(target.size), on)
-    axes[3].plot(last.steps[1:], last.a[1:, off], color="lightgrey", lw=0.5)
+    axes[3].plot(trace.steps[1:], trace.a[1:, off], color="lightgrey", lw=0.5)
     for i, colour in zip(on, COLOURS * len(on), strict=False):
-        axes[3].plot(last.steps[1:], last.a[1:, i], color=colour, lw=1.5)
+        axes[3].plot(trace.steps[1:], trace.a[1:, i], color=colour, lw=1.5)
         axes[3].axhline(target[i], color=colour, ls=":", lw=0.8)
     finish(axes[0], f"{title}: errors (dashed: train)", y="relative error")
     finish(axes[1], "ratio of forces $\\beta\\|H\\|/\\|G\\|$")
     finish(axes[2], "norms (dashed: $\\ell_2$; dotted: $\\|a^*\\|_1$)", log="x")
-    finish(axes[3], f"components, {first} (grey: off the support)", log="x")
+    finish(axes[3], f"components, {name} (grey: off the support)", log="x")
     axes[1].axhline(1, color="black", lw=0.6)
     for ax in axes:
         marks(ax, times)

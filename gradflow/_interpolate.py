@@ -11,9 +11,9 @@ DEGREE = 7  # of the polynomials: error 1e-9 on exp(−eˣ) at a spacing of 0.08
 def interpolate(
     values: PyTree, position: Float[Array, ""], degree: int = DEGREE
 ) -> PyTree:
-    """`values` at the fractional index `position`, by the polynomial through the 8
-    nearest of them: for values that are smooth in their index. Where they are not,
-    take degree 1.
+    """`values` at the fractional index `position`, by the polynomial through the
+    `degree` + 1 nearest of them: for values that are smooth in their index. Where they
+    are not, take degree 1.
 
     **Arguments:**
 

@@ -143,6 +143,12 @@ class Tangential(AbstractPenalty):
         theta, pull = jax.vjp(self.sphere.place, params)
         return pull(self.penalty.gradient(theta))[0]
 
+    def curvature(self, params: PyTree) -> float | PyTree:
+        return self.penalty.curvature(self.sphere.place(params))
+
+    def terms(self):
+        return self.penalty.terms()
+
 
 class FlowTerm(diffrax.AbstractTerm):
     """θ' = −∇F(θ) − λ∇R(θ) as a Diffrax term that knows its loss.

@@ -18,10 +18,11 @@ from ._checks import (
     is_concrete,
     resolvable,
 )
-from .flow import FlowTerm, GradientFlow, place, Tracked
+from .flow import FlowTerm, GradientFlow, place, Sphere, Tracked
 from .losses import AbstractLoss
 from .metrics import Metric
 from .path import Path
+from .penalties import AbstractPenalty
 from .results import RESULTS
 from .solvers import (
     AbstractKKT,
@@ -61,7 +62,8 @@ def simulate(
     Where the penalty has kinks at zero coordinates, as ℓ1, it runs the differential
     inclusion θ' ∈ −∇F(θ) − λ∂R(θ), with the element of least norm on the right:
     coordinates that reach zero and may stay there do stay, exactly. Steps end where one
-    is caught or let go.
+    is caught or let go. (A force that would let one go, and fades again, all within a
+    step, is not seen: give close `ts` where forces come in short pulses.)
 
     **Arguments:**
 
@@ -399,8 +401,16 @@ def _with_kinks(
 ) -> tuple[diffrax.AbstractSolver, diffrax.AbstractAdaptiveStepSizeController]:
     """The solver and the controller that follow a flow along the kinks of its
     penalty."""
-    kind = type(term.penalty).__name__
+    kinked = [part for _, part in term.penalty.terms() if not part.smooth]
+    kind = type(kinked[0]).__name__
     remedy = f"give gradflow.Moreau({kind}(…), epsilon=…), which is smooth."
+    if type(kinked[0]).prox is AbstractPenalty.prox:
+        remedy = "there is no smooth form of it here."
+    if isinstance(term.static, Sphere):
+        raise ValueError(
+            f"penalty: a flow that holds the norm has no use for the kinks of {kind}; "
+            + remedy
+        )
     if term.penalty.absolute_weights(params) is None:
         raise ValueError(
             f"penalty: the kinks of {kind} are not coordinates at zero; {remedy}"

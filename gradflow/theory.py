@@ -63,7 +63,8 @@ class TwoPhase(eqx.Module):
     """τ: the fast path is saved evenly in log(1 + t/τ)."""
     interpolation_error: Float[Array, ""]
     """An estimate of what interpolating the two paths adds to the error, relative to
-    ‖Φ(θ₀)‖: at most 60 `rtol`, unless 1025 points are too few for that."""
+    ‖Φ(θ₀)‖: at most 60 `rtol`, unless 1025 points are too few for that. Where the
+    penalty has kinks the drift has 257 points and straight lines between them."""
     second: SecondOrder | None
     """The terms of order λ, for predictions of order 2; `None` where not asked for."""
     result: RESULTS

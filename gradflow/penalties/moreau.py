@@ -36,11 +36,12 @@ class Moreau(AbstractOwnGradient):
                 raise ValueError(
                     f"epsilon: expected a positive number, got {epsilon!r}."
                 )
-        if type(penalty).prox is AbstractPenalty.prox:
-            raise ValueError(
-                "penalty: expected one with a proximal map, got "
-                f"{type(penalty).__name__}."
-            )
+        for _, part in penalty.terms():
+            if type(part).prox is AbstractPenalty.prox:
+                raise ValueError(
+                    "penalty: expected one with a proximal map, got "
+                    f"{type(part).__name__}."
+                )
         self.penalty = penalty
         self.epsilon = epsilon
 
