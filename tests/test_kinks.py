@@ -76,7 +76,7 @@ def test_relu_drift():
     path = gf.simulate(
         task.flow, task.model, weight_decay=1e-2, slow_time=1.0, rtol=1e-5, throw=False
     )
-    assert path.succeeded
+    assert path.succeeded and isinstance(task.loss, gf.SquaredError)
     x = task.loss.x
     preactivations = lambda model: jax.vmap(model.preactivations)(x)
     found = manifold.kink_crossings(path, preactivations)
@@ -99,7 +99,9 @@ def test_kink_along_a_riemannian_drift():
     this one has a crossing before s = 0.3.)"""
     task = gf.tasks.relu_1d(jr.key(5), width=12, samples=4)
     start = manifold.limit_map(task.loss, task.model).model
-    preactivations = lambda model: jax.vmap(model.preactivations)(task.loss.x)
+    assert isinstance(task.loss, gf.SquaredError)
+    x = task.loss.x
+    preactivations = lambda model: jax.vmap(model.preactivations)(x)
     found = []
     for points in (31, 301):
         drift = manifold.riemannian_flow(

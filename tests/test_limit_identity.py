@@ -1,4 +1,4 @@
-"""DΦ∇F = 0 off M, on 200 random problems of four kinds: Φ is constant along the flow."""
+"""DΦ∇F = 0 off M, on 200 random problems of four kinds: the flow leaves Φ alone."""
 
 import equinox as eqx
 import jax

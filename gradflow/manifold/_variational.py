@@ -129,7 +129,8 @@ def _nodes(
     taken: Any = run(
         diffrax.SaveAt(t0=True, steps=True, fn=_force_along(term)), controller
     )
-    edges = _edges(*taken.ys, time)
+    times, force, change = taken.ys
+    edges = _edges(times, force, change, time)
     lengths = jnp.diff(edges)
     order = np.argsort(c)
     ts = edges[:-1, None] + lengths[:, None] * jnp.asarray(c[order], time.dtype)[None]

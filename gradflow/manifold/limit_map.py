@@ -21,7 +21,6 @@ from ._variational import tie
 from .retract import failed, nearest
 from .spectrum import measure
 
-
 # Up to which JJᵀ is made even where there are more of them than parameters.
 _FEW_OUTPUTS = 500
 
