@@ -71,27 +71,25 @@ def test_conflicting_labels():
 
 
 def test_more_data_than_can_be_fitted():
-    """20 noisy labels, 7 parameters: the minimum is isolated, and Φ does not move."""
-    model = tanh_network(jr.key(1), 2)
-    x = jnp.linspace(-2.0, 2.0, 20)
-    noise = 0.2 * jr.normal(jr.key(2), (20,))
+    """20 noisy labels of two neurons, 6 parameters: the minimum is isolated."""
+    model = models.TwoLayer(
+        jnp.array([[2.0], [-1.5]]), jnp.array([-2.0, -1.5]), jnp.array([1.0, 1.5])
+    )
+    x = jnp.linspace(-3.0, 3.0, 20)
+    noise = 0.1 * jr.normal(jr.key(2), (20,))
     loss = gf.SquaredError(x, jax.vmap(model)(x) + noise)
     near = jax.tree.map(lambda p: 1.05 * p, model)
-    limit = manifold.limit_map(loss, near, throw=False)
-    assert limit.result == gf.RESULTS.successful
+    limit = manifold.limit_map(loss, near)
     theta, unravel = ravel_pytree(limit.model)
     hessian = jax.hessian(lambda th: loss(unravel(th)))(theta)
     values = np.linalg.eigvalsh(np.asarray(hessian))
-    assert values[0] > 1e-6 and loss(limit.model) > 0.01
+    assert values[0] > 1e-6 and loss(limit.model) > 1e-3
     found = manifold.spectrum(loss, limit.model)
     assert found.form == "hessian" and not found.negative
     np.testing.assert_allclose(found.values, values[::-1], rtol=1e-6)
+    assert found.dimension == 0 and not found.ambiguous
     told = manifold.diagnose(gf.GradientFlow(loss), limit.model)
-    if found.ambiguous:
-        assert told.result == gf.RESULTS.ambiguous_rank
-    else:
-        assert found.dimension == 0 and told.result == gf.RESULTS.successful
-        assert told.speed < 1e-12
+    assert told.result == gf.RESULTS.successful and told.speed < 1e-12
 
 
 # --- Deep linear networks that lack rank ---------------------------------------------
@@ -101,7 +99,7 @@ def test_more_data_than_can_be_fitted():
 def test_drift_of_a_rank_deficient_minimum(lacking):
     """Inputs of rank two, fitted; or a target of rank one by W₁ of rank one, with noise
     that no inputs explain. The rank is that of J by NumPy, and by theory."""
-    x = jr.normal(jr.key(0), (10, 3))
+    x = jr.normal(jr.key(0), (5 if lacking == "inputs" else 10, 3))
     a, b, c = jr.normal(jr.key(2), (3, 3))
     if lacking == "inputs":
         x = x.at[:, 2].set(x[:, 0] - x[:, 1])
@@ -125,7 +123,7 @@ def test_drift_of_a_rank_deficient_minimum(lacking):
         assert loss(model) > 0.1
     theta, unravel = ravel_pytree(model)
     jac = np.asarray(jax.jacobian(lambda th: loss.outputs(unravel(th)))(theta))
-    assert np.linalg.matrix_rank(jac.reshape(30, -1), tol=1e-8) == expected
+    assert np.linalg.matrix_rank(jac.reshape(-1, theta.size), tol=1e-8) == expected
     found = manifold.spectrum(loss, model)
     assert found.form == form and found.rank == expected and not found.ambiguous
     flow, ts = gf.GradientFlow(loss), jnp.array([0.0, 0.3, 1.0])
@@ -196,5 +194,8 @@ def test_crossing_reached_in_finite_time(form):
         throw=False,
     )
     assert drift.result == gf.RESULTS.rank_lost
+    exact = 2 * np.exp(-np.asarray(drift.slow_time)) - 1
+    np.testing.assert_allclose(drift.params.u, exact, atol=1e-6)
+    np.testing.assert_allclose(drift.params.v, np.zeros(6), atol=1e-9)
     told = manifold.regularity(flow, drift, form=form)
-    assert told.result == gf.RESULTS.rank_lost and told.regular_until == 0.6
+    assert told.result == gf.RESULTS.rank_lost

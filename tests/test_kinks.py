@@ -76,7 +76,7 @@ def test_relu_drift():
     path = gf.simulate(
         task.flow, task.model, weight_decay=1e-2, slow_time=1.0, rtol=1e-5, throw=False
     )
-    assert path.succeeded
+    assert path.succeeded and isinstance(task.loss, gf.SquaredError)
     x = task.loss.x
     preactivations = lambda model: jax.vmap(model.preactivations)(x)
     found = manifold.kink_crossings(path, preactivations)
@@ -91,6 +91,38 @@ def test_relu_drift():
         i, j = np.searchsorted(np.asarray(path.t), [before, after])
         z = gates[[i, j], gate[0], gate[1]]
         assert z[0] * z[1] < 0
+
+
+def test_kink_along_a_riemannian_drift():
+    """A drift on M crosses a kink, once, and its balance decays through it as e^{−2s};
+    where it crosses is seen again on a grid ten times as fine. (Of eight random tasks
+    this one has a crossing before s = 0.3.)"""
+    task = gf.tasks.relu_1d(jr.key(5), width=12, samples=4)
+    start = manifold.limit_map(task.loss, task.model).model
+    assert isinstance(task.loss, gf.SquaredError)
+    x = task.loss.x
+    preactivations = lambda model: jax.vmap(model.preactivations)(x)
+    found = []
+    for points in (31, 301):
+        drift = manifold.riemannian_flow(
+            task.flow,
+            start,
+            slow_time=0.3,
+            ts=jnp.linspace(0.0, 0.3, points),
+            rtol=1e-6,
+            throw=False,
+        )
+        found.append(manifold.kink_crossings(drift, preactivations))
+        balance = np.asarray(jax.vmap(task.truth.invariant)(drift.models))
+        decay = np.exp(-2 * np.asarray(drift.slow_time))[:, None]
+        away = np.abs(balance - balance[0] * decay).max()
+        assert away < 1e-6 * np.abs(balance[0]).max()
+        assert drift.train_loss.max() < 1e-18 and (np.diff(drift.penalty) < 0).all()
+        z = np.asarray(jax.vmap(preactivations)(drift.models)).reshape(points, -1)
+        assert np.sum(z[1:] * z[:-1] < 0) == found[-1].count == 1
+    coarse, fine = found
+    np.testing.assert_array_equal(coarse.gate, fine.gate)
+    assert coarse.before <= fine.before and fine.after <= coarse.after
 
 
 def test_preactivations_are_those_of_the_network():

@@ -42,10 +42,14 @@ def likely_form(loss: AbstractLoss, params: PyTree, static: PyTree) -> str:
     outputs than there are parameters, so that interpolation is to be expected."""
     if not isinstance(loss, AbstractCompositeLoss):
         return "hessian"
-    outputs = lambda loss, p, static: loss.outputs(eqx.combine(p, static))
-    z = eqx.filter_eval_shape(outputs, loss, params, static)
     d = sum(p.size for p in jax.tree.leaves(params))
-    return "jacobian" if z.size <= d else "hessian"
+    return "jacobian" if count_outputs(loss, params, static) <= d else "hessian"
+
+
+def count_outputs(loss: AbstractCompositeLoss, params: PyTree, static: PyTree) -> int:
+    """m, samples × outputs."""
+    outputs = lambda loss, p, static: loss.outputs(eqx.combine(p, static))
+    return eqx.filter_eval_shape(outputs, loss, params, static).size
 
 
 @eqx.filter_jit

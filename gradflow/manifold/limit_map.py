@@ -11,15 +11,18 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from .._checks import check_tolerance
 from ..flow import FlatLoss, flatten, FlowTerm, GradientFlow, partition
-from ..losses import AbstractLoss
+from ..losses import AbstractCompositeLoss, AbstractLoss
 from ..results import RESULTS
 from ..solvers import KKT5
-from ._form import choose_form, Form, likely_form
+from ._form import choose_form, count_outputs, Form, likely_form
 from ._normal import close, exact_jacobian_normal, hessian_normal
 from ._separable import limit_direction, smallest_margin
 from ._variational import tie
 from .retract import failed, nearest
 from .spectrum import measure
+
+# Up to which JJᵀ is made even where there are more of them than parameters.
+_FEW_OUTPUTS = 500
 
 
 class Limit(eqx.Module):
@@ -103,7 +106,7 @@ def limit_map(
 
     Its model has a derivative in θ₀, forward and reverse, under `jit` and `vmap`: on M
     DΦ = P; off M, DΦ(θ₀)v = P v(∞) with v' = −∇²F(θ(t))v, v(0) = v, and the transpose
-    by the adjoint equation. It costs a few paths and 320 linear steps, with ∇²F made
+    by the adjoint equation. It costs a few paths and 512 linear steps, with ∇²F made
     and factorised in each up to d = 1500, by conjugate gradients above; it is exact to
     about 1e-8, and NaN where there is no limit. Derivatives in the loss or its data
     raise an error.
@@ -148,8 +151,12 @@ def _without_derivative(tree: PyTree) -> PyTree:
 def default_solver(
     loss: AbstractLoss, params: PyTree, static: PyTree
 ) -> diffrax.AbstractSolver:
-    """KKT5 where the loss is composite and JJᵀ no larger than the Hessian; else Tsit5,
-    the explicit one, which takes as many steps as the problem is stiff."""
+    """KKT5 where the loss is composite and JJᵀ no larger than the Hessian, or small;
+    else Tsit5, the explicit one, which takes as many steps as the problem is stiff, and
+    whose noise at the stability limit can keep it from coming to rest at all."""
+    composite = isinstance(loss, AbstractCompositeLoss)
+    if composite and count_outputs(loss, params, static) <= _FEW_OUTPUTS:
+        return KKT5()
     if likely_form(loss, params, static) == "jacobian":
         return KKT5()
     return diffrax.Tsit5()

@@ -28,6 +28,11 @@ from .spectrum import measure
 _PULL = 1.0
 
 
+def _vanishing(dtype: np.dtype) -> float:
+    """The part of the largest curvature below which one is not told from zero."""
+    return 1e-13 if dtype == jnp.float64 else 1e-5
+
+
 def riemannian_flow(
     flow: GradientFlow,
     model: PyTree,
@@ -143,12 +148,14 @@ def _vanishing_decay(
     max_steps: int,
 ) -> Path:
     """The flow at a λ at which its distance from w° is rounding."""
-    tiny = 1e-14 if times.dtype == jnp.float64 else 1e-6
+    tiny = _vanishing(times.dtype) / 10
     rank, largest = _rank_and_scale(term, params)
     lam = tiny * largest
     path = solve(term, params, lam, times / lam, watched, KKT5(), rtol, atol, max_steps)
     smallest, largest = _curvature_along(term, path.params, rank)
-    lost = jnp.any(smallest < 10 * tiny * largest)
+    # The largest along the path: at a point where all of J vanishes no value is small
+    # beside another.
+    lost = jnp.any(smallest < 10 * tiny * jnp.max(largest))
     # Of two reservations the loss of rank comes first: near it, where the iteration is
     # slow, smooth losses too can seem to slide.
     lost = lost & path.succeeded
@@ -208,7 +215,8 @@ def _drift(
     max_steps: int,
 ) -> Path:
     w0, loss = flatten(term.loss, params, term.static)
-    rank = measure(loss, w0, form).rank
+    start_spectrum = measure(loss, w0, form)
+    rank = start_spectrum.rank
 
     def field(s, w, args):
         normal = normal_space(loss, w, form, rank)
@@ -243,6 +251,9 @@ def _drift(
 
     # One at a time: a Jacobian for each of the saved points would fill the memory.
     seen, train_loss, penalty, (smallest, lost) = jax.lax.map(record, path)
+    # Where all of ∇²F vanishes no curvature is small beside another there.
+    vanished = smallest < _vanishing(w0.dtype) * start_spectrum.curvatures[0]
+    lost = lost | vanished
     result = RESULTS.where(jnp.any(lost), RESULTS.rank_lost, RESULTS.successful)
     okay = sol.result == diffrax.RESULTS.successful
     ran_out = sol.result == diffrax.RESULTS.max_steps_reached
