@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""DΦ∇F = 0 off M, on 200 random problems of four kinds: Φ is constant along flows."""
-=======
 """DΦ∇F = 0 off M, on 200 random problems of four kinds: the flow leaves Φ alone."""
->>>>>>> h5
 
 import equinox as eqx
 import jax
