@@ -27,6 +27,18 @@ SMOOTH = {
 KINKED = {"relu_1d": dict(width=12, samples=4)}
 # Under ‖θ‖₁, which has no drift along M.
 UNSMOOTH = {"sparse_recovery": dict(features=4, samples=2, sparsity=1)}
+# Nothing is conserved, or there is no limit: several layers with biases, attention,
+# logits of separable data. Or the data are not at hand.
+NETWORKS = {
+    "image_classification",
+    "image_mlp",
+    "modular_addition",
+    "modular_transformer",
+    "polarizability",
+    "sentiment",
+    "symbol_addition",
+    "wide_teacher",
+}
 
 
 def test_every_task_is_here():
@@ -35,7 +47,7 @@ def test_every_task_is_here():
         for name, made in inspect.getmembers(tasks, inspect.isfunction)
         if inspect.signature(made).return_annotation is tasks.Task
     }
-    assert makers == {*SMOOTH, *KINKED, *UNSMOOTH}
+    assert makers == {*SMOOTH, *KINKED, *UNSMOOTH, *NETWORKS}
     for name, options in UNSMOOTH.items():
         assert not getattr(tasks, name)(jr.key(1), **options).penalty.smooth
 
