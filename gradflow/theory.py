@@ -29,7 +29,7 @@ from .second_order import check_second_order, second_order, SecondOrder
 from .simulate import as_metrics, check_scalars, simulate
 from .solvers import KKT5, sharpness
 
-_LOOSE = 1e-6  # tolerance of the limit map
+_LOOSE = 1e-8  # tolerance of the limit map
 _TIMES = 400  # at which a predicted metric is evaluated
 
 # Where theory is claimed to hold: λ at most a tenth of η, and no term more than a
