@@ -1,99 +1,18 @@
-"""What the experiments of `beyond_l2.py` share: settings, outcomes, fits, figures."""
+"""Traces of linear models, for the experiments of `beyond_l2.py`."""
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 import xarray as xr
-from common import Row
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from scipy.stats import spearmanr
-from tqdm.auto import tqdm
 
 import gradflow as gf
-from gradflow.plot import SIZE
-
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "black")
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """Of every experiment."""
-
-    seed: int = 0
-    """Of the data and the start."""
-    out: Path | None = None
-    """Folder for the results; results/beyond_l2/NAME by default."""
-    quick: bool = False
-    """A minute or so: fewer or shorter runs, the same checks where they can be made."""
-
-
-class Outcome(NamedTuple):
-    """What an experiment gives."""
-
-    numbers: dict[str, Any]
-    checks: list[Row]
-    data: xr.Dataset
-    figures: dict[str, Figure]
-
-
-def law(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) -> float:
-    """The slope of log y against log x, by least squares; NaN below two points."""
-    x, y = np.asarray(x, float), np.asarray(y, float)
-    good = np.isfinite(x) & np.isfinite(y) & (x > 0) & (y > 0)
-    if np.unique(x[good]).size < 2:
-        return np.nan
-    return float(np.polyfit(np.log(x[good]), np.log(y[good]), 1)[0])
-
-
-def decades(x: Iterable[float]) -> float:
-    x = np.asarray(list(x))
-    return float(np.log10(x.max() / x.min())) if x.size else 0.0
-
-
-def spread(values: Sequence[float] | np.ndarray) -> float:
-    """How far the values are from their geometric mean, at most, as a fraction."""
-    logs = np.log(np.asarray(values, float))
-    return float(np.exp(np.abs(logs - logs.mean()).max()) - 1)
-
-
-def rank_correlation(x: Any, y: Any) -> float:
-    """Spearman's; NaN where one of them is constant."""
-    if np.ptp(x) == 0 or np.ptp(y) == 0:
-        return np.nan
-    return float(spearmanr(x, y)[0])  # pyright: ignore[reportArgumentType]
-
-
-def check(name: str, value: Any, bound: str, ok: Any, sentence: str) -> Row:
-    """A row; `ok` None where the criterion can't be judged here."""
-    verdict = None if ok is None else bool(ok)
-    return Row(name, float(value), bound, verdict, sentence)
-
-
-def slope_row(name: str, slope: float, target: float, within: float, what: str) -> Row:
-    ok = abs(slope - target) <= within
-    return check(name, slope, f"{target:g} ± {within:g}", ok, what)
-
-
-def relative(a: Any, b: Any) -> float:
-    return float(np.linalg.norm(np.asarray(a) - np.asarray(b)) / np.linalg.norm(b))
-
-
-def steps_until(last: int, saves: int, dense: int = 0) -> np.ndarray:
-    """Steps to save: the first `dense` ones, and some evenly in the logarithm."""
-    return np.union1d(np.arange(min(dense, last) + 1), gf.log_spaced_steps(last, saves))
-
-
-def bar(items: Iterable[Any], name: str) -> Iterable[Any]:
-    return tqdm(list(items), desc=name, leave=False)
 
 
 def timed(fn: Callable[[], gf.Path]) -> tuple[gf.Path, float, float]:
@@ -172,52 +91,6 @@ def dataset(traces: dict[str, Trace], **attrs: Any) -> xr.Dataset:
             dims = (f"{key}_time", "coordinate")[: value.ndim]
             arrays[f"{key}_{field}"] = (dims, value)
     return xr.Dataset(arrays, attrs=attrs)
-
-
-def panels(
-    count: int, columns: int = 2, size: tuple[float, float] = (5.4, 3.8)
-) -> tuple[Figure, list[Axes]]:
-    rows = -(-count // columns)
-    fig, axes = plt.subplots(
-        rows, columns, figsize=(size[0] * columns, size[1] * rows),
-        layout="constrained", squeeze=False,
-    )  # fmt: skip
-    for ax in axes.flat[count:]:
-        ax.remove()
-    return fig, list(axes.flat[:count])
-
-
-def finish(
-    ax: Axes,
-    title: str,
-    x: str = "step",
-    y: str = "",
-    *,
-    log: str = "xy",
-    legend: bool = True,
-) -> None:
-    if "x" in log:
-        ax.set_xscale("log")
-    if "y" in log:
-        ax.set_yscale("log")
-    ax.set_title(title, fontsize=SIZE, loc="left")
-    ax.set_xlabel(x, fontsize=SIZE)
-    ax.set_ylabel(y, fontsize=SIZE)
-    ax.grid(alpha=0.25, lw=0.5)
-    if legend and ax.get_legend_handles_labels()[0]:
-        ax.legend(fontsize=SIZE - 2, frameon=False)
-
-
-def marks(ax: Axes, times: dict[str, float]) -> None:
-    """Dotted verticals with names at their foot, the last on the right."""
-    shown = {k: v for k, v in times.items() if np.isfinite(v) and v > 0}
-    last = max(shown.values(), default=0.0)
-    for label, at in shown.items():
-        ax.axvline(at, color="grey", ls=":", lw=1)
-        ax.text(
-            at, 0.02, f" {label} ", transform=ax.get_xaxis_transform(),
-            ha="left" if at == last else "right", fontsize=SIZE - 3, color="grey",
-        )  # fmt: skip
 
 
 def story(

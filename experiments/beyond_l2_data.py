@@ -6,21 +6,21 @@ from math import comb
 import jax.random as jr
 import numpy as np
 import xarray as xr
-from beyond_l2_common import (
+from beyond_l2_common import padded
+from beyond_l2_samples import first
+from beyond_l2_sparse import flow, flow_times
+from common import (
     bar,
+    below,
     check,
     COLOURS,
     finish,
     Outcome,
-    padded,
     panels,
     rank_correlation,
     relative,
     Settings,
 )
-from beyond_l2_samples import first
-from beyond_l2_sparse import flow, flow_times
-from common import below
 
 import gradflow as gf
 

@@ -5,18 +5,18 @@ import dataclasses
 import jax.random as jr
 import numpy as np
 import xarray as xr
-from beyond_l2_common import (
+from beyond_l2_common import padded
+from common import (
     bar,
+    below,
     check,
     COLOURS,
     finish,
     Outcome,
-    padded,
     panels,
     Settings,
     steps_until,
 )
-from common import below
 
 import gradflow as gf
 

@@ -15,8 +15,7 @@ import jax.random as jr
 import numpy as np
 import optax
 import xarray as xr
-from beyond_l2_common import bar, check, COLOURS, finish, marks, panels
-from common import Row
+from common import bar, check, COLOURS, finish, marks, panels, Row
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 

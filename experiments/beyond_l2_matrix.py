@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import xarray as xr
-from beyond_l2_common import (
+from common import (
     bar,
+    below,
     check,
     COLOURS,
     decades,
@@ -23,12 +24,12 @@ from beyond_l2_common import (
     panels,
     rank_correlation,
     relative,
+    Row,
     Settings,
     slope_row,
     spread,
     steps_until,
 )
-from common import below, Row
 
 import gradflow as gf
 

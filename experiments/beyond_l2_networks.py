@@ -13,7 +13,6 @@ from pathlib import Path
 
 import jax.random as jr
 import numpy as np
-from beyond_l2_common import check, Outcome, Settings
 from beyond_l2_grid import (
     curves,
     dataset,
@@ -24,7 +23,7 @@ from beyond_l2_grid import (
     train,
     Trained,
 )
-from common import Row
+from common import check, Outcome, Row, Settings
 
 import gradflow as gf
 from gradflow.tasks.task import at_zero

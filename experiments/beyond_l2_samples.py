@@ -7,23 +7,21 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import xarray as xr
-from beyond_l2_common import (
+from beyond_l2_common import dataset, padded, story, trace
+from beyond_l2_sparse import flow, METHODS
+from common import (
     bar,
+    below,
     check,
     COLOURS,
-    dataset,
     finish,
+    near,
     Outcome,
-    padded,
     panels,
     relative,
     Settings,
     steps_until,
-    story,
-    trace,
 )
-from beyond_l2_sparse import flow, METHODS
-from common import below, near
 
 import gradflow as gf
 

@@ -8,27 +8,25 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import xarray as xr
-from beyond_l2_common import (
+from beyond_l2_common import dataset, story, timed, trace
+from beyond_l2_loop import subgradient_loop
+from common import (
     bar,
+    below,
     check,
     COLOURS,
-    dataset,
     decades,
     finish,
     law,
     Outcome,
     panels,
     relative,
+    Row,
     Settings,
     slope_row,
     spread,
     steps_until,
-    story,
-    timed,
-    trace,
 )
-from beyond_l2_loop import subgradient_loop
-from common import below, Row
 
 import gradflow as gf
 

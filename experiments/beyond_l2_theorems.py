@@ -12,8 +12,7 @@ from typing import Any
 import jax.random as jr
 import numpy as np
 import xarray as xr
-from beyond_l2_common import bar, check, finish, Outcome, panels, Settings, steps_until
-from common import Row
+from common import bar, check, finish, Outcome, panels, Row, Settings, steps_until
 
 import gradflow as gf
 

@@ -8,14 +8,24 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
+import xarray as xr
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scipy.stats import spearmanr
+from tqdm.auto import tqdm
+
+import gradflow as gf
+from gradflow.plot import SIZE
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "black")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +42,78 @@ class Row:
         word = {True: "pass", False: "FAIL", None: "  – "}[self.ok]
         number = f"{self.value:10.3g}  ({self.bound})"
         return f"  {word}  {self.name:<10} {number}  {self.sentence}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Of every experiment."""
+
+    seed: int = 0
+    """Of the data and the start."""
+    out: Path | None = None
+    """Folder for the results; results/STUDY/NAME by default."""
+    quick: bool = False
+    """A minute or so: fewer or shorter runs, the same checks where they can be made."""
+
+
+class Outcome(NamedTuple):
+    """What an experiment gives."""
+
+    numbers: dict[str, Any]
+    checks: list[Row]
+    data: xr.Dataset
+    figures: dict[str, Figure]
+
+
+def law(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) -> float:
+    """The slope of log y against log x, by least squares; NaN below two points."""
+    x, y = np.asarray(x, float), np.asarray(y, float)
+    good = np.isfinite(x) & np.isfinite(y) & (x > 0) & (y > 0)
+    if np.unique(x[good]).size < 2:
+        return np.nan
+    return float(np.polyfit(np.log(x[good]), np.log(y[good]), 1)[0])
+
+
+def decades(x: Iterable[float]) -> float:
+    x = np.asarray(list(x))
+    return float(np.log10(x.max() / x.min())) if x.size else 0.0
+
+
+def spread(values: Sequence[float] | np.ndarray) -> float:
+    """How far the values are from their geometric mean, at most, as a fraction."""
+    logs = np.log(np.asarray(values, float))
+    return float(np.exp(np.abs(logs - logs.mean()).max()) - 1)
+
+
+def rank_correlation(x: Any, y: Any) -> float:
+    """Spearman's; NaN where one of them is constant."""
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
+        return np.nan
+    return float(spearmanr(x, y)[0])  # pyright: ignore[reportArgumentType]
+
+
+def check(name: str, value: Any, bound: str, ok: Any, sentence: str) -> Row:
+    """A row; `ok` None where the criterion can't be judged here."""
+    verdict = None if ok is None else bool(ok)
+    return Row(name, float(value), bound, verdict, sentence)
+
+
+def slope_row(name: str, slope: float, target: float, within: float, what: str) -> Row:
+    ok = abs(slope - target) <= within
+    return check(name, slope, f"{target:g} ± {within:g}", ok, what)
+
+
+def relative(a: Any, b: Any) -> float:
+    return float(np.linalg.norm(np.asarray(a) - np.asarray(b)) / np.linalg.norm(b))
+
+
+def steps_until(last: int, saves: int, dense: int = 0) -> np.ndarray:
+    """Steps to save: the first `dense` ones, and some evenly in the logarithm."""
+    return np.union1d(np.arange(min(dense, last) + 1), gf.log_spaced_steps(last, saves))
+
+
+def bar(items: Iterable[Any], name: str) -> Iterable[Any]:
+    return tqdm(list(items), desc=name, leave=False)
 
 
 def below(name: str, value: float, bound: float, sentence: str) -> Row:
@@ -81,6 +163,75 @@ def parse_weight_decay(words: tuple[str, ...]) -> np.ndarray:
     if not (lams > 0).all():
         raise ValueError("weight_decay: expected positive numbers.")
     return lams
+
+
+def panels(
+    count: int, columns: int = 2, size: tuple[float, float] = (5.4, 3.8)
+) -> tuple[Figure, list[Axes]]:
+    rows = -(-count // columns)
+    fig, axes = plt.subplots(
+        rows, columns, figsize=(size[0] * columns, size[1] * rows),
+        layout="constrained", squeeze=False,
+    )  # fmt: skip
+    for ax in axes.flat[count:]:
+        ax.remove()
+    return fig, list(axes.flat[:count])
+
+
+def finish(
+    ax: Axes,
+    title: str,
+    x: str = "step",
+    y: str = "",
+    *,
+    log: str = "xy",
+    legend: bool = True,
+) -> None:
+    if "x" in log:
+        ax.set_xscale("log")
+    if "y" in log:
+        ax.set_yscale("log")
+    ax.set_title(title, fontsize=SIZE, loc="left")
+    ax.set_xlabel(x, fontsize=SIZE)
+    ax.set_ylabel(y, fontsize=SIZE)
+    ax.grid(alpha=0.25, lw=0.5)
+    if legend and ax.get_legend_handles_labels()[0]:
+        ax.legend(fontsize=SIZE - 2, frameon=False)
+
+
+def marks(ax: Axes, times: dict[str, float]) -> None:
+    """Dotted verticals with names at their foot, the last on the right."""
+    shown = {k: v for k, v in times.items() if np.isfinite(v) and v > 0}
+    last = max(shown.values(), default=0.0)
+    for label, at in shown.items():
+        ax.axvline(at, color="grey", ls=":", lw=1)
+        ax.text(
+            at, 0.02, f" {label} ", transform=ax.get_xaxis_transform(),
+            ha="left" if at == last else "right", fontsize=SIZE - 3, color="grey",
+        )  # fmt: skip
+
+
+def run_named(config: Any, experiments: dict[str, type], study: str) -> dict[str, Any]:
+    """Runs one experiment of a study, found by its settings; returns what is written
+    to summary.json, beside arrays.nc and the figures."""
+    matplotlib.use("Agg")
+    name = next(k for k, v in experiments.items() if v is type(config))
+    out = config.out or Path("results") / study / name
+    out.mkdir(parents=True, exist_ok=True)
+    clock = Clock()
+    claim = " ".join((type(config).__doc__ or "").split())
+    print(f"{name}: {claim}", flush=True)
+    with clock(name):
+        numbers, checks, data, figures = config.run()
+    for row in checks:
+        print(row)
+    settings = {k: v for k, v in vars(config).items() if k != "out"}
+    numbers = {"experiment": name, "claim": claim, "settings": settings, **numbers}
+    data.to_netcdf(out / "arrays.nc", engine="scipy")
+    summary = write(out, numbers, checks, figures, clock)
+    names = ", ".join(f"{figure}.png" for figure in figures)
+    print(f"Written to {out}: summary.json, arrays.nc, {names}")
+    return summary
 
 
 def write(

@@ -6,7 +6,7 @@ import jax as _jax
 if "JAX_ENABLE_X64" not in _os.environ:
     _jax.config.update("jax_enable_x64", True)
 
-from .flow import FlowTerm as FlowTerm, GradientFlow as GradientFlow
+from .flow import FlowTerm as FlowTerm, GradientFlow as GradientFlow, scaled as scaled
 from .losses import (
     AbstractCompositeLoss as AbstractCompositeLoss,
     AbstractLoss as AbstractLoss,
@@ -40,7 +40,7 @@ from .sweep import Sweep as Sweep, sweep as sweep
 from .predicted_time import PredictedTime as PredictedTime
 from .second_order import SecondOrder as SecondOrder
 from .theory import two_phase as two_phase, TwoPhase as TwoPhase
-from .landscape import Landscape as Landscape, landscape as landscape, scaled as scaled
+from .landscape import Landscape as Landscape, landscape as landscape
 from .compare import compare as compare, Rate as Rate, Report as Report
 from .grokking import crossing_time as crossing_time
 from .heuristics import (

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree, Scalar
 
-from ._checks import check_weight_decay, is_concrete
+from ._checks import check_init_scale, check_weight_decay, is_concrete
 from ._descent_methods import (
     as_optimiser,
     check_projection,
@@ -21,7 +21,7 @@ from ._descent_methods import (
     projection,
 )
 from ._minibatch import check_batches, epoch_order, minibatch
-from .flow import FlowTerm, GradientFlow, Sphere
+from .flow import FlowTerm, GradientFlow, scaled, Sphere
 from .metrics import Metric
 from .path import Path
 from .results import RESULTS
@@ -34,6 +34,7 @@ def descent(
     *,
     weight_decay: float | Scalar,
     learning_rate: float | Scalar,
+    init_scale: float | Scalar = 1.0,
     steps: int | None = None,
     slow_time: float | None = None,
     t1: float | None = None,
@@ -74,6 +75,8 @@ def descent(
     - `model`: the initial model θ₀.
     - `weight_decay`: λ ≥ 0.
     - `learning_rate`: α > 0.
+    - `init_scale`: the factor by which all initial parameters are multiplied. (A flow
+        that holds the norm holds that of the scaled ones.)
     - `steps`, `slow_time`, `t1`, `at`: give one. Take so many steps; run to slow time
         s = λt, or to time t (to the nearest step); or take as many as the last of the
         given increasing numbers of steps, and save at each of them.
@@ -97,6 +100,8 @@ def descent(
     `NotImplementedError` where a proximal map is asked for that is not known;
     `RuntimeError` if the descent leaves the finite range and `throw`.
     """
+    check_init_scale(init_scale)
+    model = scaled(model, init_scale, trainable=flow.trainable)
     term, params = flow.term(model)
     watched = as_metrics(metrics)
     check_weight_decay(weight_decay)

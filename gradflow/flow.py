@@ -357,3 +357,15 @@ def flatten(
     """The parameters as one vector, and the loss as a function of it."""
     theta, unravel = ravel_pytree(params)
     return theta, FlatLoss(loss, static, unravel)
+
+
+def scaled(
+    model: PyTree,
+    alpha: float | Scalar,
+    *,
+    trainable: PyTree = eqx.is_inexact_array,
+) -> PyTree:
+    """The model with all trainable parameters, biases too, multiplied by α."""
+    params, static = eqx.partition(model, trainable)
+    times = lambda p: jnp.asarray(alpha, p.dtype) * p
+    return eqx.combine(jax.tree.map(times, params), static)

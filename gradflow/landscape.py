@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, PyTree
 from tqdm.auto import tqdm
 
 from .descent import descent
-from .flow import GradientFlow
+from .flow import GradientFlow, scaled
 from .metrics import Metric
 from .simulate import as_metrics, simulate
 
@@ -190,14 +190,6 @@ def landscape(
     table = {k: np.array([r[k] for r in rows]).reshape(shape) for k in rows[0]}
     fixed = {k: table.pop(k) for k in ("norm", "train_loss", "slope", "succeeded")}
     return Landscape(scale=scales, metrics=table, watched=watched, **fixed)
-
-
-def scaled(
-    model: PyTree, alpha: float, *, trainable: PyTree = eqx.is_inexact_array
-) -> PyTree:
-    """The model with all trainable parameters, biases too, multiplied by α."""
-    params, static = eqx.partition(model, trainable)
-    return eqx.combine(jax.tree.map(lambda p: alpha * p, params), static)
 
 
 def _end(flow: GradientFlow, path: Any) -> dict[str, float]:

@@ -13,12 +13,13 @@ from jaxtyping import Array, Float, PyTree, Scalar
 
 from ._checks import (
     check_horizon,
+    check_init_scale,
     check_tolerance,
     check_weight_decay,
     is_concrete,
     resolvable,
 )
-from .flow import FlowTerm, GradientFlow, place, Sphere, Tracked
+from .flow import FlowTerm, GradientFlow, place, scaled, Sphere, Tracked
 from .losses import AbstractLoss
 from .metrics import Metric
 from .path import Path
@@ -45,6 +46,7 @@ def simulate(
     model: PyTree,
     *,
     weight_decay: float | Scalar,
+    init_scale: float | Scalar = 1.0,
     slow_time: float | Scalar | None = None,
     t1: float | Scalar | None = None,
     ts: Float[Array, " n"] | None = None,
@@ -70,6 +72,8 @@ def simulate(
     - `flow`: the flow: loss, penalty and what is trainable.
     - `model`: the initial model θ₀, any Equinox module.
     - `weight_decay`: λ ≥ 0.
+    - `init_scale`: α, the factor by which all initial parameters are multiplied. (A
+        flow that holds the norm holds that of αθ₀.)
     - `slow_time`, `t1`, `ts`: give one. Run to slow time s = λt, to time t, or through
         the given increasing times t ≥ 0.
     - `saves`: how many times are saved when `ts` is not given: zero, and then evenly
@@ -92,6 +96,8 @@ def simulate(
     **Raises:** `ValueError` for arguments that make no sense, before any compute;
     `RuntimeError` if the run fails and `throw`.
     """
+    check_init_scale(init_scale)
+    model = scaled(model, init_scale, trainable=flow.trainable)
     term, params = flow.term(model)
     watched = as_metrics(metrics)
     check_weight_decay(weight_decay)

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from ..data import mnist, mnist_files, MNIST_SHA256, scikit_learn_digits
-from ..landscape import scaled
+from ..flow import scaled
 from ..losses import CrossEntropy, SquaredError
 from ._checks import check_choice, check_count, check_positive
 from .task import accuracies, Task

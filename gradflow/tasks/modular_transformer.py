@@ -8,7 +8,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from ..landscape import scaled
+from ..flow import scaled
 from ..losses import CrossEntropy
 from ..models import Transformer
 from ._checks import check_choice, check_count, check_fraction, check_positive

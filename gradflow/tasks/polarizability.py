@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import PRNGKeyArray, PyTree, Scalar
 
 from ..data import enumerated_molecules, molecular_graph, qm9, qm9_path, QM9_SHA256
-from ..landscape import scaled
+from ..flow import scaled
 from ..losses import SquaredError
 from ..metrics import Metric
 from ..models import GraphNetwork

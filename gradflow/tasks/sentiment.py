@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Scalar
 
 from ..data import imdb, imdb_path, IMDB_SHA256, synthetic_reviews, Vocabulary
-from ..landscape import scaled
+from ..flow import scaled
 from ..losses import Logistic
 from ..metrics import Metric
 from ..models import LSTMClassifier

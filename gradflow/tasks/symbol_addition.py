@@ -8,7 +8,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ..landscape import scaled
+from ..flow import scaled
 from ..losses import SquaredError
 from ..metrics import Metric
 from ..models import EmbeddingDecoder, messy_embedding
