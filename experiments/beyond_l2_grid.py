@@ -1,10 +1,9 @@
 """Grids of descents over penalties, learning rates α and strengths β, that resume."""
 
 import dataclasses
+import functools
 import itertools
-import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ import jax.random as jr
 import numpy as np
 import optax
 import xarray as xr
-from common import bar, check, COLOURS, finish, marks, panels, Row
+from common import bar, check, COLOURS, finish, marks, panels, Row, stored
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
@@ -112,7 +111,6 @@ def train(
 ) -> list[Trained]:
     """Trains every cell by Adam, or reads it where it has been trained before with the
     same settings. An interrupted grid goes on where it was."""
-    folder.mkdir(parents=True, exist_ok=True)
     penalties = PENALTIES | (penalties or {})
     task = single(task)
     at = save_steps(steps, every)
@@ -124,12 +122,9 @@ def train(
             batch_size=batch_size, **cell._asdict(),
         )  # fmt: skip
         path = folder / f"{str(cell).replace(' ', '_')}_seed={seed}.npz"
-        arrays = _read(path, settings)
-        if arrays is None:
-            arrays = _descend(
-                task, single(penalties[cell.penalty]), cell, at, seed, batch_size
-            )
-            _write(path, settings, arrays)
+        penalty = single(penalties[cell.penalty])
+        make = functools.partial(_descend, task, penalty, cell, at, seed, batch_size)
+        arrays = stored(path, settings, make)
         out.append(_trained(task, cell, at, arrays))
     return out
 
@@ -174,21 +169,6 @@ def _trained(task, cell, at, arrays) -> Trained:
             half = 0.5 if higher else 2 * metric.threshold
             times["half"] = first(at, arrays[name], half, higher)
     return Trained(cell, at, arrays, times["train"], times["half"], times["test"])
-
-
-def _read(path: Path, settings: dict) -> dict[str, np.ndarray] | None:
-    if not path.is_file():
-        return None
-    with np.load(path) as stored:
-        if str(stored["settings"]) != json.dumps(settings):
-            return None
-        return {name: stored[name] for name in stored.files if name != "settings"}
-
-
-def _write(path: Path, settings: dict, arrays: dict[str, np.ndarray]) -> None:
-    aside = path.with_suffix(".part.npz")
-    np.savez(aside, settings=json.dumps(settings), **arrays)
-    os.replace(aside, path)
 
 
 def grid(

@@ -11,25 +11,26 @@ from ._checks import check_sizes
 
 class Attention(eqx.Module):
     """Causal self-attention of h heads, without biases: Σ_heads O softmax(QKᵀ/√k) V,
-    where a position sees itself and those before."""
+    where a position sees itself and those before; at the last m positions."""
 
     query: Float[Array, "h k d"]
     key: Float[Array, "h k d"]
     value: Float[Array, "h k d"]
     output: Float[Array, "h d k"]
 
-    def __call__(self, x: Float[Array, "n d"]) -> Float[Array, "n d"]:
-        of = lambda weights: jnp.einsum("hkd,nd->hnk", weights, x)
-        q, k, v = of(self.query), of(self.key), of(self.value)
+    def __call__(self, x: Float[Array, "n d"], m: int) -> Float[Array, "m d"]:
+        of = lambda weights, x: jnp.einsum("hkd,nd->hnk", weights, x)
+        q, k, v = of(self.query, x[-m:]), of(self.key, x), of(self.value, x)
         scores = jnp.einsum("hnk,hmk->hnm", q, k) / self.key.shape[1] ** 0.5
-        seen = jnp.tril(jnp.ones(scores.shape[-2:], bool))
+        seen = jnp.tril(jnp.ones((x.shape[0], x.shape[0]), bool))[-m:]
         scores = jnp.where(seen[None], scores, -jnp.inf)
         mixed = jnp.einsum("hnm,hmk->hnk", jax.nn.softmax(scores), v)
         return jnp.einsum("hdk,hnk->nd", self.output, mixed)
 
 
 class Block(eqx.Module):
-    """x + attention(x), then the same with a ReLU network of one hidden layer."""
+    """x + attention(x), then the same with a ReLU network of one hidden layer; at the
+    last m positions."""
 
     attention: Attention
     inner: Float[Array, "w d"]
@@ -37,8 +38,8 @@ class Block(eqx.Module):
     outer: Float[Array, "d w"]
     outer_bias: Float[Array, " d"]
 
-    def __call__(self, x: Float[Array, "n d"]) -> Float[Array, "n d"]:
-        x = x + self.attention(x)
+    def __call__(self, x: Float[Array, "n d"], m: int) -> Float[Array, "m d"]:
+        x = x[-m:] + self.attention(x, m)
         hidden = jax.nn.relu(x @ self.inner.T + self.inner_bias[None])
         return x + hidden @ self.outer.T + self.outer_bias[None]
 
@@ -114,11 +115,17 @@ class Transformer(eqx.Module):
     def at_each(self, symbols: Int[Array, " n"]) -> Float[Array, "n symbols"]:
         """The logits at every position, each of which depends on the symbols up to it
         alone."""
-        x = self.embedding[symbols] + self.positions[: symbols.shape[0]]
-        for block in self.blocks:
-            x = block(x)
-        return x @ self.unembedding.T
+        return self._last(symbols, symbols.shape[0])
 
     def __call__(self, symbols: Int[Array, " n"]) -> Float[Array, " symbols"]:
         """The logits at the last position."""
-        return self.at_each(symbols)[-1]
+        return self._last(symbols, 1)[0]
+
+    def _last(self, symbols: Int[Array, " n"], m: int) -> Float[Array, "m symbols"]:
+        """Of the last block only what is asked for is computed: a third of it, for
+        three symbols."""
+        n = symbols.shape[0]
+        x = self.embedding[symbols] + self.positions[:n]
+        for block in self.blocks[:-1]:
+            x = block(x, n)
+        return self.blocks[-1](x, m) @ self.unembedding.T
