@@ -48,6 +48,32 @@ def test_modular_transformer(operation):
     assert_allclose(loss, np.log(8), rtol=0.5)
 
 
+def test_teacher_mlp():
+    make = lambda **options: tasks.teacher_mlp(
+        jr.key(7), width=6, samples=8, test_samples=4, **options
+    )
+    task, large = make(init_scale=1.0), make(init_scale=3.0)
+    sizes = [layer.weight.shape for layer in task.model.layers]
+    assert sizes == [(6, 5), (6, 6), (5, 6)]
+    for layer in task.truth.teacher.layers:
+        bound = layer.weight.shape[1] ** -0.5
+        values = np.concatenate([layer.weight.ravel(), layer.bias])
+        assert 0.8 * bound < abs(values).max() <= bound
+    assert_allclose(norm(large.model), 3 * norm(task.model), rtol=1e-12)
+    assert_allclose(large.loss.y, task.loss.y)
+    for metric in ("train", "test"):
+        assert value(task.metrics[metric], task.truth.teacher) == 1
+    # Each sample by itself: the middle one of their errors parts them.
+    test = task.metrics["test_loss"].fn
+    z = np.asarray(jax.vmap(task.model)(test.x))
+    errors = np.sort(np.mean((z - test.y) ** 2, axis=1))
+    assert_allclose(value(test, task.model), 5 * np.mean(errors) / 2, rtol=1e-12)
+    half = make(init_scale=1.0, tolerance=float(errors[1:3].mean())).metrics["test"]
+    assert value(half, task.model) == 0.5 and half.threshold == 0.95
+    # What is seen is not what is tested.
+    assert np.isin(np.asarray(task.loss.x), np.asarray(test.x)).sum() == 0
+
+
 def test_images(monkeypatch):
     pytest.importorskip("sklearn")
     from sklearn.datasets import load_digits
@@ -179,6 +205,7 @@ def test_descent_learns_a_table_of_sums():
         ),
         (lambda: tasks.symbol_addition(jr.key(0), train=55), "train: expected at most"),
         (lambda: tasks.image_mlp(jr.key(0), init_scale=0.0), "init_scale"),
+        (lambda: tasks.teacher_mlp(jr.key(0), tolerance=0.0), "tolerance"),
         (lambda: tasks.sentiment(jr.key(0), samples=2), "samples"),
         (lambda: tasks.polarizability(jr.key(0), molecules=3), "molecules"),
     ],

@@ -47,6 +47,11 @@ from .symbol_addition import (
     symbol_addition as symbol_addition,
 )
 from .task import RelativeError as RelativeError, Task as Task
+from .teacher_mlp import (
+    ShareWithin as ShareWithin,
+    teacher_mlp as teacher_mlp,
+    TeacherMLPTruth as TeacherMLPTruth,
+)
 from .teacher_student import (
     teacher_student as teacher_student,
     TeacherTruth as TeacherTruth,
