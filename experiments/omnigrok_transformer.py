@@ -1,8 +1,9 @@
 """P3-MA-N, C, W and R: modular addition by a transformer, full batch, by AdamW.
 
-In single precision but for the loss, where the authors have double. At the paper's sizes a step takes
-0.2 s on one core, so that figure 7 is an hour's work and the scans of figures 9 and 10
-take many; runs are stored one by one, and an interrupted scan goes on where it was.
+In single precision but for the loss, where the authors have double. At the paper's
+sizes a step takes 0.2 s on one core, so that figure 7 is an hour's work and the scans
+of figures 9 and 10 take many; runs are stored one by one, and an interrupted scan goes
+on where it was.
 `--quick` takes a smaller modulus, network and part of the pairs, which groks in
 minutes; that is said in the titles.
 """
@@ -20,7 +21,7 @@ import numpy as np
 import optax
 import xarray as xr
 from beyond_l2_grid import first, save_steps, single
-from common import bar, check, COLOURS, finish, marks, Outcome, panels, Settings, stored
+from common import check, COLOURS, finish, marks, Outcome, panels, Settings, stored
 from matplotlib.figure import Figure
 
 import gradflow as gf
@@ -62,7 +63,7 @@ class Run(NamedTuple):
     arrays: dict[str, np.ndarray]
 
     def first(self, name: str, level: float) -> float:
-        """The first saved step at which an accuracy reaches the level; `inf` if none."""
+        """The first saved step at which an accuracy is at the level; `inf` if none."""
         return first(self.steps, self.arrays[name], level, higher=True)
 
 

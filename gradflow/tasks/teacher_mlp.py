@@ -37,7 +37,8 @@ def teacher_mlp(
     The metrics `"train"` and `"test"` are shares of samples that are right, both with
     threshold 0.95: those whose squared error, a mean over outputs, is below
     `tolerance`. (0.001 is that of the authors' code, the paper says 0.01.) A third,
-    `"test_loss"`, is F on the test samples.
+    `"test_loss"`, is F on the test samples, with threshold where the mean of that error
+    is `tolerance`.
 
     **Arguments:**
 
@@ -76,7 +77,7 @@ def teacher_mlp(
         metrics={
             "train": share(loss),
             "test": share(test_loss),
-            "test_loss": Metric(test_loss),
+            "test_loss": Metric(test_loss, threshold=outputs * tolerance / 2),
         },
         truth=TeacherMLPTruth(teacher),
         codimension=None,
