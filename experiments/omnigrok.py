@@ -8,12 +8,13 @@ writes summary.json, arrays.nc and figures.
 from typing import Any
 
 import omnigrok_teacher
+import omnigrok_theory
 import omnigrok_transformer
 import tyro
 from common import run_named, Settings
 
 # One module for each family of experiments, with its sub-commands in EXPERIMENTS.
-FAMILIES: tuple[Any, ...] = (omnigrok_teacher, omnigrok_transformer)
+FAMILIES: tuple[Any, ...] = (omnigrok_teacher, omnigrok_theory, omnigrok_transformer)
 EXPERIMENTS = {k: v for family in FAMILIES for k, v in family.EXPERIMENTS.items()}
 
 

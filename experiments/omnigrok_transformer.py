@@ -10,6 +10,7 @@ minutes; that is said in the titles.
 
 import dataclasses
 import functools
+import itertools
 import time
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -21,7 +22,19 @@ import numpy as np
 import optax
 import xarray as xr
 from beyond_l2_grid import first, save_steps, single
-from common import check, COLOURS, finish, marks, Outcome, panels, Settings, stored
+from common import (
+    bar,
+    check,
+    COLOURS,
+    finish,
+    law,
+    marks,
+    Outcome,
+    panels,
+    Settings,
+    slope_row,
+    stored,
+)
 from matplotlib.figure import Figure
 
 import gradflow as gf
@@ -153,6 +166,160 @@ class MAN(Addition):
         return Outcome(numbers, rows, dataset([run]), {"curves": curves([run], title)})
 
 
+@dataclasses.dataclass(frozen=True)
+class MAC(Addition):
+    """Figure 7b: without decay, at a norm held at 0.8 of the usual one, there is no
+    grokking: test samples are learnt with the others."""
+
+    alpha: float = 0.8
+    """The norm, relative to that of the usual start."""
+    steps: int = 1000
+
+    def run(self) -> Outcome:
+        name, small = "P3-MA-C", self.sized()
+        run = train(
+            small, self.folder("ma-c"), steps=self.steps, every=10, weight_decay=0.0,
+            init_scale=self.alpha, hold_norm=True,
+        )  # fmt: skip
+        train_at, test_at = run.first("train", 0.95), run.first("test", 0.95)
+        late, held = test_at - train_at, np.ptp(run.arrays["norm"])
+        rows = [
+            check(name, late, "≤ 200", late <= 200, "steps from train to test 95 %"),
+            check(name, test_at, "≤ 1000", test_at <= 1000, "step of test 95 %"),
+            check(name, held, "< 1e-3", held < 1e-3, "change of the norm"),
+        ]
+        title = rf"{small.title}, norm held at {self.alpha:g} $\|\theta_0\|$"
+        numbers = {"title": title, "train": train_at, "test": test_at, **spent([run])}
+        return Outcome(numbers, rows, dataset([run]), {"curves": curves([run], title)})
+
+
+@dataclasses.dataclass(frozen=True)
+class MAW(Addition):
+    """Figure 10a: the time to generalise against the weight decay, for several seeds.
+
+    At the paper's size about four hours of one core for each seed.
+    """
+
+    gammas: tuple[float, ...] = (0.3, 0.6, 1.0, 1.7, 3.0)
+    seeds: int = 3
+    slow_time: float = 12.0
+    """How far each run goes: learning rate times γ times steps."""
+
+    def run(self) -> Outcome:
+        name, small = "P3-MA-W", self.sized()
+        gammas = np.array(self.gammas if not self.quick else (1.0, 2.0, 4.0))
+        times, runs = np.full((self.seeds, len(gammas), 2), np.nan), []
+        for i in bar(range(self.seeds), "seeds"):
+            each = dataclasses.replace(small, seed=self.seed + i)
+            for j, gamma in enumerate(gammas):
+                steps = round(self.slow_time / (gamma * self.learning_rate))
+                run = train(
+                    each, self.folder("ma-w"), steps=steps, every=max(1, steps // 200),
+                    weight_decay=float(gamma),
+                )  # fmt: skip
+                times[i, j] = run.first("train", 0.95), run.first("test", 0.95)
+                runs.append(run)
+        rows = []
+        for i, (each, seed) in enumerate(zip(times, self.seeds_of(), strict=True)):
+            done = np.isfinite(each[:, 1])
+            slope = law(gammas[done], times[i, done, 1]) if done.all() else np.nan
+            words = f"seed {seed}: slope of the step of test 95 % in γ, "
+            words += f"{done.sum()} of {done.size} runs reach it"
+            rows.append(slope_row(name, slope, -1.0, 0.2, words))
+            change = each[:, 0].max() / each[:, 0].min() - 1
+            words = f"seed {seed}: change of the step of train 95 %"
+            rows.append(check(name, change, "< 0.2", change < 0.2, words))
+        data = xr.Dataset(
+            {"steps": (("seed", "gamma", "metric"), times)},
+            {"seed": self.seeds_of(), "gamma": gammas, "metric": ["train", "test"]},
+        )
+        numbers = {"title": small.title, **spent(runs)}
+        return Outcome(numbers, rows, data, {"scan": self.figure(small, gammas, times)})
+
+    def seeds_of(self) -> list[int]:
+        return list(range(self.seed, self.seed + self.seeds))
+
+    def figure(self, small: Addition, gammas: np.ndarray, times: np.ndarray) -> Figure:
+        fig, (ax,) = panels(1)
+        for seed, each, colour in zip(self.seeds_of(), times, COLOURS, strict=False):
+            label = f"seed {seed}: test, slope {law(gammas, each[:, 1]):.2f}"
+            ax.plot(gammas, each[:, 1], "o-", color=colour, label=label)
+            ax.plot(gammas, each[:, 0], "s--", color=colour, ms=4)
+        ax.plot([], [], "s--", color="grey", ms=4, label="train")
+        finish(ax, small.title, x=r"weight decay $\gamma$", y="steps to 95 %")
+        return fig
+
+
+@dataclasses.dataclass(frozen=True)
+class MAR(Addition):
+    """Figure 9: test loss at held norms, α, from different parts of all pairs: below a
+    critical part no norm generalises.
+
+    At the paper's size about four hours of one core.
+    """
+
+    fractions: tuple[float, ...] = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.6)
+    alphas: tuple[float, ...] = (0.4, 0.8, 1.6, 3.2)
+    steps: int = 3000
+
+    def run(self) -> Outcome:
+        name, small = "P3-MA-R", self.sized()
+        steps = 1000 if self.quick else self.steps
+        cells = list(itertools.product(self.fractions, self.alphas))
+        runs = [
+            train(
+                dataclasses.replace(small, fraction=fraction), self.folder("ma-r"),
+                steps=steps, every=max(1, steps // 20), weight_decay=0.0,
+                init_scale=alpha, hold_norm=True,
+            )
+            for fraction, alpha in bar(cells, "runs")
+        ]  # fmt: skip
+        shape = len(self.fractions), len(self.alphas)
+        best = {
+            k: np.array([run.arrays[k].max() for run in runs]).reshape(shape)
+            for k in ("train", "test")
+        }
+        # Half of what is not seen is right, at the norm that is best for it.
+        known = best["test"].max(axis=1)
+        critical = float(crossing(np.array(self.fractions), known))
+        words = "part of all pairs from which on half of the others are learnt"
+        ok = None if self.quick else 0.2 <= critical <= 0.3
+        rows = [check(name, critical, "in [0.2, 0.3]", ok, words)]
+        dims = ("fraction", "alpha")
+        data = xr.Dataset(
+            {k: (dims, v) for k, v in best.items()},
+            {"fraction": list(self.fractions), "alpha": list(self.alphas)},
+        )
+        name = f"a + b mod {small.modulus}" + (" (small)" if self.quick else "")
+        numbers = {"title": name, "critical_fraction": critical, **spent(runs)}
+        return Outcome(numbers, rows, data, {"map": self.figure(name, best)})
+
+    def figure(self, name: str, best: dict[str, np.ndarray]) -> Figure:
+        fig, axes = panels(2)
+        for ax, key in zip(axes, ("train", "test"), strict=True):
+            mesh = ax.pcolormesh(
+                self.alphas,
+                self.fractions,
+                best[key],
+                vmin=0,
+                vmax=1,
+                shading="nearest",
+            )
+            words = f"{name}: best {key} accuracy"
+            finish(ax, words, x=r"$\alpha$, held", y="part seen", log="x")
+        fig.colorbar(mesh, ax=axes)
+        return fig
+
+
+def crossing(x: np.ndarray, values: np.ndarray, level: float = 0.5) -> float:
+    """Where increasing values first reach a level, by interpolation; NaN if nowhere."""
+    good = np.flatnonzero(values >= level)
+    if not good.size or good[0] == 0:
+        return np.nan
+    i = slice(good[0] - 1, good[0] + 1)
+    return np.interp(level, values[i], x[i])
+
+
 def spent(runs: list[Run]) -> dict[str, float]:
     """Seconds of training, also that of earlier calls, and steps."""
     seconds = sum(float(run.arrays["seconds"]) for run in runs)
@@ -185,4 +352,4 @@ def curves(runs: list[Run], title: str, labels: tuple[str, ...] = ("",)) -> Figu
     return fig
 
 
-EXPERIMENTS = {"ma-n": MAN}
+EXPERIMENTS = {"ma-n": MAN, "ma-c": MAC, "ma-w": MAW, "ma-r": MAR}
