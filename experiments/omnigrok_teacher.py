@@ -37,6 +37,9 @@ import gradflow as gf
 
 SAVES = 400  # of a descent: 3 % from one to the next in 1e5 steps
 
+# On a small sphere the data cannot be fitted, which the KKT solvers count on.
+FLOW: dict[str, Any] = dict(solver=gf.RKC2(), rtol=1e-4)
+
 
 @dataclasses.dataclass(frozen=True)
 class Teacher(Settings):
@@ -95,7 +98,7 @@ class TSL(Teacher):
     """Norms, from a tenth of the usual one to ten times it."""
     steps: int = 10_000
     """Of Adam, at each norm."""
-    t1: float = 1e5
+    t1: float = 3e4
     """The time to which the flow runs at each norm."""
 
     def run(self) -> Outcome:
@@ -104,9 +107,7 @@ class TSL(Teacher):
         options = dict(scales=scales, metrics=task.metrics)
         steps = min(self.steps, 3000) if self.quick else self.steps
         maps = {
-            "flow": gf.landscape(
-                task.flow, task.model, t1=self.t1, rtol=1e-4, **options
-            ),
+            "flow": gf.landscape(task.flow, task.model, t1=self.t1, **FLOW, **options),
             "Adam": gf.landscape(
                 task.flow, task.model, steps=steps, optimiser=optax.adam,
                 learning_rate=self.learning_rate, **options,
@@ -220,15 +221,15 @@ class TST(Teacher):
     """Figure 2b and c: a large start, α = 2, generalises after a time in proportion to
     1/γ, a small one at once; by AdamW, and by the flow."""
 
-    gammas: tuple[float, ...] = (0.03, 0.06, 0.12, 0.25, 0.5, 1.0)
+    gammas: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0)
     """Decoupled weight decays γ of the scan."""
     lams: tuple[float, ...] = (1e-4, 3e-5, 1e-5, 3e-6, 1e-6)
     """Weight decays λ of the flow. With 1e-3 the data are not fitted well enough to
     count: the training loss settles where its force balances that of the decay."""
-    seeds: int = 3
+    seeds: int = 2
     """Of the scan."""
     steps: int = 100_000
-    """At most, of AdamW."""
+    """At most, of AdamW; less where slow time comes to 1.5 before."""
 
     def run(self) -> Outcome:
         name = "P3-TS-T"
@@ -236,21 +237,27 @@ class TST(Teacher):
         gammas = np.array(self.gammas)
         if self.quick:  # those whose law comes to an end in so many steps
             gammas = gammas[gammas >= 0.2]
-        task, rate = self.task(), self.learning_rate
-        grid = list(itertools.product((0.5, 2.0), (0.0, float(gammas[0]), 1.0)))
-        six = {key: self.adamw(task, key[1], steps, key[0]) for key in bar(grid, "six")}
-        times = np.full((self.seeds, len(gammas), 2), np.nan)
-        predicted = np.full((self.seeds, len(gammas), 2), np.nan)
-        for i in bar(range(self.seeds), "seeds"):
-            each = self.task(seed=self.seed + i)
-            factors = to_shrink(each)
-            for j, gamma in enumerate(gammas):
-                # To s = 3 where that is sooner.
-                count = min(steps, round(3 / (rate * gamma)))
-                path = self.adamw(each, float(gamma), count, 2.0)
-                times[i, j] = [reached(path, k, rate) for k in ("train", "test")]
-                predicted[i, j] = factors / (rate * gamma)
-        flow = self.flow(task)
+        rate = self.learning_rate
+        tasks = [self.task(seed=self.seed + i) for i in range(self.seeds)]
+
+        def until(gamma: float) -> int:
+            return min(steps, round(1.5 / (rate * gamma))) if gamma > 0 else steps
+
+        # The first and the last decay, with none, for the six panels too.
+        three = (0.0, float(gammas[0]), float(gammas[-1]))
+        cells = [(2.0, float(g), i) for i in range(self.seeds) for g in gammas]
+        cells = [*itertools.product((0.5, 2.0), three, (0,)), *cells]
+        runs = {
+            (alpha, gamma, i): self.adamw(tasks[i], gamma, until(gamma), alpha)
+            for alpha, gamma, i in bar(list(dict.fromkeys(cells)), "AdamW")
+        }
+        six = {key: runs[*key, 0] for key in itertools.product((0.5, 2.0), three)}
+        both = lambda path: [reached(path, k, rate) for k in ("train", "test")]
+        of_seed = lambda i: [both(runs[2.0, float(g), i]) for g in gammas]
+        times = np.array([of_seed(i) for i in range(self.seeds)])
+        shrink = np.array([to_shrink(each) for each in bar(tasks, "landscapes")])
+        predicted = shrink[:, None] / (rate * gammas[None, :, None])
+        flow = self.flow(tasks[0])
         rows = panel_rows(name, six, rate, float(gammas[0]))
         rows += [
             row
@@ -286,12 +293,10 @@ class TST(Teacher):
         out = []
         for lam in bar(self.lams, "flow"):
             path = gf.simulate(
-                task.flow, task.model, weight_decay=lam, init_scale=2.0, slow_time=2.0,
-                saves=257, metrics=task.metrics,
+                task.flow, task.model, weight_decay=lam, init_scale=2.0, slow_time=1.0,
+                saves=129, metrics=task.metrics,
             )  # fmt: skip
-            t = np.asarray(path.t)
-            share = lambda k, p=path: np.asarray(p.metrics[k])
-            out.append([first(t, share(k), 0.95, True) for k in ("train", "test")])
+            out.append([path.crossing_time(k) for k in ("train", "test")])
         return np.array(out)
 
 
@@ -302,10 +307,10 @@ def to_shrink(task: gf.tasks.Task) -> np.ndarray:
         task.flow,
         task.model,
         scales=10 ** np.linspace(-0.4, 0.4, 9),
-        t1=1e5,
+        t1=1e4,
         metrics=task.metrics,
-        rtol=1e-4,
         progress=False,
+        **FLOW,
     )
     start = 2 * land.norm[0, 0] / land.scale[0]
     return np.log(
