@@ -339,7 +339,8 @@ def scan_rows(
 ) -> list[Row]:
     """The time to memorise does not depend on the decay, that to generalise goes as one
     over it; judged where all runs generalise."""
-    change = times[:, 0].max() / times[:, 0].min() - 1
+    early = times[:, 0]
+    change = early.max() / early.min() - 1 if np.isfinite(early).all() else np.nan
     words = f"{what}: change of the time to memorise over the scan of {letter}"
     done = np.isfinite(times[:, 1])
     slope = law(decays[done], times[done, 1])

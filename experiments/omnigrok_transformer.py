@@ -226,7 +226,9 @@ class MAW(Addition):
             words = f"seed {seed}: slope of the step of test 95 % in γ, "
             words += f"{done.sum()} of {done.size} runs reach it"
             rows.append(slope_row(name, slope, -1.0, 0.2, words))
-            change = each[:, 0].max() / each[:, 0].min() - 1
+            early = each[:, 0]
+            finite = np.isfinite(early).all()
+            change = early.max() / early.min() - 1 if finite else np.nan
             words = f"seed {seed}: change of the step of train 95 %"
             rows.append(check(name, change, "< 0.2", change < 0.2, words))
         data = xr.Dataset(
