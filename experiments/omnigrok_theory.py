@@ -82,13 +82,11 @@ class TSTheory(Teacher):
         )  # fmt: skip
         seconds["theory"] = time.perf_counter() - start
         start = time.perf_counter()
-        paths = [
-            gf.simulate(
-                task.flow, task.model, weight_decay=lam, slow_time=self.slow_time,
-                metrics=metrics, saves=129, rtol=1e-7, solver=gf.KKT5(), throw=False,
-            )
-            for lam in bar(self.lams, "flow")
-        ]  # fmt: skip
+        sweep = gf.sweep(
+            task.flow, task.model, weight_decay=self.lams, slow_time=self.slow_time,
+            metrics=metrics, saves=129, rtol=1e-7, solver=gf.KKT5(),
+        )  # fmt: skip
+        paths = list(sweep)
         seconds["flow"] = time.perf_counter() - start
         first = eqx.tree_at(lambda t: t.second, theory, None)
         told = [

@@ -27,15 +27,14 @@ from common import (
     check,
     COLOURS,
     finish,
-    law,
     marks,
     Outcome,
     panels,
     Settings,
-    slope_row,
     stored,
 )
 from matplotlib.figure import Figure
+from omnigrok_teacher import draw, scan_rows
 
 import gradflow as gf
 
@@ -57,7 +56,7 @@ class Addition(Settings):
 
     def sized(self) -> "Addition":
         """Smaller if quick."""
-        small = dict(modulus=31, fraction=0.5, width=64, hidden=128)
+        small = dict(modulus=31, fraction=0.7, width=64, hidden=128)
         return dataclasses.replace(self, **small) if self.quick else self
 
     @property
@@ -85,14 +84,15 @@ def train(
     folder: Path,
     *,
     steps: int,
-    every: int,
+    every: int = 0,
     weight_decay: float,
     init_scale: float = 1.0,
     hold_norm: bool = False,
 ) -> Run:
     """Trains the transformer, or reads what an earlier call with the same settings has
-    stored."""
-    at = save_steps(steps, every)
+    stored. Saved at 200 steps even in the logarithm, or at fewer and `every` so many:
+    scans do without, as their runs, of one shape, compile once."""
+    at = save_steps(steps, every) if every else gf.log_spaced_steps(steps, 200)
     sizes = {k: getattr(config, k) for k in ("modulus", "fraction", "width", "hidden")}
     rule = dict(weight_decay=weight_decay, learning_rate=config.learning_rate)
     settings: dict[str, Any] = dict(
@@ -132,8 +132,11 @@ def in_double(data: Any) -> gf.CrossEntropy:
     """The cross-entropy with its logits in double precision. In single precision one
     minus the probability of the right symbol is rounding from 1e-7 on; Adam, which
     divides by the gradient's size, then jumps."""
-    widened = lambda model, x: jax.vmap(model)(x).astype(jnp.float64)
-    return gf.CrossEntropy(data.x, data.labels, predict=widened)
+    return gf.CrossEntropy(data.x, data.labels, predict=logits_in_double)
+
+
+def logits_in_double(model: Any, x: jax.Array) -> jax.Array:
+    return jax.vmap(model)(x).astype(jnp.float64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,12 +148,12 @@ class MAN(Addition):
 
     def run(self) -> Outcome:
         name, small = "P3-MA-N", self.sized()
-        steps = 4000 if self.quick else self.steps
+        steps = min(self.steps, 3000) if self.quick else self.steps
         run = train(
             small,
             self.folder("ma-n"),
             steps=steps,
-            every=steps // 150,
+            every=max(1, steps // 150),
             weight_decay=self.weight_decay,
         )
         train_at, test_at = run.first("train", 1.0), run.first("test", 0.99)
@@ -207,47 +210,39 @@ class MAW(Addition):
 
     def run(self) -> Outcome:
         name, small = "P3-MA-W", self.sized()
-        gammas = np.array(self.gammas if not self.quick else (1.0, 2.0, 4.0))
-        times, runs = np.full((self.seeds, len(gammas), 2), np.nan), []
-        for i in bar(range(self.seeds), "seeds"):
-            each = dataclasses.replace(small, seed=self.seed + i)
+        gammas = np.array((1.0, 2.0, 4.0) if self.quick else self.gammas)
+        seeds = self.seeds_of()
+        times, runs = np.full((len(seeds), len(gammas), 2), np.nan), []
+        for i, seed in enumerate(bar(seeds, "seeds")):
+            each = dataclasses.replace(small, seed=seed)
             for j, gamma in enumerate(gammas):
-                steps = round(self.slow_time / (gamma * self.learning_rate))
+                far = 4.0 if self.quick else self.slow_time
+                steps = round(far / (gamma * self.learning_rate))
                 run = train(
-                    each, self.folder("ma-w"), steps=steps, every=max(1, steps // 200),
-                    weight_decay=float(gamma),
-                )  # fmt: skip
+                    each, self.folder("ma-w"), steps=steps, weight_decay=float(gamma)
+                )
                 times[i, j] = run.first("train", 0.95), run.first("test", 0.95)
                 runs.append(run)
-        rows = []
-        for i, (each, seed) in enumerate(zip(times, self.seeds_of(), strict=True)):
-            done = np.isfinite(each[:, 1])
-            slope = law(gammas[done], times[i, done, 1]) if done.all() else np.nan
-            words = f"seed {seed}: slope of the step of test 95 % in γ, "
-            words += f"{done.sum()} of {done.size} runs reach it"
-            rows.append(slope_row(name, slope, -1.0, 0.2, words))
-            early = each[:, 0]
-            finite = np.isfinite(early).all()
-            change = early.max() / early.min() - 1 if finite else np.nan
-            words = f"seed {seed}: change of the step of train 95 %"
-            rows.append(check(name, change, "< 0.2", change < 0.2, words))
+        rows = [
+            row
+            for seed, each in zip(seeds, times, strict=True)
+            for row in scan_rows(name, f"seed {seed}", gammas, each, "γ", within=0.2)
+        ]
         data = xr.Dataset(
             {"steps": (("seed", "gamma", "metric"), times)},
-            {"seed": self.seeds_of(), "gamma": gammas, "metric": ["train", "test"]},
+            {"seed": seeds, "gamma": gammas, "metric": ["train", "test"]},
         )
         numbers = {"title": small.title, **spent(runs)}
         return Outcome(numbers, rows, data, {"scan": self.figure(small, gammas, times)})
 
     def seeds_of(self) -> list[int]:
-        return list(range(self.seed, self.seed + self.seeds))
+        count = min(self.seeds, 2) if self.quick else self.seeds
+        return list(range(self.seed, self.seed + count))
 
     def figure(self, small: Addition, gammas: np.ndarray, times: np.ndarray) -> Figure:
         fig, (ax,) = panels(1)
         for seed, each, colour in zip(self.seeds_of(), times, COLOURS, strict=False):
-            label = f"seed {seed}: test, slope {law(gammas, each[:, 1]):.2f}"
-            ax.plot(gammas, each[:, 1], "o-", color=colour, label=label)
-            ax.plot(gammas, each[:, 0], "s--", color=colour, ms=4)
-        ax.plot([], [], "s--", color="grey", ms=4, label="train")
+            draw(ax, gammas, each, colour, f"seed {seed}: ")
         finish(ax, small.title, x=r"weight decay $\gamma$", y="steps to 95 %")
         return fig
 
@@ -266,54 +261,51 @@ class MAR(Addition):
 
     def run(self) -> Outcome:
         name, small = "P3-MA-R", self.sized()
-        steps = 1000 if self.quick else self.steps
-        cells = list(itertools.product(self.fractions, self.alphas))
+        steps = min(self.steps, 600) if self.quick else self.steps
+        fractions = (0.2, 0.4, 0.6, 0.8) if self.quick else self.fractions
+        alphas = (0.5, 1.0, 2.0) if self.quick else self.alphas
+        cells = list(itertools.product(fractions, alphas))
         runs = [
             train(
                 dataclasses.replace(small, fraction=fraction), self.folder("ma-r"),
-                steps=steps, every=max(1, steps // 20), weight_decay=0.0,
-                init_scale=alpha, hold_norm=True,
+                steps=steps, weight_decay=0.0, init_scale=alpha, hold_norm=True,
             )
             for fraction, alpha in bar(cells, "runs")
         ]  # fmt: skip
-        shape = len(self.fractions), len(self.alphas)
+        shape = len(fractions), len(alphas)
         best = {
             k: np.array([run.arrays[k].max() for run in runs]).reshape(shape)
             for k in ("train", "test")
         }
-        # Half of what is not seen is right, at the norm that is best for it.
+        # At the norm that is best for it. (A network that only learns that a + b is
+        # b + a knows as many of the others as are seen, so the level is high.)
         known = best["test"].max(axis=1)
-        critical = float(crossing(np.array(self.fractions), known))
-        words = "part of all pairs from which on half of the others are learnt"
+        critical = float(crossing(np.array(fractions), known))
+        words = "part of all pairs from which on 90 % of the others are learnt"
         ok = None if self.quick else 0.2 <= critical <= 0.3
         rows = [check(name, critical, "in [0.2, 0.3]", ok, words)]
         dims = ("fraction", "alpha")
         data = xr.Dataset(
             {k: (dims, v) for k, v in best.items()},
-            {"fraction": list(self.fractions), "alpha": list(self.alphas)},
+            {"fraction": list(fractions), "alpha": list(alphas)},
         )
         name = f"a + b mod {small.modulus}" + (" (small)" if self.quick else "")
         numbers = {"title": name, "critical_fraction": critical, **spent(runs)}
-        return Outcome(numbers, rows, data, {"map": self.figure(name, best)})
-
-    def figure(self, name: str, best: dict[str, np.ndarray]) -> Figure:
-        fig, axes = panels(2)
-        for ax, key in zip(axes, ("train", "test"), strict=True):
-            mesh = ax.pcolormesh(
-                self.alphas,
-                self.fractions,
-                best[key],
-                vmin=0,
-                vmax=1,
-                shading="nearest",
-            )
-            words = f"{name}: best {key} accuracy"
-            finish(ax, words, x=r"$\alpha$, held", y="part seen", log="x")
-        fig.colorbar(mesh, ax=axes)
-        return fig
+        return Outcome(numbers, rows, data, {"map": accuracy_map(name, data)})
 
 
-def crossing(x: np.ndarray, values: np.ndarray, level: float = 0.5) -> float:
+def accuracy_map(name: str, data: xr.Dataset) -> Figure:
+    fig, axes = panels(2)
+    for ax, key in zip(axes, ("train", "test"), strict=True):
+        grid = (data.alpha, data.fraction, data[key])
+        mesh = ax.pcolormesh(*grid, vmin=0, vmax=1, shading="nearest")
+        words = f"{name}: best {key} accuracy"
+        finish(ax, words, x=r"$\alpha$, held", y="part seen", log="x")
+    fig.colorbar(mesh, ax=axes)
+    return fig
+
+
+def crossing(x: np.ndarray, values: np.ndarray, level: float = 0.9) -> float:
     """Where increasing values first reach a level, by interpolation; NaN if nowhere."""
     good = np.flatnonzero(values >= level)
     if not good.size or good[0] == 0:
