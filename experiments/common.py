@@ -273,6 +273,7 @@ def write(
         "failed": words.count(False),
         "not_checked": words.count(None),
         "seconds": clock.spent,
+        "cpu_seconds": round(time.process_time(), 1),
         "versions": versions(),
         "command": shlex.join(["python", *sys.argv]),
     }

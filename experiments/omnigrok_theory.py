@@ -49,7 +49,9 @@ class TSTheory(Teacher):
     """How far to run, s = λt."""
 
     def run(self) -> Outcome:
-        small = dataclasses.replace(self, width=20, samples=20, alphas=(2.0, 3.0))
+        # So few samples tell less of the teacher, and later; 20 never tell enough.
+        less = dict(width=20, samples=30, alphas=(2.0, 3.0), slow_time=2.0)
+        small = dataclasses.replace(self, **less)
         config = small if self.quick else self
         found = {alpha: config.at(alpha) for alpha in bar(config.alphas, "alphas")}
         rows = [row for alpha, each in found.items() for row in each.rows(alpha)]
