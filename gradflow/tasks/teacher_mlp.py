@@ -30,9 +30,9 @@ def teacher_mlp(
 
     F = (1/2n) Σᵢ ‖f(xᵢ) − f*(xᵢ)‖², standard Gaussian inputs; the paper's loss, a mean
     over outputs too, is 2/`outputs` of it. Weights and biases are uniform within
-    ±1/√(inputs of the layer): the teacher's as they are, the student's are others, times
-    `init_scale`. Where that is 1 the student generalises at once; from larger ones it
-    has to come down to the teacher's norm.
+    ±1/√(inputs of the layer): the teacher's as they are, the student's are others,
+    times `init_scale`. Where that is 1 the student generalises at once; from larger
+    ones it has to come down to the teacher's norm.
 
     The metrics `"train"` and `"test"` are shares of samples that are right, both with
     threshold 0.95: those whose squared error, a mean over outputs, is below
