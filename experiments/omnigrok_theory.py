@@ -49,8 +49,8 @@ class TSTheory(Teacher):
     """How far to run, s = λt."""
 
     def run(self) -> Outcome:
-        # So few samples tell less of the teacher, and later; 20 never tell enough.
-        less = dict(width=20, samples=30, alphas=(2.0, 3.0), slow_time=2.0)
+        # So few samples tell less of the teacher, and later.
+        less = dict(width=20, samples=30, alphas=(3.0, 4.0), slow_time=2.0)
         small = dataclasses.replace(self, **less)
         config = small if self.quick else self
         found = {alpha: config.at(alpha) for alpha in bar(config.alphas, "alphas")}
@@ -90,7 +90,7 @@ class TSTheory(Teacher):
         )  # fmt: skip
         paths = list(sweep)
         seconds["flow"] = time.perf_counter() - start
-        first = eqx.tree_at(lambda t: t.second, theory, None)
+        first = dataclasses.replace(theory, second=None)
         told = [
             [each.grokking_time(lam) for lam in self.lams] for each in (first, theory)
         ]
@@ -125,28 +125,25 @@ class Predicted:
     seconds: dict[str, float]
 
     def rows(self, alpha: float) -> list[Row]:
-        """Within 2 % of what is measured, wherever theory holds until then; and beyond
-        it says nothing."""
+        """The highest order is within 2 % of what is measured, wherever theory holds
+        until then; and beyond it says nothing."""
         name, told = "P3-TS", np.isfinite(self.predicted[-1])
         due = np.isfinite(self.measured)
         due &= self.lams * self.measured <= 0.98 * self.valid
         words = f"α = {alpha:g}: λ with a time predicted, of {due.sum()} where theory "
         words += "holds until the measured one"
-        rows = [
-            check(
-                name,
-                told.sum(),
-                "≥ 1, all of them",
-                due.any() and told[due].all(),
-                words,
-            )
-        ]
-        for order, times in enumerate(self.predicted, start=1):
+        ok = due.any() and told[due].all()
+        rows = [check(name, told.sum(), "≥ 1, all of them", ok, words)]
+        second = not np.array_equal(*self.predicted, equal_nan=True)
+        for order, times in enumerate(self.predicted[: 1 + second], start=1):
             both = np.isfinite(times) & np.isfinite(self.measured)
             off = np.abs(times / self.measured - 1)[both]
             worst = off.max() if off.size else np.nan
             words = f"α = {alpha:g}: largest error of the grokking time, order {order}"
-            rows.append(check(name, worst, "≤ 0.02", worst <= 0.02, words))
+            judged = order == 1 + second
+            rows.append(
+                check(name, worst, "≤ 0.02", worst <= 0.02 if judged else None, words)
+            )
         return rows
 
 

@@ -343,6 +343,7 @@ def curves(runs: list[Run], title: str, labels: tuple[str, ...] = ("",)) -> Figu
                     "test 95 %": runs[0].first("test", 0.95)})  # fmt: skip
     axes[1].axhline(runs[0].arrays["norm"][0], color="grey", lw=0.7)
     finish(axes[0], title, y="accuracy", log="x")
+    axes[1].set_ylim(0, 1.1 * max(run.arrays["norm"].max() for run in runs))
     finish(axes[1], "norm of all weights", y=r"$\|\theta\|$", log="x")
     return fig
 

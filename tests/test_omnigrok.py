@@ -198,8 +198,11 @@ def test_predictions_are_judged():
         text="",
         seconds={},
     )
-    assert [row.ok for row in good.rows(2.0)] == [True, True, True]
+    assert [row.ok for row in good.rows(2.0)] == [True, None, True]
+    assert good.rows(2.0)[1].value == pytest.approx(0.01)
     off = dataclasses.replace(good, predicted=good.predicted * 1.05)
-    assert [row.ok for row in off.rows(2.0)] == [True, False, False]
+    assert [row.ok for row in off.rows(2.0)] == [True, None, False]
+    first = dataclasses.replace(good, predicted=good.predicted[[0, 0]])
+    assert [row.ok for row in first.rows(2.0)] == [True, True]
     silent = dataclasses.replace(good, predicted=good.predicted * np.nan)
-    assert [row.ok for row in silent.rows(2.0)] == [False, False, False]
+    assert [row.ok for row in silent.rows(2.0)] == [False, False]
