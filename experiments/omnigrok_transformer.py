@@ -176,14 +176,16 @@ class MAC(Addition):
     grokking: test samples are learnt with the others."""
 
     alpha: float = 0.8
-    """The norm, relative to that of the usual start."""
+    """The norm, relative to that of the usual start. 0.9 if quick: the small network
+    comes to 89 % of the test samples at 0.8, and 250 steps late at 1."""
     steps: int = 1000
 
     def run(self) -> Outcome:
         name, small = "P3-MA-C", self.sized()
+        alpha = 0.9 if self.quick else self.alpha
         run = train(
             small, self.folder("ma-c"), steps=self.steps, every=10, weight_decay=0.0,
-            init_scale=self.alpha, hold_norm=True,
+            init_scale=alpha, hold_norm=True,
         )  # fmt: skip
         train_at, test_at = run.first("train", 0.95), run.first("test", 0.95)
         late, held = test_at - train_at, np.ptp(run.arrays["norm"])
@@ -192,7 +194,7 @@ class MAC(Addition):
             check(name, test_at, "≤ 1000", test_at <= 1000, "step of test 95 %"),
             check(name, held, "< 1e-3", held < 1e-3, "change of the norm"),
         ]
-        title = rf"{small.title}, norm held at {self.alpha:g} $\|\theta_0\|$"
+        title = rf"{small.title}, norm held at {alpha:g} $\|\theta_0\|$"
         numbers = {"title": title, "train": train_at, "test": test_at, **spent([run])}
         return Outcome(numbers, rows, dataset([run]), {"curves": curves([run], title)})
 
@@ -241,7 +243,7 @@ class MAW(Addition):
         return list(range(self.seed, self.seed + count))
 
     def figure(self, small: Addition, gammas: np.ndarray, times: np.ndarray) -> Figure:
-        fig, (ax,) = panels(1)
+        fig, (ax,) = panels(1, columns=1)
         for seed, each, colour in zip(self.seeds_of(), times, COLOURS, strict=False):
             draw(ax, gammas, each, colour, f"seed {seed}: ")
         finish(ax, small.title, x=r"weight decay $\gamma$", y="steps to 95 %")
@@ -302,6 +304,8 @@ def accuracy_map(name: str, data: xr.Dataset) -> Figure:
         mesh = ax.pcolormesh(*grid, vmin=0, vmax=1, shading="nearest")
         words = f"{name}: best {key} accuracy"
         finish(ax, words, x=r"$\alpha$, held", y="part seen", log="x")
+        ax.set_xticks(data.alpha.values, [f"{a:g}" for a in data.alpha.values])
+        ax.minorticks_off()
     fig.colorbar(mesh, ax=axes)
     return fig
 

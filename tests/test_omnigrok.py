@@ -206,3 +206,5 @@ def test_predictions_are_judged():
     assert [row.ok for row in first.rows(2.0)] == [True, True]
     silent = dataclasses.replace(good, predicted=good.predicted * np.nan)
     assert [row.ok for row in silent.rows(2.0)] == [False, False]
+    never = dataclasses.replace(silent, measured=np.nan * measured)
+    assert [row.ok for row in never.rows(2.0)] == [None, None]
