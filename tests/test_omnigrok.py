@@ -208,3 +208,18 @@ def test_predictions_are_judged():
     assert [row.ok for row in silent.rows(2.0)] == [False, False]
     never = dataclasses.replace(silent, measured=np.nan * measured)
     assert [row.ok for row in never.rows(2.0)] == [None, None]
+
+
+def test_landscapes_are_drawn():
+    scale = 10 ** np.linspace(-1, 1, 11)
+    land = landscape(np.where(scale > 0.5, 9e-6, 1.0), 1e-4 * (1 + np.log(scale) ** 2))
+    rates = 0.08 / 2.0 ** np.arange(4)
+    fig = teacher.landscape_figure(
+        "title", {"flow": land, "Adam": land}, {}, rates, 0.02 * rates
+    )
+    *_, last = fig.axes
+    assert (
+        len(fig.axes) == 3
+        and "slope 1.00" in last.get_legend().get_texts()[0].get_text()
+    )
+    common.plt.close(fig)
