@@ -266,6 +266,8 @@ class MN1(Grid):
 
     data: str | None = None
     """Folder with MNIST's four IDX files."""
+    published: bool = True
+    """Whether they must have the checksums of the published ones."""
     penalties: tuple[str, ...] = ("l1",)
     alphas: tuple[float, ...] = (1e-3,)
     betas: tuple[float, ...] = (0.0, 1e-6, 1e-5, 1e-4, 1e-3)
@@ -276,7 +278,11 @@ class MN1(Grid):
     def run(self) -> Outcome:
         name = "P2-MN1"
         task = gf.tasks.image_classification(
-            jr.key(self.seed), samples=self.samples, width=self.width, data=self.data
+            jr.key(self.seed),
+            samples=self.samples,
+            width=self.width,
+            data=self.data,
+            published=self.published,
         )
         runs = train(
             task,
