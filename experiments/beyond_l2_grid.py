@@ -2,10 +2,9 @@
 
 import dataclasses
 import itertools
-import json
 import math
-import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ import optax
 import xarray as xr
 from common import bar, check, COLOURS, finish, marks, panels, Row
 from matplotlib.figure import Figure
+from runs import first, save_steps, single, stored
 from scipy.stats import spearmanr
 
 import gradflow as gf
@@ -80,25 +80,6 @@ class Trained:
         return float(self.arrays[name][i]) if i < len(self.steps) else math.nan
 
 
-def single(tree: Any) -> Any:
-    """The same in single precision, as the paper's code trains."""
-    narrow = lambda x: x.astype(jnp.float32)
-    floats = lambda x: isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.inexact)
-    return jax.tree.map(lambda x: narrow(x) if floats(x) else x, tree)
-
-
-def save_steps(steps: int, even: int) -> np.ndarray:
-    """Evenly in the logarithm, and every `even` steps: learning may be late, and quick
-    then."""
-    return np.union1d(gf.log_spaced_steps(steps, 120), np.arange(0, steps + 1, even))
-
-
-def first(steps: np.ndarray, values: np.ndarray, level: float, higher: bool) -> float:
-    """The first saved step that reaches the level, as in the paper; `inf` if none."""
-    good = values >= level if higher else values <= level
-    return float(steps[np.argmax(good)]) if good.any() else math.inf
-
-
 def train(
     task: gf.tasks.Task,
     cells: Sequence[Cell],
@@ -112,7 +93,6 @@ def train(
 ) -> list[Trained]:
     """Trains every cell by Adam, or reads it where it has been trained before with the
     same settings. An interrupted grid goes on where it was."""
-    folder.mkdir(parents=True, exist_ok=True)
     penalties = PENALTIES | (penalties or {})
     task = single(task)
     at = save_steps(steps, every)
@@ -124,12 +104,9 @@ def train(
             batch_size=batch_size, **cell._asdict(),
         )  # fmt: skip
         path = folder / f"{str(cell).replace(' ', '_')}_seed={seed}.npz"
-        arrays = _read(path, settings)
-        if arrays is None:
-            arrays = _descend(
-                task, single(penalties[cell.penalty]), cell, at, seed, batch_size
-            )
-            _write(path, settings, arrays)
+        penalty = single(penalties[cell.penalty])
+        descend = partial(_descend, task, penalty, cell, at, seed, batch_size)
+        arrays = stored(path, settings, descend)
         out.append(_trained(task, cell, at, arrays))
     return out
 
@@ -174,21 +151,6 @@ def _trained(task, cell, at, arrays) -> Trained:
             half = 0.5 if higher else 2 * metric.threshold
             times["half"] = first(at, arrays[name], half, higher)
     return Trained(cell, at, arrays, times["train"], times["half"], times["test"])
-
-
-def _read(path: Path, settings: dict) -> dict[str, np.ndarray] | None:
-    if not path.is_file():
-        return None
-    with np.load(path) as stored:
-        if str(stored["settings"]) != json.dumps(settings):
-            return None
-        return {name: stored[name] for name in stored.files if name != "settings"}
-
-
-def _write(path: Path, settings: dict, arrays: dict[str, np.ndarray]) -> None:
-    aside = path.with_suffix(".part.npz")
-    np.savez(aside, settings=json.dumps(settings), **arrays)
-    os.replace(aside, path)
 
 
 def grid(

@@ -7,11 +7,14 @@ writes summary.json, arrays.nc and figures.
 
 from typing import Any
 
+import omnigrok_addition
+import omnigrok_data
+import omnigrok_images
 import tyro
 from common import run_named, Settings
 
 # One module for each family of experiments, with its sub-commands in EXPERIMENTS.
-FAMILIES: tuple[Any, ...] = ()
+FAMILIES: tuple[Any, ...] = (omnigrok_addition, omnigrok_images, omnigrok_data)
 EXPERIMENTS = {k: v for family in FAMILIES for k, v in family.EXPERIMENTS.items()}
 
 
