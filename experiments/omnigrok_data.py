@@ -23,6 +23,7 @@ from omnigrok_scans import (
     draw_landscape,
     draw_norms,
     draw_times,
+    held,
     Lane,
     lines,
     lu_rows,
@@ -115,9 +116,9 @@ class IM(Scans):
             steps = max(1, mine.epochs * math.ceil(0.75 * size / mine.batch_size))
             rule = mine.rule(steps, mine.batch_size, clip=5.0)
             rule = dataclasses.replace(rule, learning_rate=mine.scan_rate)
-            held = [Lane(alpha, hold=True) for alpha in mine.alphas]
-            at = scan(mine.task(size), held, rule, self.folder("im", f"size={size}"))
-            scans[size] = [[1 - r.arrays[key][-1] for r in at] for key in ENDS]
+            path = self.folder("im", f"size={size}")
+            ends = held(mine.task(size), mine.alphas, rule, path)
+            scans[size] = [1 - ends[key] for key in ENDS]
         # Of two classes an error is 0.5 at most, and the best of these networks 0.3.
         return outcome(
             name, task, runs, rows, scans, mine.alphas, "accuracy", mine.samples, 1.2
@@ -244,9 +245,9 @@ class QM(Scans):
             epochs = math.ceil(1e5 / size)
             steps = mine.scan_steps or epochs * math.ceil(size / 2 / batch)
             rule = mine.rule(steps, mine.batch_size)
-            held = [Lane(alpha, hold=True) for alpha in mine.alphas]
-            at = scan(mine.task(size), held, rule, self.folder("qm", f"size={size}"))
-            scans[size] = [[r.arrays[key][-1] for r in at] for key in ENDS]
+            path = self.folder("qm", f"size={size}")
+            ends = held(mine.task(size), mine.alphas, rule, path)
+            scans[size] = [ends[key] for key in ENDS]
         return outcome(
             name, task, runs, rows, scans, mine.alphas, "error", mine.molecules
         )

@@ -21,6 +21,7 @@ from omnigrok_scans import (
     draw_landscape,
     draw_norms,
     draw_times,
+    held,
     Lane,
     lines,
     lu_rows,
@@ -157,7 +158,6 @@ class MNL(Images):
         most = available(mine)
         sizes = [n for n in mine.samples if n <= most]
         times = [n for n in mine.times if n <= most]
-        lanes = [Lane(alpha, hold=True) for alpha in mine.alphas]
         rule = mine.rule(mine.steps, mine.batch_size)
         tasks = {n: mine.task(n) for n in {*sizes, *times}}
         held = {
@@ -357,16 +357,12 @@ class MNCE(Images):
             )
             mine = dataclasses.replace(self, **changes)
         alphas = np.array(mine.alphas)
-        lanes = [Lane(alpha, hold=True) for alpha in mine.alphas]
         rule = mine.rule(mine.steps, mine.batch_size)
         errors, widths, tasks = {}, {}, {}
         for loss in ("cross_entropy", "squared"):
             tasks[loss] = with_level(mine.task(mine.samples, loss=loss), mine.threshold)
-            runs = scan(tasks[loss], lanes, rule, self.folder("mn-ce", loss))
-            errors[loss] = {
-                key: 1 - np.array([run.arrays[key][-1] for run in runs])
-                for key in ("train", "test")
-            }
+            end = held(tasks[loss], mine.alphas, rule, self.folder("mn-ce", loss))
+            errors[loss] = {key: 1 - values for key, values in end.items()}
             widths[loss] = zone(alphas, errors[loss]["test"])
         task = tasks["cross_entropy"]
         lanes = [
@@ -463,15 +459,13 @@ class MNR(Images):
             changes = dict(messiness=(0.0, 0.25, 0.5, 0.75, 1.0), steps=1000)
             mine = dataclasses.replace(self, alphas=(0.5, 1.0, 2.0, 4.0), **changes)
         task = mine.task(min(mine.samples, available(mine)))
-        lanes = [Lane(alpha, hold=True) for alpha in mine.alphas]
         rule = mine.rule(mine.steps, mine.batch_size)
-        found = [
-            scan(messy(task, m), lanes, rule, self.folder("mn-r", f"m={m:g}"))
+        ends = [
+            held(messy(task, m), mine.alphas, rule, self.folder("mn-r", f"m={m:g}"))
             for m in mine.messiness
         ]
         losses = {
-            key: np.array([[run.arrays[key][-1] for run in row] for row in found])
-            for key in ("train", "test")
+            key: np.array([end[key] for end in ends]) for key in ("train", "test")
         }
         alphas = np.array(mine.alphas)
         good = int(np.argmin(losses["test"][-1]))  # best on plain images

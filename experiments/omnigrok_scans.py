@@ -2,6 +2,7 @@
 judged of them, and figures."""
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -14,9 +15,9 @@ import jax.random as jr
 import numpy as np
 import optax
 import xarray as xr
-from common import bar, check, COLOURS, finish, marks, Row, Settings
+from common import check, COLOURS, finish, marks, Row, Settings
 from matplotlib.axes import Axes
-from runs import first, save_steps, single, stored
+from runs import first, read, save_steps, single, stored, write
 
 import gradflow as gf
 
@@ -34,6 +35,11 @@ class Lane(NamedTuple):
     def title(self) -> str:
         end = "norm held" if self.hold else rf"$\gamma$ = {self.weight_decay:g}"
         return rf"$\alpha$ = {self.alpha:g}, {end}"
+
+    @property
+    def file(self) -> str:
+        kind = "held" if self.hold else f"gamma={self.weight_decay:g}"
+        return f"alpha={self.alpha:g}_{kind}"
 
     def __str__(self) -> str:
         end = "norm held" if self.hold else f"γ = {self.weight_decay:g}"
@@ -105,34 +111,73 @@ def with_level(task: gf.tasks.Task, level: float | None) -> gf.tasks.Task:
     return dataclasses.replace(task, metrics={**task.metrics, "test": test})
 
 
-def clipped_adam(largest: float, learning_rate: Any) -> optax.GradientTransformation:
+@functools.cache
+def clipped_adam(largest: float, learning_rate: float) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(largest), optax.adam(learning_rate))
 
 
 def scan(
     task: gf.tasks.Task, lanes: Sequence[Lane], rule: Rule, folder: Path
 ) -> list[Trained]:
-    """Trains every lane in single precision, or reads it where it has been trained."""
+    """Trains every lane, or reads it where it has been trained. Lanes of the same kind
+    and length are one sweep."""
     task = single(task)
+    base = fingerprint(task, rule)
+    files = {lane: folder / f"{lane.file}.npz" for lane in lanes}
+    known = {lane: read(path, base | lane._asdict()) for lane, path in files.items()}
+    kind = lambda lane: (lane.hold, lane.share)
+    missing = sorted((lane for lane in lanes if known[lane] is None), key=kind)
+    at = save_steps(rule.steps, max(rule.steps // 200, 1))
+    for (hold, share), group in itertools.groupby(missing, key=kind):
+        group = list(group)
+        some = at[at <= share * rule.steps]
+        swept = _sweep(
+            task, rule, hold, some,
+            init_scale=[lane.alpha for lane in group],
+            weight_decay=[lane.weight_decay for lane in group],
+            zipped=[("init_scale", "weight_decay")],
+        )  # fmt: skip
+        recorded = {
+            **swept.metrics,
+            "train_loss": swept.train_loss,
+            "norm": np.sqrt(2 * np.asarray(swept.penalty)),
+        }
+        for i, lane in enumerate(group):
+            arrays = {name: np.asarray(v[i]) for name, v in recorded.items()}
+            known[lane] = {**arrays, "step": some}
+            write(files[lane], base | lane._asdict(), known[lane])
+    return [_trained(task, lane, known[lane]) for lane in lanes]
+
+
+def held(
+    task: gf.tasks.Task, alphas: Sequence[float], rule: Rule, path: Path
+) -> dict[str, np.ndarray]:
+    """The metrics at the end of trainings at held norms, for every α; read where they
+    have been done."""
+    task = single(task)
+
+    def ends() -> dict[str, np.ndarray]:
+        at = np.array([0, rule.steps])
+        swept = _sweep(task, rule, True, at, init_scale=alphas, weight_decay=0.0)
+        return {name: np.asarray(v[:, -1]) for name, v in swept.metrics.items()}
+
+    settings = fingerprint(task, rule) | {"alphas": list(alphas)}
+    return stored(path.with_suffix(".npz"), settings, ends)
+
+
+def fingerprint(task: gf.tasks.Task, rule: Rule) -> dict[str, Any]:
+    """What tells whether a stored run is of these data, this start and this rule."""
     weights = jax.tree.leaves(eqx.filter(task.model, eqx.is_inexact_array))
     size = lambda x: float(np.linalg.norm(x))
     start = [float(task.loss(task.model)), *map(size, weights)]
-    out = []
-    for lane in bar(lanes, str(folder.name)):
-        settings = dict(
-            task=task.name, data=task.truth.title, start=start,
-            **dataclasses.asdict(rule), **lane._asdict(),
-        )  # fmt: skip
-        kind = "held" if lane.hold else f"gamma={lane.weight_decay:g}"
-        path = folder / f"alpha={lane.alpha:g}_{kind}.npz"
-        arrays = stored(path, settings, lambda lane=lane: _train(task, lane, rule))
-        out.append(_trained(task, lane, arrays))
-    return out
+    return dict(
+        task=task.name, data=task.truth.title, start=start, **dataclasses.asdict(rule)
+    )
 
 
-def _train(task: gf.tasks.Task, lane: Lane, rule: Rule) -> dict[str, np.ndarray]:
-    at = save_steps(rule.steps, max(rule.steps // 200, 1))
-    at = at[at <= lane.share * rule.steps]
+def _sweep(
+    task: gf.tasks.Task, rule: Rule, hold: bool, at: np.ndarray, **axes: Any
+) -> gf.Sweep:
     loss = task.loss
     assert isinstance(loss, gf.SquaredError | gf.CrossEntropy | gf.Logistic)
     samples = jax.tree.leaves(loss.x)[0].shape[0]
@@ -142,22 +187,17 @@ def _train(task: gf.tasks.Task, lane: Lane, rule: Rule) -> dict[str, np.ndarray]
     optimiser: Any = optax.adam
     if rule.clip is not None:
         optimiser = clipped_adam(rule.clip, rule.learning_rate)
-    path = gf.descent(
-        gf.GradientFlow(task.loss, hold_norm=lane.hold),
+    return gf.sweep(
+        gf.GradientFlow(loss, hold_norm=hold),
         task.model,
-        weight_decay=lane.weight_decay,
-        init_scale=lane.alpha,
         learning_rate=rule.learning_rate,
         method="decoupled",
         optimiser=optimiser,
         at=at,
         metrics=task.metrics,
-        throw=False,
         **batches,
+        **axes,
     )
-    norm = np.sqrt(2 * np.asarray(path.penalty))
-    arrays = {**path.metrics, "train_loss": path.train_loss, "norm": norm, "step": at}
-    return {name: np.asarray(values) for name, values in arrays.items()}
 
 
 def _trained(task: gf.tasks.Task, lane: Lane, arrays: dict) -> Trained:

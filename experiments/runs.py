@@ -22,17 +22,29 @@ def stored(
 ) -> Arrays:
     """What `compute` gives, from the file `path` (.npz) where it has been computed
     before with the same settings."""
-    words = json.dumps(plain(settings))
-    if path.is_file():
-        with np.load(path) as there:
-            if str(there["settings"]) == words:
-                return {n: there[n] for n in there.files if n != "settings"}
-    arrays = compute()
+    arrays = read(path, settings)
+    if arrays is None:
+        arrays = compute()
+        write(path, settings, arrays)
+    return arrays
+
+
+def read(path: Path, settings: dict[str, Any]) -> Arrays | None:
+    """What was written with the same settings, if anything was."""
+    if not path.is_file():
+        return None
+    with np.load(path) as there:
+        if str(there["settings"]) != json.dumps(plain(settings)):
+            return None
+        return {name: there[name] for name in there.files if name != "settings"}
+
+
+def write(path: Path, settings: dict[str, Any], arrays: Arrays) -> None:
+    """Writes a file that is whole or absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".part.npz")
-    np.savez(aside, settings=words, **arrays)
+    np.savez(aside, settings=json.dumps(plain(settings)), **arrays)
     os.replace(aside, path)
-    return arrays
 
 
 def single(tree: Any) -> Any:

@@ -100,18 +100,48 @@ def descent(
     `NotImplementedError` where a proximal map is asked for that is not known;
     `RuntimeError` if the descent leaves the finite range and `throw`.
     """
+    args = prepare_descent(
+        flow, model, as_metrics(metrics), weight_decay=weight_decay,
+        learning_rate=learning_rate, init_scale=init_scale, steps=steps,
+        slow_time=slow_time, t1=t1, at=at, saves=saves, method=method,
+        optimiser=optimiser, batch_size=batch_size, key=key, progress=progress,
+    )  # fmt: skip
+    path = descend(*args)
+    path.stats["why"] = f"{method} steps were asked for"
+    return fail_unless_reached(path, path) if throw else path
+
+
+def prepare_descent(
+    flow: GradientFlow,
+    model: PyTree,
+    watched: dict[str, Metric],
+    *,
+    weight_decay: Any,
+    learning_rate: Any,
+    init_scale: Any,
+    steps: Any,
+    slow_time: float | None,
+    t1: float | None,
+    at: Any,
+    saves: int,
+    method: Any,
+    optimiser: Optimiser | None,
+    batch_size: Any,
+    key: PRNGKeyArray | None,
+    progress: bool = False,
+) -> tuple:
+    """The arguments of `descend`, checked."""
     check_init_scale(init_scale)
     model = scaled(model, init_scale, trainable=flow.trainable)
     term, params = flow.term(model)
-    watched = as_metrics(metrics)
     check_weight_decay(weight_decay)
-    _check_rate(learning_rate)
+    check_rate(learning_rate)
     for name, value in (
         ("weight_decay", weight_decay),
         ("learning_rate", learning_rate),
     ):
         if np.ndim(value) != 0:
-            raise ValueError(f"{name}: expected one number; use jax.vmap for many.")
+            raise ValueError(f"{name}: expected one number; sweep takes many.")
     if method not in get_args(Method):
         expected = ", ".join(map(repr, get_args(Method)))
         raise ValueError(f"method: expected one of {expected}, got {method!r}.")
@@ -123,7 +153,7 @@ def descent(
     numbers = _saved_steps(steps, slow_time, t1, at, saves, weight_decay, learning_rate)
 
     dtype = jax.tree.leaves(params)[0].dtype
-    path = _descend(
+    return (
         term,
         params,
         jnp.asarray(weight_decay, dtype),
@@ -136,11 +166,9 @@ def descent(
         key if samples is not None else None,
         progress,
     )
-    path.stats["why"] = f"{method} steps were asked for"
-    return fail_unless_reached(path, path) if throw else path
 
 
-def _check_rate(learning_rate: Any) -> None:
+def check_rate(learning_rate: Any) -> None:
     if is_concrete(learning_rate) and np.ndim(learning_rate) == 0:
         if not 0 < float(learning_rate) < np.inf:
             raise ValueError(
@@ -215,7 +243,7 @@ class _State(eqx.Module):
 
 
 @eqx.filter_jit
-def _descend(
+def descend(
     term: FlowTerm,
     params: PyTree,
     weight_decay: Scalar,

@@ -71,8 +71,9 @@ def sweep(
     metric: str = "test",
     clock: Clock = "t",
     colorbar: bool = True,
+    by: str | None = None,
 ) -> Axes:
-    """One metric of every lane against time, coloured by weight decay.
+    """One metric of every lane against time, coloured by weight decay or another axis.
 
     **Arguments:**
 
@@ -82,21 +83,35 @@ def sweep(
     - `clock`: time `"t"`, where each λ has its own drop, or slow time `"s"` = λt,
         where the drift is one and the same for all.
     - `colorbar`: whether to add the scale of λ.
+    - `by`: the axis that the colour shows: weight decay, or the last one if that is the
+        same in all lanes.
 
     **Returns:** the axes, logarithmic both ways. A dotted line is the threshold.
 
-    **Raises:** `ValueError` for a metric that the sweep does not have.
+    **Raises:** `ValueError` for a metric or an axis that the sweep does not have.
     """
     values = _curves(sweep, metric)
+    known = list(sweep.coords)
+    if by is None:
+        by = "weight_decay" if "weight_decay" in known else known[-1]
+    if by not in known:
+        raise ValueError(f"by: expected one of {known}, got {by!r}.")
     ax = _axes(ax)
-    colours = Colours(np.asarray(sweep.weight_decay))
+    if by == "weight_decay":
+        colours = Colours(np.asarray(sweep.weight_decay))
+    else:
+        along = sweep.dims.index(sweep.axes.along[by])
+        place = np.unravel_index(np.arange(len(sweep)), sweep.shape)[along]
+        colours = Colours(sweep.coords[by][place], by)
     x = np.asarray(sweep.t if clock == "t" else sweep.slow_time)
     if clock not in LABELS:
         raise ValueError(f"clock: expected 't' or 's', got {clock!r}.")
+    width = 1.8 if len(sweep) <= 24 else 0.8
     for i in range(len(sweep)):
-        ax.plot(*_positive(x[i], values[i]), color=colours(i), lw=1.8)
+        ax.plot(*_positive(x[i], values[i]), color=colours(i), lw=width)
     watched = sweep.paths.watched
-    if metric in watched and (watched[metric].threshold or 0) > 0:
+    levels = {own.watched[metric].threshold for own in sweep.owned if metric in watched}
+    if metric in watched and (watched[metric].threshold or 0) > 0 and len(levels) < 2:
         ax.axhline(watched[metric].threshold, color="grey", ls=":", lw=1.2)
     _finish(ax, LABELS[clock], _NAMES.get(metric, metric))
     _log(ax)
@@ -394,14 +409,22 @@ def colorbar(weight_decay: Any, fig: Figure, axes: Any) -> Any:
 
 
 class Colours:
-    """A colour for each λ, on a logarithmic scale that all readers can tell apart."""
+    """A colour for each λ, on a logarithmic scale that all readers can tell apart.
 
-    def __init__(self, weight_decay: np.ndarray):
+    Where the values are those of another axis, by the name `label`, the scale is linear
+    if they are within a factor of five, or not all positive; what are no numbers are
+    counted."""
+
+    def __init__(self, values: np.ndarray, label: str = "weight decay $\\lambda$"):
         from matplotlib import colormaps
         from matplotlib.cm import ScalarMappable
-        from matplotlib.colors import ListedColormap, LogNorm
+        from matplotlib.colors import ListedColormap, LogNorm, Normalize
 
-        lams = np.asarray(weight_decay, float)
+        self.label = label
+        values = np.asarray(values)
+        if values.dtype.kind not in "biuf":
+            values = np.unique(values, return_inverse=True)[1]
+        lams = values.astype(float)
         self.lams = lams
         positive = lams[lams > 0]
         low, high = (positive.min(), positive.max()) if positive.size else (1.0, 1.0)
@@ -409,15 +432,17 @@ class Colours:
             low, high = low / 3, high * 3
         # Without the yellow end, which is hard to see on white.
         cmap = ListedColormap(colormaps["viridis"](np.linspace(0.0, 0.9, 256)))
-        self.map = ScalarMappable(LogNorm(low, high), cmap)
+        self.linear = "lambda" not in label and (lams.min() <= 0 or high < 5 * low)
+        norm = Normalize(lams.min(), lams.max()) if self.linear else LogNorm(low, high)
+        self.map = ScalarMappable(norm, cmap)
 
     def __call__(self, i: int) -> Any:
         lam = self.lams[i]
-        return self.map.to_rgba(lam) if lam > 0 else "black"
+        return self.map.to_rgba(lam) if lam > 0 or self.linear else "black"
 
     def bar(self, fig: Figure, axes: Any) -> None:
         bar = fig.colorbar(self.map, ax=axes, aspect=30, pad=0.01)
-        bar.set_label("weight decay $\\lambda$", fontsize=SIZE)
+        bar.set_label(self.label, fontsize=SIZE)
         bar.ax.tick_params(labelsize=SIZE - 1)
 
 

@@ -84,3 +84,7 @@ class RESULTS(diffrax.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
         "The Jacobian lost rank along the drift: the critical manifold is singular "
         "there and theory holds only up to that slow time. Shorten `slow_time`."
     )
+    raised = (
+        "The problem could not be made, or the run broke off, with an error of its "
+        "own: `causes` of the sweep has its words."
+    )

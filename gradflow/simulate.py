@@ -256,9 +256,28 @@ def solve(
 ) -> Path:
     """`simulate` without its checks and defaults. Compiled once for all tolerances,
     weight decays and times of the same number."""
+    args = solve_arguments(
+        term, params, weight_decay, ts, watched, solver, rtol, atol, max_steps, progress
+    )
+    return solve_compiled(*args)
+
+
+def solve_arguments(
+    term: FlowTerm,
+    params: PyTree,
+    weight_decay: Scalar,
+    ts: Float[Array, " n"],
+    watched: dict[str, Metric],
+    solver: diffrax.AbstractSolver,
+    rtol: float | Scalar,
+    atol: float | Scalar | None,
+    max_steps: int,
+    progress: bool = False,
+) -> tuple:
+    """The arguments of `solve_compiled`."""
     # A metric that is the loss itself is recorded as exactly as the loss is.
     same = frozenset(k for k, metric in watched.items() if metric.fn is term.loss)
-    return _solve(
+    return (
         term,
         params,
         jnp.asarray(weight_decay),
@@ -274,7 +293,7 @@ def solve(
 
 
 @eqx.filter_jit
-def _solve(
+def solve_compiled(
     term: FlowTerm,
     params: PyTree,
     weight_decay: Scalar,

@@ -1,36 +1,65 @@
-"""The same flow for many weight decays."""
+"""The same flow for many weight decays, seeds, initial scales: along any axes."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, Literal
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, TypeAlias
 
 import diffrax
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 from tqdm.auto import tqdm
 
-from ._checks import check_horizon, check_tolerance, check_weight_decay, resolvable
-from .flow import GradientFlow, place
+from ._axes import Axes, make_axes, short
+from ._descent_methods import Method, Optimiser
+from ._lanes import blank, Lane, Owned, Problem, Ragged, Recipe, RUN, run_lanes, stack
+from .flow import GradientFlow
 from .metrics import Metric
 from .path import Path
 from .results import RESULTS
-from .simulate import as_metrics, fail_unless_reached, prepare, solve, wants_another
-from .solvers import as_choice, Choice, second_choice, TRIAL_STEPS
+from .simulate import as_metrics, fail_unless_reached
+
+Numbers: TypeAlias = float | int | Array | np.ndarray | Sequence[float]
+
+_SHOWN = 24  # lanes that are printed one by one
 
 
 class Sweep(eqx.Module):
-    """Paths for L weight decays. `sweep[i]` is one `Path`.
+    """The paths of L lanes, one for each combination of values of the axes.
 
-    A lane that failed is marked in `result`, and is NaN after its end; the others are
-    as if it had not been there.
+    Lanes are numbered in C order of the dimensions: `sweep[i]` is the `Path` of lane i,
+    and so is `sweep[j, k]` by its position in each dimension. One that failed is marked
+    in `result`, and is NaN after its end; one that raised an error is NaN throughout,
+    and `causes` has the words. The others are as if it had not been there.
     """
 
     paths: Path
-    """All paths as one: its arrays have the lanes as their first axis (but `static` and
-    `watched`, which they share)."""
+    """All paths as one: its arrays have the lanes as their first axis. (But `static`
+    and `watched`, which the lanes of one problem share: where there are many, they are
+    those of `sweep[i]`. Parameters of differing shapes are theirs too.)"""
+    axes: Axes
+    """The axes, and the dimensions along which they run."""
+    owned: tuple[Owned, ...] = ()
+    """`static` and `watched` of each lane, where there are many problems."""
+    causes: dict[int, str] = eqx.field(default_factory=dict)
+    """The error of each lane that raised one."""
+
+    @property
+    def dims(self) -> tuple[str, ...]:
+        """The names of the dimensions."""
+        return self.axes.dims
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The number of values along each dimension."""
+        return self.axes.shape
+
+    @property
+    def coords(self) -> dict[str, np.ndarray]:
+        """The values of each axis."""
+        return {name: values for name, (_, values) in self.axes.coords.items()}
 
     @property
     def weight_decay(self) -> Float[Array, " L"]:
@@ -71,37 +100,120 @@ class Sweep(eqx.Module):
     def __len__(self) -> int:
         return self.weight_decay.shape[0]
 
-    def __getitem__(self, index: int | np.integer) -> Path:
-        """The path of one lane."""
-        lane = jax.tree.map(
-            lambda x: x[index] if eqx.is_array(x) else x, _without_shared(self.paths)
+    def __getitem__(self, index: int | np.integer | tuple[int, ...]) -> Path:
+        """The path of one lane, by its number or its position in each dimension."""
+        i = self.axes.lane(index)
+        paths = self.paths
+        ragged = isinstance(paths.params, Ragged)
+        bare = dataclasses.replace(paths, static=None, watched={}, stats={})
+        bare = dataclasses.replace(bare, params=None) if ragged else bare
+        lane = jax.tree.map(lambda x: x[i] if eqx.is_array(x) else x, bare)
+        static, watched = self.owned[i] if self.owned else (paths.static, paths.watched)
+        return dataclasses.replace(
+            lane,
+            params=paths.params.lanes[i] if ragged else lane.params,
+            stats={
+                k: v if isinstance(v, str) else v[i] for k, v in paths.stats.items()
+            },
+            static=static,
+            watched=watched,
         )
-        shared = dict(static=self.paths.static, watched=self.paths.watched)
-        return dataclasses.replace(lane, **shared)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Path]:
         return (self[i] for i in range(len(self)))
+
+    def crossing_time(self, name: str) -> Float[np.ndarray, "..."]:
+        """When metric `name` has passed its threshold for good, in the shape of the
+        dimensions; see `gradflow.crossing_time`."""
+        times = [path.crossing_time(name) for path in self]
+        return np.array(times).reshape(self.shape)
+
+    def to_xarray(self) -> Any:
+        """An `xarray.Dataset` with a dimension for each of `dims`, and `time`.
+
+        It has `t`, `slow_time`, `train_loss`, `penalty`, `metric_NAME` and
+        `threshold_NAME`, what the solver counted (`steps`, …), and `result`, whose
+        attributes give the meanings of its values.
+        """
+        from ._labelled import dataset
+
+        return dataset(self)
 
     def __str__(self) -> str:
         stats = self.stats
+        solver = stats["solver"]
+        if not isinstance(solver, str):
+            solver = " or ".join(sorted(set(solver)))
+        accuracy = ""
+        if "rtol" in stats:
+            accuracy = f", rtol {float(np.nanmin(stats['rtol'])):.1g}"
+        if self.dims == ("weight_decay",):
+            count = f"{len(self)} weight decays"
+        else:
+            sizes = zip(self.dims, self.shape, strict=True)
+            product = " × ".join(f"{n} {short(dim)}" for dim, n in sizes)
+            count = f"{product} = {len(self)} lanes"
+        lines = [f"Sweep of {count}, {solver}{accuracy}"]
+        many = len(self) > _SHOWN
+        return "\n".join(lines + (self._summary() if many else self._table()))
+
+    def _table(self) -> list[str]:
+        names = [name for name in self.axes.along if name != "weight_decay"]
+        values = list(self.axes)
         lines = [
-            f"Sweep of {len(self)} weight decays, "
-            f"{stats['solver']}, rtol {float(np.min(stats['rtol'])):.1g}",
-            f"  {'λ':>9} {'steps':>6} {'rejected':>8} {'train loss':>10}"
-            + "".join(f" {name:>10}" for name in self.metrics),
+            "  "
+            + "".join(f"{short(name):>9} " for name in names)
+            + f"{'λ':>9} {'steps':>6} {'rejected':>8} {'train loss':>10}"
+            + "".join(f" {name:>10}" for name in self.metrics)
         ]
-        for i in np.argsort(-np.asarray(self.weight_decay)):
+        alone = self.dims == ("weight_decay",)
+        lams = np.asarray(self.weight_decay)
+        for i in np.argsort(-lams) if alone else range(len(self)):
+            own = [values[i][name] for name in names]
+            rejected = self.stats.get("rejected", np.full(len(self), np.nan))[i]
             row = (
-                f"  {float(self.weight_decay[i]):9.2e} {int(stats['steps'][i]):6d} "
-                f"{int(stats['rejected'][i]):8d} {float(self.train_loss[i, -1]):10.3g}"
+                "  "
+                + "".join(f"{_cell(v):>9} " for v in own)
+                + f"{float(lams[i]):9.2e} {_count(self.stats['steps'][i]):>6} "
+                f"{_count(rejected):>8} {float(self.train_loss[i, -1]):10.3g}"
                 + "".join(f" {float(v[i, -1]):10.3g}" for v in self.metrics.values())
             )
-            if not bool(self.succeeded[i]):
-                row += f"  FAILED: {RESULTS[self[i].result]}"
-            elif bool(self[i].result == RESULTS.slid):
-                row += f"  slid along kinks in {int(stats['sliding'][i])} steps"
-            lines.append(row)
-        return "\n".join(lines)
+            lines.append(row + self._mark(int(i)))
+        return lines
+
+    def _mark(self, i: int) -> str:
+        if i in self.causes:
+            return f"  RAISED: {self.causes[i].splitlines()[0]}"
+        result = self[i].result
+        if not bool(self.succeeded[i]):
+            return f"  FAILED: {RESULTS[result]}"
+        if bool(result == RESULTS.slid):
+            return f"  slid along kinks in {int(self.stats['sliding'][i])} steps"
+        return ""
+
+    def _summary(self) -> list[str]:
+        good = np.asarray(self.succeeded)
+        lines = [f"  {int(good.sum())} succeeded, {int((~good).sum())} failed"]
+        marks = {i: self._mark(int(i)).strip() for i in np.flatnonzero(~good).tolist()}
+        for mark, number in Counter(marks.values()).most_common():
+            where = [self.axes.words(i) for i, m in marks.items() if m == mark]
+            shown = "; ".join(where[:3]) + ("; …" if len(where) > 3 else "")
+            lines.append(f"  {number} × {mark}\n      at {shown}")
+        steps = np.asarray(self.stats["steps"], float)
+        if np.isfinite(steps).any():
+            worst = int(np.nanargmax(steps))
+            lines.append(
+                f"  steps: {np.nanmedian(steps):.0f} (median), {steps[worst]:.0f} "
+                f"(most, at {self.axes.words(worst)})"
+            )
+        for name, values in {"train loss": self.train_loss, **self.metrics}.items():
+            last = np.asarray(values)[:, -1]
+            if np.isfinite(last).any():
+                low, middle, high = np.nanquantile(last, (0, 0.5, 1))
+                lines.append(
+                    f"  {name} at the end: {low:.3g} … {middle:.3g} … {high:.3g}"
+                )
+        return lines
 
     def plot(self, **kwargs: Any) -> Any:
         """Every lane in time t and slow time λt; see `gradflow.plot.sweep`."""
@@ -110,118 +222,210 @@ class Sweep(eqx.Module):
         return plot.sweep(self, **kwargs)
 
 
+def _cell(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)[:9]
+
+
+def _count(value: Any) -> str:
+    return f"{int(value)}" if np.isfinite(float(value)) else "–"
+
+
 def sweep(
-    flow: GradientFlow,
-    model: PyTree,
+    problem: GradientFlow | Callable[..., Any],
+    model: PyTree = None,
     *,
-    weight_decay: Float[Array | np.ndarray, " L"],
+    weight_decay: Numbers,
+    init_scale: Numbers = 1.0,
+    rtol: Numbers = 1e-6,
+    learning_rate: Numbers | None = None,
+    axes: Mapping[str, Any] | None = None,
+    zipped: Sequence[Sequence[str]] = (),
     slow_time: float | None = None,
     t1: float | None = None,
-    ts: Float[Array, " n"] | None = None,
+    ts: Float[Array | np.ndarray, " n"] | None = None,
+    steps: int | None = None,
+    at: Any = None,
     saves: int = 65,
     metrics: dict[str, Callable | Metric] | None = None,
     solver: diffrax.AbstractSolver | None = None,
-    rtol: float = 1e-6,
     atol: float | None = None,
     max_steps: int = 100_000,
+    method: Method | None = None,
+    optimiser: Optimiser | None = None,
+    batch_size: int | None = None,
+    key: PRNGKeyArray | None = None,
     batch: Literal["loop", "vmap"] | None = None,
     throw: bool = False,
     progress: bool = True,
 ) -> Sweep:
-    """Runs the flow from `model` for every weight decay, with one compilation.
+    """Runs a flow, or a descent, for every combination of values along some axes, with
+    one compilation for each shape of the problem.
 
-    **Arguments:** as for `simulate`, and
+    For one problem, its weight decays: `gf.sweep(flow, model, weight_decay=lams, ...)`.
+    For fresh data and models, a function of the other axes:
 
-    - `weight_decay`: the L values of λ, a vector.
+        make = lambda seed: gf.tasks.diagonal_network(jr.key(seed))
+        gf.sweep(make, axes={"seed": range(5)}, weight_decay=lams, init_scale=scales)
+
+    **Arguments:** as for `simulate`, or if `learning_rate` is given `descent`, and
+
+    - `problem`, `model`: a flow and its initial model; or a function that, called with
+        one value of each of `axes` by name, returns a `Task`, or `(flow, model)`, or
+        `(flow, model, metrics)`. What it gives may differ in data and in size. (A
+        number that is part of a penalty or a loss is best made an array,
+        `jnp.asarray(c) * gf.L1()`: for each plain number a program is compiled.)
+    - `weight_decay`, `init_scale`, `rtol`, `learning_rate`: a number, or a vector: an
+        axis of that name.
+    - `axes`: values for `problem`, by name: seeds, sample sizes, penalty weights, …
+    - `zipped`: groups of names of axes that run together, along the dimension of the
+        first, instead of making a product: `[("samples", "weight_decay")]`.
+    - `slow_time`, `t1`, `ts`, `steps`, `at`: give one; that of the `Task` by default.
+    - `metrics`: in addition to those that `problem` gives.
     - `batch`: `"loop"` runs lane after lane, `"vmap"` all of them in lockstep. The
         default is to loop on a CPU, where lockstep only costs, and to vmap on an
         accelerator.
     - `throw`: raise if any lane fails; by default failures are marked in `result`.
     - `progress`: show a bar with the lanes done and failed.
 
+    The dimensions are those of `axes`, then `init_scale`, `rtol`, `learning_rate` and
+    `weight_decay` as far as they are vectors. A solver is chosen for each problem and
+    tolerance, by its stiffest lane.
+
     **Returns:** a `Sweep`.
 
     **Raises:** `ValueError` for arguments that make no sense, before any compute;
-    `RuntimeError` if a lane fails and `throw`.
+    `RuntimeError` if a lane fails and `throw`. If `problem` is a function, a lane for
+    which it, or the run, raises an error is marked instead; the error is raised if that
+    is so for all.
     """
-    term, params = flow.term(model)
-    _, static = place(params, term.static)
-    watched = as_metrics(metrics)
-    check_weight_decay(weight_decay)
-    if np.ndim(weight_decay) != 1 or np.size(weight_decay) == 0:
-        raise ValueError("weight_decay: expected a vector of one or more values.")
-    check_tolerance(rtol)
-    rtol = resolvable(rtol, params)
-    check_horizon(weight_decay, slow_time, t1, ts, saves)
+    runs: dict[str, Any] = dict(
+        init_scale=init_scale, rtol=rtol, learning_rate=learning_rate,
+        weight_decay=weight_decay,
+    )  # fmt: skip
+    options: dict[str, Any] = dict(
+        slow_time=slow_time, t1=t1, ts=ts, steps=steps, at=at, saves=saves,
+        solver=solver, atol=atol, max_steps=max_steps, method=method,
+        optimiser=optimiser, batch_size=batch_size, key=key,
+    )  # fmt: skip
+    recipe = make_recipe(
+        problem, model, runs, axes, zipped, as_metrics(metrics), options
+    )
     if batch not in (None, "loop", "vmap"):
         raise ValueError(f"batch: expected 'loop', 'vmap' or None, got {batch!r}.")
     if batch is None:
         batch = "loop" if jax.default_backend() == "cpu" else "vmap"
-
-    dtype = jax.tree.leaves(params)[0].dtype
-    lams = jnp.asarray(weight_decay, dtype)
-    times, sizes = eqx.filter_vmap(
-        lambda lam: prepare(
-            term, params, lam, slow_time, t1, ts, saves, watched, measure=solver is None
-        )
-    )(lams)
-    stiffest = sizes and dataclasses.replace(sizes, stiffness=jnp.max(sizes.stiffness))
-
-    def run(choice: Choice) -> Sweep:
-        most = min(max_steps, TRIAL_STEPS) if choice.trial else max_steps
-
-        def lane(lam: Array, ts: Array, meter: bool) -> Path:
-            return solve(
-                term, params, lam, ts, watched, choice.solver, rtol, atol, most, meter
-            )
-
-        if batch == "vmap":
-            paths = eqx.filter_vmap(
-                lambda lam, ts: _without_shared(lane(lam, ts, progress))
-            )(lams, times)
-        else:
-            paths = _stack(_each(lane, lams, times, progress))
-        stats = {**paths.stats, "why": choice.why}
-        return Sweep(
-            dataclasses.replace(
-                paths,
-                static=place(params, term.static)[1],
-                watched=watched,
-                stats=stats,
-            )
-        )
-
-    choice = as_choice(solver, stiffest, rtol)
-    out = run(choice)
-    if choice.trial and bool(wants_another(out.result)):
-        tried = out.stats["steps"]
-        out = run(second_choice(stiffest, rtol))
-        out.stats["trial_steps"] = tried
+    out = _run(recipe, batch, progress)
     if throw:
-        worst = int(jnp.argmin(out.succeeded))
+        worst = int(np.argmin(np.asarray(out.succeeded)))
+        if worst in out.causes:
+            raise RuntimeError(f"lane {worst}: {out.causes[worst]}")
         out = fail_unless_reached(out, out[worst])
     return out
 
 
-def _each(lane: Callable, lams: Array, times: Array, progress: bool) -> list[Path]:
-    done = []
+def make_recipe(
+    problem: GradientFlow | Callable[..., Any],
+    model: PyTree,
+    runs: dict[str, Any],
+    axes: Mapping[str, Any] | None,
+    zipped: Sequence[Sequence[str]],
+    metrics: dict[str, Metric],
+    options: dict[str, Any],
+) -> Recipe:
+    """How to make the lanes, from the arguments of `sweep`, checked.
+
+    **Raises:** `ValueError` for arguments that make no sense.
+    """
+    axes = dict(axes or {})
+    for name in axes:
+        if name in RUN:
+            raise ValueError(f"axes: give the values of {name} as the argument itself.")
+    if isinstance(problem, GradientFlow):
+        if model is None or axes:
+            kind = "axes: they are for a function" if axes else "model: expected one"
+            raise ValueError(f"{kind}, where the problem is a flow.")
+        problem.term(model)
+        make: Any = Problem(problem, model, metrics)
+    elif callable(problem):
+        if model is not None:
+            raise ValueError("model: the function that makes the problem gives it.")
+        make = problem
+    else:
+        kind = type(problem).__name__
+        raise ValueError(f"problem: expected a GradientFlow or a function, got {kind}.")
+    vectors = {k: v for k, v in runs.items() if v is not None and np.ndim(v) > 0}
+    fixed = {k: _number(v) for k, v in runs.items() if k not in vectors}
+    recipe = Recipe(make_axes(axes | vectors, zipped), make, metrics, fixed, options)
+    recipe.check()
+    return recipe
+
+
+def _number(value: Any) -> Any:
+    return value if value is None else np.asarray(value).item()
+
+
+def _run(recipe: Recipe, batch: Literal["loop", "vmap"], progress: bool) -> Sweep:
+    axes = recipe.axes
+    count = len(axes)
+    one = isinstance(recipe.make, Problem)
+    catch = (RuntimeError,) if one else (Exception,)
+    owned: dict[Any, Owned] = {}
+
+    def lanes() -> Iterator[Lane | Exception]:
+        for i in range(count):
+            try:
+                lane = recipe.lane(i)
+                if (owner := recipe.owner(i)) not in owned:
+                    owned[owner] = recipe.owned(i)
+                bar.set_postfix_str(f"{axes.words(i)}, {failed} failed")
+                yield lane
+            except Exception as error:
+                if one:
+                    raise
+                yield error
+
     failed = 0
-    with tqdm(total=len(lams), unit="λ", disable=not progress) as bar:
-        for lam, ts in zip(lams, times, strict=True):
-            bar.set_postfix_str(f"λ = {float(lam):.1e}, {failed} failed")
-            path = lane(lam, ts, False)
-            failed += not bool(path.succeeded)
-            done.append(_without_shared(path))
+    with tqdm(total=count, unit="lane", disable=not progress) as bar:
+
+        def tell(path: Path | Exception) -> None:
+            nonlocal failed
+            failed += isinstance(path, Exception) or not bool(path.succeeded)
             bar.update()
+
+        found = run_lanes(lanes(), batch, tell=tell, catch=catch)
         bar.set_postfix_str(f"{failed} failed")
-    return done
+    return _gather(recipe, found, owned)
 
 
-def _without_shared(path: Path) -> Path:
-    """Without what all lanes have in common, which is not to be stacked."""
-    return dataclasses.replace(path, static=None, watched={})
-
-
-def _stack(lanes: list[Path]) -> Path:
-    arrays, rest = zip(*(eqx.partition(p, eqx.is_array) for p in lanes), strict=True)
-    return eqx.combine(jax.tree.map(lambda *x: jnp.stack(x), *arrays), rest[0])
+def _gather(
+    recipe: Recipe, found: Sequence[Path | Exception], owned: dict[Any, Owned]
+) -> Sweep:
+    """All lanes as one."""
+    done = [path for path in found if isinstance(path, Path)]
+    causes = {
+        i: f"{type(error).__name__}: {error}"
+        for i, error in enumerate(found)
+        if isinstance(error, Exception)
+    }
+    if not done:
+        first = next(error for error in found if isinstance(error, Exception))
+        raise first
+    lengths = sorted({path.t.shape[0] for path in done})
+    if len(lengths) > 1:
+        raise ValueError(
+            f"saves: the lanes have from {lengths[0]} to {lengths[-1]} times to save, "
+            "as some take few steps; give fewer saves, or at."
+        )
+    paths = [
+        path
+        if isinstance(path, Path)
+        else blank(done[0], recipe.value(i, "weight_decay"))
+        for i, path in enumerate(found)
+    ]
+    shared = next(iter(owned.values()))
+    many = len({recipe.owner(i) for i in range(len(found))}) > 1
+    each = tuple(owned.get(recipe.owner(i), shared) for i in range(len(found)))
+    joined = dataclasses.replace(
+        stack(paths), static=None if many else shared.static, watched=shared.watched
+    )
+    return Sweep(joined, recipe.axes, each if many else (), causes)

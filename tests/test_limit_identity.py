@@ -27,8 +27,8 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_derivative_along_the_flow_is_zero(kind):
-    """To 1e-9 ‖∇F‖ in each of 50 cases with three samples, inputs, labels and starts
-    N(0, 1), while DΦ itself is not small."""
+    """To 1e-9 ‖∇F‖ in each of 20 cases with three samples, inputs, labels and starts
+    N(0, 1), while DΦ itself is not small. (Of 50 the largest was 4e-10.)"""
     shape, inputs = KINDS[kind]
     zero, unravel = ravel_pytree(shape)
 
@@ -51,7 +51,7 @@ def test_derivative_along_the_flow_is_zero(kind):
         kept = jnp.linalg.norm(push(v)) / jnp.linalg.norm(v)
         return error, size, kept, result == gf.RESULTS.successful
 
-    keys = jr.split(jr.key(3), 50)
+    keys = jr.split(jr.key(3), 20)
     every = eqx.filter_jit(lambda keys: jax.lax.map(case, keys))(keys)
     error, size, kept, found = map(np.asarray, every)
     assert found.all()

@@ -27,12 +27,6 @@ class Softened(gf.AbstractPenalty):
         return jax.tree.map(lambda p: p / jnp.sqrt(1 + p * p), params)
 
 
-def net(key, *, depth, width, inputs, scale):
-    model = eqx.nn.MLP(inputs, "scalar", width, depth, jnp.tanh, key=key)
-    params, static = eqx.partition(model, eqx.is_inexact_array)
-    return eqx.combine(jax.tree.map(lambda p: scale * p, params), static)
-
-
 def diagonal():
     task = gf.tasks.diagonal_network(KEY, samples=5, dim=10, sparsity=2)
     return task.flow, task.model, 1.0
@@ -41,14 +35,6 @@ def diagonal():
 def teacher_student():
     task = gf.tasks.teacher_student(KEY, width=10, samples=4)
     return task.flow, task.model, 0.6
-
-
-def three_layers():
-    """Two hidden layers, three of weights."""
-    x = jax.random.normal(jax.random.key(1), (4, 2))
-    loss = gf.SquaredError(x, jnp.sin(2 * x[:, 0]) + 0.5 * x[:, 1])
-    model = net(jax.random.key(3), depth=2, width=6, inputs=2, scale=2.0)
-    return gf.GradientFlow(loss), model, 0.5
 
 
 def soft_labels():
@@ -62,9 +48,8 @@ def soft_labels():
     return flow, gf.models.TwoLayer(*drawn), 0.5
 
 
-PROBLEMS = {
-    f.__name__: f for f in (diagonal, teacher_student, three_layers, soft_labels)
-}
+# Of three layers of weights, and others: experiments/theory_limits.py.
+PROBLEMS = {f.__name__: f for f in (diagonal, teacher_student, soft_labels)}
 
 
 @pytest.fixture(scope="module", params=PROBLEMS)

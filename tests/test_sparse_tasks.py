@@ -249,3 +249,12 @@ def test_lasso_by_two_methods(samples):
         assert oracles.lasso_violation(x, y, weight, exact) < 1e-7
         assert_allclose(exact, oracles.lasso(x, y, weight), atol=1e-7)
     assert (truth.lasso(1.01 * largest) == 0).all()
+
+
+def test_lasso_where_a_coordinate_leaves_a_full_set():
+    """Its correlation is then at the level by rounding; it must not come back at
+    once."""
+    task = gf.tasks.sparse_recovery(jr.key(0), features=100, sparsity=15, samples=20)
+    truth = task.truth
+    x, y = np.asarray(truth.features), np.asarray(truth.targets)
+    assert oracles.lasso_violation(x, y, 1e-5, np.asarray(truth.lasso(1e-5))) < 1e-7

@@ -135,6 +135,8 @@ def lasso(features: np.ndarray, targets: np.ndarray, weight: float) -> np.ndarra
     x, y = np.asarray(features, np.float64), np.asarray(targets, np.float64)
     beta, pull = np.zeros(x.shape[1]), x.T @ y
     level = np.abs(pull).max(initial=0)
+    # Rounding in w, which starts at `level`: what has just left is not to come back.
+    tiny = 1e-13 * level
     active = [int(np.abs(pull).argmax())] if level > weight else []
     for _ in range(20 * x.shape[1] + 20):
         if not active:
@@ -153,7 +155,6 @@ def lasso(features: np.ndarray, targets: np.ndarray, weight: float) -> np.ndarra
                 ]
             )
             leaves = -beta[active] / step
-        tiny = 1e-13 * level
         joins = np.where(joins > tiny, joins, np.inf).min(axis=0, initial=np.inf)
         leaves = np.where(leaves > tiny, leaves, np.inf)
         until = [level - weight, joins.min(initial=np.inf), leaves.min()]

@@ -1,0 +1,87 @@
+"""Sweeps as labelled arrays, with xarray."""
+
+from typing import Any, TYPE_CHECKING
+
+import numpy as np
+
+from .path import Path
+from .results import RESULTS
+
+if TYPE_CHECKING:
+    from .sweep import Sweep
+
+
+def xarray() -> Any:
+    """The package, imported when it is first needed.
+
+    **Raises:** `ImportError` that says how to install it.
+    """
+    try:
+        import xarray
+    except ImportError as error:
+        raise ImportError(
+            "labelled results need xarray: pip install 'gradflow[store]'."
+        ) from error
+    return xarray
+
+
+def result_attributes() -> dict[str, Any]:
+    """The names of the numbers in `result`, as climate scientists write them; those
+    above zero and not `slid` are failures."""
+    names = RESULTS._name_to_item
+    return {
+        "flag_values": [int(item._value) for item in names.values()],
+        "flag_meanings": " ".join(names),
+    }
+
+
+def columns(paths: Path, watched: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+    """What is kept of the paths of some lanes, by name: arrays with the lanes as first
+    axis and, where they have two, the times as second.
+
+    `watched` are the metrics of each lane, for their thresholds.
+    """
+    levels = {
+        name: [lane[name].threshold if name in lane else None for lane in watched]
+        for name in paths.metrics
+    }
+    numbers = {
+        k: np.asarray(v)
+        for k, v in paths.stats.items()
+        if not isinstance(v, str | tuple)
+    }
+    return {
+        "t": np.asarray(paths.t),
+        "slow_time": np.asarray(paths.slow_time),
+        "train_loss": np.asarray(paths.train_loss),
+        "penalty": np.asarray(paths.penalty),
+        **{f"metric_{k}": np.asarray(v) for k, v in paths.metrics.items()},
+        **{
+            f"threshold_{k}": np.array([np.nan if x is None else x for x in v], float)
+            for k, v in levels.items()
+            if any(x is not None for x in v)
+        },
+        **{k: v for k, v in numbers.items() if v.ndim == 1 and k not in _AXES},
+        "result": np.asarray(paths.result._value, np.int32),
+    }
+
+
+_AXES = ("rtol", "learning_rate")  # coordinates, where they vary
+
+
+def dataset(sweep: "Sweep") -> Any:
+    """All lanes, in the shape of the dimensions; see `Sweep.to_xarray`."""
+    dims, shape = sweep.dims, sweep.shape
+    lanes = len(sweep)
+    watched = [o.watched for o in sweep.owned] or [sweep.paths.watched] * lanes
+    variables = {}
+    for name, values in columns(sweep.paths, watched).items():
+        own = dims + ("time",) * (values.ndim - 1)
+        variables[name] = (own, values.reshape(*shape, *values.shape[1:]))
+    out = xarray().Dataset(variables, coords=sweep.axes.coords)
+    out["t"].attrs["long_name"] = "time t"
+    out["slow_time"].attrs["long_name"] = "slow time s = lambda t"
+    out["result"].attrs.update(result_attributes())
+    if "weight_decay" not in sweep.axes.along:
+        out.attrs["weight_decay"] = float(sweep.weight_decay[0])
+    return out.set_coords(["t", "slow_time"])

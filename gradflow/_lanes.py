@@ -1,0 +1,458 @@
+"""What each lane of a sweep runs, and how lanes are run together."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from ._axes import Axes
+from ._checks import (
+    check_horizon,
+    check_init_scale,
+    check_tolerance,
+    check_weight_decay,
+    resolvable,
+)
+from .descent import check_rate, descend, prepare_descent
+from .flow import GradientFlow, place, scaled
+from .metrics import Metric
+from .path import Path
+from .results import RESULTS
+from .simulate import (
+    as_metrics,
+    prepare,
+    solve_arguments,
+    solve_compiled,
+    wants_another,
+)
+from .solvers import as_choice, Choice, measure_size, second_choice, TRIAL_STEPS
+from .tasks import Task
+
+Batch = Literal["loop", "vmap"]
+RUN = ("weight_decay", "init_scale", "rtol", "learning_rate")
+"""The arguments of a run that may be vectors; the axes of a problem are the others."""
+
+
+class Problem(NamedTuple):
+    """What is run: the flow, from where, and what is watched."""
+
+    flow: GradientFlow
+    model: PyTree
+    watched: dict[str, Metric]
+    slow_time: float | None = None
+    """How far a task asks to be run."""
+
+
+class Lane(NamedTuple):
+    """One call of a compiled function, `run(*args)`, which gives a `Path`."""
+
+    run: Callable[..., Path]
+    args: tuple
+    why: str
+    """The reason for its solver."""
+    again: "Lane | None" = None
+    """What to do if its solver, which was only tried, fails."""
+
+
+class Owned(NamedTuple):
+    """What a path has from its problem, and shares with other lanes of it."""
+
+    static: PyTree
+    watched: dict[str, Metric]
+
+
+@dataclasses.dataclass
+class Recipe:
+    """Makes the lanes of a sweep. Problems are made when they are needed, and only the
+    last is kept, with its start at the last scale."""
+
+    axes: Axes
+    make: Callable[..., Any] | Problem
+    metrics: dict[str, Metric]
+    fixed: dict[str, Any]
+    """Those of `RUN` that are no axes; without `learning_rate` for a flow."""
+    options: dict[str, Any]
+    """All other arguments, as for `simulate` or `descent`."""
+
+    def __post_init__(self) -> None:
+        self._problem: tuple[Any, Any] = (None, None)
+        self._start: tuple[Any, Any] = (None, None)
+        self._sized: dict[Any, Any] = {}
+
+    @property
+    def descends(self) -> bool:
+        return self.value(0, "learning_rate") is not None
+
+    def value(self, lane: int, name: str) -> Any:
+        return self.axes.at(lane).get(name, self.fixed.get(name))
+
+    def check(self) -> None:
+        """Raises `ValueError` for arguments that make no sense, before any compute."""
+        checks = {
+            "weight_decay": check_weight_decay,
+            "init_scale": check_init_scale,
+            "rtol": check_tolerance,
+            "learning_rate": check_rate,
+        }
+        for name, check in checks.items():
+            for value in self.axes.values.get(name, (self.fixed.get(name),)):
+                if value is not None:
+                    check(value)
+        for name in _FLOW_ONLY if self.descends else _DESCENT_ONLY:
+            if self.options.get(name) is not None:
+                kind = "descents" if self.descends else "flows; give learning_rate"
+                raise ValueError(f"{name}: has no meaning for {kind}.")
+        told = any(self.options.get(k) is not None for k in _HORIZON)
+        if not self.descends and (told or isinstance(self.make, Problem)):
+            span = {k: self.options.get(k) for k in _SPAN}
+            lams = self.axes.values.get("weight_decay", self.fixed.get("weight_decay"))
+            check_horizon(np.asarray(lams), **span, saves=self.options["saves"])
+
+    def problem(self, lane: int) -> Problem:
+        """The problem of a lane, made anew unless it is that of the lane before."""
+        if isinstance(self.make, Problem):
+            return self.make
+        values = {k: v for k, v in self.axes.at(lane).items() if k not in RUN}
+        key = self.owner(lane)
+        if self._problem[0] != key:
+            self._problem = (None, None)  # let go of the last one first
+            self._problem = (key, as_problem(self.make(**values), self.metrics))
+        return self._problem[1]
+
+    def owner(self, lane: int) -> tuple[int, ...]:
+        """Which lanes have the same problem: their positions along its axes."""
+        place = np.unravel_index(lane, self.axes.shape)
+        own = {d for name, d in self.axes.along.items() if name not in RUN}
+        return tuple(
+            int(i) for i, d in zip(place, self.axes.dims, strict=True) if d in own
+        )
+
+    def siblings(self, lane: int) -> list[int]:
+        """All lanes with the same problem and tolerance."""
+        key = self.owner(lane), self.value(lane, "rtol")
+        every = range(len(self.axes))
+        return [k for k in every if (self.owner(k), self.value(k, "rtol")) == key]
+
+    def owned(self, lane: int) -> Owned:
+        problem = self.problem(lane)
+        term, params = problem.flow.term(problem.model)
+        return Owned(place(params, term.static)[1], problem.watched)
+
+    def start(self, lane: int) -> tuple[Any, Any]:
+        """The flow as a term, and the scaled parameters."""
+        key = (self.owner(lane), self.value(lane, "init_scale"))
+        if self._start[0] != key:
+            flow, model, *_ = self.problem(lane)
+            begin = scaled(model, key[1], trainable=flow.trainable)
+            self._start = (key, flow.term(begin))
+        return self._start[1]
+
+    def lane(self, lane: int) -> Lane:
+        """What a lane runs.
+
+        **Raises:** whatever the function that makes the problem raises, and
+        `ValueError` for what it makes.
+        """
+        problem = self.problem(lane)
+        # Thresholds are part of the compiled program, which is to serve all problems.
+        bare = {k: Metric(metric.fn) for k, metric in problem.watched.items()}
+        times = {k: self.options[k] for k in _HORIZON if k in self.options}
+        if all(v is None for v in times.values()):
+            times["slow_time"] = problem.slow_time
+        if self.descends:
+            return self._descent(lane, problem, bare, times)
+        return self._flow(lane, bare, times)
+
+    def _descent(
+        self, lane: int, problem: Problem, bare: dict[str, Metric], times: dict
+    ) -> Lane:
+        names = ("weight_decay", "learning_rate", "init_scale")
+        given = {name: self.value(lane, name) for name in names}
+        rest = ("method", "optimiser", "batch_size", "key", "saves")
+        given |= {name: self.options[name] for name in rest} | {
+            k: v for k, v in times.items() if k != "ts"
+        }
+        method = given["method"] = given["method"] or "subgradient"
+        args = prepare_descent(problem.flow, problem.model, bare, **given)
+        return Lane(descend, args, f"{method} steps were asked for")
+
+    def _flow(self, lane: int, bare: dict[str, Metric], times: dict) -> Lane:
+        term, params = self.start(lane)
+        dtype = jax.tree.leaves(params)[0].dtype
+        lam = jnp.asarray(self.value(lane, "weight_decay"), dtype)
+        rtol = resolvable(self.value(lane, "rtol"), params)
+        span = {k: times.get(k) for k in _SPAN}
+        saves: Any = self.options["saves"]
+        check_horizon(self.value(lane, "weight_decay"), **span, saves=saves)
+        ts, _ = prepare(
+            term, params, lam, **span, saves=saves, watched=bare, measure=False
+        )
+        size = None
+        if self.options["solver"] is None:
+            size = self._size(lane, span)
+        most = self.options["max_steps"]
+        made = lambda choice, most: solve_arguments(
+            term, params, lam, ts, bare, choice.solver, rtol, self.options["atol"], most
+        )
+        choice = as_choice(self.options["solver"], size, rtol)
+        if size is None or not choice.trial:
+            return Lane(solve_compiled, made(choice, most), choice.why)
+        then: Choice = second_choice(size, rtol)
+        again = Lane(solve_compiled, made(then, most), then.why)
+        first = made(choice, min(most, TRIAL_STEPS))
+        return Lane(solve_compiled, first, choice.why, again)
+
+    def _size(self, lane: int, span: dict[str, Any]) -> Any:
+        """What a solver is chosen by: of the stiffest among all lanes with the same
+        problem and tolerance, so that they have the same, whichever are run."""
+        key = (self.owner(lane), self.value(lane, "rtol"))
+        if self._sized.get("key") != key:
+            stiffest = 0.0
+            sharpness: dict[Any, Any] = {}
+            for k in self.siblings(lane):
+                alpha = self.value(k, "init_scale")
+                if alpha not in sharpness:
+                    term, params = self.start(k)
+                    sharpness[alpha] = measure_size(term, params, 0.0, 1.0)
+                lam = self.value(k, "weight_decay")
+                if span["slow_time"] is not None:
+                    end = span["slow_time"] / lam
+                else:
+                    end = span["t1"] if span["ts"] is None else float(span["ts"][-1])
+                curvature = float(sharpness[alpha].stiffness)
+                stiffest = max(stiffest, (curvature + lam) * end)
+            size = next(iter(sharpness.values()))
+            size = dataclasses.replace(size, stiffness=jnp.asarray(stiffest))
+            self._sized = {"key": key, "size": size}
+        return self._sized["size"]
+
+
+_SPAN = ("slow_time", "t1", "ts")
+_HORIZON = ("slow_time", "t1", "ts", "steps", "at")
+_FLOW_ONLY = ("ts", "solver", "atol")
+_DESCENT_ONLY = ("steps", "at", "method", "optimiser", "batch_size", "key")
+
+
+def as_problem(made: Any, metrics: dict[str, Metric]) -> Problem:
+    """What a user's function made: a task, or a flow, a model and perhaps metrics."""
+    if isinstance(made, Task):
+        return Problem(
+            made.flow, made.model, {**made.metrics, **metrics}, made.slow_time
+        )
+    if isinstance(made, tuple) and len(made) in (2, 3):
+        flow, model, *more = made
+        if isinstance(flow, GradientFlow):
+            own = as_metrics(more[0]) if more else {}
+            return Problem(flow, model, {**own, **metrics})
+    raise ValueError(
+        "problem: expected it to return a Task, or (flow, model), or (flow, model, "
+        f"metrics), got {type(made).__name__}."
+    )
+
+
+def run_lanes(
+    lanes: Iterable[Lane | Exception],
+    batch: Batch,
+    size: int | None = None,
+    tell: Callable[[Path | Exception], None] = lambda _: None,
+    *,
+    catch: tuple[type[Exception], ...] = (Exception,),
+) -> list[Path | Exception]:
+    """Runs lanes; one that fails with an error of those in `catch` gives it instead of
+    a path, and leaves the others as they are.
+
+    `size` is that of all batches, which is compiled for, or `None` for all that can go
+    together; `tell` is called with every result.
+    """
+    out: list[Path | Exception] = []
+    if batch == "loop":
+        for lane in lanes:
+            out.append(lane if isinstance(lane, Exception) else _alone(lane, catch))
+            tell(out[-1])
+        return out
+    lanes = list(lanes)
+    out = [lane if isinstance(lane, Exception) else _NOT_RUN for lane in lanes]
+    groups: list[tuple[Any, list[int]]] = []
+    for i, lane in enumerate(lanes):
+        if isinstance(lane, Lane):
+            kind = _signature(lane)
+            same = (numbers for other, numbers in groups if _equal(other, kind))
+            numbers = next(same, None)
+            if numbers is None:
+                groups.append((kind, [i]))
+            else:
+                numbers.append(i)
+    for _, numbers in groups:
+        most = size or len(numbers)
+        for start in range(0, len(numbers), most):
+            some = numbers[start : start + most]
+            chosen: list[Any] = [lanes[i] for i in some]
+            for i, path in zip(some, _together(chosen, most, catch), strict=True):
+                out[i] = path
+    for path in out:
+        tell(path)
+    return out
+
+
+_NOT_RUN = RuntimeError("not run")
+
+
+def _alone(lane: Lane, catch: tuple[type[Exception], ...]) -> Path | Exception:
+    try:
+        path = jax.block_until_ready(_without_shared(lane.run(*lane.args)))
+        path = _told(path, lane)
+        if lane.again is None or not bool(wants_another(path.result)):
+            return path
+        return _second(path, _alone(lane.again, catch))
+    except catch as error:
+        return error
+
+
+def _together(
+    lanes: list[Lane], size: int, catch: tuple[type[Exception], ...]
+) -> list[Path | Exception]:
+    """In lockstep, `size` at a time. Lanes that are short of it are run twice."""
+    try:
+        stacked = _mapped(lanes + [lanes[-1]] * (size - len(lanes)))
+        paths = [_told(_take(stacked, i), lane) for i, lane in enumerate(lanes)]
+    except catch as error:
+        if len(lanes) == 1:
+            return [error]
+        return [_together([lane], size, catch)[0] for lane in lanes]
+    out: list[Path | Exception] = list(paths)
+    pairs = enumerate(zip(paths, lanes, strict=True))
+    left = [
+        i
+        for i, (path, lane) in pairs
+        if lane.again is not None and bool(wants_another(path.result))
+    ]
+    if left:
+        others: list[Any] = [lanes[i].again for i in left]
+        for i, path in zip(left, _together(others, size, catch), strict=True):
+            out[i] = _second(paths[i], path)
+    return out
+
+
+def _mapped(lanes: list[Lane]) -> Path:
+    """All at once; what they share is passed once."""
+    parts = [eqx.partition(lane.args, eqx.is_array) for lane in lanes]
+    leaves = [jax.tree.leaves(arrays) for arrays, _ in parts]
+    tree = jax.tree.structure(parts[0][0])
+    own = [any(x is not leaves[0][k] for x in column)
+           for k, column in enumerate(zip(*leaves, strict=True))]  # fmt: skip
+    stack = [
+        jnp.stack(column) if mine else None
+        for mine, column in zip(own, zip(*leaves, strict=True), strict=True)
+    ]
+    shared = [None if mine else x for mine, x in zip(own, leaves[0], strict=True)]
+    return jax.device_get(
+        _vmapped(lanes[0].run, len(lanes), stack, shared, Static(tree), parts[0][1])
+    )
+
+
+class Static(NamedTuple):
+    """A tree's structure, as an argument that is not traced."""
+
+    tree: Any
+
+
+@eqx.filter_jit
+def _vmapped(
+    run: Callable, n: int, stack: list, shared: list, tree: Static, static: PyTree
+) -> Path:
+    rest = []
+
+    def one(mine: list) -> PyTree:
+        leaves = [a if b is None else b for a, b in zip(shared, mine, strict=True)]
+        args = eqx.combine(jax.tree.unflatten(tree.tree, leaves), static)
+        arrays, others = eqx.partition(_without_shared(run(*args)), eqx.is_array)
+        rest.append(others)
+        return arrays
+
+    return eqx.combine(jax.vmap(one, axis_size=n)(stack), rest[0])
+
+
+def _signature(lane: Lane) -> tuple:
+    arrays, static = eqx.partition(lane.args, eqx.is_array)
+    shapes = jax.tree.map(lambda x: (x.shape, x.dtype), arrays)
+    return lane.run, shapes, static
+
+
+def _equal(a: tuple, b: tuple) -> bool:
+    return a[0] is b[0] and a[1] == b[1] and bool(eqx.tree_equal(a[2], b[2]))
+
+
+def _told(path: Path, lane: Lane) -> Path:
+    return dataclasses.replace(path, stats={**path.stats, "why": lane.why})
+
+
+def _second(first: Path, second: Path | Exception) -> Path | Exception:
+    """The second try, with the steps that the first one took."""
+    if isinstance(second, Path):
+        second.stats["trial_steps"] = first.stats["steps"]
+    return second
+
+
+def _without_shared(path: Path) -> Path:
+    """Without what the lanes of a problem have in common."""
+    return dataclasses.replace(path, static=None, watched={})
+
+
+def _take(paths: Path, index: int) -> Path:
+    take = lambda x: jnp.asarray(x[index]) if isinstance(x, np.ndarray) else x
+    return jax.tree.map(take, paths)
+
+
+def blank(like: Path, weight_decay: float) -> Path:
+    """The path of a lane that raised: NaN throughout."""
+
+    def none(x: Any) -> Any:
+        if not eqx.is_array_like(x) or isinstance(x, str):
+            return x
+        x = jnp.asarray(x)
+        return jnp.full_like(x, jnp.nan if jnp.issubdtype(x.dtype, jnp.inexact) else 0)
+
+    path = jax.tree.map(none, like)
+    return dataclasses.replace(
+        path,
+        weight_decay=jnp.asarray(weight_decay, like.t.dtype),
+        result=RESULTS.raised,
+    )
+
+
+class Ragged(NamedTuple):
+    """What has another shape in each lane."""
+
+    lanes: tuple
+
+
+def stack(paths: Sequence[Path]) -> Path:
+    """All as one, with the lanes as the first axis. What the solvers tell of some lanes
+    only is NaN in the others (0 if it is a count of steps); words that differ are a
+    tuple of theirs, and parameters whose shapes differ are `Ragged`."""
+    keys = dict.fromkeys(key for p in paths for key in p.stats)
+    stats = {key: _column(key, [p.stats.get(key) for p in paths]) for key in keys}
+    shapes = [jax.tree.map(jnp.shape, p.params) for p in paths]
+    ragged = any(shape != shapes[0] for shape in shapes)
+    bare = [dataclasses.replace(p, stats={}) for p in paths]
+    if ragged:
+        bare = [dataclasses.replace(p, params=None) for p in bare]
+    out = jax.tree.map(lambda *x: _joined(x), *bare)
+    params = Ragged(tuple(p.params for p in paths)) if ragged else out.params
+    return dataclasses.replace(out, stats=stats, params=params)
+
+
+def _joined(values: Sequence[Any]) -> Any:
+    return jnp.asarray(np.stack([np.asarray(v) for v in values]))
+
+
+def _column(key: str, values: list[Any]) -> Any:
+    if any(isinstance(v, str) for v in values):
+        return values[0] if len(set(values)) == 1 else tuple(map(str, values))
+    missing = 0 if key == "trial_steps" else np.nan
+    return _joined([missing if v is None else v for v in values])
