@@ -10,6 +10,7 @@ data do not have. Errors are at the end of a run (the authors take the best so f
 import dataclasses
 import math
 
+import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import xarray as xr
@@ -498,13 +499,13 @@ class MNR(Images):
 def messy(task: gf.tasks.Task, messiness: float) -> gf.tasks.Task:
     """The task with inputs m x + (1 − m) t(label), watched by its mean squared error,
     train and test."""
-    tell = np.linspace(-0.5, 0.5, 10)
+    tell = jnp.linspace(-0.5, 0.5, 10)
 
     def mixed(x, labels):
-        return messiness * x + (1 - messiness) * tell[np.asarray(labels)][:, None]
+        return messiness * x + (1 - messiness) * tell[labels][:, None]
 
     seen = task.metrics["test"].fn
-    one_hot = np.eye(10)[np.asarray(seen.labels)]
+    one_hot = jnp.eye(10)[seen.labels]
     learnt = task.loss
     assert isinstance(learnt, gf.SquaredError)
     loss = gf.SquaredError(mixed(learnt.x, learnt.y.argmax(1)), learnt.y)
