@@ -79,7 +79,15 @@ class AD(Settings):
         rows = [row for i, size in enumerate(mine.sizes)
                 for row in spread_rows(name, size, maps["train"][i], maps["test"][i],
                                        mine.level)]  # fmt: skip
-        rows += tip_rows(name, mine.sizes, m, edges)
+        tests = np.array(
+            [
+                inside(train, test, mine.level)
+                for train, test in zip(maps["train"], maps["test"], strict=True)
+            ]
+        )
+        rows += tip_rows(name, mine.sizes, m, edges, tests)
+        turned, angles = angle_rows(name, mine.sizes, m, edges)
+        rows += turned
         fig, axes = panels(
             2 * len(mine.sizes), columns=len(mine.sizes), size=(4.2, 3.6)
         )
@@ -98,7 +106,7 @@ class AD(Settings):
         dims = ("size", "messiness", "alpha")
         arrays = xr.Dataset({k: (dims, v) for k, v in maps.items()}, coordinates)
         arrays = arrays.assign(edge=(("size", "messiness"), edges))
-        return Outcome({"edges": edges}, rows, arrays, {"ad": fig})
+        return Outcome({"edges": edges, "angles": angles}, rows, arrays, {"ad": fig})
 
     def cell(
         self, task: gf.tasks.Task, size: int, messiness: float, alpha: float
@@ -147,6 +155,14 @@ def edge(alphas: np.ndarray, losses: np.ndarray, level: float) -> np.ndarray:
     return np.array(out)
 
 
+def inside(train: np.ndarray, test: np.ndarray, level: float) -> np.ndarray:
+    """The test loss at the least norm at which the train loss is below a level, for
+    each m; NaN where there is none."""
+    below = train <= level
+    first = np.argmax(below, axis=1)
+    return np.where(below.any(axis=1), test[np.arange(len(test)), first], np.nan)
+
+
 def spread_rows(
     name: str, size: int, train: np.ndarray, test: np.ndarray, level: float
 ) -> list[Row]:
@@ -164,28 +180,52 @@ def spread_rows(
 
 
 def tip_rows(
-    name: str, sizes: Sequence[int], messiness: np.ndarray, edges: np.ndarray
+    name: str,
+    sizes: Sequence[int],
+    messiness: np.ndarray,
+    edges: np.ndarray,
+    tests: np.ndarray,
 ) -> list[Row]:
     """Weight decay takes w along the edge to its tip, where the least norm fits the
-    data. With 45 pairs or more that is at m ≈ 0, the point that generalises; with 35 or
-    fewer it is not."""
+    data. With 45 pairs or more that is to be a point that generalises, with 35 or fewer
+    it is not: judged by the messiness there, which is to be 0 or not, and by the test
+    loss `tests` there, which is to be less than 1 or not (that of telling the mean)."""
     rows = []
     near = 0.125 * messiness[-1]
-    for size, row in zip(sizes, edges, strict=True):
+    for size, row, test in zip(sizes, edges, tests, strict=True):
         if np.isnan(row).all():
             words = f"{size} pairs: the train loss is nowhere below the level"
             rows.append(check(name, math.nan, "", None, words))
             continue
-        tip = float(messiness[np.nanargmin(row)])
-        many = size >= 45
-        gain = float(row[0] / np.nanmax(row))
-        words = (
-            f"{size} pairs: messiness where the edge has its least norm; the norm at "
-            f"m = 0 is {gain:.3g} of the largest"
-        )
+        i, many = int(np.nanargmin(row)), size >= 45
+        tip = float(messiness[i])
+        words = f"{size} pairs: messiness where the edge has its least norm"
         bound = f"≤ {near:.3g}" if many else f"> {near:.3g}"
         rows.append(check(name, tip, bound, (tip <= near) == many, words))
+        words = f"{size} pairs: test loss there, just inside"
+        bound = "< 1" if many else "≥ 1"
+        rows.append(check(name, test[i], bound, (test[i] < 1) == many, words))
     return rows
+
+
+def angle_rows(
+    name: str, sizes: Sequence[int], messiness: np.ndarray, edges: np.ndarray
+) -> tuple[list[Row], np.ndarray]:
+    """The edge turns with the number of pairs: tan θ = dm/d log w, by least squares,
+    falls from each to the next. And the angles."""
+    slopes = []
+    for row in edges:
+        good = np.isfinite(row)
+        if good.sum() < 2:
+            slopes.append(np.nan)
+            continue
+        slopes.append(np.polyfit(messiness[good], np.log(row[good]), 1)[0])
+    angles = np.arctan2(1.0, np.array(slopes))
+    told = ", ".join(f"{a:.3g}" for a in angles)
+    fall = float(np.max(np.diff(angles)))
+    ok = None if np.isnan(angles).any() else fall < 0
+    words = f"largest change of the edge's angle θ from {sizes} pairs on: {told}"
+    return [check(name, fall, "< 0", ok, words)], angles
 
 
 @dataclasses.dataclass(frozen=True)

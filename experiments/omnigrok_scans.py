@@ -18,8 +18,12 @@ import xarray as xr
 from common import check, COLOURS, finish, marks, Row, Settings
 from matplotlib.axes import Axes
 from runs import first, read, save_steps, single, stored, write
+from scipy.ndimage import median_filter
 
 import gradflow as gf
+
+
+NOISE = 5
 
 
 class Lane(NamedTuple):
@@ -55,7 +59,8 @@ class Trained:
     arrays: dict[str, np.ndarray]
     """`train` and `test`, the metrics; `train_loss`; `norm`."""
     memorised: float
-    """The first step at which `train` is at its threshold."""
+    """The first step at which `train` is at its threshold, in the median of `NOISE`
+    saved steps: one that is noise does not count."""
     grokked: float
     """The first step at which `test` is."""
 
@@ -207,7 +212,8 @@ def _trained(task: gf.tasks.Task, lane: Lane, arrays: dict) -> Trained:
     for name in ("train", "test"):
         metric = task.metrics[name]
         level = metric.threshold
-        times[name] = first(steps, arrays[name], level, metric.higher_is_better)
+        calm = median_filter(arrays[name], NOISE, mode="nearest")
+        times[name] = first(steps, calm, level, metric.higher_is_better)
     return Trained(lane, steps, arrays, times["train"], times["test"])
 
 

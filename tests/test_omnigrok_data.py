@@ -128,14 +128,23 @@ def test_edge_and_tip_of_the_plain():
     assert np.isnan(edges[2])
     m = np.array([0.0, 0.1, 0.2])
     down, up = np.array([2.0, 3.0, 4.0]), np.array([4.0, 3.0, 2.0])
-    rows = addition.tip_rows("row", (25, 35, 45, 54), m, np.array([up, down, down, up]))
-    assert [row.ok for row in rows] == [True, False, True, False]
+    sizes, four = (25, 35, 45, 54), np.array([up, down, down, up])
+    tests = np.array([[0.5, 0.5, 2.0], [2.0, 0.5, 0.5], [0.5, 2.0, 2.0], [0.5] * 3])
+    rows = addition.tip_rows("row", sizes, m, four, tests)
+    verdicts = [row.ok for row in rows]
+    assert verdicts == [True, True, False, True, True, True, False, True]
+    steep = np.exp(m / np.tan(0.4))
+    (row,), angles = addition.angle_rows("row", (25, 45), m, np.array([down, steep]))
+    assert row.ok and angles[1] == pytest.approx(0.4)
+    assert not addition.angle_rows("row", (25, 45), m, np.array([steep, down]))[0][0].ok
     train = np.array([[1.0, 0.01, 0.01], [1.0, 0.02, 0.01], [1.0, 0.03, 0.02]])
     test = np.array([[1.0, 0.1, 0.1], [1.0, 0.3, 0.2], [1.0, 0.4, 0.3]])
     (row,) = addition.spread_rows("row", 45, train, test, 0.05)
     assert row.ok and row.value == pytest.approx(15)
     assert not addition.spread_rows("row", 45, train, train, 0.05)[0].ok
     assert addition.spread_rows("row", 45, train, test, 1e-3)[0].ok is None
+    assert_array_equal(addition.inside(train, test, 0.05), [0.1, 0.3, 0.4])
+    assert np.isnan(addition.inside(train, test, 1e-3)).all()
 
 
 # Tiny runs
