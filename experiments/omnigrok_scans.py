@@ -22,7 +22,6 @@ from scipy.ndimage import median_filter
 
 import gradflow as gf
 
-
 NOISE = 5
 
 
