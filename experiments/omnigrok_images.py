@@ -9,12 +9,14 @@ data do not have. Errors are at the end of a run (the authors take the best so f
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import xarray as xr
 from common import check, COLOURS, finish, law, Outcome, panels, Row
+from matplotlib.axes import Axes
 from omnigrok_scans import (
     dataset,
     delay_rows,
@@ -161,12 +163,11 @@ class MNL(Images):
         times = [n for n in mine.times if n <= most]
         rule = mine.rule(mine.steps, mine.batch_size)
         tasks = {n: mine.task(n) for n in {*sizes, *times}}
-        held = {
-            n: scan(tasks[n], lanes, rule, self.folder("mn-l", f"N={n}")) for n in sizes
-        }
-        error = lambda key: (
-            1 - np.array([[run.arrays[key][-1] for run in held[n]] for n in sizes])
-        )
+        ends = [
+            held(tasks[n], mine.alphas, rule, self.folder("mn-l", f"N={n}"))
+            for n in sizes
+        ]
+        error = lambda key: 1 - np.array([end[key] for end in ends])
         train, test = error("train"), error("test")
         rule = mine.rule(mine.time_steps, mine.batch_size)
         lane = [Lane(mine.start, mine.weight_decay)]
@@ -193,10 +194,7 @@ class MNL(Images):
         at = int(np.argmin(np.abs(np.log(np.array(sizes) / 200))))
         draw_landscape(axes[2], np.array(mine.alphas), train[at], test[at],
             f"{first.truth.data}, $N$ = {sizes[at]}")  # fmt: skip
-        axes[3].plot(times, [run.grokked for run in grown], "o-", color=COLOURS[1],
-            label="test")  # fmt: skip
-        axes[3].plot(times, [run.memorised for run in grown], "o--", color=COLOURS[0],
-            label="train")  # fmt: skip
+        draw_when(axes[3], times, grown)
         finish(axes[3], f"first step at the threshold, {lane[0].title}", x="$N$")
         coordinates = {"samples": sizes, "alpha": list(mine.alphas), "times": times}
         arrays = xr.Dataset(
@@ -219,6 +217,18 @@ def available(config: Images) -> int:
     if task.truth.data == "scikit-learn digits":
         return 1347
     return 60_000
+
+
+def draw_when(ax: Axes, x: Sequence[float], runs: Sequence[Trained]) -> None:
+    """When each run learnt, of those that did."""
+    for name, label, colour in (
+        ("memorised", "train", COLOURS[0]),
+        ("grokked", "test", COLOURS[1]),
+    ):
+        points = [(a, getattr(run, name)) for a, run in zip(x, runs, strict=True)]
+        points = np.array([p for p in points if math.isfinite(p[1])])
+        if points.size:
+            ax.plot(*points.T, "o-", color=colour, label=label)
 
 
 def landscape_rows(
@@ -300,9 +310,7 @@ class MNW(Images):
         rows = decay_rows(name, gamma, times, within)
         fig, axes = panels(2)
         draw(axes[0], runs, f"{name}: {task.truth.title}")
-        train = [run.memorised for run in runs]
-        axes[1].plot(gamma, times, "o-", color=COLOURS[1], label="test")
-        axes[1].plot(gamma, train, "o--", color=COLOURS[0], label="train")
+        draw_when(axes[1], mine.decays, runs)
         if np.isfinite(times[within]).any():
             guide = np.nanmedian((times * gamma)[within & np.isfinite(times)]) / gamma
             axes[1].plot(gamma, guide, ":", color="black", label=r"$\propto 1/\gamma$")
