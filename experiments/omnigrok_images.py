@@ -308,8 +308,9 @@ class MNW(Images):
         low, high = self.inside
         within = (gamma >= low) & (gamma <= high)
         rows = decay_rows(name, gamma, times, within)
-        fig, axes = panels(2)
+        fig, axes = panels(3, columns=3)
         draw(axes[0], runs, f"{name}: {task.truth.title}")
+        draw_norms(axes[2], runs)
         draw_when(axes[1], mine.decays, runs)
         if np.isfinite(times[within]).any():
             guide = np.nanmedian((times * gamma)[within & np.isfinite(times)]) / gamma
@@ -388,11 +389,12 @@ class MNCE(Images):
             *delay_rows(name, runs[0], runs[1:]),
             *plateau_rows(name, task, runs[0]),
         ]
-        fig, axes = panels(3, columns=3)
+        fig, axes = panels(4)
         for ax, (loss, error) in zip(axes, errors.items(), strict=False):
             title = f"{loss.replace('_', ' ')}: {task.truth.title}"
             draw_landscape(ax, alphas, error["train"], error["test"], title)
         draw(axes[2], runs, f"{name}: {task.truth.title}")
+        draw_norms(axes[3], runs)
         numbers = {"data": task.truth.data, "runs": lines(runs), "zones": widths}
         arrays = dataset(runs).assign(
             {

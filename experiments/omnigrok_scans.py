@@ -324,17 +324,19 @@ def not_judged(name: str, bound: str, data: str, what: str) -> Row:
 def draw(
     ax: Axes, runs: Sequence[Trained], title: str, y: str = "accuracy", log: str = "x"
 ) -> None:
-    """The test metric of every run, and its train metric dashed, against steps."""
+    """The test metric of every run, and its train metric dashed, against steps. (Names
+    are beside their norms.)"""
     for run, colour in zip(runs, itertools.cycle(COLOURS), strict=False):
         x = run.steps[1:]
-        ax.plot(x, run.arrays["test"][1:], color=colour, lw=2, label=run.lane.title)
+        ax.plot(x, run.arrays["test"][1:], color=colour, lw=2)
         ax.plot(x, run.arrays["train"][1:], color=colour, lw=1, ls="--")
     finish(ax, f"{title} (dashed: train)", y=y, log=log)
 
 
 def draw_norms(ax: Axes, runs: Sequence[Trained]) -> None:
     for run, colour in zip(runs, itertools.cycle(COLOURS), strict=False):
-        ax.plot(run.steps[1:], run.arrays["norm"][1:], color=colour, lw=2)
+        x, norm = run.steps[1:], run.arrays["norm"][1:]
+        ax.plot(x, norm, color=colour, lw=2, label=run.lane.title)
     finish(ax, "norm of the weights", y=r"$\|\theta\|$", log="x")
 
 
