@@ -124,7 +124,8 @@ class MNL(Images):
     """Figures 3a-c and 3e: errors at held norms, against α and the number of samples
     N; and how long a large start takes to generalise, against N.
 
-    Sizes that the data do not have are left out.
+    Sizes that the data do not have are left out. Quick: few of them, all samples at
+    once, a test accuracy of 0.8, and γ = 0.3.
     """
 
     alphas: tuple[float, ...] = tuple(np.geomspace(0.1, 10, 21).round(4).tolist())
@@ -138,7 +139,7 @@ class MNL(Images):
         ).tolist()
     )
     steps: int = 10_000
-    batch_size: int = 100
+    batch_size: int | None = 100
     start: float = 9.0
     """α of the runs of figure 3e."""
     weight_decay: float = 0.03
@@ -155,8 +156,8 @@ class MNL(Images):
         if self.quick:
             mine = dataclasses.replace(
                 self, alphas=(0.1, 0.3, 0.6, 1.0, 2.0, 4.0, 8.0),
-                samples=(50, 200, 1000), steps=2500, times=(50, 100, 200, 400, 800),
-                weight_decay=0.2, time_steps=8000, threshold=0.8,
+                samples=(50, 200), steps=2500, times=(50, 100, 200, 400),
+                batch_size=None, weight_decay=0.3, time_steps=6000, threshold=0.8,
             )  # fmt: skip
         most = available(mine)
         sizes = [n for n in mine.samples if n <= most]
