@@ -222,8 +222,8 @@ def angle_rows(
         slopes.append(np.polyfit(messiness[good], np.log(row[good]), 1)[0])
     angles = np.arctan2(1.0, np.array(slopes))
     told = ", ".join(f"{a:.3g}" for a in angles)
-    fall = float(np.max(np.diff(angles)))
-    ok = None if np.isnan(angles).any() else fall < 0
+    fall = float(np.max(np.diff(angles), initial=-np.inf))
+    ok = fall < 0 if len(angles) > 1 and np.isfinite(angles).all() else None
     words = f"largest change of the edge's angle θ from {sizes} pairs on: {told}"
     return [check(name, fall, "< 0", ok, words)], angles
 

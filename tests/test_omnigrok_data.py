@@ -54,7 +54,7 @@ def test_every_row_has_a_command_with_the_papers_settings():
 
 def trained(alpha, memorised, grokked, *, hold=False, test=0.5):
     steps = np.array([0, 10, 100, 1000, 10_000])
-    arrays = {"test": np.full(5, test), "train": np.ones(5)}
+    arrays = {"test": np.full(5, test), "train": np.ones(5), "norm": np.ones(5)}
     lane = scans.Lane(alpha, 0.0 if hold else 0.1, hold=hold)
     return scans.Trained(lane, steps, arrays, memorised, grokked)
 
@@ -133,10 +133,12 @@ def test_edge_and_tip_of_the_plain():
     rows = addition.tip_rows("row", sizes, m, four, tests)
     verdicts = [row.ok for row in rows]
     assert verdicts == [True, True, False, True, True, True, False, True]
-    steep = np.exp(m / np.tan(0.4))
-    (row,), angles = addition.angle_rows("row", (25, 45), m, np.array([down, steep]))
-    assert row.ok and angles[1] == pytest.approx(0.4)
-    assert not addition.angle_rows("row", (25, 45), m, np.array([steep, down]))[0][0].ok
+    steep, flat = np.exp(m / np.tan(0.4)), np.exp(m / np.tan(1.0))
+    (row,), angles = addition.angle_rows("row", (25, 45), m, np.array([flat, steep]))
+    assert row.ok
+    assert_allclose(angles, [1.0, 0.4])
+    assert not addition.angle_rows("row", (25, 45), m, np.array([steep, flat]))[0][0].ok
+    assert addition.angle_rows("row", (25,), m, np.array([flat]))[0][0].ok is None
     train = np.array([[1.0, 0.01, 0.01], [1.0, 0.02, 0.01], [1.0, 0.03, 0.02]])
     test = np.array([[1.0, 0.1, 0.1], [1.0, 0.3, 0.2], [1.0, 0.4, 0.3]])
     (row,) = addition.spread_rows("row", 45, train, test, 0.05)
@@ -255,13 +257,19 @@ def test_reviews(tmp_path):
     assert all(row.ok is None and "not judged" in row.sentence for row in rows)
 
 
-def test_molecules_from_start_to_end(tmp_path):
+def test_molecules(tmp_path):
+    """The landscape of some, and a figure that says which they are."""
     pytest.importorskip("rdkit")
-    config = data.QM(
-        molecules=16, widths=(3, 2), alpha=2.0, steps=12, sizes=(16,), batch_size=None,
-        alphas=(0.5, 1.0, 2.0), scan_steps=5, out=tmp_path,
-    )  # fmt: skip
-    found = config.run()
+    config = data.QM(molecules=16, widths=(3, 2))
+    task = config.task(16)
+    ends = scans.held(task, (0.5, 1.0, 2.0), config.rule(3, None), tmp_path / "row")
+    made = [trained(3, 100, 900), trained(3, 100, math.inf, hold=True)]
+    rows = data.molecule_rows("P3-QM", task, *made)
+    assert all(row.ok is None and "RDKit" in row.sentence for row in rows)
+    errors = {16: [ends[key] for key in data.ENDS]}
+    found = data.outcome(
+        "P3-QM", task, made, rows, errors, (0.5, 1.0, 2.0), "error", 16
+    )
     assert "RDKit" in found.figures["qm"].axes[0].get_title("left")
-    assert found.data.error.shape == (1, 2, 3)
+    assert found.data.error.shape == (1, 2, 3) and len(found.checks) == 4
     assert found.numbers["data"] == "enumerated molecules (RDKit)"
