@@ -187,9 +187,8 @@ class MNL(Images):
         for ax, values, what in zip(
             axes, (train, test), ("train", "test"), strict=False
         ):
-            mesh = ax.pcolormesh(
-                mine.alphas, sizes, values, cmap="viridis", vmin=0, vmax=1
-            )
+            sides = between(mine.alphas), between(sizes)
+            mesh = ax.pcolormesh(*sides, values, cmap="viridis", vmin=0, vmax=1)
             ax.figure.colorbar(mesh, ax=ax)
             finish(ax, f"{title}, {what} error", r"$\alpha$", "$N$", legend=False)
         at = int(np.argmin(np.abs(np.log(np.array(sizes) / 200))))
@@ -218,6 +217,15 @@ def available(config: Images) -> int:
     if task.truth.data == "scikit-learn digits":
         return 1347
     return 60_000
+
+
+def between(x: Sequence[float]) -> np.ndarray:
+    """The sides of cells around some numbers, half way between them in the logarithm.
+    (Of one alone, a factor of two away.)"""
+    logs = np.log(np.asarray(x, float))
+    gaps = np.diff(logs) / 2 if len(logs) > 1 else np.array([np.log(2)])
+    middle = logs[:-1] + gaps[: len(logs) - 1]
+    return np.exp([logs[0] - gaps[0], *middle, logs[-1] + gaps[-1]])
 
 
 def draw_when(ax: Axes, x: Sequence[float], runs: Sequence[Trained]) -> None:
