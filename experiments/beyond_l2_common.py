@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import xarray as xr
+from common import COLOURS, finish, marks, panels
 from matplotlib.figure import Figure
 
 import gradflow as gf

@@ -1,10 +1,10 @@
 """Grids of descents over penalties, learning rates α and strengths β, that resume."""
 
 import dataclasses
-import functools
 import itertools
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,8 +14,9 @@ import jax.random as jr
 import numpy as np
 import optax
 import xarray as xr
-from common import bar, check, COLOURS, finish, marks, panels, Row, stored
+from common import bar, check, COLOURS, finish, marks, panels, Row
 from matplotlib.figure import Figure
+from runs import first, save_steps, single, stored
 from scipy.stats import spearmanr
 
 import gradflow as gf
@@ -79,25 +80,6 @@ class Trained:
         return float(self.arrays[name][i]) if i < len(self.steps) else math.nan
 
 
-def single(tree: Any) -> Any:
-    """The same in single precision, as the paper's code trains."""
-    narrow = lambda x: x.astype(jnp.float32)
-    floats = lambda x: isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.inexact)
-    return jax.tree.map(lambda x: narrow(x) if floats(x) else x, tree)
-
-
-def save_steps(steps: int, even: int) -> np.ndarray:
-    """Evenly in the logarithm, and every `even` steps: learning may be late, and quick
-    then."""
-    return np.union1d(gf.log_spaced_steps(steps, 120), np.arange(0, steps + 1, even))
-
-
-def first(steps: np.ndarray, values: np.ndarray, level: float, higher: bool) -> float:
-    """The first saved step that reaches the level, as in the paper; `inf` if none."""
-    good = values >= level if higher else values <= level
-    return float(steps[np.argmax(good)]) if good.any() else math.inf
-
-
 def train(
     task: gf.tasks.Task,
     cells: Sequence[Cell],
@@ -123,8 +105,8 @@ def train(
         )  # fmt: skip
         path = folder / f"{str(cell).replace(' ', '_')}_seed={seed}.npz"
         penalty = single(penalties[cell.penalty])
-        make = functools.partial(_descend, task, penalty, cell, at, seed, batch_size)
-        arrays = stored(path, settings, make)
+        descend = partial(_descend, task, penalty, cell, at, seed, batch_size)
+        arrays = stored(path, settings, descend)
         out.append(_trained(task, cell, at, arrays))
     return out
 

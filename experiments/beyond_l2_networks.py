@@ -280,6 +280,8 @@ class MN1(Grid):
 
     data: str | None = None
     """Folder with MNIST's four IDX files."""
+    published: bool = True
+    """Whether they must have the checksums of the published ones."""
     penalties: tuple[str, ...] = ("l1",)
     alphas: tuple[float, ...] = (1e-3,)
     betas: tuple[float, ...] = (0.0, 5e-4, 1e-3, 2e-3, 3e-3)
@@ -296,6 +298,7 @@ class MN1(Grid):
             width=self.width,
             init_scale=self.init_scale,
             data=self.data,
+            published=self.published,
         )
         runs = self.train(task, self.penalties, "mn1", 9000)
         # Digits look so much alike that half of the test is right at once.

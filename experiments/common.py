@@ -212,24 +212,6 @@ def marks(ax: Axes, times: dict[str, float]) -> None:
         )  # fmt: skip
 
 
-def stored(
-    path: Path, settings: dict[str, Any], make: Callable[[], dict[str, np.ndarray]]
-) -> dict[str, np.ndarray]:
-    """The arrays that `make` gives, read from `path` where it has been made before with
-    the same settings; so that a scan that was interrupted goes on where it was."""
-    words = json.dumps(settings)
-    if path.is_file():
-        with np.load(path) as old:
-            if str(old["settings"]) == words:
-                return {name: old[name] for name in old.files if name != "settings"}
-    arrays = make()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".part.npz")
-    np.savez(aside, settings=words, **arrays)
-    os.replace(aside, path)
-    return arrays
-
-
 def run_named(config: Any, experiments: dict[str, type], study: str) -> dict[str, Any]:
     """Runs one experiment of a study, found by its settings; returns what is written
     to summary.json, beside arrays.nc and the figures."""

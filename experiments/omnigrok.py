@@ -7,6 +7,9 @@ writes summary.json, arrays.nc and figures.
 
 from typing import Any
 
+import omnigrok_addition
+import omnigrok_data
+import omnigrok_images
 import omnigrok_teacher
 import omnigrok_theory
 import omnigrok_transformer
@@ -14,7 +17,14 @@ import tyro
 from common import run_named, Settings
 
 # One module for each family of experiments, with its sub-commands in EXPERIMENTS.
-FAMILIES: tuple[Any, ...] = (omnigrok_teacher, omnigrok_theory, omnigrok_transformer)
+FAMILIES: tuple[Any, ...] = (
+    omnigrok_teacher,
+    omnigrok_theory,
+    omnigrok_transformer,
+    omnigrok_addition,
+    omnigrok_images,
+    omnigrok_data,
+)
 EXPERIMENTS = {k: v for family in FAMILIES for k, v in family.EXPERIMENTS.items()}
 
 

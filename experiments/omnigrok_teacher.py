@@ -16,7 +16,6 @@ import jax.random as jr
 import numpy as np
 import optax
 import xarray as xr
-from beyond_l2_grid import first
 from common import (
     bar,
     check,
@@ -32,6 +31,7 @@ from common import (
 )
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from runs import first
 
 import gradflow as gf
 

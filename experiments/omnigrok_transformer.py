@@ -22,7 +22,6 @@ import jax.random as jr
 import numpy as np
 import optax
 import xarray as xr
-from beyond_l2_grid import first, save_steps, single
 from common import (
     bar,
     check,
@@ -32,10 +31,10 @@ from common import (
     Outcome,
     panels,
     Settings,
-    stored,
 )
 from matplotlib.figure import Figure
 from omnigrok_teacher import draw, scan_rows
+from runs import first, save_steps, single, stored
 
 import gradflow as gf
 

@@ -156,11 +156,17 @@ def test_images_are_named(tmp_path):
     """The title and the summary say which images they are."""
     data = write_mnist(tmp_path, samples=30, test_samples=10)
     config = networks.MN1(
-        data=str(data), samples=20, steps=20, betas=(0.0, 1e-4), width=8, out=tmp_path
+        data=str(data),
+        published=False,
+        samples=20,
+        steps=20,
+        betas=(0.0, 1e-4),
+        width=8,
+        out=tmp_path,
     )
     found = config.run()
-    assert found.numbers["data"] == "MNIST"
-    assert "MNIST, 20 samples" in found.figures["grid"].get_suptitle()
+    assert found.numbers["data"] == "images from unchecked files"
+    assert "unchecked files, 20 samples" in found.figures["grid"].get_suptitle()
     sentences = [row.sentence for row in found.checks]
     assert any("without penalty" in sentence for sentence in sentences)
 

@@ -295,6 +295,30 @@ def test_an_archive_cut_before_it_was_packed(place, archive):
         data.qm9(path, sha256=None)
 
 
+@pytest.mark.parametrize("damage", ["checksum", "truncated", "format", "missing"])
+@pytest.mark.parametrize("kind", ["MNIST", "IMDb", "QM9"])
+def test_every_error_names_the_file_what_is_expected_and_where_to_get_it(
+    kind, damage, archive, place
+):
+    name, whole, load, where = {
+        "MNIST": ("digits", IDX, data.read_idx, "ossci-datasets"),
+        "IMDb": ("reviews.csv", CSV, data.imdb, "kaggle.com"),
+        "QM9": ("qm9.tar.bz2", archive.read_bytes(), data.qm9, "figshare.978904"),
+    }[kind]
+    path = place / f"{damage}-{name}"
+    content = {"checksum": whole, "truncated": whole[:60][:-1], "format": b"PK\3\4"}
+    if damage != "missing":
+        path.write_bytes(content[damage])
+    sha256 = sha(b"other") if damage == "checksum" else None
+    with pytest.raises(ValueError) as error:
+        load(path, sha256=sha256)
+    message = str(error.value)
+    assert f"data: {path}: expected " in message and ", got " in message
+    assert where in message and "GRADFLOW_DATA" in message
+    if damage == "checksum":
+        assert sha256 in message and sha(whole) in message
+
+
 @pytest.mark.parametrize("find", ["mnist_files", "imdb_path", "qm9_path"])
 def test_nothing_there(find, tmp_path, monkeypatch):
     look = getattr(data, find)

@@ -11,7 +11,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 import gradflow as gf
 from gradflow import tasks
-from gradflow.data import read_idx
+from gradflow.data import MNIST_SHA256, read_idx
 from gradflow.models import PairProduct, TwoLayer
 
 
@@ -138,10 +138,10 @@ def mnist_folder(tmp_path):
 
 def test_images_from_files(mnist_folder, monkeypatch):
     make = lambda **options: tasks.image_classification(
-        jr.key(7), samples=30, width=4, **options
+        jr.key(7), samples=30, width=4, published=False, **options
     )
     task = make(data=mnist_folder)
-    assert task.truth.data == "MNIST"
+    assert task.truth.data == "images from unchecked files"
     assert task.loss.x.shape == (30, 6) and task.metrics["test"].fn.x.shape == (10, 6)
     for x, labels in (
         (task.loss.x, task.loss.labels),
@@ -161,6 +161,11 @@ def test_files_that_are_not_right(mnist_folder, tmp_path):
         labels.write_bytes(content)
         with pytest.raises(ValueError, match=match):
             read_idx(labels)
+    labels.write_bytes(whole)
+    # Whole files, but not those of MNIST.
+    for make in (tasks.image_classification, tasks.image_mlp):
+        with pytest.raises(ValueError, match=f"SHA-256 {MNIST_SHA256['images']}.*http"):
+            make(jr.key(0), data=mnist_folder)
     labels.unlink()
     with pytest.raises(ValueError, match="expected a folder"):
         tasks.image_classification(jr.key(0), data=mnist_folder)

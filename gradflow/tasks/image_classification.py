@@ -1,7 +1,6 @@
 """Handwritten digits, learnt from few samples."""
 
 from pathlib import Path
-from typing import Literal
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -9,11 +8,11 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
-from ..data import mnist, mnist_files, scikit_learn_digits
 from ..losses import CrossEntropy
 from ..models import TwoLayer
 from ..penalties import AbstractPenalty, L1
 from ._checks import check_count, check_positive
+from ._digits import digits
 from .task import accuracies, Task
 
 
@@ -24,6 +23,7 @@ def image_classification(
     width: int = 200,
     init_scale: float = 1.0,
     data: str | Path | None = None,
+    published: bool = True,
     test_samples: int = 2000,
     penalty: AbstractPenalty | None = None,
 ) -> Task:
@@ -47,36 +47,31 @@ def image_classification(
     - `init_scale`: of the initial weights.
     - `data`: the folder with MNIST's files, as they are or with .gz; unless given, the
         one named by the environment variable GRADFLOW_DATA.
+    - `published`: whether the files must have the checksums of the published ones;
+        others are named "images from unchecked files".
     - `test_samples`: at most so many; MNIST's from its test set, scikit-learn's from
         what is not learnt.
     - `penalty`: R, unless it is to be the ℓ1 norm.
 
     **Returns:** a task whose truth is an `ImageTruth`.
 
-    **Raises:** `ValueError` where an argument is out of range, `data` does not hold the
-    files, or where neither they nor scikit-learn are at hand.
+    **Raises:** `ValueError` where an argument is out of range, a file is not right, or
+    where neither MNIST nor scikit-learn are at hand.
     """
     check_count(samples, "samples")
     check_count(width, "width")
     check_positive(init_scale, "init_scale")
     check_count(test_samples, "test_samples")
     split_key, test_key, inner_key, outer_key = jr.split(key, 4)
-    files = mnist_files(data)
-    shuffled = lambda k, n: np.asarray(jr.permutation(k, n))
-    if files is not None:
-        images, labels, test_images, test_labels = mnist(files)
-        check_count(samples, "samples", most=len(images))
-        train = shuffled(split_key, len(images))[:samples]
-        test = shuffled(test_key, len(test_images))[:test_samples]
-    else:
-        images, labels = scikit_learn_digits()
-        check_count(samples, "samples", most=len(images) - 1)
-        order = shuffled(split_key, len(images))
-        train, test = order[:samples], order[samples:][:test_samples]
-        test_images, test_labels = images, labels
+    images, labels, test_set, name = digits(data, published=published)
+    check_count(samples, "samples", most=len(images) - (test_set is None))
+    order = np.asarray(jr.permutation(split_key, len(images)))
+    train, test = order[:samples], order[samples:][:test_samples]
+    test_images, test_labels = test_set or (images, labels)
+    if test_set is not None:
+        test = np.asarray(jr.permutation(test_key, len(test_images)))[:test_samples]
     x, y = jnp.asarray(images[train]), jnp.asarray(labels[train])
     x_test, y_test = jnp.asarray(test_images[test]), jnp.asarray(test_labels[test])
-    name = "MNIST" if files is not None else "scikit-learn digits"
     pixels = x.shape[1]
     model = TwoLayer(
         init_scale * jr.normal(inner_key, (width, pixels)) / width**0.5,
@@ -89,7 +84,7 @@ def image_classification(
         model=model,
         loss=CrossEntropy(x, y),
         metrics=accuracies(
-            x, y, x_test, y_test, grokked=0.9 if files is not None else 0.95
+            x, y, x_test, y_test, grokked=0.95 if test_set is None else 0.9
         ),
         truth=ImageTruth(name),
         codimension=None,
@@ -101,4 +96,4 @@ def image_classification(
 class ImageTruth(eqx.Module):
     """Which images they are: for titles."""
 
-    data: Literal["MNIST", "scikit-learn digits"] = eqx.field(static=True)
+    data: str = eqx.field(static=True)

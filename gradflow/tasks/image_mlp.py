@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
-from ..data import mnist, mnist_files, MNIST_SHA256, scikit_learn_digits
 from ..flow import scaled
 from ..losses import CrossEntropy, SquaredError
 from ._checks import check_choice, check_count, check_positive
+from ._digits import digits
 from .task import accuracies, Task
 
 
@@ -68,17 +68,9 @@ def image_mlp(
     check_positive(init_scale, "init_scale")
     check_choice(loss, "loss", ("squared", "cross_entropy"))
     check_count(test_samples, "test_samples")
-    files = mnist_files(data)
-    if files is not None:
-        sums = MNIST_SHA256 if published else None
-        images, labels, test_images, test_labels = mnist(files, sha256=sums)
-        check_count(samples, "samples", most=len(images))
-        name = "MNIST" if published else "images from unchecked files"
-    else:
-        images, labels = scikit_learn_digits()
-        check_count(samples, "samples", most=len(images) - 1)
-        test_images, test_labels = images[samples:], labels[samples:]
-        name = "scikit-learn digits"
+    images, labels, test, name = digits(data, published=published)
+    check_count(samples, "samples", most=len(images) - (test is None))
+    test_images, test_labels = test or (images[samples:], labels[samples:])
     x, y = jnp.asarray(images[:samples]), jnp.asarray(labels[:samples])
     x_test = jnp.asarray(test_images[:test_samples])
     y_test = jnp.asarray(test_labels[:test_samples])
@@ -90,9 +82,7 @@ def image_mlp(
         name="image_mlp",
         model=scaled(make(), init_scale),
         loss=SquaredError(x, one_hot) if loss == "squared" else CrossEntropy(x, y),
-        metrics=accuracies(
-            x, y, x_test, y_test, grokked=0.8 if files is not None else 0.9
-        ),
+        metrics=accuracies(x, y, x_test, y_test, grokked=0.9 if test is None else 0.8),
         truth=DataTruth(name, f"{name}, {samples} for training"),
         codimension=None,
         slow_time=3.0,

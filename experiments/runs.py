@@ -1,0 +1,66 @@
+"""Runs that are stored one by one, so that an interrupted grid goes on where it was."""
+
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from common import plain
+
+import gradflow as gf
+
+Arrays = dict[str, np.ndarray]
+
+
+def stored(
+    path: Path, settings: dict[str, Any], compute: Callable[[], Arrays]
+) -> Arrays:
+    """What `compute` gives, from the file `path` (.npz) where it has been computed
+    before with the same settings."""
+    arrays = read(path, settings)
+    if arrays is None:
+        arrays = compute()
+        write(path, settings, arrays)
+    return arrays
+
+
+def read(path: Path, settings: dict[str, Any]) -> Arrays | None:
+    """What was written with the same settings, if anything was."""
+    if not path.is_file():
+        return None
+    with np.load(path) as there:
+        if str(there["settings"]) != json.dumps(plain(settings)):
+            return None
+        return {name: there[name] for name in there.files if name != "settings"}
+
+
+def write(path: Path, settings: dict[str, Any], arrays: Arrays) -> None:
+    """Writes a file that is whole or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".part.npz")
+    np.savez(aside, settings=json.dumps(plain(settings)), **arrays)
+    os.replace(aside, path)
+
+
+def single(tree: Any) -> Any:
+    """The same in single precision, as the papers' code trains."""
+    narrow = lambda x: x.astype(jnp.float32)
+    floats = lambda x: isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.inexact)
+    return jax.tree.map(lambda x: narrow(x) if floats(x) else x, tree)
+
+
+def save_steps(steps: int, even: int) -> np.ndarray:
+    """Evenly in the logarithm, and every `even` steps: learning may be late, and quick
+    then."""
+    return np.union1d(gf.log_spaced_steps(steps, 120), np.arange(0, steps + 1, even))
+
+
+def first(steps: np.ndarray, values: np.ndarray, level: float, higher: bool) -> float:
+    """The first saved step that reaches the level, as in the papers; `inf` if none."""
+    good = values >= level if higher else values <= level
+    return float(steps[np.argmax(good)]) if good.any() else math.inf

@@ -1,0 +1,275 @@
+"""Omnigrok on toy addition, images, text and molecules: on tiny settings, in this
+process; and what its criteria make of made-up runs."""
+
+import dataclasses
+import math
+import pathlib
+import sys
+
+import jax
+import jax.random as jr
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "experiments"))
+pytest.importorskip("tyro")
+pytest.importorskip("xarray")
+pytest.importorskip("sklearn")
+import omnigrok as script  # noqa: E402
+import omnigrok_addition as addition  # noqa: E402
+import omnigrok_data as data  # noqa: E402
+import omnigrok_images as images  # noqa: E402
+import omnigrok_scans as scans  # noqa: E402
+import runs  # noqa: E402
+
+import gradflow as gf  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def relaxed(monkeypatch):
+    """Scripts run under JAX's own rules of promotion; no published data are at hand."""
+    monkeypatch.delenv("GRADFLOW_DATA", raising=False)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def test_every_row_has_a_command_with_the_papers_settings():
+    names = "ad ad-t mn-g mn-l mn-w mn-ce mn-r im qm"
+    assert set(names.split()) <= script.EXPERIMENTS.keys()
+    mn = script.parse(["mn-g", "--seed", "3"])
+    assert (mn.samples, mn.width, mn.alpha, mn.weight_decay) == (1000, 200, 8, 0.01)
+    assert (mn.steps, mn.batch_size, mn.learning_rate) == (10**5, 200, 1e-3)
+    assert mn.seed == 3
+    im = script.parse(["im"])
+    assert (im.alpha, im.weight_decay, im.learning_rate) == (6, 1, 3e-4)
+    qm = script.parse(["qm"])
+    assert (qm.alpha, qm.weight_decay, qm.molecules) == (3, 0, 100)
+    ad = script.parse(["ad"])
+    assert (len(ad.alphas), len(ad.messiness), ad.steps) == (20, 21, 15_000)
+
+
+# Made-up runs
+
+
+def trained(alpha, memorised, grokked, *, hold=False, test=0.5):
+    steps = np.array([0, 10, 100, 1000, 10_000])
+    arrays = {"test": np.full(5, test), "train": np.ones(5), "norm": np.ones(5)}
+    lane = scans.Lane(alpha, 0.0 if hold else 0.1, hold=hold)
+    return scans.Trained(lane, steps, arrays, memorised, grokked)
+
+
+def test_a_delay_is_judged_with_its_controls():
+    late, at_once = trained(8, 100, 1000), trained(1, 100, 50)
+    never = trained(8, 100, math.inf, hold=True)
+    rows = scans.delay_rows("row", late, [at_once, never])
+    assert [row.ok for row in rows] == [True, True, True]
+    assert rows[0].value == 10 and "steps 1000 and 100" in rows[0].sentence
+    early, control = trained(8, 100, 999), trained(1, 10, 100)
+    blind = trained(8, math.inf, math.inf, hold=True)
+    rows = scans.delay_rows("row", early, [control, blind])
+    assert [row.ok for row in rows] == [False, False, None]
+    assert not scans.delay_rows("row", never, [])[0].ok
+
+
+@pytest.mark.parametrize(
+    "train, test, verdicts",
+    [
+        ([0.5, 0.1, 0, 0, 0], [0.6, 0.3, 0.2, 0.3, 0.4], [True, True]),
+        ([0.5, 0.1, 0, 0, 0], [0.6, 0.5, 0.4, 0.3, 0.2], [False, True]),
+        ([0.5, 0.1, 0, 0, 0], [0.6, 0.3, 0.2, 0.2, 0.25], [False, True]),
+        ([0.5, 0.1, 0, 0, 0.1], [0.6, 0.3, 0.2, 0.3, 0.4], [True, False]),
+        ([0.05, 0.1, 0, 0, 0], [0.6, 0.3, 0.2, 0.3, 0.4], [True, False]),
+    ],
+)
+def test_an_l_and_a_u(train, test, verdicts):
+    scales = np.geomspace(0.1, 10, 5)
+    rows = scans.lu_rows("row", scales, np.array(train), np.array(test))
+    assert [row.ok for row in rows] == verdicts
+
+
+def test_the_law_of_weight_decay_is_judged():
+    gamma = np.geomspace(0.01, 1, 5)
+    within = gamma >= 0.09
+    times = 30 / gamma
+    inside, *outside = images.decay_rows("row", gamma, times, within)
+    assert inside.ok and inside.value == pytest.approx(-1)
+    assert [row.ok for row in outside] == [False, False]
+    times[:2] = 300.0, math.inf
+    _, *outside = images.decay_rows("row", gamma, times, within)
+    assert [row.ok for row in outside] == [True, True]
+    times[2:] = math.inf
+    (alone,) = images.decay_rows("row", gamma, times, within)
+    assert alone.ok is None
+
+
+def test_a_critical_number_of_samples():
+    made = lambda times: [trained(9, 10, t) for t in times]
+    judge = lambda times: images.size_rows("row", [1, 2, 3], made(times))[0]
+    assert judge([math.inf, 900, 300]).ok
+    assert not judge([math.inf, 300, 900]).ok
+    assert not judge([1000, 900, 300]).ok
+    assert not judge([math.inf, 300, math.inf]).ok
+
+
+def test_the_width_of_a_zone():
+    scales = np.exp(np.arange(5.0))
+    # At most 1.5: from a third of the way up on the left to half of it on the right.
+    width = images.zone(scales, np.array([9.0, 2.0, 1.0, 1.25, 1.75]))
+    assert_allclose(width, 0.5 + 1 + 0.5)
+    assert_allclose(images.zone(scales, np.ones(5)), 4)
+
+
+def test_edge_and_tip_of_the_plain():
+    alphas = np.array([1.0, 2.0, 4.0, 8.0])
+    losses = np.array([[1.0, 0.5, 5e-3, 1.0], [1.0, 0.9, 0.5, 0.05], [1.0] * 4])
+    edges = addition.edge(alphas, losses, 0.05)
+    assert_allclose(edges[:2], [2 * 2**0.5, 8])
+    assert np.isnan(edges[2])
+    m = np.array([0.0, 0.1, 0.2])
+    down, up = np.array([2.0, 3.0, 4.0]), np.array([4.0, 3.0, 2.0])
+    sizes, four = (25, 35, 45, 54), np.array([up, down, down, up])
+    tests = np.array([[0.5, 0.5, 2.0], [2.0, 0.5, 0.5], [0.5, 2.0, 2.0], [0.5] * 3])
+    rows = addition.tip_rows("row", sizes, m, four, tests)
+    verdicts = [row.ok for row in rows]
+    assert verdicts == [True, True, False, True, True, True, False, True]
+    steep, flat = np.exp(m / np.tan(0.4)), np.exp(m / np.tan(1.0))
+    (row,), angles = addition.angle_rows("row", (25, 45), m, np.array([flat, steep]))
+    assert row.ok
+    assert_allclose(angles, [1.0, 0.4])
+    assert not addition.angle_rows("row", (25, 45), m, np.array([steep, flat]))[0][0].ok
+    assert addition.angle_rows("row", (25,), m, np.array([flat]))[0][0].ok is None
+    train = np.array([[1.0, 0.01, 0.01], [1.0, 0.02, 0.01], [1.0, 0.03, 0.02]])
+    test = np.array([[1.0, 0.1, 0.1], [1.0, 0.3, 0.2], [1.0, 0.4, 0.3]])
+    (row,) = addition.spread_rows("row", 45, train, test, 0.05)
+    assert row.ok and row.value == pytest.approx(15)
+    assert not addition.spread_rows("row", 45, train, train, 0.05)[0].ok
+    assert addition.spread_rows("row", 45, train, test, 1e-3)[0].ok is None
+    assert_array_equal(addition.inside(train, test, 0.05), [0.1, 0.3, 0.4])
+    assert np.isnan(addition.inside(train, test, 1e-3)).all()
+
+
+# Tiny runs
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return gf.tasks.image_mlp(jr.key(0), samples=40, width=6)
+
+
+def test_numbers_of_the_paper_are_judged_on_its_data_only(digits):
+    run = trained(8, 2000, 5e4, test=0.25)
+    rows = images.grok_rows("row", digits, run)
+    assert [row.ok for row in rows] == [None] * 3
+    assert all("scikit-learn digits" in row.sentence for row in rows)
+    truth = dataclasses.replace(digits.truth, data="MNIST")
+    mnist = dataclasses.replace(digits, truth=truth)
+    rows = images.grok_rows("row", mnist, run)
+    assert [row.ok for row in rows] == [True, True, False]
+
+
+def test_inputs_that_tell_the_label(digits):
+    plain, told = images.messy(digits, 1.0), images.messy(digits, 0.0)
+    assert_allclose(plain.loss.x, digits.loss.x)
+    labels = np.asarray(digits.loss.y).argmax(1)
+    assert_allclose(told.loss.x, np.tile(labels[:, None] / 9 - 0.5, 64))
+    seen = digits.metrics["test"].fn
+    test = told.metrics["test"].fn
+    assert_allclose(test.x[:, 0], np.asarray(seen.labels) / 9 - 0.5)
+    assert_array_equal(np.asarray(test.y).argmax(1), seen.labels)
+    assert told.truth.title.endswith("m = 0")
+
+
+def test_images_from_start_to_end(tmp_path):
+    """What is recorded, its title, and that what was trained is not trained again."""
+    config = images.MNG(
+        samples=40, width=6, alpha=2.0, weight_decay=0.5, steps=60, out=tmp_path
+    )
+    first = config.run()
+    files = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").iterdir()}
+    assert len(files) == 4 and not any("part" in p.name for p in files)
+    again = config.run()
+    assert all(p.stat().st_mtime_ns == when for p, when in files.items())
+    assert first.data.identical(again.data)
+    norm = first.data.norm.values
+    assert_allclose(norm[1], norm[1, 0], rtol=1e-5)  # held
+    assert norm[0, -1] < 0.99 * norm[0, 0]
+    assert_allclose(norm[0, 0], 2 * norm[2, 0], rtol=1e-6)
+    # A fifth of the steps for the controls.
+    assert np.isnan(norm[2, -1]) and first.data.step.values[-1] == 60
+    figure = first.figures["mn_g"]
+    assert "scikit-learn digits, 40 for training" in figure.axes[0].get_title("left")
+    assert first.numbers["data"] == "scikit-learn digits"
+    assert sum(row.ok is None for row in first.checks) >= 3
+    # With another rule it is not taken for what was trained.
+    stored = tmp_path / "runs" / "alpha=2_held.npz"
+    task, lane = runs.single(config.task(40)), scans.Lane(2.0, hold=True)
+    told = lambda steps: scans.fingerprint(task, config.rule(steps, 200))
+    assert runs.read(stored, told(60) | lane._asdict()) is not None
+    assert runs.read(stored, told(61) | lane._asdict()) is None
+
+
+def test_a_row_of_a_landscape_is_a_sweep_over_scales(tmp_path, digits):
+    rule = scans.Rule(1e-2, 30)
+    alphas = (0.5, 2.0)
+    ends = scans.held(digits, alphas, rule, tmp_path / "row")
+    assert ends["train"].shape == ends["test"].shape == (2,)
+    again = scans.held(digits, alphas, rule, tmp_path / "row")
+    assert_array_equal(again["train"], ends["train"])
+    (run,) = scans.scan(digits, [scans.Lane(2.0, hold=True)], rule, tmp_path)
+    assert run.arrays["test"][-1] == ends["test"][1]
+
+
+def test_maps_of_toy_addition(tmp_path):
+    small = dict(sizes=(25,), alphas=(0.5, 1.0), messiness=(0.0, 0.2), steps=30)
+    config = addition.AD(width=8, learning_rate=1e-2, out=tmp_path, **small)
+    first = config.run()
+    assert first.data.train.shape == (1, 2, 2)
+    assert first.data.messiness.values.tolist() == [0.0, 0.2]
+    files = sorted((tmp_path / "runs").iterdir())
+    assert len(files) == 4
+    when = [p.stat().st_mtime_ns for p in files]
+    more = dataclasses.replace(config, alphas=(0.5, 1.0, 1.5)).run()
+    assert [p.stat().st_mtime_ns for p in files] == when
+    assert_array_equal(more.data.test.values[..., :2], first.data.test.values)
+
+
+def test_times_of_the_reduced_dynamics(tmp_path):
+    config = addition.ADT(
+        angles=(0.9,), ratios=(1.0, 10.0), weight_decays=(0.01,), out=tmp_path
+    )
+    found = config.run()
+    near, general, far = found.checks
+    assert near.ok and general.ok and far.ok is None
+    assert near.value < 0.05 and far.value > 0.2  # ten times off: the paper's is not it
+
+
+def test_reviews(tmp_path):
+    config = data.IM(
+        samples=16, words=6, length=3, embedding=2, state=2, alpha=2.0, steps=12
+    )
+    task = config.task(16)
+    assert "synthetic" in task.truth.title
+    rule = config.rule(3, 5, clip=5.0)
+    ends = scans.held(task, (0.5, 2.0), rule, tmp_path / "row")
+    assert ends["test"].shape == (2,) and (ends["test"] <= 1).all()
+    rows = data.review_rows("row", task, trained(6, 100, 900), trained(1, 10, 10))
+    assert all(row.ok is None and "not judged" in row.sentence for row in rows)
+
+
+def test_molecules(tmp_path):
+    """The landscape of some, and a figure that says which they are."""
+    pytest.importorskip("rdkit")
+    config = data.QM(molecules=16, widths=(3, 2))
+    task = config.task(16)
+    ends = scans.held(task, (0.5, 1.0, 2.0), config.rule(3, None), tmp_path / "row")
+    made = [trained(3, 100, 900), trained(3, 100, math.inf, hold=True)]
+    rows = data.molecule_rows("P3-QM", task, *made)
+    assert all(row.ok is None and "RDKit" in row.sentence for row in rows)
+    errors = {16: [ends[key] for key in data.ENDS]}
+    found = data.outcome(
+        "P3-QM", task, made, rows, errors, (0.5, 1.0, 2.0), "error", 16
+    )
+    assert "RDKit" in found.figures["qm"].axes[0].get_title("left")
+    assert found.data.error.shape == (1, 2, 3) and len(found.checks) == 4
+    assert found.numbers["data"] == "enumerated molecules (RDKit)"
