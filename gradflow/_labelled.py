@@ -2,8 +2,10 @@
 
 from typing import Any, TYPE_CHECKING
 
+import jax
 import numpy as np
 
+from ._lanes import Ragged
 from .path import Path
 from .results import RESULTS
 
@@ -64,6 +66,21 @@ def columns(paths: Path, watched: list[dict[str, Any]]) -> dict[str, np.ndarray]
         **{k: v for k, v in numbers.items() if v.ndim == 1 and k not in _AXES},
         "result": np.asarray(paths.result._value, np.int32),
     }
+
+
+def parameter_columns(
+    paths: Path,
+) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
+    """The parameters of some lanes at all times, by their places in the model, with the
+    names of the dimensions after those of the lanes."""
+    if isinstance(paths.params, Ragged):
+        raise ValueError("parameters: their shapes differ from lane to lane.")
+    out = {}
+    for place, leaf in jax.tree_util.tree_leaves_with_path(paths.params):
+        name = "params_" + jax.tree_util.keystr(place, simple=True, separator=".")
+        more = tuple(f"{name}_{k}" for k in range(leaf.ndim - 2))
+        out[name] = (("time", *more), np.asarray(leaf))
+    return out
 
 
 _AXES = ("rtol", "learning_rate")  # coordinates, where they vary
