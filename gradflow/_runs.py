@@ -1,6 +1,8 @@
 """Runs the lanes of a sweep: all of them, or chunk by chunk into a store."""
 
 import os
+import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path as File
 from typing import Any
@@ -17,12 +19,63 @@ from .results import RESULTS
 from .store import about, describe, open_results, pending, plan, remove_stale, Store
 
 
-class Runner:
-    """Runs lanes of a recipe under a bar."""
+class Bars:
+    """A line for each device of this process: lanes done and failed, steps a second,
+    the time that is left, and the lane that took most."""
 
-    def __init__(self, recipe: Recipe, batch: Batch, bar: Any):
-        self.recipe, self.batch, self.bar = recipe, batch, bar
-        self.failed = 0
+    def __init__(self, axes: Axes, total: int, progress: bool):
+        devices = jax.local_devices()
+        many = len(devices) > 1 or jax.process_count() > 1
+        # A log file is written to now and then only.
+        seldom = 0.1 if sys.stderr.isatty() else 10.0
+        self.axes = axes
+        self.failed, self.steps = [0] * len(devices), [0.0] * len(devices)
+        self.worst = [(0.0, -1)] * len(devices)
+        self.start = time.perf_counter()
+        self.bars = [
+            tqdm(
+                total=total // len(devices) + (k < total % len(devices)),
+                desc=f"{device.platform} {device.id}" if many else None,
+                unit="lane",
+                position=k if many else None,
+                mininterval=seldom,
+                disable=not progress,
+            )
+            for k, device in enumerate(devices)
+        ]
+
+    def tell(self, lane: int, path: Path | Exception, device: int) -> None:
+        bar = self.bars[device]
+        if isinstance(path, Exception):
+            self.failed[device] += 1
+        else:
+            self.failed[device] += not bool(path.succeeded)
+            steps = float(path.stats["steps"])
+            self.steps[device] += steps
+            self.worst[device] = max(self.worst[device], (steps, lane))
+        if not bar.disable:
+            rate = self.steps[device] / (time.perf_counter() - self.start)
+            worst = self.worst[device][1]
+            where = f", most at {self.axes.words(worst)}" if worst >= 0 else ""
+            bar.set_postfix_str(
+                f"{self.failed[device]} failed, {rate:.3g} steps/s{where}",
+                refresh=False,
+            )
+        bar.update()
+
+    def __enter__(self) -> "Bars":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for bar in self.bars:
+            bar.close()
+
+
+class Runner:
+    """Runs lanes of a recipe under bars."""
+
+    def __init__(self, recipe: Recipe, batch: Batch, bars: Bars):
+        self.recipe, self.batch, self.bars = recipe, batch, bars
         # The errors of one problem's own making are for the caller to know.
         self.one = isinstance(recipe.make, Problem)
 
@@ -30,8 +83,8 @@ class Runner:
         owned: dict[Any, Owned] = {}
         catch = (RuntimeError,) if self.one else (Exception,)
         lanes = self._made(numbers, owned)
-        found = run_lanes(lanes, self.batch, size, self._tell, catch=catch)
-        self.bar.set_postfix_str(f"{self.failed} failed")
+        tell = lambda i, path, device: self.bars.tell(numbers[i], path, device)
+        found = run_lanes(lanes, self.batch, size, tell, catch=catch)
         return Lanes(self.recipe, numbers, found, owned)
 
     def _made(
@@ -42,17 +95,11 @@ class Runner:
                 lane = self.recipe.lane(i)
                 if (owner := self.recipe.owner(i)) not in owned:
                     owned[owner] = self.recipe.owned(i)
-                here = self.recipe.axes.words(i)
-                self.bar.set_postfix_str(f"{here}, {self.failed} failed")
                 yield lane
             except Exception as error:
                 if self.one:
                     raise
                 yield error
-
-    def _tell(self, path: Path | Exception) -> None:
-        self.failed += isinstance(path, Exception) or not bool(path.succeeded)
-        self.bar.update()
 
 
 class Lanes:
@@ -73,6 +120,7 @@ class Lanes:
         }
         errors = (error for error in found if isinstance(error, Exception))
         self.error = next(errors, None)
+        self.solvers = sorted({path.stats["solver"] for path in self.done})
         if not self.done:
             return
         lengths = sorted({path.t.shape[0] for path in self.done})
@@ -94,6 +142,21 @@ class Lanes:
         self.owned = tuple(owned.get(owner, first) for owner in owners)
 
 
+def fitting(recipe: Recipe, batch: Batch, most: int) -> int:
+    """How many lanes to run as one program, up to `most`: in lockstep as many as fit
+    into the memory of all devices, by estimate; in loops eight a device."""
+    devices = jax.local_devices()
+    if batch == "loop":
+        return max(1, min(most, 8 * len(devices)))
+    try:
+        each = recipe.bytes_per_lane(0)
+    except Exception:  # which is told when the lane is run
+        return most
+    known = devices[0].memory_stats() or {}
+    room = 0.7 * known.get("bytes_limit", 4e9) * len(devices)
+    return max(1, min(most, int(room // each)))
+
+
 def run_stored(
     recipe: Recipe,
     batch: Batch,
@@ -102,37 +165,45 @@ def run_stored(
     chunk: int | None,
     parameters: bool,
 ) -> Any:
-    """All chunks that the store does not have; returns the store, opened."""
+    """The chunks that the store does not have, as far as they are for this process;
+    returns the store, opened."""
     axes = recipe.axes
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk: expected a number of lanes from 1 on, got {chunk}.")
-    block, count = plan(axes, chunk or 16)
-    store = Store(File(path))
-    remove_stale(store.path, 1)
+    processes, process = jax.process_count(), jax.process_index()
+    store = Store(File(path), process)
+    remove_stale(store.path, processes)
+    fit = fitting(recipe, batch, len(axes))
+    block, count = plan(axes, chunk or store.chunk() or max(16, fit))
     store.prepare(axes, _attributes(recipe, block, parameters))
-    numbers = list(range(count))
-    todo = list(pending(store, numbers))
-    size = int(np.prod(block))
     lanes_of = lambda number: lanes_of_block(axes.shape, block, number)[1]
+    # The expensive ones first, and so in turn for each process.
+    order = sorted(range(count), key=lambda n: -sum(map(recipe.cost, lanes_of(n))))
+    mine = order[process::processes]
+    todo = list(pending(store, mine))
     left = sum(len(lanes_of(number)) for number in todo)
     held: list[tuple[int, Lanes]] = []
-    with tqdm(
-        total=len(axes), initial=len(axes) - left, unit="lane", disable=not progress
-    ) as bar:
-        runner = Runner(recipe, batch, bar)
+    with Bars(axes, left, progress) as bars:
+        runner = Runner(recipe, batch, bars)
         for number in todo:
-            lanes = runner.run(lanes_of(number), size)
+            lanes = runner.run(lanes_of(number), min(fit, int(np.prod(block))))
             # Where no lane at all has run, the mistake is not in the lanes.
             held.append((number, lanes))
-            if lanes.done or len(todo) < count:
+            if lanes.done or len(todo) < len(mine):
                 for one, found in held:
                     _write(store, one, axes, block, found, parameters)
                 held = []
-    if held:
+    if held and processes == 1:
         error = held[0][1].error
         assert error is not None
         raise error
-    return open_results(path)
+    for one, found in held:
+        _write(store, one, axes, block, found, parameters)
+    if processes > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices("gradflow.sweep")
+    return open_results(path, check=process == 0)
 
 
 def _attributes(
@@ -181,7 +252,8 @@ def _write(
         kept = {"result": ((), np.full(len(lanes.causes), code, np.int32))}
     notes = {
         "causes": {str(i): cause for i, cause in lanes.causes.items()},
-        "device": jax.devices()[0].device_kind,
+        "device": jax.local_devices()[0].device_kind,
+        "solver": lanes.solvers,
     }
     store.write(number, axes, block, kept, notes)
 

@@ -68,10 +68,16 @@ def open_results(path: str | os.PathLike, *, check: bool = True) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         data = xarray().open_zarr(str(path), chunks=None, consolidated=False)
-    causes = {}
+    causes: dict[str, str] = {}
+    solvers: set[str] = set()
     for number in sorted(finished):
         causes |= store.marker(number)["causes"]
-    data.attrs = found | {"finished": len(finished), "causes": causes}
+        solvers |= set(store.marker(number)["solver"])
+    data.attrs = found | {
+        "finished": len(finished),
+        "causes": causes,
+        "solver": " or ".join(sorted(solvers)),
+    }
     times = [name for name in ("t", "slow_time") if name in data]
     return data.set_coords(times)
 
@@ -94,6 +100,12 @@ class Store:
             return json.loads((self.path / "zarr.json").read_text())["attributes"]
         except FileNotFoundError:
             raise FileNotFoundError(f"store: there is none at {self.path}.") from None
+
+    def chunk(self) -> int | None:
+        """About how many lanes its chunks have, if it is there."""
+        if not (self.path / "zarr.json").exists():
+            return None
+        return int(np.prod(self.attributes()["config"]["chunk"]))
 
     def prepare(self, axes: Axes, attributes: dict[str, Any]) -> dict[str, Any]:
         """Makes the store, or checks that it is of the same sweep; returns its

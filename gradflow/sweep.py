@@ -11,12 +11,11 @@ import equinox as eqx
 import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
-from tqdm.auto import tqdm
 
 from ._axes import Axes, make_axes, short
 from ._descent_methods import Method, Optimiser
 from ._lanes import Batch, Owned, Problem, Ragged, Recipe, RUN
-from ._runs import run_stored, Runner
+from ._runs import Bars, fitting, run_stored, Runner
 from .flow import GradientFlow
 from .metrics import Metric
 from .path import Path
@@ -385,8 +384,10 @@ def _number(value: Any) -> Any:
 
 def _run(recipe: Recipe, batch: Batch, progress: bool) -> Sweep:
     """All lanes, in memory."""
-    with tqdm(total=len(recipe.axes), unit="lane", disable=not progress) as bar:
-        lanes = Runner(recipe, batch, bar).run(range(len(recipe.axes)))
+    count = len(recipe.axes)
+    with Bars(recipe.axes, count, progress) as bars:
+        size = fitting(recipe, batch, count)
+        lanes = Runner(recipe, batch, bars).run(range(count), size)
     if not lanes.done:
         assert lanes.error is not None
         raise lanes.error
