@@ -200,14 +200,23 @@ def test_flows_and_a_single_problem(tmp_path):
     options = dict(weight_decay=lams, slow_time=1.0, saves=4, progress=False)
     options |= dict(solver=gf.KKT4(), metrics=task.metrics)
     data = gf.sweep(
-        task.flow, task.model, store=tmp_path / "s.zarr", chunk=2, **options
-    )
-    lanes = gf.sweep(task.flow, task.model, **options).to_xarray()
-    np.testing.assert_array_equal(data.metric_test, lanes.metric_test)
-    np.testing.assert_array_equal(data.steps, lanes.steps)
+        task.flow, task.model, store=tmp_path / "s.zarr", chunk=2, parameters=True,
+        **options,
+    )  # fmt: skip
+    lanes = gf.sweep(task.flow, task.model, **options)
+    np.testing.assert_array_equal(data.metric_test, lanes.metrics["test"])
+    back = gf.as_sweep(data, task.flow, task.model, metrics=task.metrics)
+    assert str(back) == str(lanes)
+    np.testing.assert_array_equal(back[3].models.weights, lanes[3].models.weights)
+    assert back.paths.watched == lanes.paths.watched
+    with pytest.raises(ValueError, match="yet to be run"):
+        missing = data.assign(result=data.result * 0 - 1)
+        gf.as_sweep(missing, task.flow, task.model)
+    with pytest.raises(ValueError, match="params_weights"):
+        gf.as_sweep(data.drop_vars("params_weights"), task.flow, task.model)
     with pytest.raises(ValueError, match=r"solver.type: KKT4 there, KKT5 here"):
         gf.sweep(
-            task.flow, task.model, store=tmp_path / "s.zarr", chunk=2,
+            task.flow, task.model, store=tmp_path / "s.zarr", chunk=2, parameters=True,
             **(options | dict(solver=gf.KKT5())),
         )  # fmt: skip
 
