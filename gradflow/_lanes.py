@@ -85,6 +85,7 @@ class Recipe:
         self._problem: tuple[Any, Any] = (None, None)
         self._start: tuple[Any, Any] = (None, None)
         self._sized: dict[Any, Any] = {}
+        self._siblings: dict[Any, list[int]] = {}
 
     @property
     def descends(self) -> bool:
@@ -136,9 +137,11 @@ class Recipe:
 
     def siblings(self, lane: int) -> list[int]:
         """All lanes with the same problem and tolerance."""
-        key = self.owner(lane), self.value(lane, "rtol")
-        every = range(len(self.axes))
-        return [k for k in every if (self.owner(k), self.value(k, "rtol")) == key]
+        key = lambda k: (self.owner(k), self.value(k, "rtol"))
+        if not self._siblings:
+            for k in range(len(self.axes)):
+                self._siblings.setdefault(key(k), []).append(k)
+        return self._siblings[key(lane)]
 
     def owned(self, lane: int) -> Owned:
         problem = self.problem(lane)

@@ -68,6 +68,7 @@ def open_results(path: str | os.PathLike, *, check: bool = True) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         data = xarray().open_zarr(str(path), chunks=None, consolidated=False)
+    data = data[sorted(map(str, data.data_vars))]
     causes: dict[str, str] = {}
     solvers: set[str] = set()
     for number in sorted(finished):
