@@ -132,14 +132,14 @@ def as_sweep(
         weight_decay=jnp.asarray(lams, flat("t").dtype),
         params=tree.unflatten([flat(name) for name in names]),
         static=place(params, term.static)[1],
-        metrics={name: flat(f"metric_{name}") for name in watched},
+        metrics={name: flat(f"metric_{name}") for name in sorted(watched)},
         train_loss=flat("train_loss"),
         penalty=flat("penalty"),
         result=eqx.tree_at(
             lambda r: r._value, RESULTS.successful, flat("result").astype(jnp.int32)
         ),
         stats={
-            "solver": " or ".join(results.attrs["solver"]),
+            "solver": results.attrs["solver"],
             "rtol": jnp.asarray(tolerances),
             **{
                 n: flat(n) for n in numbers if not n.startswith(("threshold", "result"))
