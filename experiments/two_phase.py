@@ -96,11 +96,11 @@ class Config:
 def main(config: Config) -> dict[str, Any]:
     """Runs one task; returns what is written to summary.json, or by a process that is
     not the first, nothing."""
-    first = config.processes.connect()
     if config.processes.distributed and config.store is None:
         raise ValueError("store: processes share their runs through one; give a path.")
     if config.processes.distributed and config.task == "relu_1d":
         raise ValueError("distributed: relu_1d is one run.")
+    first = config.processes.connect()
     matplotlib.use("Agg")
     out = config.folder()
     out.mkdir(parents=True, exist_ok=True)
