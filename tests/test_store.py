@@ -126,7 +126,7 @@ def test_other_data_are_refused(whole):
         return task.flow, task.model, task.metrics
 
     make.__qualname__ = "make"
-    with pytest.raises(ValueError, match=r"first.flow.loss.x: float64\[3, 6\] sha256"):
+    with pytest.raises(ValueError, match=r"first.flow.loss.x: float64\[3, 6\] norm"):
         run(whole[0], make, parameters=True)
 
 
