@@ -24,10 +24,11 @@ class Bars:
     the time that is left, and the lane that took most."""
 
     def __init__(self, axes: Axes, total: int, progress: bool):
-        devices = jax.local_devices()
-        many = len(devices) > 1 or jax.process_count() > 1
-        # A log file is written to now and then only.
-        seldom = 0.1 if sys.stderr.isatty() else 10.0
+        devices, process = jax.local_devices(), jax.process_index()
+        where = f"process {process}, " if jax.process_count() > 1 else ""
+        many = len(devices) > 1 or bool(where)
+        # A log file gets whole lines, and those now and then only.
+        log = not sys.stderr.isatty() and "ipykernel" not in sys.modules
         self.axes = axes
         self.failed, self.steps = [0] * len(devices), [0.0] * len(devices)
         self.worst = [(0.0, -1)] * len(devices)
@@ -35,10 +36,11 @@ class Bars:
         self.bars = [
             tqdm(
                 total=total // len(devices) + (k < total % len(devices)),
-                desc=f"{device.platform} {device.id}" if many else None,
+                desc=f"{where}{device.platform} {k}" if many else None,
                 unit="lane",
-                position=k if many else None,
-                mininterval=seldom,
+                position=k if many and not log else None,
+                mininterval=10.0 if log else 0.1,
+                bar_format="{l_bar}{r_bar}\n" if log else None,
                 disable=not progress,
             )
             for k, device in enumerate(devices)
