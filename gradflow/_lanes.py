@@ -337,6 +337,8 @@ def run_lanes(
         # Neighbours in cost go together: a program takes as long as its longest loop.
         numbers.sort(key=lambda i: -every[i].cost)
         most = size or len(numbers)
+        if batch == "loop":  # where running a lane again costs as much as it does
+            most = min(most, len(numbers))
         for start in range(0, len(numbers), most):
             some = numbers[start : start + most]
             chosen: list[Any] = [every[i] for i in some]

@@ -285,9 +285,9 @@ def sweep(
         first, instead of making a product: `[("samples", "weight_decay")]`.
     - `slow_time`, `t1`, `ts`, `steps`, `at`: give one; that of the `Task` by default.
     - `metrics`: in addition to those that `problem` gives.
-    - `batch`: `"loop"` runs lane after lane, `"vmap"` all of them in lockstep. The
-        default is to loop on a CPU, where lockstep only costs, and to vmap on an
-        accelerator.
+    - `batch`: `"loop"` runs lane after lane, `"vmap"` as many in lockstep as fit into
+        memory. The default is to loop on a CPU, where lockstep only costs, and to vmap
+        on an accelerator. Lanes are shared among all devices of this process.
     - `store`: a folder to keep the results in, such as `"sweep.zarr"`: see below.
     - `chunk`: about how many lanes are computed, and stored, together; 16 by default.
     - `parameters`: whether the store keeps the parameters at all saved times too.
@@ -301,9 +301,11 @@ def sweep(
     With `store`, results go to disk chunk by chunk, each whole or not at all, and not
     into memory. Whatever ends the run, the same call goes on where it stopped: finished
     chunks are not computed again (but for those whose checksums are wrong, which are
-    named). A store of another configuration is refused, with the differences. What is
-    compared are arrays and options; of functions, only their names and what they make
-    for the first lane.
+    named). Where there are many processes (`jax.distributed.initialize`) each computes
+    its share of the chunks. A lane that is cut off starts anew: for few, long ones give
+    `chunk=1`. A store of another configuration is refused, with the differences. What
+    is compared are arrays and options; of functions, only their names and what they
+    make for the first lane.
 
     **Returns:** a `Sweep`; with `store`, what `gf.open_results` gives.
 
