@@ -2,9 +2,9 @@
 
 Runs a task for every combination of λ, initial scale and seed, in one sweep; measures
 the delay between memorisation and grokking; predicts it from two runs for each scale
-and seed, by the two-phase theory of order 2; and shows where the two agree. The runs
-are kept in a store: the same command goes on where it stopped. Writes summary.json,
-arrays.nc and a figure.
+and seed, by the two-phase theory; and shows where the two agree. The runs are kept in a
+store: the same command goes on where it stopped. Writes summary.json, arrays.nc and a
+figure.
 """
 
 import dataclasses
@@ -65,6 +65,8 @@ class Config:
     """How many seeds, each with data and a start of its own; 5, or 2 if quick."""
     within: float = 0.05
     """How close measured and predicted delay are, if they agree."""
+    order: Literal[1, 2] = 2
+    """Of the theory."""
     out: Path = Path("results/phase_diagram")
     """Folder for the results."""
     quick: bool = False
@@ -130,6 +132,7 @@ def main(config: Config) -> dict[str, Any]:
             "scales": {name: list(config.init_scales(name)) for name in found},
             "seeds": config.all_seeds(),
             "within": config.within,
+            "order": config.order,
             "quick": config.quick,
         },
         "cells": {name: counts(data) for name, data in found.items()},
@@ -175,7 +178,7 @@ def predicted(name: str, config: Config) -> xr.Dataset:
                 gf.scaled(model, scale),
                 slow_time=STUDIES[name].slow_time,
                 metrics=metrics,
-                order=2,
+                order=config.order,
                 throw=False,
             )
             for k, lam in enumerate(lams):

@@ -70,6 +70,7 @@ def test_a_small_diagram(tmp_path, monkeypatch):
         weight_decay=("1e-2:1e-4:3",),
         scales=2,
         seeds=1,
+        order=1,
         out=tmp_path,
     )
     summary = script.main(config)
