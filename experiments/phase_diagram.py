@@ -47,7 +47,7 @@ class Study:
 STUDIES: dict[str, Study] = {
     "diagonal": Study(gf.tasks.diagonal_network, (0.2, 4.0), 6.0, "diagonal network"),
     "teacher_student": Study(
-        gf.tasks.teacher_student, (0.5, 3.0), 4.0, "teacher–student, tanh"
+        gf.tasks.teacher_student, (0.5, 3.0), 4.0, "teacher–student"
     ),
 }
 
@@ -277,7 +277,7 @@ def diagram(found: dict[str, xr.Dataset], config: Config) -> Figure:
     norm = LogNorm(values.min(), values.max()) if values.size else LogNorm(1, 10)
     cmap = plt.get_cmap("viridis").with_extremes(bad="#eeeeee")
     phases = ListedColormap(COLOURS)
-    edges = BoundaryNorm(np.arange(len(WORDS) + 1) - 0.5, len(WORDS))
+    steps = BoundaryNorm(np.arange(len(WORDS) + 1) - 0.5, len(WORDS))
     letters = iter("abcdef")
     for (name, data), (left, middle, right) in zip(found.items(), axes, strict=True):
         title = STUDIES[name].title
@@ -298,16 +298,16 @@ def diagram(found: dict[str, xr.Dataset], config: Config) -> Figure:
             )
         common = (data.phase == xr.DataArray(range(len(WORDS)), dims="k")).sum("seed")
         mode = common.argmax("k")
-        kinds = cells(right, data, mode.values, phases, edges)
+        kinds = cells(right, data, mode.values, phases, steps)
         agree = (data.phase == 5).sum("seed").values
         for (j, k), n in np.ndenumerate(agree):
             if n and data.sizes["weight_decay"] <= 14:
                 right.text(
                     data.weight_decay.values[k], data.init_scale.values[j], str(int(n)),
-                    ha="center", va="center", fontsize=SIZE - 3, color="white",
+                    ha="center", va="center", fontsize=SIZE - 3, color="black",
                 )  # fmt: skip
         right.set_title(
-            f"({next(letters)}) {title}: most of {data.sizes['seed']} seeds",
+            f"({next(letters)}) {title}: outcome",
             fontsize=SIZE, loc="left",
         )  # fmt: skip
         left.set_ylabel("initial scale $\\alpha$", fontsize=SIZE)
@@ -317,15 +317,25 @@ def diagram(found: dict[str, xr.Dataset], config: Config) -> Figure:
         kinds, ax=list(axes[:, 2]), ticks=range(len(WORDS)), aspect=35, pad=0.01
     )
     bar.ax.set_yticklabels(WORDS, fontsize=SIZE - 1)
-    within = f"numbers: seeds within {100 * config.within:.0f} %"
+    seeds = next(iter(found.values())).sizes["seed"]
+    off = f"{100 * config.within:.0f} %"
+    within = f"most of {seeds} seeds; number:\nhow many are within {off}"
     bar.ax.set_title(within, fontsize=SIZE - 2, loc="left")
     return fig
 
 
+def edges(x: np.ndarray) -> np.ndarray:
+    """Of cells around values, halfway to their neighbours in the logarithm."""
+    logs = np.log(x)
+    step = np.diff(logs) if logs.size > 1 else np.ones(1)
+    middle = logs[:-1] + np.diff(logs) / 2
+    return np.exp([logs[0] - step[0] / 2, *middle, logs[-1] + step[-1] / 2])
+
+
 def cells(ax: Axes, data: xr.Dataset, values: np.ndarray, cmap: Any, norm: Any) -> Any:
     mesh = ax.pcolormesh(
-        data.weight_decay.values, data.init_scale.values, values, cmap=cmap, norm=norm,
-        shading="nearest", edgecolors="white", lw=0.4,
+        edges(data.weight_decay.values), edges(data.init_scale.values), values,
+        cmap=cmap, norm=norm, edgecolors="white", lw=0.4,
     )  # fmt: skip
     ax.set(xscale="log", yscale="log")
     ax.set_xlabel("weight decay $\\lambda$", fontsize=SIZE)
