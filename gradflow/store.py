@@ -89,12 +89,14 @@ class Store:
     Each variable is an array in the shape of the sweep's dimensions. A chunk is a block
     of lanes: one file of each variable, and a marker, `chunks/NUMBER`, a group whose
     attributes hold their checksums. Files are written aside, flushed, and moved to
-    their places, the marker last: a chunk without one counts as not there.
+    their places, the marker last: a chunk without one counts as not there. Numbers are
+    not compressed, which their last digits would hardly allow.
     """
 
     def __init__(self, path: File, process: int = 0):
         self.path = path
         self.aside = path.with_name(f"{path.name}.partial-{process}")
+        self._known: dict[str, Any] = {}
 
     def attributes(self) -> dict[str, Any]:
         try:
@@ -190,19 +192,29 @@ class Store:
     ) -> None:
         where, _ = lanes_of_block(axes.shape, block, number)
         here = tuple(s.stop - s.start for s in where)
+        place = [s.start // b for s, b in zip(where, block, strict=True)]
         group = zarr().create_group(self.aside, overwrite=True)
+        data = []
         for name, (more, values) in columns.items():
             rest = values.shape[1:]
-            dims = axes.dims + more
-            shape, chunks = axes.shape + rest, block + rest
-            array = _array(group, name, shape, chunks, values, dims)
-            array[where] = values.reshape(here + rest)
-            self._same_array(name)
-        there = lambda f: f.endswith("zarr.json") and (self.path / f).exists()
+            shape, dims = axes.shape + rest, axes.dims + more
+            if self._known.get(name) != (shape, values.dtype):
+                _array(group, name, shape, block + rest, values, dims)
+                self._same_array(name)
+                self._known[name] = (shape, values.dtype)
+            # What is beyond the last lane in a dimension is filled.
+            whole = np.full(block + rest, _fill(values), values.dtype)
+            whole[tuple(slice(n) for n in here)] = values.reshape(here + rest)
+            parts = [name, "c", *map(str, place), *("0" for _ in rest)]
+            file = self.aside.joinpath(*parts)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            little = whole.astype(whole.dtype.newbyteorder("<"))
+            file.write_bytes(little.tobytes())
+            data.append("/".join(parts))
+        there = lambda f: not f.endswith("zarr.json") or (self.path / f).exists()
         files = [f for f in _files(self.aside) if not there(f)]
         # A reader knows by `result` whether a lane is there.
-        files.sort(key=lambda f: (f.startswith("result/"), f))
-        data = [f for f in files if not f.endswith("zarr.json")]
+        files += sorted(data, key=lambda f: (f.startswith("result/"), f))
         marker = {f: _digest(self.aside / f) for f in data}
         self._move(files)
         name = f"chunks/{number:06d}"
@@ -279,17 +291,21 @@ def _array(
     dims: tuple[str, ...],
 ) -> Any:
     kind = like.dtype.kind
-    fill: Any = {"f": np.nan, "i": -1, "u": 0, "b": False}.get(kind, "")
     return group.create_array(
         name,
         shape=shape,
         chunks=chunks,
         dtype=like.dtype if kind != "U" else str,
-        fill_value=fill,
+        fill_value=_fill(like),
         dimension_names=dims,
         attributes=_ATTRIBUTES.get(name, lambda: {})(),
+        compressors=None,
         config={"write_empty_chunks": True},
     )
+
+
+def _fill(like: np.ndarray) -> Any:
+    return {"f": np.nan, "i": -1, "u": 0, "b": False}.get(like.dtype.kind, "")
 
 
 def _result() -> dict[str, Any]:
