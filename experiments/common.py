@@ -57,6 +57,28 @@ class Settings:
     """A minute or so: fewer or shorter runs, the same checks where they can be made."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Distributed:
+    """Many processes, which share the lanes of a sweep. Under Slurm, Open MPI or
+    Kubernetes JAX finds out by itself what is not given."""
+
+    distributed: bool = False
+    """Whether this is one of many processes that run the same command."""
+    coordinator: str | None = None
+    """Address and port of the first process, such as node1:12345."""
+    processes: int | None = None
+    """How many there are."""
+    process: int | None = None
+    """Which of them this is, from 0 on."""
+
+    def connect(self) -> bool:
+        """Finds the others; whether this is the process that tells the results."""
+        if not self.distributed:
+            return True
+        jax.distributed.initialize(self.coordinator, self.processes, self.process)
+        return jax.process_index() == 0
+
+
 class Outcome(NamedTuple):
     """What an experiment gives."""
 

@@ -22,7 +22,7 @@ import two_phase_panels as panels
 import two_phase_rows as rows
 import tyro
 import xarray as xr
-from common import attempt, Clock, parse_weight_decay, Row, write
+from common import attempt, Clock, Distributed, parse_weight_decay, Row, write
 from two_phase_rows import Run
 
 import gradflow as gf
@@ -70,6 +70,11 @@ class Config:
     rtol: float | None = None
     """Relative tolerance of the runs: 1e-8; 1e-10 for linear_regression, which has a
     closed form; 1e-4 for relu_1d, which is not smooth."""
+    store: Path | None = None
+    """A folder such as sweep.zarr, to keep the runs in: the same command goes on where
+    it stopped."""
+    processes: tyro.conf.OmitArgPrefixes[Distributed] = Distributed()
+    """Share the runs of the store with other processes."""
 
     def lams(self) -> np.ndarray:
         default = "1e-3" if self.task == "relu_1d" else "1e-2:1e-6:9"
@@ -89,13 +94,22 @@ class Config:
 
 
 def main(config: Config) -> dict[str, Any]:
-    """Runs one task; returns what is written to summary.json."""
+    """Runs one task; returns what is written to summary.json, or by a process that is
+    not the first, nothing."""
+    if config.processes.distributed and config.store is None:
+        raise ValueError("store: processes share their runs through one; give a path.")
+    if config.processes.distributed and config.task == "relu_1d":
+        raise ValueError("distributed: relu_1d is one run.")
+    first = config.processes.connect()
     matplotlib.use("Agg")
     out = config.folder()
     out.mkdir(parents=True, exist_ok=True)
     clock = Clock()
     task = TASKS[config.task](jr.key(config.seed))
     print(f"{config.task}: {count(task.model)} parameters, seed {config.seed}")
+    if not first:
+        simulated(config, task)
+        return {}
     run = relu if config.task == "relu_1d" else two_phase
     numbers, checks, data, figures = run(config, task, clock)
 
@@ -127,16 +141,7 @@ def two_phase(config: Config, task: gf.tasks.Task, clock: Clock) -> tuple:
         )
     print(theory)
     with clock("sweep"):
-        sweep = gf.sweep(
-            task.flow,
-            task.model,
-            weight_decay=jnp.asarray(config.lams()),
-            slow_time=s,
-            saves=config.saves(),
-            metrics=task.metrics,
-            solver=gf.KKT5(),
-            rtol=config.tolerance(),
-        )
+        sweep = simulated(config, task)
     with clock("compare"):
         report = gf.compare(sweep, theory)
     print(report)
@@ -171,6 +176,29 @@ def two_phase(config: Config, task: gf.tasks.Task, clock: Clock) -> tuple:
             "t": float(shown.t[-1]),
         }
     return numbers, checks, dataset(sweep, report), figures
+
+
+def simulated(config: Config, task: gf.tasks.Task) -> gf.Sweep:
+    """The runs, in memory or by way of a store."""
+    options: dict[str, Any] = (
+        {}
+        if config.store is None
+        else dict(store=config.store, chunk=1, parameters=True)
+    )
+    found = gf.sweep(
+        task.flow,
+        task.model,
+        weight_decay=jnp.asarray(config.lams()),
+        slow_time=config.slow_time or task.slow_time,
+        saves=config.saves(),
+        metrics=task.metrics,
+        solver=gf.KKT5(),
+        rtol=config.tolerance(),
+        **options,
+    )
+    if config.store is None:
+        return found
+    return gf.as_sweep(found, task.flow, task.model, metrics=task.metrics)
 
 
 def specials(config: Config, task: gf.tasks.Task, run: Run, solve: Callable) -> tuple:

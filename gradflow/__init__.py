@@ -37,6 +37,8 @@ from .solvers import KKT4 as KKT4, KKT5 as KKT5, RKC2 as RKC2
 from . import data as data, models as models, tasks as tasks
 from . import manifold as manifold
 from .sweep import Sweep as Sweep, sweep as sweep
+from ._labelled import as_sweep as as_sweep
+from .store import open_results as open_results
 from .predicted_time import PredictedTime as PredictedTime
 from .second_order import SecondOrder as SecondOrder
 from .theory import two_phase as two_phase, TwoPhase as TwoPhase

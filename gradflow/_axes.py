@@ -100,7 +100,7 @@ def blocks(shape: Sequence[int], size: int) -> tuple[int, ...]:
 
 def lanes_of_block(
     shape: Sequence[int], block: Sequence[int], number: int
-) -> tuple[tuple[slice, ...], np.ndarray]:
+) -> tuple[tuple[slice, ...], list[int]]:
     """Where a block is in each dimension, and the numbers of its lanes, in C order."""
     grid = [-(-n // b) for n, b in zip(shape, block, strict=True)]
     place = np.unravel_index(number, grid)
@@ -109,7 +109,7 @@ def lanes_of_block(
         for i, b, n in zip(place, block, shape, strict=True)
     )
     numbers = np.arange(int(np.prod(shape, dtype=int))).reshape(shape)
-    return where, numbers[where].ravel()
+    return where, numbers[where].ravel().tolist()
 
 
 def count_blocks(shape: Sequence[int], block: Sequence[int]) -> int:

@@ -1,11 +1,21 @@
 """Sweeps as labelled arrays, with xarray."""
 
+from collections.abc import Callable
 from typing import Any, TYPE_CHECKING
 
+import equinox as eqx
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
+from ._axes import make_axes
+from ._lanes import Ragged
+from .flow import GradientFlow, place
+from .metrics import Metric
 from .path import Path
 from .results import RESULTS
+from .simulate import as_metrics
 
 if TYPE_CHECKING:
     from .sweep import Sweep
@@ -64,6 +74,85 @@ def columns(paths: Path, watched: list[dict[str, Any]]) -> dict[str, np.ndarray]
         **{k: v for k, v in numbers.items() if v.ndim == 1 and k not in _AXES},
         "result": np.asarray(paths.result._value, np.int32),
     }
+
+
+def parameter_columns(
+    paths: Path,
+) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
+    """The parameters of some lanes at all times, by their places in the model, with the
+    names of the dimensions after those of the lanes."""
+    if isinstance(paths.params, Ragged):
+        raise ValueError("parameters: their shapes differ from lane to lane.")
+    out = {}
+    for at, leaf in jax.tree_util.tree_leaves_with_path(paths.params):
+        name = _parameter_name(at)
+        more = tuple(f"{name}_{k}" for k in range(leaf.ndim - 2))
+        out[name] = (("time", *more), np.asarray(leaf))
+    return out
+
+
+def as_sweep(
+    results: Any,
+    flow: GradientFlow,
+    model: PyTree,
+    *,
+    metrics: dict[str, Callable | Metric] | None = None,
+) -> "Sweep":
+    """The `Sweep` of one problem, from what was stored of it with `parameters=True`.
+
+    **Arguments:**
+
+    - `results`: from `gradflow.open_results`; all lanes that are selected are read.
+    - `flow`, `model`, `metrics`: those that were run.
+
+    **Raises:** `ValueError` where lanes are yet to be run, or their parameters were not
+    stored.
+    """
+    from .sweep import Sweep
+
+    if (results["result"] < 0).any():
+        raise ValueError("results: some lanes are yet to be run.")
+    dims = list(results["result"].dims)
+    axes = make_axes({d: results[d].values for d in dims})
+    flat = lambda name: jnp.asarray(
+        results[name].values.reshape(len(axes), *results[name].shape[len(dims) :])
+    )
+    term, params = flow.term(model)
+    places, tree = jax.tree_util.tree_flatten_with_path(params)
+    names = [_parameter_name(at) for at, _ in places]
+    if missing := [name for name in names if name not in results]:
+        raise ValueError(f"results: {missing} not stored; sweep with parameters=True.")
+    fixed = results.attrs["config"]
+    numbers = [n for n in results.data_vars if results[n].ndim == len(dims)]
+    lams = [at.get("weight_decay", fixed.get("weight_decay")) for at in axes]
+    watched = as_metrics(metrics)
+    tolerances = [at.get("rtol", fixed.get("rtol")) for at in axes]
+    paths = Path(
+        t=flat("t"),
+        weight_decay=jnp.asarray(lams, flat("t").dtype),
+        params=tree.unflatten([flat(name) for name in names]),
+        static=place(params, term.static)[1],
+        metrics={name: flat(f"metric_{name}") for name in sorted(watched)},
+        train_loss=flat("train_loss"),
+        penalty=flat("penalty"),
+        result=eqx.tree_at(
+            lambda r: r._value, RESULTS.successful, flat("result").astype(jnp.int32)
+        ),
+        stats={
+            "solver": results.attrs["solver"],
+            "rtol": jnp.asarray(tolerances),
+            **{
+                n: flat(n) for n in numbers if not n.startswith(("threshold", "result"))
+            },
+        },
+        watched=watched,
+    )
+    causes = {int(k): v for k, v in results.attrs["causes"].items()}
+    return Sweep(paths, axes, (), causes)
+
+
+def _parameter_name(at: Any) -> str:
+    return "params_" + jax.tree_util.keystr(at, simple=True, separator=".")
 
 
 _AXES = ("rtol", "learning_rate")  # coordinates, where they vary

@@ -8,7 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from ._axes import Axes
 from ._checks import (
@@ -57,6 +57,8 @@ class Lane(NamedTuple):
     """The reason for its solver."""
     again: "Lane | None" = None
     """What to do if its solver, which was only tried, fails."""
+    cost: float = 0.0
+    """Grows with the work that is to be expected."""
 
 
 class Owned(NamedTuple):
@@ -83,6 +85,7 @@ class Recipe:
         self._problem: tuple[Any, Any] = (None, None)
         self._start: tuple[Any, Any] = (None, None)
         self._sized: dict[Any, Any] = {}
+        self._siblings: dict[Any, list[int]] = {}
 
     @property
     def descends(self) -> bool:
@@ -134,9 +137,11 @@ class Recipe:
 
     def siblings(self, lane: int) -> list[int]:
         """All lanes with the same problem and tolerance."""
-        key = self.owner(lane), self.value(lane, "rtol")
-        every = range(len(self.axes))
-        return [k for k in every if (self.owner(k), self.value(k, "rtol")) == key]
+        key = lambda k: (self.owner(k), self.value(k, "rtol"))
+        if not self._siblings:
+            for k in range(len(self.axes)):
+                self._siblings.setdefault(key(k), []).append(k)
+        return self._siblings[key(lane)]
 
     def owned(self, lane: int) -> Owned:
         problem = self.problem(lane)
@@ -179,7 +184,8 @@ class Recipe:
         }
         method = given["method"] = given["method"] or "subgradient"
         args = prepare_descent(problem.flow, problem.model, bare, **given)
-        return Lane(descend, args, f"{method} steps were asked for")
+        why = f"{method} steps were asked for"
+        return Lane(descend, args, why, cost=self.cost(lane))
 
     def _flow(self, lane: int, bare: dict[str, Metric], times: dict) -> Lane:
         term, params = self.start(lane)
@@ -201,11 +207,45 @@ class Recipe:
         )
         choice = as_choice(self.options["solver"], size, rtol)
         if size is None or not choice.trial:
-            return Lane(solve_compiled, made(choice, most), choice.why)
+            args = made(choice, most)
+            return Lane(solve_compiled, args, choice.why, cost=self.cost(lane))
         then: Choice = second_choice(size, rtol)
-        again = Lane(solve_compiled, made(then, most), then.why)
+        again = Lane(solve_compiled, made(then, most), then.why, cost=self.cost(lane))
         first = made(choice, min(most, TRIAL_STEPS))
-        return Lane(solve_compiled, first, choice.why, again)
+        return Lane(solve_compiled, first, choice.why, again, self.cost(lane))
+
+    def cost(self, lane: int) -> float:
+        """A number that grows with the expected work of a lane: its time to the end for
+        a flow (an explicit solver takes steps in proportion, the others a few more),
+        and more for a smaller tolerance; its steps for a descent."""
+        value = lambda name: self.value(lane, name)
+        given: Any = self.options.get
+        lam = max(float(value("weight_decay")), 1e-300)
+        if given("ts") is not None:
+            end = float(given("ts")[-1])
+        elif given("at") is not None or given("steps") is not None:
+            return float(given("steps") or given("at")[-1])
+        else:
+            end = given("t1") or (given("slow_time") or 1.0) / lam
+        if self.descends:
+            return end / float(value("learning_rate"))
+        return end * float(value("rtol")) ** -0.2
+
+    def bytes_per_lane(self, lane: int) -> int:
+        """About what a lane takes on its device while it runs: its parameters at all
+        times and in all stages, and the tangent kernel with what it is made of."""
+        term, params = self.start(lane)
+        size = measure_size(term, params, 0.0, 1.0)
+        d, m = size.parameters, size.outputs or size.parameters
+        saves = self.options["saves"]
+        for name in ("ts", "at"):
+            if self.options.get(name) is not None:
+                saves = len(self.options[name])
+        if self.descends:
+            numbers = d * (saves + 8)
+        else:
+            numbers = d * (3 * saves + 40) + 6 * m * m + 2 * min(m * d, 2**25)
+        return numbers * jax.tree.leaves(params)[0].dtype.itemsize
 
     def _size(self, lane: int, span: dict[str, Any]) -> Any:
         """What a solver is chosen by: of the stiffest among all lanes with the same
@@ -259,47 +299,53 @@ def run_lanes(
     lanes: Iterable[Lane | Exception],
     batch: Batch,
     size: int | None = None,
-    tell: Callable[[Path | Exception], None] = lambda _: None,
+    tell: Callable[[int, Path | Exception, int], None] = lambda *_: None,
     *,
     catch: tuple[type[Exception], ...] = (Exception,),
 ) -> list[Path | Exception]:
     """Runs lanes; one that fails with an error of those in `catch` gives it instead of
     a path, and leaves the others as they are.
 
-    `size` is that of all batches, which is compiled for, or `None` for all that can go
-    together; `tell` is called with every result.
+    With one device and `batch` "loop" they run one by one, as they come. Otherwise all
+    are made first, and `size` of them at a time (`None`: all that are alike) are one
+    program, in which each device has as many lanes, and loops over them or runs them in
+    lockstep. `tell` is called with the place of a lane, its result, and the number of
+    its device.
     """
-    out: list[Path | Exception] = []
-    if batch == "loop":
-        for lane in lanes:
+    if batch == "loop" and jax.local_device_count() == 1:
+        out: list[Path | Exception] = []
+        for i, lane in enumerate(lanes):
             out.append(lane if isinstance(lane, Exception) else _alone(lane, catch))
-            tell(out[-1])
+            tell(i, out[-1], 0)
         return out
-    lanes = list(lanes)
-    out = [lane if isinstance(lane, Exception) else _NOT_RUN for lane in lanes]
+    every: list[Any] = list(lanes)
+    found: dict[int, Path | Exception] = {}
     groups: list[tuple[Any, list[int]]] = []
-    for i, lane in enumerate(lanes):
-        if isinstance(lane, Lane):
-            kind = _signature(lane)
-            same = (numbers for other, numbers in groups if _equal(other, kind))
-            numbers = next(same, None)
-            if numbers is None:
-                groups.append((kind, [i]))
-            else:
-                numbers.append(i)
+    for i, lane in enumerate(every):
+        if isinstance(lane, Exception):
+            found[i] = lane
+            tell(i, lane, 0)
+            continue
+        kind = _signature(lane)
+        same = (numbers for other, numbers in groups if _equal(other, kind))
+        numbers = next(same, None)
+        if numbers is None:
+            groups.append((kind, [i]))
+        else:
+            numbers.append(i)
     for _, numbers in groups:
+        # Neighbours in cost go together: a program takes as long as its longest loop.
+        numbers.sort(key=lambda i: -every[i].cost)
         most = size or len(numbers)
+        if batch == "loop":  # where running a lane again costs as much as it does
+            most = min(most, len(numbers))
         for start in range(0, len(numbers), most):
             some = numbers[start : start + most]
-            chosen: list[Any] = [lanes[i] for i in some]
-            for i, path in zip(some, _together(chosen, most, catch), strict=True):
-                out[i] = path
-    for path in out:
-        tell(path)
-    return out
-
-
-_NOT_RUN = RuntimeError("not run")
+            chosen: list[Any] = [every[i] for i in some]
+            for k, path in enumerate(_together(chosen, most, batch, catch)):
+                found[some[k]] = path
+                tell(some[k], path, k % jax.local_device_count())
+    return [found[i] for i in range(len(every))]
 
 
 def _alone(lane: Lane, catch: tuple[type[Exception], ...]) -> Path | Exception:
@@ -314,16 +360,16 @@ def _alone(lane: Lane, catch: tuple[type[Exception], ...]) -> Path | Exception:
 
 
 def _together(
-    lanes: list[Lane], size: int, catch: tuple[type[Exception], ...]
+    lanes: list[Lane], size: int, batch: Batch, catch: tuple[type[Exception], ...]
 ) -> list[Path | Exception]:
-    """In lockstep, `size` at a time. Lanes that are short of it are run twice."""
+    """One program for `size` lanes. Where there are fewer, the last is run again."""
     try:
-        stacked = _mapped(lanes + [lanes[-1]] * (size - len(lanes)))
+        stacked = _mapped(lanes + [lanes[-1]] * (size - len(lanes)), batch)
         paths = [_told(_take(stacked, i), lane) for i, lane in enumerate(lanes)]
     except catch as error:
         if len(lanes) == 1:
             return [error]
-        return [_together([lane], size, catch)[0] for lane in lanes]
+        return [_together([lane], size, batch, catch)[0] for lane in lanes]
     out: list[Path | Exception] = list(paths)
     pairs = enumerate(zip(paths, lanes, strict=True))
     left = [
@@ -333,48 +379,77 @@ def _together(
     ]
     if left:
         others: list[Any] = [lanes[i].again for i in left]
-        for i, path in zip(left, _together(others, size, catch), strict=True):
+        again = _together(others, size, batch, catch)
+        for i, path in zip(left, again, strict=True):
             out[i] = _second(paths[i], path)
     return out
 
 
-def _mapped(lanes: list[Lane]) -> Path:
-    """All at once; what they share is passed once."""
+def _mapped(lanes: list[Lane], batch: Batch) -> Path:
+    """All lanes, on all devices; what they share is passed once."""
+    devices = jax.local_device_count()
+    count = len(lanes)
+    lanes = lanes + [lanes[-1]] * (-count % devices)
+    # Lane k is run by device k modulo their number, and the first by the first.
+    order = np.arange(len(lanes)).reshape(-1, devices).T.ravel()
+    lanes = [lanes[k] for k in order]
     parts = [eqx.partition(lane.args, eqx.is_array) for lane in lanes]
     leaves = [jax.tree.leaves(arrays) for arrays, _ in parts]
     tree = jax.tree.structure(parts[0][0])
-    own = [any(x is not leaves[0][k] for x in column)
-           for k, column in enumerate(zip(*leaves, strict=True))]  # fmt: skip
+    columns = list(zip(*leaves, strict=True))
+    own = [any(x is not column[0] for x in column) for column in columns]
     stack = [
         jnp.stack(column) if mine else None
-        for mine, column in zip(own, zip(*leaves, strict=True), strict=True)
+        for mine, column in zip(own, columns, strict=True)
     ]
     shared = [None if mine else x for mine, x in zip(own, leaves[0], strict=True)]
-    return jax.device_get(
-        _vmapped(lanes[0].run, len(lanes), stack, shared, Static(tree), parts[0][1])
-    )
+    static = Static((tree, batch, devices))
+    number = jnp.arange(len(lanes))
+    out = _program(lanes[0].run, number, stack, shared, static, parts[0][1])
+    back = np.argsort(order)[:count]
+    take = lambda x: x[back] if isinstance(x, np.ndarray) else x
+    return jax.tree.map(take, jax.device_get(out))
 
 
 class Static(NamedTuple):
-    """A tree's structure, as an argument that is not traced."""
+    """Arguments that are not traced."""
 
-    tree: Any
+    value: Any
 
 
 @eqx.filter_jit
-def _vmapped(
-    run: Callable, n: int, stack: list, shared: list, tree: Static, static: PyTree
+def _program(
+    run: Callable,
+    number: Array,
+    stack: list,
+    shared: list,
+    how: Static,
+    static: PyTree,
 ) -> Path:
+    tree, batch, devices = how.value
     rest = []
 
-    def one(mine: list) -> PyTree:
+    def one(shared: list, mine: list) -> PyTree:
         leaves = [a if b is None else b for a, b in zip(shared, mine, strict=True)]
-        args = eqx.combine(jax.tree.unflatten(tree.tree, leaves), static)
+        args = eqx.combine(jax.tree.unflatten(tree, leaves), static)
         arrays, others = eqx.partition(_without_shared(run(*args)), eqx.is_array)
         rest.append(others)
         return arrays
 
-    return eqx.combine(jax.vmap(one, axis_size=n)(stack), rest[0])
+    def each(number: Array, stack: list, shared: list) -> PyTree:
+        """What one device does: nothing in it waits for the others."""
+        if batch == "vmap":
+            return jax.vmap(lambda _, mine: one(shared, mine))(number, stack)
+        return jax.lax.map(lambda x: one(shared, x[1]), (number, stack))
+
+    if devices > 1:
+        mesh = jax.sharding.Mesh(np.array(jax.local_devices()), ("lanes",))
+        lanes, all_of_it = jax.P("lanes"), jax.P()
+        each = jax.shard_map(
+            each, mesh=mesh, in_specs=(lanes, lanes, all_of_it), out_specs=lanes,
+            check_vma=False,
+        )  # fmt: skip
+    return eqx.combine(each(number, stack, shared), rest[0])
 
 
 def _signature(lane: Lane) -> tuple:

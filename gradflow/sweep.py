@@ -1,20 +1,21 @@
 """The same flow for many weight decays, seeds, initial scales: along any axes."""
 
 import dataclasses
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import diffrax
 import equinox as eqx
 import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
-from tqdm.auto import tqdm
 
 from ._axes import Axes, make_axes, short
 from ._descent_methods import Method, Optimiser
-from ._lanes import blank, Lane, Owned, Problem, Ragged, Recipe, RUN, run_lanes, stack
+from ._lanes import Batch, Owned, Problem, Ragged, Recipe, RUN
+from ._runs import Bars, fitting, run_stored, Runner
 from .flow import GradientFlow
 from .metrics import Metric
 from .path import Path
@@ -254,10 +255,13 @@ def sweep(
     optimiser: Optimiser | None = None,
     batch_size: int | None = None,
     key: PRNGKeyArray | None = None,
-    batch: Literal["loop", "vmap"] | None = None,
+    batch: Batch | None = None,
+    store: str | os.PathLike | None = None,
+    chunk: int | None = None,
+    parameters: bool = False,
     throw: bool = False,
     progress: bool = True,
-) -> Sweep:
+) -> Sweep | Any:
     """Runs a flow, or a descent, for every combination of values along some axes, with
     one compilation for each shape of the problem.
 
@@ -281,9 +285,12 @@ def sweep(
         first, instead of making a product: `[("samples", "weight_decay")]`.
     - `slow_time`, `t1`, `ts`, `steps`, `at`: give one; that of the `Task` by default.
     - `metrics`: in addition to those that `problem` gives.
-    - `batch`: `"loop"` runs lane after lane, `"vmap"` all of them in lockstep. The
-        default is to loop on a CPU, where lockstep only costs, and to vmap on an
-        accelerator.
+    - `batch`: `"loop"` runs lane after lane, `"vmap"` as many in lockstep as fit into
+        memory. The default is to loop on a CPU, where lockstep only costs, and to vmap
+        on an accelerator. Lanes are shared among all devices of this process.
+    - `store`: a folder to keep the results in, such as `"sweep.zarr"`: see below.
+    - `chunk`: about how many lanes are computed, and stored, together; 16 by default.
+    - `parameters`: whether the store keeps the parameters at all saved times too.
     - `throw`: raise if any lane fails; by default failures are marked in `result`.
     - `progress`: show a bar with the lanes done and failed.
 
@@ -291,7 +298,16 @@ def sweep(
     `weight_decay` as far as they are vectors. A solver is chosen for each problem and
     tolerance, by its stiffest lane.
 
-    **Returns:** a `Sweep`.
+    With `store`, results go to disk chunk by chunk, each whole or not at all, and not
+    into memory. Whatever ends the run, the same call goes on where it stopped: finished
+    chunks are not computed again (but for those whose checksums are wrong, which are
+    named). Where there are many processes (`jax.distributed.initialize`) each computes
+    its share of the chunks. A lane that is cut off starts anew: for few, long ones give
+    `chunk=1`. A store of another configuration is refused, with the differences. What
+    is compared are arrays and options; of functions, only their names and what they
+    make for the first lane.
+
+    **Returns:** a `Sweep`; with `store`, what `gf.open_results` gives.
 
     **Raises:** `ValueError` for arguments that make no sense, before any compute;
     `RuntimeError` if a lane fails and `throw`. If `problem` is a function, a lane for
@@ -314,6 +330,10 @@ def sweep(
         raise ValueError(f"batch: expected 'loop', 'vmap' or None, got {batch!r}.")
     if batch is None:
         batch = "loop" if jax.default_backend() == "cpu" else "vmap"
+    if store is not None:
+        if throw:
+            raise ValueError("throw: a sweep with a store marks the lanes that fail.")
+        return run_stored(recipe, batch, progress, store, chunk, parameters)
     out = _run(recipe, batch, progress)
     if throw:
         worst = int(np.argmin(np.asarray(out.succeeded)))
@@ -364,68 +384,19 @@ def _number(value: Any) -> Any:
     return value if value is None else np.asarray(value).item()
 
 
-def _run(recipe: Recipe, batch: Literal["loop", "vmap"], progress: bool) -> Sweep:
-    axes = recipe.axes
-    count = len(axes)
-    one = isinstance(recipe.make, Problem)
-    catch = (RuntimeError,) if one else (Exception,)
-    owned: dict[Any, Owned] = {}
-
-    def lanes() -> Iterator[Lane | Exception]:
-        for i in range(count):
-            try:
-                lane = recipe.lane(i)
-                if (owner := recipe.owner(i)) not in owned:
-                    owned[owner] = recipe.owned(i)
-                bar.set_postfix_str(f"{axes.words(i)}, {failed} failed")
-                yield lane
-            except Exception as error:
-                if one:
-                    raise
-                yield error
-
-    failed = 0
-    with tqdm(total=count, unit="lane", disable=not progress) as bar:
-
-        def tell(path: Path | Exception) -> None:
-            nonlocal failed
-            failed += isinstance(path, Exception) or not bool(path.succeeded)
-            bar.update()
-
-        found = run_lanes(lanes(), batch, tell=tell, catch=catch)
-        bar.set_postfix_str(f"{failed} failed")
-    return _gather(recipe, found, owned)
-
-
-def _gather(
-    recipe: Recipe, found: Sequence[Path | Exception], owned: dict[Any, Owned]
-) -> Sweep:
-    """All lanes as one."""
-    done = [path for path in found if isinstance(path, Path)]
-    causes = {
-        i: f"{type(error).__name__}: {error}"
-        for i, error in enumerate(found)
-        if isinstance(error, Exception)
-    }
-    if not done:
-        first = next(error for error in found if isinstance(error, Exception))
-        raise first
-    lengths = sorted({path.t.shape[0] for path in done})
-    if len(lengths) > 1:
-        raise ValueError(
-            f"saves: the lanes have from {lengths[0]} to {lengths[-1]} times to save, "
-            "as some take few steps; give fewer saves, or at."
-        )
-    paths = [
-        path
-        if isinstance(path, Path)
-        else blank(done[0], recipe.value(i, "weight_decay"))
-        for i, path in enumerate(found)
-    ]
-    shared = next(iter(owned.values()))
-    many = len({recipe.owner(i) for i in range(len(found))}) > 1
-    each = tuple(owned.get(recipe.owner(i), shared) for i in range(len(found)))
-    joined = dataclasses.replace(
-        stack(paths), static=None if many else shared.static, watched=shared.watched
+def _run(recipe: Recipe, batch: Batch, progress: bool) -> Sweep:
+    """All lanes, in memory."""
+    count = len(recipe.axes)
+    with Bars(recipe.axes, count, progress) as bars:
+        size = fitting(recipe, batch, count)
+        lanes = Runner(recipe, batch, bars).run(range(count), size)
+    if not lanes.done:
+        assert lanes.error is not None
+        raise lanes.error
+    first = lanes.owned[0]
+    paths = dataclasses.replace(
+        lanes.paths,
+        static=None if lanes.many else first.static,
+        watched=first.watched,
     )
-    return Sweep(joined, recipe.axes, each if many else (), causes)
+    return Sweep(paths, recipe.axes, lanes.owned if lanes.many else (), lanes.causes)

@@ -26,7 +26,11 @@ def results(tmp_path_factory):
         tiny = lambda key: script.gf.tasks.linear_regression(key, samples=4, dim=8)
         patch.setitem(script.TASKS, "linear_regression", tiny)
         config = script.Config(
-            task="linear_regression", weight_decay=("1e-2:1e-4:3",), quick=True, out=out
+            task="linear_regression",
+            weight_decay=("1e-2:1e-4:3",),
+            quick=True,
+            out=out,
+            store=out / "runs.zarr",
         )
         return out, script.main(config)
 
@@ -69,10 +73,35 @@ def test_figures_are_written(results):
     assert all((results[0] / n).stat().st_size > 10_000 for n in names)
 
 
+def test_runs_are_kept(results):
+    out, summary = results
+    data = script.gf.open_results(out / "runs.zarr")
+    assert data.attrs["finished"] == 3 and (data.result == 0).all()
+    steps = summary["report"]["steps"]
+    np.testing.assert_array_equal(data.steps, steps)
+
+
+def test_processes_need_a_store():
+    many = common.Distributed(distributed=True)
+    with pytest.raises(ValueError, match="store"):
+        script.main(script.Config(processes=many))
+
+
 def test_help_names_every_option():
     command = [sys.executable, str(FOLDER / "two_phase.py"), "--help"]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    for name in ("task", "weight-decay", "slow-time", "seed", "out", "quick", "rtol"):
+    for name in (
+        "task",
+        "weight-decay",
+        "slow-time",
+        "seed",
+        "out",
+        "quick",
+        "rtol",
+        "store",
+        "distributed",
+        "coordinator",
+    ):
         assert f"--{name}" in out
 
 

@@ -1,0 +1,111 @@
+"""Sweeps over many devices and many processes give what one device gives."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+xr = pytest.importorskip("xarray")
+pytest.importorskip("zarr")
+import gradflow as gf  # noqa: E402
+
+ROOT = pathlib.Path(__file__).parents[1]
+PROCESSES = int(os.environ.get("GRADFLOW_PROCESSES", "2"))
+
+COMMON = """
+import json, sys
+import jax, jax.numpy as jnp, jax.random as jr, numpy as np
+sys.path.insert(0, {root!r})
+place, count, address, out = sys.argv[1:5]
+place, count = int(place), int(count)
+if count > 1:
+    jax.distributed.initialize(address, count, place)
+import gradflow as gf
+
+def make(seed):
+    if seed == 5:
+        raise OSError("no such data")
+    task = gf.tasks.linear_regression(jr.key(seed), samples=3, dim=6)
+    return task.flow, task.model, task.metrics
+
+def run(store=None):
+    # 9 steps too far apart: those lanes overshoot.
+    return gf.sweep(make, axes={{"seed": range(7)}}, weight_decay=[0.1, 0.2, 0.3],
+                    learning_rate=[0.05, 9.0], steps=30, saves=5, progress=True,
+                    store=store, chunk=6 if store else None, batch="loop")
+"""
+
+MEMORY = """
+lanes = run()
+np.savez(out, train=lanes.train_loss, test=lanes.metrics["test"],
+         weights=lanes.paths.params.weights, result=lanes.result._value)
+print(json.dumps([jax.local_device_count(), len(lanes.causes)]))
+"""
+
+STORED = """
+data = run(out)
+print(json.dumps([jax.process_count(), data.attrs["finished"],
+                  int((data.result == -1).sum())]))
+"""
+
+
+def start(script, out, place=0, count=1, address="", devices=1):
+    code = COMMON.format(root=str(ROOT)) + script
+    flags = os.environ.get("XLA_FLAGS", "")
+    flags += f" --xla_force_host_platform_device_count={devices}"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, str(place), str(count), address, str(out)],
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_ENABLE_X64": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def ended(process):
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return json.loads(out.splitlines()[-1]), err
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """On one device, in this process and in memory."""
+    code = COMMON.format(root=str(ROOT)).replace("sys.argv[1:5]", "ARGV")
+    folder = tmp_path_factory.mktemp("one")
+    names = {"ARGV": ["0", "1", "", str(folder / "one.npz")]}
+    exec(compile(code + MEMORY, "one", "exec"), names)
+    return dict(np.load(folder / "one.npz"))
+
+
+def test_eight_devices(one, tmp_path):
+    told, err = ended(start(MEMORY, tmp_path / "8.npz", devices=8))
+    assert told == [8, 6]
+    many = np.load(tmp_path / "8.npz")
+    for name, values in one.items():
+        np.testing.assert_array_equal(many[name], values, err_msg=name)
+    # A line for each device.
+    assert all(f"cpu {k}" in err for k in range(8)) and "steps/s" in err
+
+
+def test_many_processes_share_a_store(one, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    store = tmp_path / "sweep.zarr"
+    runs = [start(STORED, store, k, PROCESSES, address) for k in range(PROCESSES)]
+    for process in runs:
+        assert ended(process)[0] == [PROCESSES, 7, 0]
+    data = gf.open_results(store)
+    shape = data.result.shape
+    np.testing.assert_array_equal(data.result, one["result"].reshape(shape))
+    for name, own in (("train_loss", "train"), ("metric_test", "test")):
+        values = one[own].reshape(*shape, -1)
+        np.testing.assert_array_equal(data[name], values, err_msg=name)
+    assert len(data.attrs["causes"]) == 6
+    assert [f.name for f in tmp_path.iterdir()] == ["sweep.zarr"]
