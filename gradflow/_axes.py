@@ -18,7 +18,7 @@ class Axes(eqx.Module):
     shape: tuple[int, ...] = eqx.field(static=True)
     along: dict[str, str] = eqx.field(static=True)
     """The dimension of each axis."""
-    values: dict[str, tuple] = eqx.field(static=True)
+    values: dict[str, tuple]
     """The values of each axis."""
 
     def __len__(self) -> int:
@@ -34,6 +34,11 @@ class Axes(eqx.Module):
         """The values of the axes in a lane."""
         place = dict(zip(self.dims, np.unravel_index(lane, self.shape), strict=True))
         return {k: v[place[self.along[k]]] for k, v in self.values.items()}
+
+    def labels(self, lane: int) -> dict[str, Any]:
+        """The coordinates of a lane, to be shown."""
+        place = dict(zip(self.dims, np.unravel_index(lane, self.shape), strict=True))
+        return {k: v[place[dim]].item() for k, (dim, v) in self.coords.items()}
 
     def lane(self, index: Any) -> int:
         """The number of a lane, from its position in each dimension, or itself."""
@@ -52,7 +57,7 @@ class Axes(eqx.Module):
 
     def words(self, lane: int, names: Sequence[str] | None = None) -> str:
         """A lane in words, such as "seed 3, λ 0.01"."""
-        at = self.at(lane)
+        at = self.labels(lane)
         return ", ".join(f"{short(k)} {_word(at[k])}" for k in names or at)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -73,6 +78,8 @@ def make_axes(axes: Mapping[str, Any], zipped: Sequence[Sequence[str]] = ()) -> 
     along = {name: name for name in values}
     named: list[str] = []
     for group in zipped:
+        if isinstance(group, str) or len(group) == 0:
+            raise ValueError(f"zipped: expected groups of names, got {zipped!r}.")
         unknown = [name for name in group if name not in values]
         if unknown:
             raise ValueError(f"zipped: {unknown} are no axes; got {list(values)}.")
@@ -124,7 +131,7 @@ def short(name: str) -> str:
 
 def _items(name: str, values: Any) -> tuple:
     """The values of an axis; numbers as plain Python ones."""
-    if np.ndim(values) != 1 and not isinstance(values, list | tuple):
+    if not isinstance(values, list | tuple | range) and np.ndim(values) != 1:
         raise ValueError(f"{name}: expected a vector of one or more values.")
     if len(values) == 0:
         raise ValueError(f"{name}: expected a vector of one or more values, got none.")

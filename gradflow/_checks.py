@@ -53,13 +53,11 @@ def check_model(params: PyTree) -> None:
     check_finite(params, "model")
 
 
-def check_init_scale(init_scale) -> None:
+def check_init_scale(init_scale, name: str = "init_scale") -> None:
     if is_concrete(init_scale) and not (
         np.ndim(init_scale) == 0 and 0 < init_scale < np.inf
     ):
-        raise ValueError(
-            f"init_scale: expected one positive number, got {init_scale!r}."
-        )
+        raise ValueError(f"{name}: expected one positive number, got {init_scale!r}.")
 
 
 def check_weight_decay(weight_decay) -> None:

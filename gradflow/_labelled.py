@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from ._axes import make_axes
-from ._lanes import Ragged
+from ._lanes import Ragged, RUN
 from .flow import GradientFlow, place
 from .metrics import Metric
 from .path import Path
@@ -148,7 +148,8 @@ def as_sweep(
         watched=watched,
     )
     causes = {int(k): v for k, v in results.attrs["causes"].items()}
-    return Sweep(paths, axes, (), causes)
+    known = {k: fixed[k] for k in RUN if isinstance(fixed.get(k), int | float)}
+    return Sweep(paths, axes, (), causes, known)
 
 
 def _parameter_name(at: Any) -> str:
@@ -171,6 +172,5 @@ def dataset(sweep: "Sweep") -> Any:
     out["t"].attrs["long_name"] = "time t"
     out["slow_time"].attrs["long_name"] = "slow time s = lambda t"
     out["result"].attrs.update(result_attributes())
-    if "weight_decay" not in sweep.axes.along:
-        out.attrs["weight_decay"] = float(sweep.weight_decay[0])
+    out.attrs.update(sweep.fixed)
     return out.set_coords(["t", "slow_time"])

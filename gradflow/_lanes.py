@@ -36,6 +36,11 @@ from .tasks import Task
 Batch = Literal["loop", "vmap"]
 RUN = ("weight_decay", "init_scale", "rtol", "learning_rate")
 """The arguments of a run that may be vectors; the axes of a problem are the others."""
+RECORDED = frozenset(
+    "t time slow_time train_loss penalty result steps accepted rejected atol why "
+    "trial_steps iterations kernels sliding conditioning".split()
+)
+"""Names in the results, which axes cannot have."""
 
 
 class Problem(NamedTuple):
@@ -68,6 +73,10 @@ class Owned(NamedTuple):
     watched: dict[str, Metric]
 
 
+class Unlike(ValueError):
+    """A lane whose results are not of the shape of the others'."""
+
+
 @dataclasses.dataclass
 class Recipe:
     """Makes the lanes of a sweep. Problems are made when they are needed, and only the
@@ -83,6 +92,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         self._problem: tuple[Any, Any] = (None, None)
+        self._like: tuple[int, set[str]] | None = None
         self._start: tuple[Any, Any] = (None, None)
         self._sized: dict[Any, Any] = {}
         self._siblings: dict[Any, list[int]] = {}
@@ -107,7 +117,8 @@ class Recipe:
                 if value is not None:
                     check(value)
         for name in _FLOW_ONLY if self.descends else _DESCENT_ONLY:
-            if self.options.get(name) is not None:
+            given = self.options | {k: self.value(0, k) for k in RUN}
+            if given.get(name) is not None:
                 kind = "descents" if self.descends else "flows; give learning_rate"
                 raise ValueError(f"{name}: has no meaning for {kind}.")
         told = any(self.options.get(k) is not None for k in _HORIZON)
@@ -170,8 +181,27 @@ class Recipe:
         if all(v is None for v in times.values()):
             times["slow_time"] = problem.slow_time
         if self.descends:
-            return self._descent(lane, problem, bare, times)
-        return self._flow(lane, bare, times)
+            made = self._descent(lane, problem, bare, times)
+        else:
+            made = self._flow(lane, bare, times)
+        self._compare(made, bare)
+        return made
+
+    def _compare(self, made: Lane, watched: dict[str, Metric]) -> None:
+        """Raises `Unlike` unless a lane gives arrays like those of the lane before."""
+        saves = made.args[4 if self.descends else 3].shape[0]
+        if self._like is None:
+            self._like = saves, set(watched)
+        if saves != self._like[0]:
+            raise Unlike(
+                f"saves: this lane has {saves} times to save, and others "
+                f"{self._like[0]}, as some take few steps; give fewer saves, or at."
+            )
+        if set(watched) != self._like[1]:
+            raise Unlike(
+                f"metrics: this lane has {sorted(watched)}, and others "
+                f"{sorted(self._like[1])}."
+            )
 
     def _descent(
         self, lane: int, problem: Problem, bare: dict[str, Metric], times: dict
@@ -274,7 +304,7 @@ class Recipe:
 
 _SPAN = ("slow_time", "t1", "ts")
 _HORIZON = ("slow_time", "t1", "ts", "steps", "at")
-_FLOW_ONLY = ("ts", "solver", "atol")
+_FLOW_ONLY = ("ts", "solver", "atol", "rtol")
 _DESCENT_ONLY = ("steps", "at", "method", "optimiser", "batch_size", "key")
 
 

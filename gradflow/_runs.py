@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from ._axes import Axes, lanes_of_block
 from ._labelled import columns, parameter_columns
-from ._lanes import Batch, blank, Lane, Owned, Problem, Recipe, run_lanes, stack
+from ._lanes import Batch, blank, Lane, Owned, Problem, Recipe, run_lanes, stack, Unlike
 from .path import Path
 from .results import RESULTS
 from .store import about, describe, open_results, pending, plan, remove_stale, Store
@@ -99,7 +99,7 @@ class Runner:
                     owned[owner] = self.recipe.owned(i)
                 yield lane
             except Exception as error:
-                if self.one:
+                if self.one and not isinstance(error, Unlike):
                     raise
                 yield error
 
@@ -125,12 +125,6 @@ class Lanes:
         self.solvers = sorted({path.stats["solver"] for path in self.done})
         if not self.done:
             return
-        lengths = sorted({path.t.shape[0] for path in self.done})
-        if len(lengths) > 1:
-            raise ValueError(
-                f"saves: the lanes have from {lengths[0]} to {lengths[-1]} times to "
-                "save, as some take few steps; give fewer saves, or at."
-            )
         lams = [recipe.value(i, "weight_decay") for i in numbers]
         self.paths = stack(
             [

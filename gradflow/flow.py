@@ -12,7 +12,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree, Scalar
 
-from ._checks import check_model, is_concrete
+from ._checks import check_init_scale, check_model, is_concrete
 from .losses import AbstractCompositeLoss, AbstractLoss
 from .penalties import AbstractPenalty, L2
 
@@ -365,7 +365,17 @@ def scaled(
     *,
     trainable: PyTree = eqx.is_inexact_array,
 ) -> PyTree:
-    """The model with all trainable parameters, biases too, multiplied by α."""
+    """The model with all trainable parameters, biases too, multiplied by α.
+
+    **Arguments:**
+
+    - `model`: any Equinox module.
+    - `alpha`: α > 0.
+    - `trainable`: which leaves, as for `GradientFlow`.
+
+    **Raises:** `ValueError` where α is not one positive number.
+    """
+    check_init_scale(alpha, "alpha")
     params, static = eqx.partition(model, trainable)
     times = lambda p: jnp.asarray(alpha, p.dtype) * p
     return eqx.combine(jax.tree.map(times, params), static)

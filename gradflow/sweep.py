@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from ._axes import Axes, make_axes, short
 from ._descent_methods import Method, Optimiser
-from ._lanes import Batch, Owned, Problem, Ragged, Recipe, RUN
+from ._lanes import Batch, Owned, Problem, Ragged, Recipe, RECORDED, RUN
 from ._runs import Bars, fitting, run_stored, Runner
 from .flow import GradientFlow
 from .metrics import Metric
@@ -46,6 +46,9 @@ class Sweep(eqx.Module):
     """`static` and `watched` of each lane, where there are many problems."""
     causes: dict[int, str] = eqx.field(default_factory=dict)
     """The error of each lane that raised one."""
+    fixed: dict[str, float] = eqx.field(default_factory=dict)
+    """What is the same for all lanes: those of `weight_decay`, `init_scale`, `rtol` and
+    `learning_rate` that are no axes."""
 
     @property
     def dims(self) -> tuple[str, ...]:
@@ -160,7 +163,6 @@ class Sweep(eqx.Module):
 
     def _table(self) -> list[str]:
         names = [name for name in self.axes.along if name != "weight_decay"]
-        values = list(self.axes)
         lines = [
             "  "
             + "".join(f"{short(name):>9} " for name in names)
@@ -170,7 +172,8 @@ class Sweep(eqx.Module):
         alone = self.dims == ("weight_decay",)
         lams = np.asarray(self.weight_decay)
         for i in np.argsort(-lams) if alone else range(len(self)):
-            own = [values[i][name] for name in names]
+            labels = self.axes.labels(int(i))
+            own = [labels[name] for name in names]
             rejected = self.stats.get("rejected", np.full(len(self), np.nan))[i]
             row = (
                 "  "
@@ -237,7 +240,7 @@ def sweep(
     *,
     weight_decay: Numbers,
     init_scale: Numbers = 1.0,
-    rtol: Numbers = 1e-6,
+    rtol: Numbers | None = None,
     learning_rate: Numbers | None = None,
     axes: Mapping[str, Any] | None = None,
     zipped: Sequence[Sequence[str]] = (),
@@ -279,7 +282,7 @@ def sweep(
         number that is part of a penalty or a loss is best made an array,
         `jnp.asarray(c) * gf.L1()`: for each plain number a program is compiled.)
     - `weight_decay`, `init_scale`, `rtol`, `learning_rate`: a number, or a vector: an
-        axis of that name.
+        axis of that name. `rtol` is for flows alone, 1e-6 unless given.
     - `axes`: values for `problem`, by name: seeds, sample sizes, penalty weights, …
     - `zipped`: groups of names of axes that run together, along the dimension of the
         first, instead of making a product: `[("samples", "weight_decay")]`.
@@ -314,6 +317,8 @@ def sweep(
     which it, or the run, raises an error is marked instead; the error is raised if that
     is so for all.
     """
+    if learning_rate is None and rtol is None:
+        rtol = 1e-6
     runs: dict[str, Any] = dict(
         init_scale=init_scale, rtol=rtol, learning_rate=learning_rate,
         weight_decay=weight_decay,
@@ -360,6 +365,8 @@ def make_recipe(
     for name in axes:
         if name in RUN:
             raise ValueError(f"axes: give the values of {name} as the argument itself.")
+        if name in RECORDED or name.startswith(("metric_", "threshold_", "params_")):
+            raise ValueError(f"axes: {name!r} is what is recorded; name it otherwise.")
     if isinstance(problem, GradientFlow):
         if model is None or axes:
             kind = "axes: they are for a function" if axes else "model: expected one"
@@ -373,7 +380,12 @@ def make_recipe(
     else:
         kind = type(problem).__name__
         raise ValueError(f"problem: expected a GradientFlow or a function, got {kind}.")
+    if runs["weight_decay"] is None:
+        raise ValueError("weight_decay: expected a number or a vector, got None.")
     vectors = {k: v for k, v in runs.items() if v is not None and np.ndim(v) > 0}
+    for name, v in vectors.items():
+        if np.ndim(v) > 1:
+            raise ValueError(f"{name}: expected a number or a vector, got {v!r}.")
     fixed = {k: _number(v) for k, v in runs.items() if k not in vectors}
     recipe = Recipe(make_axes(axes | vectors, zipped), make, metrics, fixed, options)
     recipe.check()
@@ -399,4 +411,6 @@ def _run(recipe: Recipe, batch: Batch, progress: bool) -> Sweep:
         static=None if lanes.many else first.static,
         watched=first.watched,
     )
-    return Sweep(paths, recipe.axes, lanes.owned if lanes.many else (), lanes.causes)
+    owned = lanes.owned if lanes.many else ()
+    fixed = {k: v for k, v in recipe.fixed.items() if v is not None}
+    return Sweep(paths, recipe.axes, owned, lanes.causes, fixed)
