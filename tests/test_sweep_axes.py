@@ -270,3 +270,60 @@ def test_axes_are_no_business_of_a_flow():
         gf.sweep(flow, model, axes={"seed": [1]}, weight_decay=LAMS, t1=1.0)
     with pytest.raises(ValueError, match="model"):
         gf.sweep(flow, weight_decay=LAMS, t1=1.0)
+
+
+def test_axes_of_random_keys():
+    keys = [jr.key(0), jr.key(1)]
+    for values in (keys, jnp.stack(keys)):
+        sweep = gf.sweep(
+            lambda key: gf.tasks.linear_regression(key, samples=3, dim=5),
+            axes={"key": values},
+            weight_decay=1e-2,
+            t1=1.0,
+            progress=False,
+        )
+        assert sweep.coords["key"].tolist() == [0, 1]
+        assert len(set(np.asarray(sweep.train_loss)[:, 0].tolist())) == 2
+        assert "Array" not in str(sweep)
+
+
+def test_a_lane_with_fewer_saves_is_marked():
+    """The first takes ten steps in all, the second a thousand."""
+    task = gf.tasks.linear_regression(jr.key(0), samples=3, dim=5)
+    sweep = gf.sweep(
+        task.flow,
+        task.model,
+        weight_decay=[1.0, 1e-2],
+        learning_rate=0.1,
+        slow_time=1.0,
+        progress=False,
+    )
+    assert np.asarray(sweep.succeeded).tolist() == [True, False]
+    assert "give fewer saves" in sweep.causes[1]
+    assert sweep.fixed == {"init_scale": 1.0, "learning_rate": 0.1}
+
+
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        (dict(rtol=[1e-3, 1e-6], learning_rate=1e-2), "rtol: has no meaning"),
+        (dict(zipped=["weight_decay"]), "zipped: expected groups"),
+        (dict(zipped=[()]), "zipped: expected groups"),
+        (dict(weight_decay=np.array([[1e-2]])), "weight_decay: expected a number"),
+    ],
+)
+def test_what_makes_no_sense(wrong, words):
+    task = gf.tasks.linear_regression(jr.key(0), samples=3, dim=5)
+    with pytest.raises(ValueError, match=words):
+        gf.sweep(
+            task.flow, task.model, **{"weight_decay": [1e-2, 1e-3], "t1": 1.0} | wrong
+        )
+
+
+def test_axes_are_not_named_as_what_is_recorded():
+    with pytest.raises(ValueError, match="'steps' is what is recorded"):
+        gf.sweep(
+            lambda steps: gf.tasks.linear_regression(jr.key(steps)),
+            axes={"steps": [1, 2]},
+            weight_decay=1e-2,
+        )
