@@ -9,12 +9,11 @@ import jax
 import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree
-from tqdm.auto import tqdm
 
-from .descent import descent
-from .flow import GradientFlow, scaled
+from .flow import GradientFlow
 from .metrics import Metric
-from .simulate import as_metrics, simulate
+from .simulate import as_metrics
+from .sweep import sweep
 
 
 class Landscape(eqx.Module):
@@ -155,8 +154,10 @@ def landscape(
     - `t1`: the time to which the flow runs.
     - `metrics`: functions of the model, by name.
     - `progress`: show a bar.
-    - `options`: for [`gradflow.simulate`][], or for [`gradflow.descent`][] where
-        `learning_rate` is among them.
+    - `options`: for [`gradflow.sweep`][]: those of `simulate`, or where `learning_rate`
+        is among them those of `descent`; and `batch="vmap"`, the default on an
+        accelerator, which runs all starts and norms in lockstep. (For many data sizes
+        sweep with `axes`, over flows that hold the norm.)
 
     **Returns:** a [`gradflow.Landscape`][].
 
@@ -167,25 +168,19 @@ def landscape(
     scales = np.asarray(scales, float)
     if scales.ndim != 1 or scales.size < 3 or (np.diff(scales, prepend=0) <= 0).any():
         raise ValueError("scales: expected three or more increasing positive numbers.")
-    stepped = "learning_rate" in options
-    if not stepped and t1 is None:
+    if "learning_rate" not in options and t1 is None:
         raise ValueError("t1: give the time to run to, or `learning_rate` and `steps`.")
     seeds = list(models) if isinstance(models, (list, tuple)) else [models]
     held = GradientFlow(flow.loss, trainable=flow.trainable, hold_norm=True)
     watched = as_metrics(metrics)
-    run: Callable[..., Any] = descent if stepped else simulate
-    if t1 is not None:
-        options = {**options, "t1": t1}
-    options = {"saves": 3, **options}
-    options = {"metrics": watched, "throw": False, **options}
-    rows = []
-    with tqdm(total=len(seeds) * len(scales), disable=not progress) as bar:
-        for model in seeds:
-            for alpha in scales:
-                start = scaled(model, alpha, trainable=flow.trainable)
-                path = run(held, start, weight_decay=0.0, **options)
-                rows.append(_end(held, path))
-                bar.update()
+    lanes = sweep(
+        lambda start: (held, seeds[start], watched),
+        axes={"start": range(len(seeds))},
+        init_scale=scales,
+        weight_decay=0.0,
+        **{"saves": 3, "t1": t1, "progress": progress, **options},
+    )
+    rows = [_end(held, path) for path in lanes]
     shape = (len(seeds), len(scales))
     table = {k: np.array([r[k] for r in rows]).reshape(shape) for k in rows[0]}
     fixed = {k: table.pop(k) for k in ("norm", "train_loss", "slope", "succeeded")}
