@@ -11,6 +11,7 @@ were found by trying, as each docstring tells. Errors are at the end of a run.
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax.random as jr
 import numpy as np
@@ -95,15 +96,15 @@ class IM(Scans):
         )
         return with_level(task, self.threshold)
 
+    def quick_changes(self) -> dict[str, Any]:
+        return dict(
+            words=20, length=16, embedding=16, state=32, learning_rate=1e-3,
+            alpha=10.0, weight_decay=0.5, steps=8000, sizes=(1000,), epochs=80,
+            alphas=(0.1, 0.3, 0.6, 1.0, 2.0, 4.0, 6.0),
+        )  # fmt: skip
+
     def run(self) -> Outcome:
-        name = "P3-IM"
-        mine = self
-        if self.quick:
-            mine = dataclasses.replace(
-                self, words=20, length=16, embedding=16, state=32, learning_rate=1e-3,
-                alpha=10.0, weight_decay=0.5, steps=8000, sizes=(1000,), epochs=80,
-                alphas=(0.1, 0.3, 0.6, 1.0, 2.0, 4.0, 6.0),
-            )  # fmt: skip
+        name, mine = "P3-IM", self.effective()
         task = mine.task(mine.samples)
         rule = mine.rule(mine.steps, mine.batch_size)
         lanes = [
@@ -224,14 +225,14 @@ class QM(Scans):
             published=self.published,
         )
 
+    def quick_changes(self) -> dict[str, Any]:
+        return dict(
+            alpha=2.0, weight_decay=0.01, steps=32_000, batch_size=None,
+            sizes=(100,), alphas=(0.1, 0.3, 0.6, 1.0, 1.5, 2.0), scan_steps=2500,
+        )  # fmt: skip
+
     def run(self) -> Outcome:
-        name = "P3-QM"
-        mine = self
-        if self.quick:
-            mine = dataclasses.replace(
-                self, alpha=2.0, weight_decay=0.01, steps=32_000, batch_size=None,
-                sizes=(100,), alphas=(0.1, 0.3, 0.6, 1.0, 1.5, 2.0), scan_steps=2500,
-            )  # fmt: skip
+        name, mine = "P3-QM", self.effective()
         task = mine.task(mine.molecules)
         rule = mine.rule(mine.steps, mine.batch_size)
         lanes = [

@@ -47,9 +47,9 @@ def test_every_row_has_a_command():
     config = script.parse(["ma-n"])
     assert isinstance(config, transformer.MAN)
     assert (config.modulus, config.fraction, config.weight_decay) == (113, 0.3, 1.0)
-    assert config.learning_rate == 1e-3 and config.sized() == config
+    assert config.learning_rate == 1e-3 and config.effective() == config
     # A smaller one says so.
-    config = script.parse(["ma-n", "--quick"]).sized()
+    config = script.parse(["ma-n", "--quick"]).effective()
     assert config.modulus < 113 and "small" in config.title
 
 
