@@ -207,6 +207,11 @@ def finish(
         ax.set_xscale("log")
     if "y" in log:
         ax.set_yscale("log")
+    if ax.has_data():  # lines of which no point is finite leave no limits
+        if "x" in log and not np.isfinite(ax.dataLim.minposx):
+            ax.set_xlim(1, 10)
+        if "y" in log and not np.isfinite(ax.dataLim.minposy):
+            ax.set_ylim(1, 10)
     ax.set_title(title, fontsize=SIZE, loc="left")
     ax.set_xlabel(x, fontsize=SIZE)
     ax.set_ylabel(y, fontsize=SIZE)

@@ -411,9 +411,11 @@ def scan_figure(
 
 
 def draw(ax: Axes, x: np.ndarray, times: np.ndarray, colour: str, name: str) -> None:
-    slope = law(x, times[:, 1])
-    ax.plot(x, times[:, 1], "o-", color=colour, label=f"{name}test, slope {slope:.2f}")
-    ax.plot(x, times[:, 0], "s--", color=colour, ms=4, label=f"{name}train")
+    """When the samples are learnt, against x; a time that is infinite has no place."""
+    test, train = np.isfinite(times[:, 1]), np.isfinite(times[:, 0])
+    label = f"{name}test, slope {law(x, times[:, 1]):.2f}"
+    ax.plot(x[test], times[test, 1], "o-", color=colour, label=label)
+    ax.plot(x[train], times[train, 0], "s--", color=colour, ms=4, label=f"{name}train")
 
 
 EXPERIMENTS = {"ts-l": TSL, "ts-t": TST}
