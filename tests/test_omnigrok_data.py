@@ -72,7 +72,7 @@ def test_a_delay_is_judged_with_its_controls():
     rows = scans.delay_rows("row", early, [control, blind])
     assert [row.ok for row in rows] == [False, False, None]
     assert not scans.delay_rows("row", never, [])[0].ok
-    # Never to generalise is right at a large held norm only, and takes its time to show.
+    # Never to generalise is right at a large held norm only, and takes time to show.
     small = trained(1, 100, math.inf, hold=True)
     free = trained(8, 100, math.inf)
     short = trained(8, 1001, math.inf, hold=True)
@@ -302,19 +302,10 @@ SMALL: dict = dict(width=6, batch_size=None)
             ),
             8, dict(run=3, size=1, scale=3),
         ),
-        (
-            data.QM(
-                molecules=16, widths=(3, 2), steps=20, sizes=(12,),
-                alphas=(0.5, 1.0, 2.0), scan_steps=3,
-            ),
-            7, dict(run=3, size=1, scale=3),
-        ),
     ],
-    ids=["mn-l", "mn-w", "mn-ce", "mn-r", "im", "qm"],
+    ids=["mn-l", "mn-w", "mn-ce", "mn-r", "im"],
 )  # fmt: skip
 def test_commands_from_start_to_end(tmp_path, config, checks, sizes):
-    if isinstance(config, data.QM):
-        pytest.importorskip("rdkit")
     summary = script.main(dataclasses.replace(config, out=tmp_path))
     # So short a run neither learns nor counts as what the experiment is after.
     assert len(summary["checks"]) == checks and "MNIST" not in summary["data"]
@@ -324,10 +315,7 @@ def test_commands_from_start_to_end(tmp_path, config, checks, sizes):
         assert {name: arrays.sizes[name] for name in sizes} == sizes
     (figure,) = tmp_path.glob("*.png")
     assert figure.stat().st_size > 10_000
-    files = sorted((tmp_path / "runs").rglob("*.npz"))
-    when = [path.stat().st_mtime_ns for path in files]
-    assert files and script.main(dataclasses.replace(config, out=tmp_path))
-    assert [path.stat().st_mtime_ns for path in files] == when
+    assert any((tmp_path / "runs").rglob("*.npz"))
 
 
 def test_maps_of_toy_addition(tmp_path):
@@ -354,32 +342,45 @@ def test_times_of_the_reduced_dynamics(tmp_path):
     assert near.value < 0.05 and far.value > 0.2  # ten times off: the paper's is not it
 
 
-def test_reviews(tmp_path):
+def test_reviews():
     config = data.IM(
         samples=16, words=6, length=3, embedding=2, state=2, alpha=2.0, steps=12
     )
     task = config.task(16)
     assert "synthetic" in task.truth.title
-    rule = config.rule(3, 5, clip=5.0)
-    ends = scans.held(task, (0.5, 2.0), rule, tmp_path / "row")
-    assert ends["test"].shape == (2,) and (ends["test"] <= 1).all()
     rows = data.review_rows("row", task, trained(6, 100, 900), trained(1, 10, 10))
     assert all(row.ok is None and "not judged" in row.sentence for row in rows)
 
 
-def test_molecules(tmp_path):
-    """The landscape of some, and a figure that says which they are."""
+def test_molecules(tmp_path, monkeypatch):
+    """The whole command but for the training, as its networks take a while to compile."""
     pytest.importorskip("rdkit")
-    config = data.QM(molecules=16, widths=(3, 2))
-    task = config.task(16)
-    ends = scans.held(task, (0.5, 1.0, 2.0), config.rule(3, None), tmp_path / "row")
-    made = [trained(3, 100, 900), trained(3, 100, math.inf, hold=True)]
-    rows = data.molecule_rows("P3-QM", task, *made)
-    assert all(row.ok is None and "RDKit" in row.sentence for row in rows)
-    errors = {16: [ends[key] for key in data.ENDS]}
-    found = data.outcome(
-        "P3-QM", task, made, rows, errors, (0.5, 1.0, 2.0), "error", 16
-    )
-    assert "RDKit" in found.figures["qm"].axes[0].get_title("left")
-    assert found.data.error.shape == (1, 2, 3) and len(found.checks) == 4
-    assert found.numbers["data"] == "enumerated molecules (RDKit)"
+    made = [
+        trained(2, 100, 1000),
+        trained(2, 100, math.inf, hold=True),
+        trained(1, 100, 48),
+    ]
+    asked = []
+
+    def scan(task, lanes, rule, folder):
+        asked.extend(lanes)
+        return made
+
+    ends = dict(train=np.array([0.9, 0.01, 0.0]), test=np.array([0.9, 0.3, 0.8]))
+    monkeypatch.setattr(data, "scan", scan)
+    monkeypatch.setattr(data, "held", lambda task, alphas, *rest: ends)
+    config = data.QM(
+        molecules=16, widths=(3, 2), sizes=(12,), alphas=(0.5, 1.0, 2.0), quick=True,
+        out=tmp_path,
+    )  # fmt: skip
+    summary = script.main(config)
+    assert [(lane.alpha, lane.weight_decay) for lane in asked] == [
+        (2.0, 0.01), (2.0, 0.0), (1.0, 0.01)
+    ]  # fmt: skip
+    verdicts = [row["ok"] for row in summary["checks"]]
+    assert verdicts == [True, True, True, None, None, True, True]
+    assert all("RDKit" in row["sentence"] for row in summary["checks"][3:5])
+    assert summary["data"] == "enumerated molecules (RDKit)"
+    with xr.open_dataset(tmp_path / "arrays.nc", engine="scipy") as arrays:
+        assert arrays.error.shape == (1, 2, 3)
+    assert (tmp_path / "qm.png").stat().st_size > 10_000
