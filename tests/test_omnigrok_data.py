@@ -353,7 +353,7 @@ def test_reviews():
 
 
 def test_molecules(tmp_path, monkeypatch):
-    """The whole command but for the training, as its networks take a while to compile."""
+    """The whole command but for the training, whose networks take long to compile."""
     pytest.importorskip("rdkit")
     made = [
         trained(2, 100, 1000),
