@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import matplotlib
@@ -54,7 +54,22 @@ class Settings:
     out: Path | None = None
     """Folder for the results; results/STUDY/NAME by default."""
     quick: bool = False
-    """A minute or so: fewer or shorter runs, the same checks where they can be made."""
+    """A minute or so: fewer or shorter runs, the same checks where they can be made.
+    Options given beside it count, unless they are as by default."""
+
+    def quick_changes(self) -> dict[str, Any]:
+        """The settings that `quick` changes; none where it acts in another way."""
+        return {}
+
+    def effective(self) -> Self:
+        """What is run: with the changes of `quick`, if it is asked for, of all settings
+        that are at their defaults."""
+        if not self.quick:
+            return self
+        default = {field.name: field.default for field in dataclasses.fields(self)}
+        changes = self.quick_changes().items()
+        free = {k: v for k, v in changes if getattr(self, k) == default[k]}
+        return dataclasses.replace(self, **free)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,6 +229,11 @@ def finish(
         ax.set_xscale("log")
     if "y" in log:
         ax.set_yscale("log")
+    if ax.has_data():  # lines of which no point is finite leave no limits
+        if "x" in log and not np.isfinite(ax.dataLim.minposx):
+            ax.set_xlim(1, 10)
+        if "y" in log and not np.isfinite(ax.dataLim.minposy):
+            ax.set_ylim(1, 10)
     ax.set_title(title, fontsize=SIZE, loc="left")
     ax.set_xlabel(x, fontsize=SIZE)
     ax.set_ylabel(y, fontsize=SIZE)
@@ -223,14 +243,18 @@ def finish(
 
 
 def marks(ax: Axes, times: dict[str, float]) -> None:
-    """Dotted verticals with names at their foot, the last on the right."""
+    """Dotted verticals with names at their foot: on the left, the last on the right if
+    there is room before the end of the axis, which is to be drawn before."""
     shown = {k: v for k, v in times.items() if np.isfinite(v) and v > 0}
     last = max(shown.values(), default=0.0)
+    ax.get_xlim()  # the limits of what is drawn, which are found when asked for
     for label, at in shown.items():
         ax.axvline(at, color="grey", ls=":", lw=1)
+        place, _ = ax.transAxes.inverted().transform(ax.transData.transform((at, 1.0)))
         ax.text(
             at, 0.02, f" {label} ", transform=ax.get_xaxis_transform(),
-            ha="left" if at == last else "right", fontsize=SIZE - 3, color="grey",
+            ha="left" if at == last and place <= 0.8 else "right",
+            fontsize=SIZE - 3, color="grey",
         )  # fmt: skip
 
 
@@ -248,8 +272,11 @@ def run_named(config: Any, experiments: dict[str, type], study: str) -> dict[str
         numbers, checks, data, figures = config.run()
     for row in checks:
         print(row)
-    settings = {k: v for k, v in vars(config).items() if k != "out"}
-    numbers = {"experiment": name, "claim": claim, "settings": settings, **numbers}
+    told = lambda each: {k: v for k, v in vars(each).items() if k != "out"}
+    settings = {"settings": told(config)}
+    if config.quick and config.quick_changes():
+        settings["settings_run"] = told(config.effective())
+    numbers = {"experiment": name, "claim": claim, **settings, **numbers}
     data.to_netcdf(out / "arrays.nc", engine="scipy")
     summary = write(out, numbers, checks, figures, clock)
     names = ", ".join(f"{figure}.png" for figure in figures)

@@ -10,6 +10,7 @@ import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,14 +53,14 @@ class AD(Settings):
     level: float = 0.05
     """The train loss at the edge of the plain: region II is below."""
 
+    def quick_changes(self) -> dict[str, Any]:
+        return dict(
+            sizes=(25, 45), alphas=(1.35, 1.8, 2.25, 2.7, 3.6),
+            messiness=(0.0, 0.1, 0.2), steps=3000,
+        )  # fmt: skip
+
     def run(self) -> Outcome:
-        name = "P3-AD"
-        mine = self
-        if self.quick:
-            mine = dataclasses.replace(
-                self, sizes=(25, 45), alphas=(1.35, 1.8, 2.25, 2.7, 3.6),
-                messiness=(0.0, 0.1, 0.2), steps=3000,
-            )  # fmt: skip
+        name, mine = "P3-AD", self.effective()
         shape = (len(mine.sizes), len(mine.messiness), len(mine.alphas))
         maps = {key: np.zeros(shape) for key in ("train", "test")}
         cells = [(i, j) for i in range(shape[0]) for j in range(shape[1])]
@@ -248,13 +249,11 @@ class ADT(Settings):
     """The norm at the start, relative to the critical one."""
     softness: float = 0.003
 
+    def quick_changes(self) -> dict[str, Any]:
+        return dict(angles=(0.9, 1.2), ratios=(0.1, 1.0, 10.0), weight_decays=(0.01,))
+
     def run(self) -> Outcome:
-        name = "P3-AD-T"
-        mine = self
-        if self.quick:
-            mine = dataclasses.replace(
-                self, angles=(0.9, 1.2), ratios=(0.1, 1.0, 10.0), weight_decays=(0.01,)
-            )
+        name, mine = "P3-AD-T", self.effective()
         shape = (len(mine.weight_decays), len(mine.angles), len(mine.ratios))
         times = {key: np.zeros(shape) for key in ("measured", "paper", "general")}
         for place in np.ndindex(shape):

@@ -10,6 +10,7 @@ data do not have. Errors are at the end of a run (the authors take the best so f
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import jax.random as jr
@@ -76,14 +77,13 @@ class MNG(Images):
     threshold: float | None = None
     """The test accuracy that counts; the task's unless given."""
 
+    def quick_changes(self) -> dict[str, Any]:
+        return dict(
+            samples=200, threshold=0.8, batch_size=None, weight_decay=0.05, steps=30_000
+        )
+
     def run(self) -> Outcome:
-        name = "P3-MN-G"
-        mine = self
-        if self.quick:
-            mine = dataclasses.replace(
-                self, samples=200, threshold=0.8, batch_size=None,
-                weight_decay=5 * self.weight_decay, steps=3 * self.steps // 10,
-            )  # fmt: skip
+        name, mine = "P3-MN-G", self.effective()
         task = with_level(mine.task(mine.samples), mine.threshold)
         lanes = [
             Lane(mine.alpha, mine.weight_decay),
@@ -122,10 +122,11 @@ def grok_rows(name: str, task: gf.tasks.Task, run: Trained) -> list[Row]:
 @dataclasses.dataclass(frozen=True)
 class MNL(Images):
     """Figures 3a-c and 3e: errors at held norms, against α and the number of samples
-    N; and how long a large start takes to generalise, against N.
+    N; and how long a large start takes to generalise for good, against N.
 
     Sizes that the data do not have are left out. Quick: few of them, all samples at
-    once, a test accuracy of 0.8, and γ = 0.3.
+    once, a test accuracy of 0.75 (at the best of the held norms 50 digits come to 0.82,
+    200 to 0.85), and γ = 0.3. (There the norm comes to rest at twice the usual one.)
     """
 
     alphas: tuple[float, ...] = tuple(np.geomspace(0.1, 10, 21).round(4).tolist())
@@ -150,15 +151,15 @@ class MNL(Images):
     threshold: float | None = None
     """The test accuracy that counts in them; the task's unless given."""
 
+    def quick_changes(self) -> dict[str, Any]:
+        return dict(
+            alphas=(0.1, 0.3, 0.6, 1.0, 2.0, 4.0, 8.0), samples=(50, 200), steps=2500,
+            times=(10, 25, 50, 100, 200, 400), time_steps=9000, batch_size=None,
+            weight_decay=0.3, threshold=0.75,
+        )  # fmt: skip
+
     def run(self) -> Outcome:
-        name = "P3-MN-L"
-        mine = self
-        if self.quick:
-            mine = dataclasses.replace(
-                self, alphas=(0.1, 0.3, 0.6, 1.0, 2.0, 4.0, 8.0),
-                samples=(50, 200), steps=2500, times=(50, 100, 200, 400),
-                batch_size=None, weight_decay=0.3, time_steps=6000, threshold=0.8,
-            )  # fmt: skip
+        name, mine = "P3-MN-L", self.effective()
         most = available(mine)
         sizes = [n for n in mine.samples if n <= most]
         times = [n for n in mine.times if n <= most]
@@ -175,7 +176,7 @@ class MNL(Images):
         grown = [
             scan(
                 with_level(tasks[n], mine.threshold),
-                lane, rule, self.folder("mn-l", f"times_N={n}"),
+                lane, rule, self.folder("mn-l", f"times_N={n}"), lasting=True,
             )[0]
             for n in times
         ]  # fmt: skip
@@ -195,7 +196,7 @@ class MNL(Images):
         draw_landscape(axes[2], np.array(mine.alphas), train[at], test[at],
             f"{first.truth.data}, $N$ = {sizes[at]}")  # fmt: skip
         draw_when(axes[3], times, grown)
-        finish(axes[3], f"first step at the threshold, {lane[0].title}", x="$N$")
+        finish(axes[3], f"step from which on learnt, {lane[0].title}", x="$N$")
         coordinates = {"samples": sizes, "alpha": list(mine.alphas), "times": times}
         arrays = xr.Dataset(
             {
@@ -271,18 +272,29 @@ def landscape_rows(
 
 def size_rows(name: str, sizes: list[int], runs: list[Trained]) -> list[Row]:
     """There is a critical number of samples, below which a run never generalises; from
-    there on it takes the less time the more there are."""
+    there on it takes the less time the more there are. A run that ends at a norm above
+    the usual one has not come to where it might, so that "never" is not judged."""
     done = np.array([math.isfinite(run.grokked) for run in runs])
-    ends = f"never up to N = {[n for n, d in zip(sizes, done, strict=True) if not d]}"
+    norms = [usual(run) for run in runs]
+    some = [n for n, d in zip(sizes, done, strict=True) if not d]
+    short = [n for n, d, a in zip(sizes, done, norms, strict=True) if not d and a > 1]
     critical = bool(
         done.any() and not done[0] and (np.diff(done.astype(int)) >= 0).all()
     )
     times = np.array([run.grokked for run in runs])[done]
     fall = float(times[-1] / times[0]) if times.size > 1 else math.nan
-    words = f"{ends}; the last time relative to the first that is finite"
-    return [
-        check(f"{name} t(N)", fall, "< 1, a critical N", critical and fall < 1, words)
-    ]
+    words = f"not for N in {some}"
+    if short:
+        words += f", of which {short} ended above the usual norm"
+    words += "; the last time relative to the first that is finite"
+    ok = None if short else critical and fall < 1
+    return [check(f"{name} t(N)", fall, "< 1, a critical N", ok, words)]
+
+
+def usual(run: Trained) -> float:
+    """The norm at the end, relative to that of the usual start."""
+    norm = run.arrays["norm"]
+    return float(run.lane.alpha * norm[-1] / norm[0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -302,13 +314,14 @@ class MNW(Images):
     batch_size: int | None = 200
     threshold: float | None = None
 
+    def quick_changes(self) -> dict[str, Any]:
+        return dict(
+            samples=200, threshold=0.8, batch_size=None, steps=15_000,
+            decays=(0.1, 0.2, 0.45, 1.0, 10.0),
+        )  # fmt: skip
+
     def run(self) -> Outcome:
-        name = "P3-MN-W"
-        mine = self
-        if self.quick:
-            changes = dict(samples=200, threshold=0.8, batch_size=None, steps=15_000)
-            decays = (0.1, 0.2, 0.45, 1.0, 10.0)
-            mine = dataclasses.replace(self, decays=decays, **changes)
+        name, mine = "P3-MN-W", self.effective()
         task = with_level(mine.task(mine.samples), mine.threshold)
         lanes = [Lane(mine.alpha, decay) for decay in mine.decays]
         rule = mine.rule(mine.steps, mine.batch_size)
@@ -332,11 +345,13 @@ class MNW(Images):
 def decay_rows(
     name: str, gamma: np.ndarray, times: np.ndarray, within: np.ndarray
 ) -> list[Row]:
+    """Inside, t ∝ 1/γ, and all generalise; outside not. Not judged inside by fewer than
+    three runs."""
     slope = law(gamma[within], times[within])
-    done = int(np.isfinite(times[within]).sum())
-    words = f"slope of log t against log γ inside, from {done} runs"
-    ok = abs(slope + 1) <= 0.3 if done >= 3 else None
-    rows = [check(name, slope, "-1 ± 0.3", ok, words)]
+    done, count = int(np.isfinite(times[within]).sum()), int(within.sum())
+    words = f"slope of log t against log γ inside, {done} of {count} runs generalise"
+    ok = done == count and abs(slope + 1) <= 0.3 if count >= 3 else None
+    rows = [check(name, slope, "-1 ± 0.3, all of them", ok, words)]
     if not np.isfinite(times[within]).any():
         return rows
     constant = np.exp(np.mean(np.log((gamma * times)[within & np.isfinite(times)])))
@@ -366,15 +381,12 @@ class MNCE(Images):
     time_steps: int = 60_000
     threshold: float | None = 0.8
 
+    def quick_changes(self) -> dict[str, Any]:
+        alphas = tuple(np.geomspace(0.1, 31.6, 9).round(4).tolist())
+        return dict(alphas=alphas, steps=2000, weight_decay=0.3, time_steps=15_000)
+
     def run(self) -> Outcome:
-        name = "P3-MN-CE"
-        mine = self
-        if self.quick:
-            alphas = tuple(np.geomspace(0.1, 31.6, 9).round(4).tolist())
-            changes = dict(
-                alphas=alphas, steps=2000, weight_decay=0.3, time_steps=15_000
-            )
-            mine = dataclasses.replace(self, **changes)
+        name, mine = "P3-MN-CE", self.effective()
         alphas = np.array(mine.alphas)
         rule = mine.rule(mine.steps, mine.batch_size)
         errors, widths, tasks = {}, {}, {}
@@ -472,12 +484,12 @@ class MNR(Images):
     steps: int = 10_000
     batch_size: int | None = 100
 
+    def quick_changes(self) -> dict[str, Any]:
+        messiness = (0.0, 0.25, 0.5, 0.75, 1.0)
+        return dict(messiness=messiness, alphas=(0.5, 1.0, 2.0, 4.0), steps=1000)
+
     def run(self) -> Outcome:
-        name = "P3-MN-R"
-        mine = self
-        if self.quick:
-            changes = dict(messiness=(0.0, 0.25, 0.5, 0.75, 1.0), steps=1000)
-            mine = dataclasses.replace(self, alphas=(0.5, 1.0, 2.0, 4.0), **changes)
+        name, mine = "P3-MN-R", self.effective()
         task = mine.task(min(mine.samples, available(mine)))
         rule = mine.rule(mine.steps, mine.batch_size)
         ends = [

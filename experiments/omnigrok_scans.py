@@ -17,7 +17,7 @@ import optax
 import xarray as xr
 from common import check, COLOURS, finish, marks, Row, Settings
 from matplotlib.axes import Axes
-from runs import first, read, save_steps, single, stored, write
+from runs import first, for_good, read, save_steps, single, stored, write
 from scipy.ndimage import median_filter
 
 import gradflow as gf
@@ -121,22 +121,27 @@ def clipped_adam(largest: float, learning_rate: float) -> optax.GradientTransfor
 
 
 def scan(
-    task: gf.tasks.Task, lanes: Sequence[Lane], rule: Rule, folder: Path
-) -> list[Trained]:
-    """Trains every lane, or reads it where it has been trained. Lanes of the same kind
-    and length are one sweep."""
+    task: gf.tasks.Task, lanes: Sequence[Lane], rule: Rule, folder: Path, *,
+    lasting: bool = False,
+) -> list[Trained]:  # fmt: skip
+    """Trains every lane, or reads it where it has been trained. On a CPU, where lanes
+    are run one after the other anyway, each is written when it is done; else those of
+    the same kind and length are one sweep. Times are those of the first steps at the
+    threshold, or, if `lasting`, of those from which on it is kept."""
     task = single(task)
     base = fingerprint(task, rule)
     files = {lane: folder / f"{lane.file}.npz" for lane in lanes}
     known = {lane: read(path, base | lane._asdict()) for lane, path in files.items()}
     kind = lambda lane: (lane.hold, lane.share)
     missing = sorted((lane for lane in lanes if known[lane] is None), key=kind)
+    groups = [list(group) for _, group in itertools.groupby(missing, key=kind)]
+    if jax.default_backend() == "cpu":
+        groups = [[lane] for lane in missing]
     at = save_steps(rule.steps, max(rule.steps // 200, 1))
-    for (hold, share), group in itertools.groupby(missing, key=kind):
-        group = list(group)
-        some = at[at <= share * rule.steps]
+    for group in groups:
+        some = at[at <= group[0].share * rule.steps]
         swept = _sweep(
-            task, rule, hold, some,
+            task, rule, group[0].hold, some,
             init_scale=[lane.alpha for lane in group],
             weight_decay=[lane.weight_decay for lane in group],
             zipped=[("init_scale", "weight_decay")],
@@ -150,7 +155,7 @@ def scan(
             arrays = {name: np.asarray(v[i]) for name, v in recorded.items()}
             known[lane] = {**arrays, "step": some}
             write(files[lane], base | lane._asdict(), known[lane])
-    return [_trained(task, lane, known[lane]) for lane in lanes]
+    return [_trained(task, lane, known[lane], lasting) for lane in lanes]
 
 
 def held(
@@ -166,7 +171,8 @@ def held(
         return {name: np.asarray(v[:, -1]) for name, v in swept.metrics.items()}
 
     settings = fingerprint(task, rule) | {"alphas": list(alphas)}
-    return stored(path.with_suffix(".npz"), settings, ends)
+    # (Not with_suffix: a name may have a point in it, as m=0.05.)
+    return stored(path.with_name(path.name + ".npz"), settings, ends)
 
 
 def fingerprint(task: gf.tasks.Task, rule: Rule) -> dict[str, Any]:
@@ -204,7 +210,7 @@ def _sweep(
     )
 
 
-def _trained(task: gf.tasks.Task, lane: Lane, arrays: dict) -> Trained:
+def _trained(task: gf.tasks.Task, lane: Lane, arrays: dict, lasting: bool) -> Trained:
     arrays = dict(arrays)
     steps = arrays.pop("step")
     times = {}
@@ -212,7 +218,8 @@ def _trained(task: gf.tasks.Task, lane: Lane, arrays: dict) -> Trained:
         metric = task.metrics[name]
         level = metric.threshold
         calm = median_filter(arrays[name], NOISE, mode="nearest")
-        times[name] = first(steps, calm, level, metric.higher_is_better)
+        find = for_good if lasting else first
+        times[name] = find(steps, calm, level, metric.higher_is_better)
     return Trained(lane, steps, arrays, times["train"], times["test"])
 
 
@@ -259,8 +266,9 @@ def delay_rows(
     name: str, large: Trained, controls: Sequence[Trained], times: float = 10.0
 ) -> list[Row]:
     """Grokking from a large start, with weight decay: generalisation at least ten times
-    later than memorisation. None in the controls: they generalise before that, or never
-    (at a large norm that is held). A control that does not memorise tells nothing."""
+    later than memorisation. None in the controls: they generalise before that; or, at a
+    norm that is held and larger than usual, never. A control tells nothing that does
+    not memorise, or has not generalised when it ends before ten times that."""
     ok = bool(math.isfinite(large.ratio) and large.ratio >= times)
     words = (
         f"{large.lane}: t_test/t_train, of steps {large.grokked:.0f} and "
@@ -271,12 +279,18 @@ def delay_rows(
         words = (
             f"{run.lane}: t_test/t_train; test at the end {run.arrays['test'][-1]:.3g}"
         )
+        never = run.lane.hold and run.lane.alpha > 1
         ok = None
-        if math.isfinite(run.memorised):
-            ok = run.ratio < times or not math.isfinite(run.grokked)
-        else:
+        if not math.isfinite(run.memorised):
             words += ", not memorised"
-        rows.append(check(name, run.ratio, f"< {times:g}, or never", ok, words))
+        elif math.isfinite(run.grokked):
+            ok = run.ratio < times
+        elif run.steps[-1] < times * run.memorised:
+            words += ", ended too early to tell"
+        else:
+            ok = never
+        bound = f"< {times:g}" + ", or never" * never
+        rows.append(check(name, run.ratio, bound, ok, words))
     return rows
 
 

@@ -1,13 +1,15 @@
 """P3-TS-L and P3-TS-T: a tanh network learns from another one of its sizes.
 
 The paper's loss is a mean over samples and outputs; ours, F, is half the mean squared
-distance, 5/2 of it for five outputs. Criteria are judged on the paper's, and so are
-figures. Times in steps are the first saved ones at which the share of samples that are
-right reaches 95 %, as in the paper.
+distance, 5/2 of it for five outputs. Criteria are judged on the paper's; figures show
+ours, of the training and of the test samples. Times in steps are the first saved ones
+at which the share of samples that are right reaches 95 %, as in the paper; right is an
+error of at most 0.001, where the paper has 0.01.
 """
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -101,11 +103,14 @@ class TSL(Teacher):
     t1: float = 3e4
     """The time to which the flow runs at each norm."""
 
+    def quick_changes(self) -> dict[str, Any]:
+        return dict(steps=3000)
+
     def run(self) -> Outcome:
         name, task = "P3-TS-L", self.task()
         scales = 10 ** np.linspace(-1, 1, self.scales)
         options = dict(scales=scales, metrics=task.metrics)
-        steps = min(self.steps, 3000) if self.quick else self.steps
+        steps = self.effective().steps
         maps = {
             "flow": gf.landscape(task.flow, task.model, t1=self.t1, **FLOW, **options),
             "Adam": gf.landscape(
@@ -206,12 +211,17 @@ def landscape_figure(
         shown = runs if key == "flow" else {}
         gf.plot.landscape(each, ax, metric="test_loss", runs=shown)
         finish(ax, names[key], x=r"norm $\|\theta\|$", y="F (train), test loss")
+    ends = np.array([ax.get_ylim() for ax in axes[:2]])
+    for ax in axes[:2]:
+        ax.set_ylim(ends[:, 0].min(), ends[:, 1].max())
     axes[2].plot(
         rates, apart, "o-", color=COLOURS[0], label=f"slope {law(rates, apart):.2f}"
     )
     finish(
         axes[2], "rescaled descent against the flow", x="step", y="largest difference"
     )
+    axes[2].set_xticks(rates, [f"{rate:g}" for rate in rates])
+    axes[2].minorticks_off()
     fig.suptitle(title)
     return fig
 
@@ -231,14 +241,16 @@ class TST(Teacher):
     steps: int = 100_000
     """At most, of AdamW; less where slow time comes to 1.5 before."""
 
+    def quick_changes(self) -> dict[str, Any]:
+        # Those whose law comes to an end in so many steps.
+        return dict(steps=15_000, gammas=(0.3, 1.0))
+
     def run(self) -> Outcome:
-        name = "P3-TS-T"
-        steps = min(self.steps, 15_000) if self.quick else self.steps
-        gammas = np.array(self.gammas)
-        if self.quick:  # those whose law comes to an end in so many steps
-            gammas = gammas[gammas >= 0.2]
+        name, mine = "P3-TS-T", self.effective()
+        steps, gammas = mine.steps, np.array(mine.gammas)
         rate = self.learning_rate
-        tasks = [self.task(seed=self.seed + i) for i in range(self.seeds)]
+        seeds = list(range(self.seed, self.seed + self.seeds))
+        tasks = [self.task(seed=seed) for seed in seeds]
 
         def until(gamma: float) -> int:
             return min(steps, round(1.5 / (rate * gamma))) if gamma > 0 else steps
@@ -259,8 +271,8 @@ class TST(Teacher):
         predicted = shrink[:, None] / (rate * gammas[None, :, None])
         flow = self.flow(tasks[0])
         rows = panel_rows(name, six, rate, float(gammas[0]))
-        for i in range(self.seeds):
-            seed = f"seed {self.seed + i}"
+        for i, number in enumerate(seeds):
+            seed = f"seed {number}"
             rows += scan_rows(name, seed, gammas, times[i], "γ")
             # At γ = 1 the norm falls while the data are learnt.
             slope = law(gammas[:-1], times[i, :-1, 1])
@@ -280,12 +292,14 @@ class TST(Teacher):
             {
                 "gamma": gammas, "lam": list(self.lams), "metric": ["train", "test"],
                 "w_c": ["best", "edge"],
-                "seed": self.seed + np.arange(self.seeds),
+                "seed": seeds,
             },
         )  # fmt: skip
         figures = {
             "panels": six_panels(title(self), six, rate),
-            "scan": scan_figure(title(self), gammas, times, predicted, self.lams, flow),
+            "scan": scan_figure(
+                title(self), seeds, gammas, times, predicted, self.lams, flow
+            ),
         }
         numbers = {"title": title(self), "steps": steps}
         return Outcome(numbers, rows, data, figures)
@@ -330,7 +344,8 @@ def panel_rows(
             share = reached(path, "test", rate) / slow
             words = f"α = 0.5, γ = {gamma:g}: steps to test 95 %, over those of α = 2"
             words += f", γ = {least:g}"
-            rows.append(check(name, share, "≤ 0.1", share <= 0.1, words))
+            ok = np.isfinite(slow) and share <= 0.1
+            rows.append(check(name, share, "≤ 0.1", ok, words))
     return rows
 
 
@@ -367,15 +382,16 @@ def six_panels(
         for key, colour in (("train", COLOURS[0]), ("test", COLOURS[1])):
             ax.plot(steps[1:], path.metrics[key][1:], color=colour, label=key)
         times = {k: reached(path, k, rate) for k in ("train", "test")}
-        marks(ax, times)
         name = rf"$\alpha$ = {alpha:g}, $\gamma$ = {gamma:g}"
         finish(ax, name, y="accuracy", log="x")
+        marks(ax, times)
     fig.suptitle(f"{title}: AdamW")
     return fig
 
 
 def scan_figure(
     title: str,
+    seeds: Sequence[int],
     gammas: np.ndarray,
     times: np.ndarray,
     predicted: np.ndarray,
@@ -384,9 +400,10 @@ def scan_figure(
 ) -> Figure:
     fig, axes = panels(2)
     for i, colour in zip(range(len(times)), itertools.cycle(COLOURS), strict=False):
-        draw(axes[0], gammas, times[i], colour, f"seed {i}: ")
+        draw(axes[0], gammas, times[i], colour, f"seed {seeds[i]}: ")
         axes[0].plot(gammas, predicted[i, :, 1], ":", color=colour, lw=1.2)
-    axes[0].plot([], [], ":", color="grey", label=r"$\ln(w_0/w_c)/(\alpha\gamma)$")
+    rule = r"$\ln(w_0/w_c)/(\alpha\gamma)$, $w_c$ the zone's edge"
+    axes[0].plot([], [], ":", color="grey", label=rule)
     finish(axes[0], f"{title}: AdamW", x=r"$\gamma$", y="steps to 95 %")
     draw(axes[1], np.array(lams), flow, COLOURS[0], "")
     finish(axes[1], "the flow", x=r"$\lambda$", y="time to 95 %")
@@ -394,9 +411,11 @@ def scan_figure(
 
 
 def draw(ax: Axes, x: np.ndarray, times: np.ndarray, colour: str, name: str) -> None:
-    slope = law(x, times[:, 1])
-    ax.plot(x, times[:, 1], "o-", color=colour, label=f"{name}test, slope {slope:.2f}")
-    ax.plot(x, times[:, 0], "s--", color=colour, ms=4, label=f"{name}train")
+    """When the samples are learnt, against x; a time that is infinite has no place."""
+    test, train = np.isfinite(times[:, 1]), np.isfinite(times[:, 0])
+    label = f"{name}test, slope {law(x, times[:, 1]):.2f}"
+    ax.plot(x[test], times[test, 1], "o-", color=colour, label=label)
+    ax.plot(x[train], times[train, 0], "s--", color=colour, ms=4, label=f"{name}train")
 
 
 EXPERIMENTS = {"ts-l": TSL, "ts-t": TST}

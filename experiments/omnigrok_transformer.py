@@ -54,10 +54,9 @@ class Addition(Settings):
     learning_rate: float = 1e-3
     precision: Literal["single", "double"] = "single"
 
-    def sized(self) -> "Addition":
-        """Smaller if quick."""
-        small = dict(modulus=31, fraction=0.7, width=64, hidden=128)
-        return dataclasses.replace(self, **small) if self.quick else self
+    def quick_changes(self) -> dict[str, Any]:
+        """A smaller network, on fewer numbers and more of their pairs."""
+        return dict(modulus=31, fraction=0.7, width=64, hidden=128)
 
     @property
     def title(self) -> str:
@@ -146,15 +145,17 @@ class MAN(Addition):
     weight_decay: float = 1.0
     steps: int = 15_000
 
+    def quick_changes(self) -> dict[str, Any]:
+        return super().quick_changes() | dict(steps=3000)
+
     def run(self) -> Outcome:
-        name, small = "P3-MA-N", self.sized()
-        steps = min(self.steps, 3000) if self.quick else self.steps
+        name, mine = "P3-MA-N", self.effective()
         run = train(
-            small,
+            mine,
             self.folder("ma-n"),
-            steps=steps,
-            every=max(1, steps // 150),
-            weight_decay=self.weight_decay,
+            steps=mine.steps,
+            every=max(1, mine.steps // 150),
+            weight_decay=mine.weight_decay,
         )
         train_at, test_at = run.first("train", 1.0), run.first("test", 0.99)
         norm = run.arrays["norm"] / run.arrays["norm"][0]
@@ -164,7 +165,7 @@ class MAN(Addition):
             check(name, norm[-1], "< 1", norm[-1] < 1, "norm at the end"),
             check(name, test_at, "≤ 1e4", test_at <= 1e4, "step of test 99 %"),
         ]
-        title = rf"{small.title}, $\gamma$ = {self.weight_decay:g}"
+        title = rf"{mine.title}, $\gamma$ = {mine.weight_decay:g}"
         numbers = {"title": title, "train": train_at, "test": test_at, **spent([run])}
         return Outcome(numbers, rows, dataset([run]), {"curves": curves([run], title)})
 
@@ -179,12 +180,14 @@ class MAC(Addition):
     comes to 89 % of the test samples at 0.8, and 250 steps late at 1."""
     steps: int = 1000
 
+    def quick_changes(self) -> dict[str, Any]:
+        return super().quick_changes() | dict(alpha=0.9)
+
     def run(self) -> Outcome:
-        name, small = "P3-MA-C", self.sized()
-        alpha = 0.9 if self.quick else self.alpha
+        name, mine = "P3-MA-C", self.effective()
         run = train(
-            small, self.folder("ma-c"), steps=self.steps, every=10, weight_decay=0.0,
-            init_scale=alpha, hold_norm=True,
+            mine, self.folder("ma-c"), steps=mine.steps, every=10, weight_decay=0.0,
+            init_scale=mine.alpha, hold_norm=True,
         )  # fmt: skip
         train_at, test_at = run.first("train", 0.95), run.first("test", 0.95)
         late, held = test_at - train_at, np.ptp(run.arrays["norm"])
@@ -193,7 +196,7 @@ class MAC(Addition):
             check(name, test_at, "≤ 1000", test_at <= 1000, "step of test 95 %"),
             check(name, held, "< 1e-3", held < 1e-3, "change of the norm"),
         ]
-        title = rf"{small.title}, norm held at {alpha:g} $\|\theta_0\|$"
+        title = rf"{mine.title}, norm held at {mine.alpha:g} $\|\theta_0\|$"
         numbers = {"title": title, "train": train_at, "test": test_at, **spent([run])}
         return Outcome(numbers, rows, dataset([run]), {"curves": curves([run], title)})
 
@@ -210,16 +213,18 @@ class MAW(Addition):
     slow_time: float = 12.0
     """How far each run goes: learning rate times γ times steps."""
 
+    def quick_changes(self) -> dict[str, Any]:
+        scan = dict(gammas=(1.0, 2.0, 4.0), seeds=2, slow_time=4.0)
+        return super().quick_changes() | scan
+
     def run(self) -> Outcome:
-        name, small = "P3-MA-W", self.sized()
-        gammas = np.array((1.0, 2.0, 4.0) if self.quick else self.gammas)
-        seeds = self.seeds_of()
+        name, mine = "P3-MA-W", self.effective()
+        gammas, seeds = np.array(mine.gammas), mine.seeds_of()
         times, runs = np.full((len(seeds), len(gammas), 2), np.nan), []
         for i, seed in enumerate(bar(seeds, "seeds")):
-            each = dataclasses.replace(small, seed=seed)
+            each = dataclasses.replace(mine, seed=seed)
             for j, gamma in enumerate(gammas):
-                far = 4.0 if self.quick else self.slow_time
-                steps = round(far / (gamma * self.learning_rate))
+                steps = round(mine.slow_time / (gamma * mine.learning_rate))
                 run = train(
                     each, self.folder("ma-w"), steps=steps, weight_decay=float(gamma)
                 )
@@ -234,18 +239,17 @@ class MAW(Addition):
             {"steps": (("seed", "gamma", "metric"), times)},
             {"seed": seeds, "gamma": gammas, "metric": ["train", "test"]},
         )
-        numbers = {"title": small.title, **spent(runs)}
-        return Outcome(numbers, rows, data, {"scan": self.figure(small, gammas, times)})
+        numbers = {"title": mine.title, **spent(runs)}
+        return Outcome(numbers, rows, data, {"scan": mine.figure(times)})
 
     def seeds_of(self) -> list[int]:
-        count = min(self.seeds, 2) if self.quick else self.seeds
-        return list(range(self.seed, self.seed + count))
+        return list(range(self.seed, self.seed + self.seeds))
 
-    def figure(self, small: Addition, gammas: np.ndarray, times: np.ndarray) -> Figure:
+    def figure(self, times: np.ndarray) -> Figure:
         fig, (ax,) = panels(1, columns=1)
         for seed, each, colour in zip(self.seeds_of(), times, COLOURS, strict=False):
-            draw(ax, gammas, each, colour, f"seed {seed}: ")
-        finish(ax, small.title, x=r"weight decay $\gamma$", y="steps to 95 %")
+            draw(ax, np.array(self.gammas), each, colour, f"seed {seed}: ")
+        finish(ax, self.title, x=r"weight decay $\gamma$", y="steps to 95 %")
         return fig
 
 
@@ -261,16 +265,19 @@ class MAR(Addition):
     alphas: tuple[float, ...] = (0.4, 0.8, 1.6, 3.2)
     steps: int = 3000
 
+    def quick_changes(self) -> dict[str, Any]:
+        fractions = (0.2, 0.4, 0.6, 0.8)
+        scan = dict(fractions=fractions, alphas=(0.5, 1.0, 2.0), steps=600)
+        return super().quick_changes() | scan
+
     def run(self) -> Outcome:
-        name, small = "P3-MA-R", self.sized()
-        steps = min(self.steps, 600) if self.quick else self.steps
-        fractions = (0.2, 0.4, 0.6, 0.8) if self.quick else self.fractions
-        alphas = (0.5, 1.0, 2.0) if self.quick else self.alphas
+        name, mine = "P3-MA-R", self.effective()
+        fractions, alphas = mine.fractions, mine.alphas
         cells = list(itertools.product(fractions, alphas))
         runs = [
             train(
-                dataclasses.replace(small, fraction=fraction), self.folder("ma-r"),
-                steps=steps, weight_decay=0.0, init_scale=alpha, hold_norm=True,
+                dataclasses.replace(mine, fraction=fraction), self.folder("ma-r"),
+                steps=mine.steps, weight_decay=0.0, init_scale=alpha, hold_norm=True,
             )
             for fraction, alpha in bar(cells, "runs")
         ]  # fmt: skip
@@ -291,7 +298,7 @@ class MAR(Addition):
             {k: (dims, v) for k, v in best.items()},
             {"fraction": list(fractions), "alpha": list(alphas)},
         )
-        name = f"a + b mod {small.modulus}" + (" (small)" if self.quick else "")
+        name = f"a + b mod {mine.modulus}" + (" (small)" if self.quick else "")
         numbers = {"title": name, "critical_fraction": critical, **spent(runs)}
         return Outcome(numbers, rows, data, {"map": accuracy_map(name, data)})
 
@@ -342,10 +349,10 @@ def curves(runs: list[Run], title: str, labels: tuple[str, ...] = ("",)) -> Figu
                 x, run.arrays[name][1:], style, color=colour, label=f"{name} {label}"
             )
         axes[1].plot(x, run.arrays["norm"][1:], style, color=COLOURS[2], label=label)
-    marks(axes[0], {"train 95 %": runs[0].first("train", 0.95),
-                    "test 95 %": runs[0].first("test", 0.95)})  # fmt: skip
     axes[1].axhline(runs[0].arrays["norm"][0], color="grey", lw=0.7)
     finish(axes[0], title, y="accuracy", log="x")
+    marks(axes[0], {"train 95 %": runs[0].first("train", 0.95),
+                    "test 95 %": runs[0].first("test", 0.95)})  # fmt: skip
     axes[1].set_ylim(0, 1.1 * max(run.arrays["norm"].max() for run in runs))
     finish(axes[1], "norm of all weights", y=r"$\|\theta\|$", log="x")
     return fig

@@ -64,3 +64,12 @@ def first(steps: np.ndarray, values: np.ndarray, level: float, higher: bool) -> 
     """The first saved step that reaches the level, as in the papers; `inf` if none."""
     good = values >= level if higher else values <= level
     return float(steps[np.argmax(good)]) if good.any() else math.inf
+
+
+def for_good(
+    steps: np.ndarray, values: np.ndarray, level: float, higher: bool
+) -> float:
+    """The first saved step from which on the level is reached; `inf` if none."""
+    bad = ~(values >= level if higher else values <= level)
+    after = np.flatnonzero(bad)[-1] + 1 if bad.any() else 0
+    return float(steps[after]) if after < len(steps) else math.inf

@@ -356,8 +356,8 @@ def landscape(
     - `runs`: paths to overlay, by name: train loss and metric at the norm they have at
         each time, with a dot where they end.
 
-    **Returns:** the axes, logarithmic both ways; the zone where the metric passes its
-    threshold is shaded.
+    **Returns:** the axes, logarithmic both ways, from a millionth of the least value of
+    the metric up; the zone where the metric passes its threshold is shaded.
     """
     ax = _axes(ax)
     w = np.median(landscape.norm, axis=0)
@@ -365,7 +365,6 @@ def landscape(
     drawn = (("train loss", landscape.train_loss, TRAIN),
              (metric, landscape.metrics[metric], TEST))  # fmt: skip
     for name, values, colour in drawn:
-        values = np.maximum(values, floor)
         ax.plot(
             w, np.median(values, axis=0), "o-", color=colour, lw=2, ms=4, label=name
         )
@@ -384,13 +383,16 @@ def landscape(
         style = next(styles, "-")
         norm = _norms(run)
         for values, colour in ((run.train_loss, TRAIN), (run.metrics[metric], TEST)):
-            values = np.maximum(np.asarray(values), floor)
+            values = np.asarray(values)
             ax.plot(norm, values, style, color=colour, lw=1.2, alpha=0.8)
             ax.plot(norm[-1:], values[-1:], "o", mfc="white", color=colour)
         ax.plot([], [], style, color="grey", label=name)
     _finish(ax, "norm of the parameters $w$", f"train loss, {metric}")
     ax.set_xscale("log")
     ax.set_yscale("log")
+    # What is fitted to rounding would leave the rest no room: it goes out at the foot.
+    if ax.get_ylim()[0] < floor:
+        ax.set_ylim(bottom=floor)
     _legend(ax)
     return ax
 

@@ -5,6 +5,7 @@ import json
 import math
 import pathlib
 import sys
+import types
 
 import equinox as eqx
 import jax
@@ -47,9 +48,9 @@ def test_every_row_has_a_command():
     config = script.parse(["ma-n"])
     assert isinstance(config, transformer.MAN)
     assert (config.modulus, config.fraction, config.weight_decay) == (113, 0.3, 1.0)
-    assert config.learning_rate == 1e-3 and config.sized() == config
+    assert config.learning_rate == 1e-3 and config.effective() == config
     # A smaller one says so.
-    config = script.parse(["ma-n", "--quick"]).sized()
+    config = script.parse(["ma-n", "--quick"]).effective()
     assert config.modulus < 113 and "small" in config.title
 
 
@@ -83,6 +84,7 @@ def test_addition_is_judged(tmp_path):
     config = transformer.MAN(**TINY, steps=60, out=tmp_path)
     summary = script.main(config)
     assert [row["name"] for row in summary["checks"]] == ["P3-MA-N"] * 4
+    assert "settings_run" not in summary
     data = xr.open_dataset(tmp_path / "arrays.nc", engine="scipy")
     step = summary["test"] or math.inf
     assert summary["checks"][3]["ok"] == (step <= 1e4)
@@ -189,7 +191,7 @@ def test_predictions_are_judged():
     measured = 0.5 / lams
     good = theory.Predicted(
         measured=measured,
-        predicted=np.stack([1.01 * measured, 1.001 * measured]) * [[np.nan, 1.0, 1.0]],
+        predicted=np.stack([1.01 * measured, 1.001 * measured]) * [np.nan, 1.0, 1.0],
         errors=np.zeros(3),
         valid=np.array([0.1, 0.6, 0.7]),
         lams=lams,
@@ -198,16 +200,136 @@ def test_predictions_are_judged():
         text="",
         seconds={},
     )
-    assert [row.ok for row in good.rows(2.0)] == [True, None, True]
+    assert [row.ok for row in good.rows(2.0)] == [True, None, True, True]
+    assert good.order == 2 and good.styles == ("--", "-")
     assert good.rows(2.0)[1].value == pytest.approx(0.01)
     off = dataclasses.replace(good, predicted=good.predicted * 1.05)
-    assert [row.ok for row in off.rows(2.0)] == [True, None, False]
-    first = dataclasses.replace(good, predicted=good.predicted[[0, 0]])
-    assert [row.ok for row in first.rows(2.0)] == [True, True]
+    assert [row.ok for row in off.rows(2.0)] == [True, None, False, True]
+    first = dataclasses.replace(good, predicted=good.predicted[:1])
+    assert [row.ok for row in first.rows(2.0)] == [True, True, True]
+    assert first.order == 1 and first.styles == ("-",)
     silent = dataclasses.replace(good, predicted=good.predicted * np.nan)
-    assert [row.ok for row in silent.rows(2.0)] == [False, False]
+    assert [row.ok for row in silent.rows(2.0)] == [False, None, False, True]
     never = dataclasses.replace(silent, measured=np.nan * measured)
-    assert [row.ok for row in never.rows(2.0)] == [None, None]
+    assert [row.ok for row in never.rows(2.0)] == [None, None, None, True]
+    # Nothing is to be told where theory does not hold, by it or by what is measured.
+    bold = dataclasses.replace(good, valid=np.array([0.1, 0.6, 0.4]))
+    assert [row.ok for row in bold.rows(2.0)] == [True, None, True, False]
+    early = dataclasses.replace(bold, predicted=0.7 * good.predicted)
+    assert early.rows(2.0)[-1].ok is False and early.rows(2.0)[-1].value == 1
+
+
+def test_a_small_start_is_compared_with_a_large_one_that_generalises():
+    def made(test):
+        metrics = {"test": np.array([0.0, *test])}
+        t = 3e-4 * np.arange(len(test) + 1)
+        return types.SimpleNamespace(t=t, metrics=metrics)
+
+    quick, late, never = made([1.0] * 10), made([0.0] * 9 + [1.0]), made([0.0] * 10)
+    six = {(0.5, 0.03): quick, (2.0, 0.0): never, (2.0, 0.03): late}
+    judged = lambda runs: [r.ok for r in teacher.panel_rows("", runs, 3e-4, 0.03)]
+    assert judged(six) == [True, True]
+    assert judged({**six, (2.0, 0.03): never}) == [True, False]
+
+
+def test_quick_runs_tell_what_was_run(tmp_path):
+    """What is asked for beside it counts, and the summary has both."""
+    given = script.parse(["ma-r", "--quick", "--steps", "3", "--modulus", "5"])
+    run = given.effective()
+    assert (run.steps, run.modulus, run.width) == (3, 5, 64)
+    assert run.fractions == (0.2, 0.4, 0.6, 0.8) and run.effective() == run
+    plain = dataclasses.replace(given, quick=False)
+    assert plain.effective() == plain
+    config = transformer.MAC(
+        modulus=5, fraction=0.6, width=8, quick=True, steps=10, out=tmp_path
+    )
+    summary = script.main(config)
+    assert summary["settings"]["alpha"] == 0.8 and summary["settings"]["hidden"] == 512
+    ran = summary["settings_run"]
+    ran = [ran[key] for key in ("alpha", "hidden", "width", "steps")]
+    assert ran == [0.9, 128, 8, 10]
+
+
+@pytest.mark.parametrize("last", [0.7, 0.9])
+def test_names_of_marks_stay_on_the_axes(last):
+    fig, (ax,) = common.panels(1, columns=1)
+    ax.plot([1, 10_000], [0, 1])
+    common.finish(ax, "title", log="x")
+    common.marks(ax, {"first": 10.0, "last": 10 ** (4 * last)})
+    sides = [text.get_horizontalalignment() for text in ax.texts]
+    assert sides == ["right", "left" if last < 0.8 else "right"]
+    common.plt.close(fig)
+
+
+# Whole commands, on next to nothing
+
+
+NEXT_TO_NOTHING = dict(width=4, samples=5)
+
+
+def test_landscapes_from_start_to_end(tmp_path, monkeypatch):
+    """But for the comparison with the flow, which has a test of its own."""
+    rates = 0.08 / 2.0 ** np.arange(4)
+    monkeypatch.setattr(teacher, "agreement", lambda task: (rates, 0.02 * rates))
+    config = teacher.TSL(
+        **NEXT_TO_NOTHING, scales=3, steps=20, t1=1.0, quick=True, out=tmp_path
+    )
+    summary = script.main(config)
+    assert len(summary["checks"]) == 7 and summary["settings_run"]["steps"] == 20
+    assert summary["checks"][-1]["ok"]
+    data = xr.open_dataset(tmp_path / "arrays.nc", engine="scipy")
+    assert data.train_loss.shape == (2, 3)
+    norm = data.norm.values
+    assert_allclose(norm, norm[0, 1] * np.array([[0.1, 1, 10]] * 2), rtol=1e-5)
+    data.close()
+    assert (tmp_path / "ts_l.png").stat().st_size > 10_000
+
+
+def test_scans_of_the_teacher_from_start_to_end(tmp_path):
+    config = teacher.TST(
+        **NEXT_TO_NOTHING, gammas=(0.3, 1.0), lams=(1e-2,), seeds=1, steps=40, seed=3,
+        out=tmp_path,
+    )  # fmt: skip
+    summary = script.main(config)
+    data = xr.open_dataset(tmp_path / "arrays.nc", engine="scipy")
+    assert data.steps.shape == (1, 2, 2) and data.seed.values.tolist() == [3]
+    data.close()
+    assert (tmp_path / "scan.png").stat().st_size > 10_000
+    # In so few steps nobody generalises, and that is no success.
+    slope = [row for row in summary["checks"] if "0 of 2 runs" in row["sentence"]]
+    assert [row["ok"] for row in slope] == [False]
+
+
+def test_theory_of_the_teacher_is_written(tmp_path, monkeypatch):
+    """With made-up predictions: true ones take a while to compile, and theory has tests
+    of its own."""
+    lams = np.array([1e-6, 1e-7])
+
+    def made(config, alpha):
+        return theory.Predicted(
+            measured=0.5 / lams,
+            predicted=np.stack([0.502 / lams, 0.5 / lams])[: config.order],
+            errors=np.zeros(2),
+            valid=np.array([0.7, 0.8]),
+            lams=lams,
+            drift=(np.array([0.0, 0.1, 1.0]), np.array([0.1, 0.1, 1e-4])),
+            paths=[],
+            text="",
+            seconds={},
+        )
+
+    monkeypatch.setattr(theory.TSTheory, "at", made)
+    for order, legend in (1, ["order 1"]), (2, ["order 1", "order 2"]):
+        out = theory.TSTheory(lams=(1e-6, 1e-7), order=order, out=tmp_path)
+        summary = script.main(out)
+        assert summary["failed"] == 0
+        with xr.open_dataset(tmp_path / "arrays.nc", engine="scipy") as data:
+            assert data.predicted.dims == ("alpha", "order", "lam")
+            assert data.order.values.tolist() == list(range(1, order + 1))
+        fig = theory.figure("title", (1e-6, 1e-7), {2.0: made(out, 2.0)})
+        texts = [text.get_text() for text in fig.axes[1].get_legend().get_texts()]
+        assert [t[11:] for t in texts if t.startswith("predicted")] == legend
+        common.plt.close(fig)
 
 
 def test_landscapes_are_drawn():

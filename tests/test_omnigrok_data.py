@@ -14,7 +14,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "experiments"))
 pytest.importorskip("tyro")
-pytest.importorskip("xarray")
+xr = pytest.importorskip("xarray")
 pytest.importorskip("sklearn")
 import omnigrok as script  # noqa: E402
 import omnigrok_addition as addition  # noqa: E402
@@ -52,9 +52,11 @@ def test_every_row_has_a_command_with_the_papers_settings():
 # Made-up runs
 
 
-def trained(alpha, memorised, grokked, *, hold=False, test=0.5):
+def trained(alpha, memorised, grokked, *, hold=False, test=0.5, end=1.0):
+    """One whose norm ends at `end`, relative to the usual start."""
     steps = np.array([0, 10, 100, 1000, 10_000])
-    arrays = {"test": np.full(5, test), "train": np.ones(5), "norm": np.ones(5)}
+    norm = np.geomspace(alpha, end, 5)
+    arrays = {"test": np.full(5, test), "train": np.ones(5), "norm": norm}
     lane = scans.Lane(alpha, 0.0 if hold else 0.1, hold=hold)
     return scans.Trained(lane, steps, arrays, memorised, grokked)
 
@@ -70,6 +72,13 @@ def test_a_delay_is_judged_with_its_controls():
     rows = scans.delay_rows("row", early, [control, blind])
     assert [row.ok for row in rows] == [False, False, None]
     assert not scans.delay_rows("row", never, [])[0].ok
+    # Never to generalise is right at a large held norm only, and takes time to show.
+    small = trained(1, 100, math.inf, hold=True)
+    free = trained(8, 100, math.inf)
+    short = trained(8, 1001, math.inf, hold=True)
+    rows = scans.delay_rows("row", late, [small, free, short])
+    assert [row.ok for row in rows] == [True, False, False, None]
+    assert "too early" in rows[3].sentence
 
 
 @pytest.mark.parametrize(
@@ -98,9 +107,13 @@ def test_the_law_of_weight_decay_is_judged():
     times[:2] = 300.0, math.inf
     _, *outside = images.decay_rows("row", gamma, times, within)
     assert [row.ok for row in outside] == [True, True]
+    # All inside are to generalise, and there are to be three.
+    assert images.decay_rows("row", gamma, times, gamma >= 0.3)[0].ok is None
+    times[4] = math.inf
+    assert images.decay_rows("row", gamma, times, within)[0].ok is False
     times[2:] = math.inf
     (alone,) = images.decay_rows("row", gamma, times, within)
-    assert alone.ok is None
+    assert alone.ok is False
 
 
 def test_a_critical_number_of_samples():
@@ -110,6 +123,20 @@ def test_a_critical_number_of_samples():
     assert not judge([math.inf, 300, 900]).ok
     assert not judge([1000, 900, 300]).ok
     assert not judge([math.inf, 300, math.inf]).ok
+    # One that ends above the usual norm might have come to it.
+    above = [trained(9, 10, math.inf, end=1.2), *made([900, 300])]
+    row = images.size_rows("row", [1, 2, 3], above)[0]
+    assert row.ok is None and "[1] ended above" in row.sentence
+    learnt = [*made([math.inf, 900]), trained(9, 10, 300, end=1.2)]
+    assert images.size_rows("row", [1, 2, 3], learnt)[0].ok
+
+
+def test_a_level_that_is_kept():
+    steps, values = np.array([0, 1, 2, 3]), np.array([0.0, 0.8, 0.7, 0.9])
+    find = lambda level: runs.for_good(steps, values, level, True)
+    assert [find(level) for level in (0.0, 0.75, 0.95)] == [0, 3, math.inf]
+    assert runs.first(steps, values, 0.75, True) == 1
+    assert runs.for_good(steps, -values, -0.75, False) == 3
 
 
 def test_the_width_of_a_zone():
@@ -220,6 +247,77 @@ def test_a_row_of_a_landscape_is_a_sweep_over_scales(tmp_path, digits):
     assert run.arrays["test"][-1] == ends["test"][1]
 
 
+def test_names_with_a_point_are_files_of_their_own(tmp_path, digits):
+    rule, alphas = scans.Rule(1e-2, 2), (1.0,)
+    for m in (0.05, 0.5):
+        task = images.messy(digits, m)
+        scans.held(task, alphas, rule, tmp_path / f"m={m:g}")
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["m=0.05.npz", "m=0.5.npz"]
+
+
+def test_lanes_are_written_when_they_are_done(tmp_path, digits, monkeypatch):
+    """So that an interrupted scan has lost one of them at most."""
+    lanes, sweep = [scans.Lane(2.0, decay) for decay in (0.1, 0.2)], scans._sweep
+    files = lambda: sorted(path.name for path in tmp_path.iterdir())
+    there = []
+
+    def watched(*args, **options):
+        there.append(files())
+        return sweep(*args, **options)
+
+    monkeypatch.setattr(scans, "_sweep", watched)
+    scans.scan(digits, lanes, scans.Rule(1e-2, 3), tmp_path)
+    assert there == [[], [f"{lanes[0].file}.npz"]]
+
+
+SMALL: dict = dict(width=6, batch_size=None)
+
+
+@pytest.mark.parametrize(
+    "config, checks, sizes",
+    [
+        (
+            images.MNL(
+                **SMALL, samples=(20,), times=(20, 40), alphas=(0.3, 1.0, 3.0),
+                steps=3, time_steps=20,
+            ),
+            6, dict(samples=1, alpha=3, times=2),
+        ),
+        (images.MNW(**SMALL, samples=20, decays=(0.1, 1.0, 10.0), steps=20), 1,
+         dict(run=3)),
+        (
+            images.MNCE(
+                **SMALL, samples=20, alphas=(0.3, 1.0, 3.0), start=3.0, steps=3,
+                time_steps=20,
+            ),
+            6, dict(run=3, scale=3),
+        ),
+        (images.MNR(**SMALL, samples=40, alphas=(0.5, 1.0), messiness=(0.0, 0.5, 1.0),
+                    steps=3), 2, dict(messiness=3, alpha=2)),
+        (
+            data.IM(
+                samples=16, words=6, length=3, embedding=2, state=2, steps=20,
+                sizes=(12,), alphas=(0.5, 1.0, 2.0), epochs=1,
+            ),
+            8, dict(run=3, size=1, scale=3),
+        ),
+    ],
+    ids=["mn-l", "mn-w", "mn-ce", "mn-r", "im"],
+)  # fmt: skip
+def test_commands_from_start_to_end(tmp_path, config, checks, sizes):
+    summary = script.main(dataclasses.replace(config, out=tmp_path))
+    # So short a run neither learns nor counts as what the experiment is after.
+    assert len(summary["checks"]) == checks and "MNIST" not in summary["data"]
+    delays = [row for row in summary["checks"] if row["bound"].startswith("≥ 10")]
+    assert not any(row["ok"] for row in delays)
+    with xr.open_dataset(tmp_path / "arrays.nc", engine="scipy") as arrays:
+        assert {name: arrays.sizes[name] for name in sizes} == sizes
+    (figure,) = tmp_path.glob("*.png")
+    assert figure.stat().st_size > 10_000
+    assert any((tmp_path / "runs").rglob("*.npz"))
+
+
 def test_maps_of_toy_addition(tmp_path):
     small = dict(sizes=(25,), alphas=(0.5, 1.0), messiness=(0.0, 0.2), steps=30)
     config = addition.AD(width=8, learning_rate=1e-2, out=tmp_path, **small)
@@ -244,32 +342,45 @@ def test_times_of_the_reduced_dynamics(tmp_path):
     assert near.value < 0.05 and far.value > 0.2  # ten times off: the paper's is not it
 
 
-def test_reviews(tmp_path):
+def test_reviews():
     config = data.IM(
         samples=16, words=6, length=3, embedding=2, state=2, alpha=2.0, steps=12
     )
     task = config.task(16)
     assert "synthetic" in task.truth.title
-    rule = config.rule(3, 5, clip=5.0)
-    ends = scans.held(task, (0.5, 2.0), rule, tmp_path / "row")
-    assert ends["test"].shape == (2,) and (ends["test"] <= 1).all()
     rows = data.review_rows("row", task, trained(6, 100, 900), trained(1, 10, 10))
     assert all(row.ok is None and "not judged" in row.sentence for row in rows)
 
 
-def test_molecules(tmp_path):
-    """The landscape of some, and a figure that says which they are."""
+def test_molecules(tmp_path, monkeypatch):
+    """The whole command but for the training, whose networks take long to compile."""
     pytest.importorskip("rdkit")
-    config = data.QM(molecules=16, widths=(3, 2))
-    task = config.task(16)
-    ends = scans.held(task, (0.5, 1.0, 2.0), config.rule(3, None), tmp_path / "row")
-    made = [trained(3, 100, 900), trained(3, 100, math.inf, hold=True)]
-    rows = data.molecule_rows("P3-QM", task, *made)
-    assert all(row.ok is None and "RDKit" in row.sentence for row in rows)
-    errors = {16: [ends[key] for key in data.ENDS]}
-    found = data.outcome(
-        "P3-QM", task, made, rows, errors, (0.5, 1.0, 2.0), "error", 16
-    )
-    assert "RDKit" in found.figures["qm"].axes[0].get_title("left")
-    assert found.data.error.shape == (1, 2, 3) and len(found.checks) == 4
-    assert found.numbers["data"] == "enumerated molecules (RDKit)"
+    made = [
+        trained(2, 100, 1000),
+        trained(2, 100, math.inf, hold=True),
+        trained(1, 100, 48),
+    ]
+    asked = []
+
+    def scan(task, lanes, rule, folder):
+        asked.extend(lanes)
+        return made
+
+    ends = dict(train=np.array([0.9, 0.01, 0.0]), test=np.array([0.9, 0.3, 0.8]))
+    monkeypatch.setattr(data, "scan", scan)
+    monkeypatch.setattr(data, "held", lambda task, alphas, *rest: ends)
+    config = data.QM(
+        molecules=16, widths=(3, 2), sizes=(12,), alphas=(0.5, 1.0, 2.0), quick=True,
+        out=tmp_path,
+    )  # fmt: skip
+    summary = script.main(config)
+    assert [(lane.alpha, lane.weight_decay) for lane in asked] == [
+        (2.0, 0.01), (2.0, 0.0), (1.0, 0.01)
+    ]  # fmt: skip
+    verdicts = [row["ok"] for row in summary["checks"]]
+    assert verdicts == [True, True, True, None, None, True, True]
+    assert all("RDKit" in row["sentence"] for row in summary["checks"][3:5])
+    assert summary["data"] == "enumerated molecules (RDKit)"
+    with xr.open_dataset(tmp_path / "arrays.nc", engine="scipy") as arrays:
+        assert arrays.error.shape == (1, 2, 3)
+    assert (tmp_path / "qm.png").stat().st_size > 10_000
