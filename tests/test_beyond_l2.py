@@ -14,7 +14,7 @@ sys.path.insert(0, str(FOLDER))
 pytest.importorskip("tyro")
 xr = pytest.importorskip("xarray")
 import beyond_l2 as script  # noqa: E402
-import beyond_l2_common as common  # noqa: E402
+import common  # noqa: E402
 import oracles  # noqa: E402
 from beyond_l2_loop import subgradient_loop  # noqa: E402
 

@@ -37,6 +37,7 @@ NETWORKS = {
     "polarizability",
     "sentiment",
     "symbol_addition",
+    "teacher_mlp",
     "wide_teacher",
 }
 
