@@ -115,7 +115,7 @@ def _with_hydrogens(smiles: str) -> Enumerated:
     from rdkit.Chem import Crippen  # pyright: ignore[reportMissingImports]
 
     molecule = Chem.AddHs(Chem.MolFromSmiles(smiles))
-    refractivity = Crippen.MolMR(molecule)
+    refractivity = Crippen.MolMR(molecule)  # pyright: ignore
     Chem.Kekulize(molecule, clearAromaticFlags=True)
     bonds = tuple(
         Bond(b.GetBeginAtomIdx(), b.GetEndAtomIdx(), round(b.GetBondTypeAsDouble()))
