@@ -26,8 +26,8 @@ from .results import RESULTS
 from .simulate import (
     as_metrics,
     prepare,
+    solve,
     solve_arguments,
-    solve_compiled,
     wants_another,
 )
 from .solvers import as_choice, Choice, measure_size, second_choice, TRIAL_STEPS
@@ -238,11 +238,11 @@ class Recipe:
         choice = as_choice(self.options["solver"], size, rtol)
         if size is None or not choice.trial:
             args = made(choice, most)
-            return Lane(solve_compiled, args, choice.why, cost=self.cost(lane))
+            return Lane(solve, args, choice.why, cost=self.cost(lane))
         then: Choice = second_choice(size, rtol)
-        again = Lane(solve_compiled, made(then, most), then.why, cost=self.cost(lane))
+        again = Lane(solve, made(then, most), then.why, cost=self.cost(lane))
         first = made(choice, min(most, TRIAL_STEPS))
-        return Lane(solve_compiled, first, choice.why, again, self.cost(lane))
+        return Lane(solve, first, choice.why, again, self.cost(lane))
 
     def cost(self, lane: int) -> float:
         """A number that grows with the expected work of a lane: its time to the end for

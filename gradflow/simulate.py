@@ -115,7 +115,7 @@ def simulate(
 
     def run(choice: Choice) -> Path:
         most = min(max_steps, TRIAL_STEPS) if choice.trial else max_steps
-        path = solve(
+        args = solve_arguments(
             term,
             params,
             lam,
@@ -127,6 +127,7 @@ def simulate(
             most,
             progress,
         )
+        path = solve(*args)
         path.stats["why"] = choice.why
         return path
 
@@ -242,26 +243,6 @@ def _time_scale(term: FlowTerm, params: PyTree, weight_decay: Scalar) -> Scalar:
     return jnp.where(size > 0, size, 1.0) / speed
 
 
-def solve(
-    term: FlowTerm,
-    params: PyTree,
-    weight_decay: Scalar,
-    ts: Float[Array, " n"],
-    watched: dict[str, Metric],
-    solver: diffrax.AbstractSolver,
-    rtol: float | Scalar,
-    atol: float | Scalar | None,
-    max_steps: int,
-    progress: bool = False,
-) -> Path:
-    """`simulate` without its checks and defaults. Compiled once for all tolerances,
-    weight decays and times of the same number."""
-    args = solve_arguments(
-        term, params, weight_decay, ts, watched, solver, rtol, atol, max_steps, progress
-    )
-    return solve_compiled(*args)
-
-
 def solve_arguments(
     term: FlowTerm,
     params: PyTree,
@@ -274,7 +255,8 @@ def solve_arguments(
     max_steps: int,
     progress: bool = False,
 ) -> tuple:
-    """The arguments of `solve_compiled`."""
+    """The arguments of `solve`, of the types for which it is compiled once for all
+    tolerances, weight decays and times of the same number."""
     # A metric that is the loss itself is recorded as exactly as the loss is.
     same = frozenset(k for k, metric in watched.items() if metric.fn is term.loss)
     return (
@@ -293,7 +275,7 @@ def solve_arguments(
 
 
 @eqx.filter_jit
-def solve_compiled(
+def solve(
     term: FlowTerm,
     params: PyTree,
     weight_decay: Scalar,
@@ -306,6 +288,7 @@ def solve_compiled(
     max_steps: int,
     progress: bool,
 ) -> Path:
+    """`simulate` without its checks and defaults."""
     check_scalars(term.loss, watched, term.model(params))
     if atol is None:
         count = sum(p.size for p in jax.tree.leaves(params))

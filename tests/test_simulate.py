@@ -340,3 +340,23 @@ def test_bad_input_is_named_before_any_compute():
     assert not wrong
     assert len(answers) == 25
     assert ran == 0
+
+
+@pytest.mark.parametrize("hold", [False, True])
+def test_initial_scale(hold):
+    """By simulate and by descent: θ(0) = αθ₀, and held is its norm."""
+    task = gf.tasks.linear_regression(jax.random.key(0), samples=3, dim=5)
+    flow = gf.GradientFlow(task.loss, hold_norm=hold)
+    (start,) = jax.tree.leaves(eqx.filter(task.model, eqx.is_inexact_array))
+    run = dict(weight_decay=1e-2, t1=1.0, init_scale=3.0)
+    flowed = gf.simulate(flow, task.model, **run)
+    stepped = gf.descent(flow, task.model, learning_rate=0.1, **run)
+    for path in (flowed, stepped):
+        (found,) = jax.tree.leaves(path.params)
+        np.testing.assert_allclose(found[0], 3 * start, rtol=1e-14)
+        kept = jnp.linalg.norm(found[-1]) / jnp.linalg.norm(3 * start)
+        assert (abs(kept - 1) < 1e-12) == hold
+    for call, more in ((gf.simulate, {}), (gf.descent, dict(learning_rate=0.1))):
+        for wrong in (0.0, -1.0, jnp.nan):
+            with pytest.raises(ValueError, match="init_scale: expected one positive"):
+                call(flow, task.model, **(run | more | dict(init_scale=wrong)))

@@ -15,7 +15,7 @@ from ..flow import FlatLoss, flatten, FlowTerm, GradientFlow
 from ..metrics import Metric
 from ..path import Path
 from ..results import RESULTS
-from ..simulate import as_metrics, solve
+from ..simulate import as_metrics, solve, solve_arguments
 from ..solvers import KKT5
 from ._form import Form
 from ._normal import GAP, normal_space, ridge, weighted_jacobian
@@ -151,7 +151,10 @@ def _vanishing_decay(
     tiny = _vanishing(times.dtype) / 10
     rank, largest = _rank_and_scale(term, params)
     lam = tiny * largest
-    path = solve(term, params, lam, times / lam, watched, KKT5(), rtol, atol, max_steps)
+    args = solve_arguments(
+        term, params, lam, times / lam, watched, KKT5(), rtol, atol, max_steps
+    )
+    path = solve(*args)
     smallest, largest = _curvature_along(term, path.params, rank)
     # The largest along the path: at a point where all of J vanishes no value is small
     # beside another.
