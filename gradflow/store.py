@@ -1,5 +1,6 @@
 """Sweeps on disk: a Zarr store that grows chunk by chunk, and can be gone on with."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -170,8 +171,44 @@ class Store:
 
         **Raises:** `OSError` with what to do, where the disk is full.
         """
+        with self._disk(number):
+            where, _ = lanes_of_block(axes.shape, block, number)
+            here = tuple(s.stop - s.start for s in where)
+            place = [s.start // b for s, b in zip(where, block, strict=True)]
+            group = zarr().create_group(self.aside, overwrite=True)
+            data = []
+            for name, (more, values) in columns.items():
+                rest = values.shape[1:]
+                shape, dims = axes.shape + rest, axes.dims + more
+                if self._known.get(name) != (shape, values.dtype):
+                    _array(group, name, shape, block + rest, values, dims)
+                    self._same_array(name)
+                    self._known[name] = (shape, values.dtype)
+                # What is beyond the last lane in a dimension is filled.
+                whole = np.full(block + rest, _fill(values), values.dtype)
+                whole[tuple(slice(n) for n in here)] = values.reshape(here + rest)
+                parts = [name, "c", *map(str, place), *("0" for _ in rest)]
+                file = self.aside.joinpath(*parts)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                little = whole.astype(whole.dtype.newbyteorder("<"))
+                file.write_bytes(little.tobytes())
+                data.append("/".join(parts))
+            there = lambda f: not f.endswith("zarr.json") or (self.path / f).exists()
+            files = [f for f in _files(self.aside) if not there(f)]
+            # A reader knows by `result` whether a lane is there.
+            files += sorted(data, key=lambda f: (f.startswith("result/"), f))
+            marker = {f: _digest(self.aside / f) for f in data}
+            self._move(files)
+            name = f"chunks/{number:06d}"
+            group.create_group(name, attributes={"files": marker, **notes})
+            self._move([f"{name}/zarr.json"])
+            shutil.rmtree(self.aside)
+
+    @contextlib.contextmanager
+    def _disk(self, number: int) -> Iterator[None]:
+        """Says what to do where the disk is full."""
         try:
-            self._write(number, axes, block, columns, notes)
+            yield
         except OSError as error:
             shutil.rmtree(self.aside, ignore_errors=True)
             free = shutil.disk_usage(self.path.parent).free / 1e6
@@ -181,46 +218,6 @@ class Store:
                 f"({error.strerror or error}; {free:.0f} MB are free). The chunks "
                 "before are safe: make room, and run the same sweep again to go on",
             ) from error
-
-    def _write(
-        self,
-        number: int,
-        axes: Axes,
-        block: tuple[int, ...],
-        columns: Mapping[str, tuple[tuple[str, ...], np.ndarray]],
-        notes: dict[str, Any],
-    ) -> None:
-        where, _ = lanes_of_block(axes.shape, block, number)
-        here = tuple(s.stop - s.start for s in where)
-        place = [s.start // b for s, b in zip(where, block, strict=True)]
-        group = zarr().create_group(self.aside, overwrite=True)
-        data = []
-        for name, (more, values) in columns.items():
-            rest = values.shape[1:]
-            shape, dims = axes.shape + rest, axes.dims + more
-            if self._known.get(name) != (shape, values.dtype):
-                _array(group, name, shape, block + rest, values, dims)
-                self._same_array(name)
-                self._known[name] = (shape, values.dtype)
-            # What is beyond the last lane in a dimension is filled.
-            whole = np.full(block + rest, _fill(values), values.dtype)
-            whole[tuple(slice(n) for n in here)] = values.reshape(here + rest)
-            parts = [name, "c", *map(str, place), *("0" for _ in rest)]
-            file = self.aside.joinpath(*parts)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            little = whole.astype(whole.dtype.newbyteorder("<"))
-            file.write_bytes(little.tobytes())
-            data.append("/".join(parts))
-        there = lambda f: not f.endswith("zarr.json") or (self.path / f).exists()
-        files = [f for f in _files(self.aside) if not there(f)]
-        # A reader knows by `result` whether a lane is there.
-        files += sorted(data, key=lambda f: (f.startswith("result/"), f))
-        marker = {f: _digest(self.aside / f) for f in data}
-        self._move(files)
-        name = f"chunks/{number:06d}"
-        group.create_group(name, attributes={"files": marker, **notes})
-        self._move([f"{name}/zarr.json"])
-        shutil.rmtree(self.aside)
 
     def _same_array(self, name: str) -> None:
         there, here = self.path / name / "zarr.json", self.aside / name / "zarr.json"
