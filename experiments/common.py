@@ -244,17 +244,21 @@ def finish(
 
 def marks(ax: Axes, times: dict[str, float]) -> None:
     """Dotted verticals with names at their foot: on the left, the last on the right if
-    there is room before the end of the axis, which is to be drawn before."""
+    there is room before the end of the axis, which is to be drawn before. A name close
+    to the one before stands above it."""
     shown = {k: v for k, v in times.items() if np.isfinite(v) and v > 0}
     last = max(shown.values(), default=0.0)
     ax.get_xlim()  # the limits of what is drawn, which are found when asked for
-    for label, at in shown.items():
+    before, height = -1.0, 0.02
+    for label, at in sorted(shown.items(), key=lambda item: item[1]):
         ax.axvline(at, color="grey", ls=":", lw=1)
         place, _ = ax.transAxes.inverted().transform(ax.transData.transform((at, 1.0)))
+        right = at == last and place <= 0.8
+        height = height + 0.06 if place - before < 0.2 and not right else 0.02
+        before = place
         ax.text(
-            at, 0.02, f" {label} ", transform=ax.get_xaxis_transform(),
-            ha="left" if at == last and place <= 0.8 else "right",
-            fontsize=SIZE - 3, color="grey",
+            at, height, f" {label} ", transform=ax.get_xaxis_transform(),
+            ha="left" if right else "right", fontsize=SIZE - 3, color="grey",
         )  # fmt: skip
 
 
