@@ -129,7 +129,7 @@ def compare(
         task.model,
         slow_time=slow_time,
         metrics=task.metrics,
-        rtol=1e-10,
+        rtol=1e-12,  # sets how finely its paths are interpolated, the floor below
         order=2,
         throw=False,
     )
