@@ -2,9 +2,9 @@
 
 A sweep of many weight decays of the diagonal task, on D forced host devices of one
 process, and by P processes that share a store; and the same runs one by one, by
-`simulate`, in one process. Lane efficiency is the rate of the sweep over that of the
-single runs times the cores. On a machine that does other work too the wall clock
-measures that work as well, so the CPU seconds of a lane are given beside it.
+`simulate`, in one process on one core. Lane efficiency is the rate of the sweep over
+that of the single runs times the cores. All three take turns, and the best of each
+counts, as a machine that does other work too is now faster, now slower.
 
     python benchmarks/throughput.py --lanes 1024
 """
@@ -19,10 +19,13 @@ import tempfile
 from pathlib import Path
 
 CHILD = """
-import json, resource, sys, time
+import json, os, resource, sys, time
 import jax, jax.random as jr, numpy as np
 what, lanes, place, count, address, out = sys.argv[1:]
 lanes, place, count = int(lanes), int(place), int(count)
+if what != "devices" and hasattr(os, "sched_setaffinity"):
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[place % len(cores)]})
 if count > 1:
     jax.distributed.initialize(address, count, place)
 import gradflow as gf
@@ -52,6 +55,8 @@ if what == "single":
     single(2)
 else:
     sweep(2 * 8 * jax.local_device_count())
+    if what == "processes":
+        sweep(16 * count, out + ".first")
 begin, used = time.perf_counter(), cpu()
 if what == "single":
     single(min(lanes, 256))
@@ -97,36 +102,40 @@ def told(processes: list[subprocess.Popen]) -> dict[str, float]:
     return {
         "lanes": lanes,
         "seconds": round(seconds, 2),
-        "lanes_per_second": round(lanes / seconds, 1),
+        "per_second": round(lanes / seconds, 1),
         "cpu_ms_per_lane": round(1e3 * cpu / lanes, 3),
         "load": round(os.getloadavg()[0], 1),
     }
+
+
+def once(lanes: int, cores: int) -> dict[str, dict[str, float]]:
+    out = Path(tempfile.mkdtemp())
+    run = lambda what, devices=1, place=0, count=1, address="": start(
+        what, lanes, devices, place, count, address, out / "sweep.zarr"
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    found = {"single": told([run("single")])}
+    found["devices"] = told([run("devices", cores)])
+    shares = [run("processes", 1, k, cores, address) for k in range(cores)]
+    found["processes"] = told(shares)
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--lanes", type=int, default=1024)
     parser.add_argument("--cores", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
-    out = Path(tempfile.mkdtemp())
-    run = lambda what, devices=1, place=0, count=1, address="": start(
-        what, args.lanes, devices, place, count, address, out / f"{count}.zarr"
-    )
-    results = {"single": told([run("single")])}
-    results["devices"] = told([run("devices", args.cores)])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    count = args.cores
-    runs = [run("processes", 1, k, count, address) for k in range(count)]
-    results["processes"] = told(runs)
-    one = results["single"]
+    rounds = [once(args.lanes, args.cores) for _ in range(args.rounds)]
+    best = lambda name: max((r[name] for r in rounds), key=lambda v: v["per_second"])
+    results = {name: best(name) for name in rounds[0]}
+    one = results["single"]["per_second"]
     for name in ("devices", "processes"):
-        here = results[name]
-        ideal = one["lanes_per_second"] * args.cores
-        here["lane_efficiency"] = round(here["lanes_per_second"] / ideal, 3)
-        share = one["cpu_ms_per_lane"] / here["cpu_ms_per_lane"]
-        here["cpu_efficiency"] = round(share, 3)
+        ideal = one * args.cores
+        results[name]["lane_efficiency"] = round(results[name]["per_second"] / ideal, 3)
     for name, values in results.items():
         print(f"{name}: " + ", ".join(f"{k} {v}" for k, v in values.items()))
     print(json.dumps(results))

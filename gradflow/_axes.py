@@ -1,22 +1,24 @@
 """The axes of a sweep: which values each of its lanes has."""
 
+import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import equinox as eqx
 import numpy as np
 
 
-class Axes(eqx.Module):
+@dataclasses.dataclass(frozen=True)
+class Axes:
     """Named axes, and the dimensions along which they run.
 
     An axis has a dimension of its own, but for those that are zipped, which share that
     of the first of them. Lanes are numbered in C order: the last dimension is fastest.
     """
 
-    dims: tuple[str, ...] = eqx.field(static=True)
-    shape: tuple[int, ...] = eqx.field(static=True)
-    along: dict[str, str] = eqx.field(static=True)
+    dims: tuple[str, ...]
+    shape: tuple[int, ...]
+    along: dict[str, str]
     """The dimension of each axis."""
     values: dict[str, tuple]
     """The values of each axis."""
@@ -30,15 +32,24 @@ class Axes(eqx.Module):
         nor words, as random keys, the positions."""
         return {k: (self.along[k], _labels(v)) for k, v in self.values.items()}
 
+    def place(self, lane: int) -> dict[str, int]:
+        """The position of a lane along each axis."""
+        at = dict(zip(self.dims, np.unravel_index(lane, self.shape), strict=True))
+        return {name: int(at[dim]) for name, dim in self.along.items()}
+
     def at(self, lane: int) -> dict[str, Any]:
         """The values of the axes in a lane."""
-        place = dict(zip(self.dims, np.unravel_index(lane, self.shape), strict=True))
-        return {k: v[place[self.along[k]]] for k, v in self.values.items()}
+        return {k: self.values[k][i] for k, i in self.place(lane).items()}
 
     def labels(self, lane: int) -> dict[str, Any]:
         """The coordinates of a lane, to be shown."""
-        place = dict(zip(self.dims, np.unravel_index(lane, self.shape), strict=True))
-        return {k: v[place[dim]].item() for k, (dim, v) in self.coords.items()}
+        at = self.place(lane).items()
+        return {k: self.values[k][i] if k in self._shown else i for k, i in at}
+
+    @functools.cached_property
+    def _shown(self) -> set[str]:
+        """The axes whose values are numbers or words."""
+        return {k for k, v in self.values.items() if _are_labels(v)}
 
     def lane(self, index: Any) -> int:
         """The number of a lane, from its position in each dimension, or itself."""
@@ -146,9 +157,11 @@ def _plain(value: Any) -> Any:
 
 
 def _labels(values: tuple) -> np.ndarray:
-    if all(isinstance(v, bool | int | float | str) for v in values):
-        return np.asarray(values)
-    return np.arange(len(values))
+    return np.asarray(values) if _are_labels(values) else np.arange(len(values))
+
+
+def _are_labels(values: tuple) -> bool:
+    return all(isinstance(v, bool | int | float | str) for v in values)
 
 
 def _word(value: Any) -> str:

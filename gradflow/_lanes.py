@@ -1,7 +1,8 @@
 """What each lane of a sweep runs, and how lanes are run together."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
@@ -94,6 +95,7 @@ class Recipe:
         self._problem: tuple[Any, Any] = (None, None)
         self._like: tuple[int, set[str]] | None = None
         self._start: tuple[Any, Any] = (None, None)
+        self._bare: tuple[Any, dict[str, Metric]] = (None, {})
         self._sized: dict[Any, Any] = {}
         self._siblings: dict[Any, list[int]] = {}
 
@@ -102,7 +104,9 @@ class Recipe:
         return self.value(0, "learning_rate") is not None
 
     def value(self, lane: int, name: str) -> Any:
-        return self.axes.at(lane).get(name, self.fixed.get(name))
+        if name not in self.axes.along:
+            return self.fixed.get(name)
+        return self.axes.at(lane)[name]
 
     def check(self) -> None:
         """Raises `ValueError` for arguments that make no sense, before any compute."""
@@ -175,8 +179,11 @@ class Recipe:
         `ValueError` for what it makes.
         """
         problem = self.problem(lane)
-        # Thresholds are part of the compiled program, which is to serve all problems.
-        bare = {k: Metric(metric.fn) for k, metric in problem.watched.items()}
+        if self._bare[0] is not problem.watched:
+            # Thresholds would be part of the compiled program, which is for all.
+            bare = {k: Metric(metric.fn) for k, metric in problem.watched.items()}
+            self._bare = problem.watched, bare
+        bare = self._bare[1]
         times = {k: self.options[k] for k in _HORIZON if k in self.options}
         if all(v is None for v in times.values()):
             times["slow_time"] = problem.slow_time
@@ -233,8 +240,9 @@ class Recipe:
             size = self._size(lane, span)
         most = self.options["max_steps"]
         made = lambda choice, most: solve_arguments(
-            term, params, lam, ts, bare, choice.solver, rtol, self.options["atol"], most
-        )
+            term, params, lam, ts, bare, choice.solver, _scalar(rtol, ts.dtype),
+            self.options["atol"], most,
+        )  # fmt: skip
         choice = as_choice(self.options["solver"], size, rtol)
         if size is None or not choice.trial:
             args = made(choice, most)
@@ -302,6 +310,12 @@ class Recipe:
         return self._sized["size"]
 
 
+@functools.lru_cache(maxsize=8)
+def _scalar(value: float, dtype: Any) -> Array:
+    """One array for all lanes, which they then share."""
+    return jnp.asarray(value, dtype)
+
+
 _SPAN = ("slow_time", "t1", "ts")
 _HORIZON = ("slow_time", "t1", "ts", "steps", "at")
 _FLOW_ONLY = ("ts", "solver", "atol", "rtol")
@@ -336,109 +350,164 @@ def run_lanes(
     """Runs lanes; one that fails with an error of those in `catch` gives it instead of
     a path, and leaves the others as they are.
 
-    With one device and `batch` "loop" they run one by one, as they come. Otherwise all
-    are made first, and `size` of them at a time (`None`: all that are alike) are one
-    program, in which each device has as many lanes, and loops over them or runs them in
-    lockstep. `tell` is called with the place of a lane, its result, and the number of
-    its device.
+    With one device and `batch` "loop" they run one by one, as they come. Otherwise
+    `size` of them at a time (`None`: all that are alike) are one program, in which each
+    device has as many lanes, and loops over them or runs them in lockstep. While it
+    runs the next lanes are made. `tell` is called with the place of a lane, its result,
+    and the number of its device.
     """
-    if batch == "loop" and jax.local_device_count() == 1:
-        out: list[Path | Exception] = []
-        for i, lane in enumerate(lanes):
-            out.append(lane if isinstance(lane, Exception) else _alone(lane, catch))
-            tell(i, out[-1], 0)
-        return out
-    every: list[Any] = list(lanes)
+    alone = batch == "loop" and jax.local_device_count() == 1
+    launch = _alone if alone else functools.partial(_together, batch=batch)
     found: dict[int, Path | Exception] = {}
-    groups: list[tuple[Any, list[int]]] = []
-    for i, lane in enumerate(every):
+    running: list[tuple[list[int], Callable]] = []
+
+    def collect(most: int) -> None:
+        """Waits for programs until no more than `most` are left."""
+        while len(running) > most:
+            numbers, ended = running.pop(0)
+            for k, (i, path) in enumerate(zip(numbers, ended(), strict=True)):
+                found[i] = path
+                tell(i, path, k % jax.local_device_count())
+
+    for numbers, some, count in _programs(lanes, 1 if alone else size, found, tell):
+        running.append((numbers, launch(some, size=count, catch=catch)))
+        collect(1)
+    collect(0)
+    return [found[i] for i in sorted(found)]
+
+
+_POOL = 4
+"""So many programs' lanes are sorted by cost: a program takes as long as its longest
+loop. Their problems are in memory together."""
+
+
+def _programs(
+    lanes: Iterable[Lane | Exception],
+    size: int | None,
+    found: dict[int, Path | Exception],
+    tell: Callable[[int, Path | Exception, int], None],
+) -> Iterator[tuple[list[int], list[Lane], int]]:
+    """The lanes that run as one program: their places, and for how many it is."""
+    pools: list[tuple[Lane, list[tuple[int, Lane]]]] = []
+    for i, lane in enumerate(lanes):
         if isinstance(lane, Exception):
             found[i] = lane
             tell(i, lane, 0)
             continue
-        kind = _signature(lane)
-        same = (numbers for other, numbers in groups if _equal(other, kind))
-        numbers = next(same, None)
-        if numbers is None:
-            groups.append((kind, [i]))
-        else:
-            numbers.append(i)
-    for _, numbers in groups:
-        # Neighbours in cost go together: a program takes as long as its longest loop.
-        numbers.sort(key=lambda i: -every[i].cost)
-        most = size or len(numbers)
-        if batch == "loop":  # where running a lane again costs as much as it does
-            most = min(most, len(numbers))
-        for start in range(0, len(numbers), most):
-            some = numbers[start : start + most]
-            chosen: list[Any] = [every[i] for i in some]
-            for k, path in enumerate(_together(chosen, most, batch, catch)):
-                found[some[k]] = path
-                tell(some[k], path, k % jax.local_device_count())
-    return [found[i] for i in range(len(every))]
+        if size == 1:
+            yield [i], [lane], 1
+            continue
+        pool = next((pool for other, pool in pools if _alike(other, lane)), None)
+        if pool is None:
+            pools.append((lane, pool := []))
+        pool.append((i, lane))
+        if size is not None and len(pool) == _POOL * size:
+            while pool:
+                yield _taken(pool, size)
+    for _, pool in pools:
+        most = size or len(pool)
+        # A loop over a lane that is there to fill it costs as much as any other.
+        while pool:
+            yield _taken(pool, most)
 
 
-def _alone(lane: Lane, catch: tuple[type[Exception], ...]) -> Path | Exception:
-    try:
-        path = jax.block_until_ready(_without_shared(lane.run(*lane.args)))
-        path = _told(path, lane)
-        if lane.again is None or not bool(wants_another(path.result)):
+def _taken(
+    pool: list[tuple[int, Lane]], size: int
+) -> tuple[list[int], list[Lane], int]:
+    pool.sort(key=lambda item: -item[1].cost)
+    some, pool[:] = pool[:size], pool[size:]
+    return [i for i, _ in some], [lane for _, lane in some], size
+
+
+def _alone(
+    lanes: list[Lane], size: int, catch: tuple[type[Exception], ...]
+) -> Callable[[], list[Path | Exception]]:
+    """Starts a lane, without waiting for it; what is returned waits."""
+    (lane,) = lanes
+
+    def end(path: Path | Exception) -> Path | Exception:
+        if isinstance(path, Exception):
             return path
-        return _second(path, _alone(lane.again, catch))
+        try:
+            path = _told(jax.block_until_ready(_without_shared(path)), lane)
+            if lane.again is None or not bool(wants_another(path.result)):
+                return path
+            return _second(path, _alone([lane.again], size, catch)()[0])
+        except catch as error:
+            return error
+
+    try:
+        started: Path | Exception = lane.run(*lane.args)
     except catch as error:
-        return error
+        started = error
+    return lambda: [end(started)]
 
 
 def _together(
-    lanes: list[Lane], size: int, batch: Batch, catch: tuple[type[Exception], ...]
-) -> list[Path | Exception]:
-    """One program for `size` lanes. Where there are fewer, the last is run again."""
+    lanes: list[Lane], size: int, catch: tuple[type[Exception], ...], batch: Batch
+) -> Callable[[], list[Path | Exception]]:
+    """Starts one program for `size` lanes, without waiting for it; what is returned
+    waits. Where there are fewer lanes, the last is run again."""
+
+    def again(lanes: list[Lane], size: int) -> list[Path | Exception]:
+        return _together(lanes, size, catch, batch)()
+
+    def end(started: Callable[[], Path] | Exception) -> list[Path | Exception]:
+        try:
+            if isinstance(started, Exception):
+                raise started
+            stacked = started()
+            paths = [_told(_take(stacked, i), lane) for i, lane in enumerate(lanes)]
+        except catch as error:
+            if len(lanes) == 1:
+                return [error]
+            return [again([lane], size)[0] for lane in lanes]
+        out: list[Path | Exception] = list(paths)
+        pairs = enumerate(zip(paths, lanes, strict=True))
+        left = [
+            i
+            for i, (path, lane) in pairs
+            if lane.again is not None and bool(wants_another(path.result))
+        ]
+        if left:
+            others: list[Any] = [lanes[i].again for i in left]
+            for i, path in zip(left, again(others, size), strict=True):
+                out[i] = _second(paths[i], path)
+        return out
+
     try:
-        stacked = _mapped(lanes + [lanes[-1]] * (size - len(lanes)), batch)
-        paths = [_told(_take(stacked, i), lane) for i, lane in enumerate(lanes)]
+        started = _mapped(lanes + [lanes[-1]] * (size - len(lanes)), batch)
     except catch as error:
-        if len(lanes) == 1:
-            return [error]
-        return [_together([lane], size, batch, catch)[0] for lane in lanes]
-    out: list[Path | Exception] = list(paths)
-    pairs = enumerate(zip(paths, lanes, strict=True))
-    left = [
-        i
-        for i, (path, lane) in pairs
-        if lane.again is not None and bool(wants_another(path.result))
-    ]
-    if left:
-        others: list[Any] = [lanes[i].again for i in left]
-        again = _together(others, size, batch, catch)
-        for i, path in zip(left, again, strict=True):
-            out[i] = _second(paths[i], path)
-    return out
+        started = error
+    return lambda: end(started)
 
 
-def _mapped(lanes: list[Lane], batch: Batch) -> Path:
-    """All lanes, on all devices; what they share is passed once."""
+def _mapped(lanes: list[Lane], batch: Batch) -> Callable[[], Path]:
+    """Starts all lanes, on all devices; what they share is passed once. What is
+    returned waits for them."""
     devices = jax.local_device_count()
     count = len(lanes)
     lanes = lanes + [lanes[-1]] * (-count % devices)
     # Lane k is run by device k modulo their number, and the first by the first.
     order = np.arange(len(lanes)).reshape(-1, devices).T.ravel()
     lanes = [lanes[k] for k in order]
-    parts = [eqx.partition(lane.args, eqx.is_array) for lane in lanes]
-    leaves = [jax.tree.leaves(arrays) for arrays, _ in parts]
-    tree = jax.tree.structure(parts[0][0])
-    columns = list(zip(*leaves, strict=True))
-    own = [any(x is not column[0] for x in column) for column in columns]
+    tree = jax.tree.structure(lanes[0].args)
+    columns = list(zip(*(jax.tree.leaves(lane.args) for lane in lanes), strict=True))
+    own = [
+        eqx.is_array(column[0]) and any(x is not column[0] for x in column)
+        for column in columns
+    ]
     stack = [
-        jnp.stack(column) if mine else None
+        np.stack(jax.device_get(column)) if mine else None
         for mine, column in zip(own, columns, strict=True)
     ]
-    shared = [None if mine else x for mine, x in zip(own, leaves[0], strict=True)]
+    shared = [None if mine else c[0] for mine, c in zip(own, columns, strict=True)]
     static = Static((tree, batch, devices))
     number = jnp.arange(len(lanes))
-    out = _program(lanes[0].run, number, stack, shared, static, parts[0][1])
+    out = _program(lanes[0].run, number, stack, shared, static)
     back = np.argsort(order)[:count]
     take = lambda x: x[back] if isinstance(x, np.ndarray) else x
-    return jax.tree.map(take, jax.device_get(out))
+    return lambda: jax.tree.map(take, jax.device_get(out))
 
 
 class Static(NamedTuple):
@@ -454,15 +523,15 @@ def _program(
     stack: list,
     shared: list,
     how: Static,
-    static: PyTree,
 ) -> Path:
     tree, batch, devices = how.value
+    shared, plain = eqx.partition(shared, eqx.is_array)
     rest = []
 
     def one(shared: list, mine: list) -> PyTree:
-        leaves = [a if b is None else b for a, b in zip(shared, mine, strict=True)]
-        args = eqx.combine(jax.tree.unflatten(tree, leaves), static)
-        arrays, others = eqx.partition(_without_shared(run(*args)), eqx.is_array)
+        leaves = eqx.combine(mine, shared, plain)
+        path = _without_shared(run(*jax.tree.unflatten(tree, leaves)))
+        arrays, others = eqx.partition(path, eqx.is_array)
         rest.append(others)
         return arrays
 
@@ -482,18 +551,27 @@ def _program(
     return eqx.combine(each(number, stack, shared), rest[0])
 
 
-def _signature(lane: Lane) -> tuple:
-    arrays, static = eqx.partition(lane.args, eqx.is_array)
-    shapes = jax.tree.map(lambda x: (x.shape, x.dtype), arrays)
-    return lane.run, shapes, static
+def _alike(a: Lane, b: Lane) -> bool:
+    """Whether two lanes are calls of one program."""
+    if a.run is not b.run:
+        return False
+    for one, two in zip(a.args, b.args, strict=True):
+        if one is two or _shape(one) == _shape(two) is not None:
+            continue
+        kinds = [eqx.partition(x, eqx.is_array) for x in (one, two)]
+        shapes = [jax.tree.map(_shape, arrays) for arrays, _ in kinds]
+        if shapes[0] != shapes[1] or not eqx.tree_equal(kinds[0][1], kinds[1][1]):
+            return False
+    return True
 
 
-def _equal(a: tuple, b: tuple) -> bool:
-    return a[0] is b[0] and a[1] == b[1] and bool(eqx.tree_equal(a[2], b[2]))
+def _shape(x: Any) -> tuple | None:
+    return (x.shape, x.dtype) if eqx.is_array(x) else None
 
 
 def _told(path: Path, lane: Lane) -> Path:
-    return dataclasses.replace(path, stats={**path.stats, "why": lane.why})
+    path.stats["why"] = lane.why
+    return path
 
 
 def _second(first: Path, second: Path | Exception) -> Path | Exception:
@@ -509,7 +587,7 @@ def _without_shared(path: Path) -> Path:
 
 
 def _take(paths: Path, index: int) -> Path:
-    take = lambda x: jnp.asarray(x[index]) if isinstance(x, np.ndarray) else x
+    take = lambda x: np.asarray(x[index]) if isinstance(x, np.ndarray) else x
     return jax.tree.map(take, paths)
 
 
@@ -544,15 +622,15 @@ def stack(paths: Sequence[Path]) -> Path:
     stats = {key: _column(key, [p.stats.get(key) for p in paths]) for key in keys}
     shapes = [jax.tree.map(jnp.shape, p.params) for p in paths]
     ragged = any(shape != shapes[0] for shape in shapes)
-    bare = [dataclasses.replace(p, stats={}) for p in paths]
-    if ragged:
-        bare = [dataclasses.replace(p, params=None) for p in bare]
-    out = jax.tree.map(lambda *x: _joined(x), *bare)
-    params = Ragged(tuple(p.params for p in paths)) if ragged else out.params
-    return dataclasses.replace(out, stats=stats, params=params)
+    params = Ragged(tuple(p.params for p in paths))
+    if not ragged:
+        params = jax.tree.map(_joined, *(p.params for p in paths))
+    names = ("t", "weight_decay", "metrics", "train_loss", "penalty", "result")
+    rest = {k: jax.tree.map(_joined, *(getattr(p, k) for p in paths)) for k in names}
+    return dataclasses.replace(paths[0], stats=stats, params=params, **rest)
 
 
-def _joined(values: Sequence[Any]) -> Any:
+def _joined(*values: Any) -> Any:
     return jnp.asarray(np.stack([np.asarray(v) for v in values]))
 
 
@@ -560,4 +638,4 @@ def _column(key: str, values: list[Any]) -> Any:
     if any(isinstance(v, str) for v in values):
         return values[0] if len(set(values)) == 1 else tuple(map(str, values))
     missing = 0 if key == "trial_steps" else np.nan
-    return _joined([missing if v is None else v for v in values])
+    return _joined(*(missing if v is None else v for v in values))

@@ -51,7 +51,7 @@ class Bars:
         if isinstance(path, Exception):
             self.failed[device] += 1
         else:
-            self.failed[device] += not bool(path.succeeded)
+            self.failed[device] += int(path.result._value) not in _REACHED
             steps = float(path.stats["steps"])
             self.steps[device] += steps
             self.worst[device] = max(self.worst[device], (steps, lane))
@@ -71,6 +71,9 @@ class Bars:
     def __exit__(self, *_: Any) -> None:
         for bar in self.bars:
             bar.close()
+
+
+_REACHED = [int(r._value) for r in (RESULTS.successful, RESULTS.slid)]
 
 
 class Runner:
