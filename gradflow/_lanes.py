@@ -1,9 +1,9 @@
-"""What each lane of a sweep runs, and how lanes are run together."""
+"""What each lane of a sweep runs."""
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -29,12 +29,10 @@ from .simulate import (
     prepare,
     solve,
     solve_arguments,
-    wants_another,
 )
 from .solvers import as_choice, Choice, measure_size, second_choice, TRIAL_STEPS
 from .tasks import Task
 
-Batch = Literal["loop", "vmap"]
 RUN = ("weight_decay", "init_scale", "rtol", "learning_rate")
 """The arguments of a run that may be vectors; the axes of a problem are the others."""
 RECORDED = frozenset(
@@ -65,6 +63,8 @@ class Lane(NamedTuple):
     """What to do if its solver, which was only tried, fails."""
     cost: float = 0.0
     """Grows with the work that is to be expected."""
+    name: str = ""
+    """Of its checkpoint."""
 
 
 class Owned(NamedTuple):
@@ -192,7 +192,8 @@ class Recipe:
         else:
             made = self._flow(lane, bare, times)
         self._compare(made, bare)
-        return made
+        again = made.again and made.again._replace(name=f"{lane}-again")
+        return made._replace(name=str(lane), again=again)
 
     def _compare(self, made: Lane, watched: dict[str, Metric]) -> None:
         """Raises `Unlike` unless a lane gives arrays like those of the lane before."""
@@ -337,258 +338,6 @@ def as_problem(made: Any, metrics: dict[str, Metric]) -> Problem:
         "problem: expected it to return a Task, or (flow, model), or (flow, model, "
         f"metrics), got {type(made).__name__}."
     )
-
-
-def run_lanes(
-    lanes: Iterable[Lane | Exception],
-    batch: Batch,
-    size: int | None = None,
-    tell: Callable[[int, Path | Exception, int], None] = lambda *_: None,
-    *,
-    catch: tuple[type[Exception], ...] = (Exception,),
-) -> list[Path | Exception]:
-    """Runs lanes; one that fails with an error of those in `catch` gives it instead of
-    a path, and leaves the others as they are.
-
-    With one device and `batch` "loop" they run one by one, as they come. Otherwise
-    `size` of them at a time (`None`: all that are alike) are one program, in which each
-    device has as many lanes, and loops over them or runs them in lockstep. While it
-    runs the next lanes are made. `tell` is called with the place of a lane, its result,
-    and the number of its device.
-    """
-    alone = batch == "loop" and jax.local_device_count() == 1
-    launch = _alone if alone else functools.partial(_together, batch=batch)
-    found: dict[int, Path | Exception] = {}
-    running: list[tuple[list[int], Callable]] = []
-
-    def collect(most: int) -> None:
-        """Waits for programs until no more than `most` are left."""
-        while len(running) > most:
-            numbers, ended = running.pop(0)
-            for k, (i, path) in enumerate(zip(numbers, ended(), strict=True)):
-                found[i] = path
-                tell(i, path, k % jax.local_device_count())
-
-    for numbers, some, count in _programs(lanes, 1 if alone else size, found, tell):
-        running.append((numbers, launch(some, size=count, catch=catch)))
-        collect(1)
-    collect(0)
-    return [found[i] for i in sorted(found)]
-
-
-_POOL = 4
-"""So many programs' lanes are sorted by cost: a program takes as long as its longest
-loop. Their problems are in memory together."""
-
-
-def _programs(
-    lanes: Iterable[Lane | Exception],
-    size: int | None,
-    found: dict[int, Path | Exception],
-    tell: Callable[[int, Path | Exception, int], None],
-) -> Iterator[tuple[list[int], list[Lane], int]]:
-    """The lanes that run as one program: their places, and for how many it is."""
-    pools: list[tuple[Lane, list[tuple[int, Lane]]]] = []
-    for i, lane in enumerate(lanes):
-        if isinstance(lane, Exception):
-            found[i] = lane
-            tell(i, lane, 0)
-            continue
-        if size == 1:
-            yield [i], [lane], 1
-            continue
-        pool = next((pool for other, pool in pools if _alike(other, lane)), None)
-        if pool is None:
-            pools.append((lane, pool := []))
-        pool.append((i, lane))
-        if size is not None and len(pool) == _POOL * size:
-            while pool:
-                yield _taken(pool, size)
-    for _, pool in pools:
-        most = size or len(pool)
-        # A loop over a lane that is there to fill it costs as much as any other.
-        while pool:
-            yield _taken(pool, most)
-
-
-def _taken(
-    pool: list[tuple[int, Lane]], size: int
-) -> tuple[list[int], list[Lane], int]:
-    pool.sort(key=lambda item: -item[1].cost)
-    some, pool[:] = pool[:size], pool[size:]
-    return [i for i, _ in some], [lane for _, lane in some], size
-
-
-def _alone(
-    lanes: list[Lane], size: int, catch: tuple[type[Exception], ...]
-) -> Callable[[], list[Path | Exception]]:
-    """Starts a lane, without waiting for it; what is returned waits."""
-    (lane,) = lanes
-
-    def end(path: Path | Exception) -> Path | Exception:
-        if isinstance(path, Exception):
-            return path
-        try:
-            path = _told(jax.block_until_ready(_without_shared(path)), lane)
-            if lane.again is None or not bool(wants_another(path.result)):
-                return path
-            return _second(path, _alone([lane.again], size, catch)()[0])
-        except catch as error:
-            return error
-
-    try:
-        started: Path | Exception = lane.run(*lane.args)
-    except catch as error:
-        started = error
-    return lambda: [end(started)]
-
-
-def _together(
-    lanes: list[Lane], size: int, catch: tuple[type[Exception], ...], batch: Batch
-) -> Callable[[], list[Path | Exception]]:
-    """Starts one program for `size` lanes, without waiting for it; what is returned
-    waits. Where there are fewer lanes, the last is run again."""
-
-    def again(lanes: list[Lane], size: int) -> list[Path | Exception]:
-        return _together(lanes, size, catch, batch)()
-
-    def end(started: Callable[[], Path] | Exception) -> list[Path | Exception]:
-        try:
-            if isinstance(started, Exception):
-                raise started
-            stacked = started()
-            paths = [_told(_take(stacked, i), lane) for i, lane in enumerate(lanes)]
-        except catch as error:
-            if len(lanes) == 1:
-                return [error]
-            return [again([lane], size)[0] for lane in lanes]
-        out: list[Path | Exception] = list(paths)
-        pairs = enumerate(zip(paths, lanes, strict=True))
-        left = [
-            i
-            for i, (path, lane) in pairs
-            if lane.again is not None and bool(wants_another(path.result))
-        ]
-        if left:
-            others: list[Any] = [lanes[i].again for i in left]
-            for i, path in zip(left, again(others, size), strict=True):
-                out[i] = _second(paths[i], path)
-        return out
-
-    try:
-        started = _mapped(lanes + [lanes[-1]] * (size - len(lanes)), batch)
-    except catch as error:
-        started = error
-    return lambda: end(started)
-
-
-def _mapped(lanes: list[Lane], batch: Batch) -> Callable[[], Path]:
-    """Starts all lanes, on all devices; what they share is passed once. What is
-    returned waits for them."""
-    devices = jax.local_device_count()
-    count = len(lanes)
-    lanes = lanes + [lanes[-1]] * (-count % devices)
-    # Lane k is run by device k modulo their number, and the first by the first.
-    order = np.arange(len(lanes)).reshape(-1, devices).T.ravel()
-    lanes = [lanes[k] for k in order]
-    tree = jax.tree.structure(lanes[0].args)
-    columns = list(zip(*(jax.tree.leaves(lane.args) for lane in lanes), strict=True))
-    own = [
-        eqx.is_array(column[0]) and any(x is not column[0] for x in column)
-        for column in columns
-    ]
-    stack = [
-        np.stack(jax.device_get(column)) if mine else None
-        for mine, column in zip(own, columns, strict=True)
-    ]
-    shared = [None if mine else c[0] for mine, c in zip(own, columns, strict=True)]
-    static = Static((tree, batch, devices))
-    number = jnp.arange(len(lanes))
-    out = _program(lanes[0].run, number, stack, shared, static)
-    back = np.argsort(order)[:count]
-    take = lambda x: x[back] if isinstance(x, np.ndarray) else x
-    return lambda: jax.tree.map(take, jax.device_get(out))
-
-
-class Static(NamedTuple):
-    """Arguments that are not traced."""
-
-    value: Any
-
-
-@eqx.filter_jit
-def _program(
-    run: Callable,
-    number: Array,
-    stack: list,
-    shared: list,
-    how: Static,
-) -> Path:
-    tree, batch, devices = how.value
-    shared, plain = eqx.partition(shared, eqx.is_array)
-    rest = []
-
-    def one(shared: list, mine: list) -> PyTree:
-        leaves = eqx.combine(mine, shared, plain)
-        path = _without_shared(run(*jax.tree.unflatten(tree, leaves)))
-        arrays, others = eqx.partition(path, eqx.is_array)
-        rest.append(others)
-        return arrays
-
-    def each(number: Array, stack: list, shared: list) -> PyTree:
-        """What one device does: nothing in it waits for the others."""
-        if batch == "vmap":
-            return jax.vmap(lambda _, mine: one(shared, mine))(number, stack)
-        return jax.lax.map(lambda x: one(shared, x[1]), (number, stack))
-
-    if devices > 1:
-        mesh = jax.sharding.Mesh(np.array(jax.local_devices()), ("lanes",))
-        lanes, all_of_it = jax.P("lanes"), jax.P()
-        each = jax.shard_map(
-            each, mesh=mesh, in_specs=(lanes, lanes, all_of_it), out_specs=lanes,
-            check_vma=False,
-        )  # fmt: skip
-    return eqx.combine(each(number, stack, shared), rest[0])
-
-
-def _alike(a: Lane, b: Lane) -> bool:
-    """Whether two lanes are calls of one program."""
-    if a.run is not b.run:
-        return False
-    for one, two in zip(a.args, b.args, strict=True):
-        if one is two or _shape(one) == _shape(two) is not None:
-            continue
-        kinds = [eqx.partition(x, eqx.is_array) for x in (one, two)]
-        shapes = [jax.tree.map(_shape, arrays) for arrays, _ in kinds]
-        if shapes[0] != shapes[1] or not eqx.tree_equal(kinds[0][1], kinds[1][1]):
-            return False
-    return True
-
-
-def _shape(x: Any) -> tuple | None:
-    return (x.shape, x.dtype) if eqx.is_array(x) else None
-
-
-def _told(path: Path, lane: Lane) -> Path:
-    path.stats["why"] = lane.why
-    return path
-
-
-def _second(first: Path, second: Path | Exception) -> Path | Exception:
-    """The second try, with the steps that the first one took."""
-    if isinstance(second, Path):
-        second.stats["trial_steps"] = first.stats["steps"]
-    return second
-
-
-def _without_shared(path: Path) -> Path:
-    """Without what the lanes of a problem have in common."""
-    return dataclasses.replace(path, static=None, watched={})
-
-
-def _take(paths: Path, index: int) -> Path:
-    take = lambda x: np.asarray(x[index]) if isinstance(x, np.ndarray) else x
-    return jax.tree.map(take, paths)
 
 
 def blank(like: Path, weight_decay: float) -> Path:

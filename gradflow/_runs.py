@@ -13,7 +13,9 @@ from tqdm.auto import tqdm
 
 from ._axes import Axes, lanes_of_block
 from ._labelled import columns, parameter_columns
-from ._lanes import Batch, blank, Lane, Owned, Problem, Recipe, run_lanes, stack, Unlike
+from ._lanes import blank, Lane, Owned, Problem, Recipe, stack, Unlike
+from ._parts import Checkpoints
+from ._programs import Batch, run_lanes
 from .path import Path
 from .results import RESULTS
 from .store import about, describe, open_results, pending, plan, remove_stale, Store
@@ -84,12 +86,19 @@ class Runner:
         # The errors of one problem's own making are for the caller to know.
         self.one = isinstance(recipe.make, Problem)
 
-    def run(self, numbers: Sequence[int], size: int | None = None) -> "Lanes":
+    def run(
+        self,
+        numbers: Sequence[int],
+        size: int | None = None,
+        checkpoints: Checkpoints | None = None,
+    ) -> "Lanes":
         owned: dict[Any, Owned] = {}
         catch = (RuntimeError,) if self.one else (Exception,)
         lanes = self._made(numbers, owned)
         tell = lambda i, path, device: self.bars.tell(numbers[i], path, device)
-        found = run_lanes(lanes, self.batch, size, tell, catch=catch)
+        found = run_lanes(
+            lanes, self.batch, size, tell, catch=catch, checkpoints=checkpoints
+        )
         return Lanes(self.recipe, numbers, found, owned)
 
     def _made(
@@ -163,12 +172,15 @@ def run_stored(
     path: str | os.PathLike,
     chunk: int | None,
     parameters: bool,
+    checkpoint: float,
 ) -> Any:
     """The chunks that the store does not have, as far as they are for this process;
     returns the store, opened."""
     axes = recipe.axes
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk: expected a number of lanes from 1 on, got {chunk}.")
+    if not checkpoint >= 0:
+        raise ValueError(f"checkpoint: expected seconds, 0 or more, got {checkpoint}.")
     processes, process = jax.process_count(), jax.process_index()
     store = Store(File(path), process)
     remove_stale(store.path, processes)
@@ -180,17 +192,23 @@ def run_stored(
     order = sorted(range(count), key=lambda n: -sum(map(recipe.cost, lanes_of(n))))
     mine = order[process::processes]
     todo = list(pending(store, mine))
+    checkpoints = Checkpoints(store.path / "chunks" / "checkpoints", checkpoint)
+    forget = lambda number: checkpoints.forget(map(str, lanes_of(number)))
+    for number in set(mine) - set(todo):
+        forget(number)
     left = sum(len(lanes_of(number)) for number in todo)
     held: list[tuple[int, Lanes]] = []
     with Bars(axes, left, progress) as bars:
         runner = Runner(recipe, batch, bars)
         for number in todo:
-            lanes = runner.run(lanes_of(number), min(fit, int(np.prod(block))))
+            most = min(fit, int(np.prod(block)))
+            lanes = runner.run(lanes_of(number), most, checkpoints)
             # Where no lane at all has run, the mistake is not in the lanes.
             held.append((number, lanes))
             if lanes.done or len(todo) < len(mine):
                 for one, found in held:
                     _write(store, one, axes, block, found, parameters)
+                    forget(one)
                 held = []
     if held and processes == 1:
         error = held[0][1].error
@@ -198,10 +216,12 @@ def run_stored(
         raise error
     for one, found in held:
         _write(store, one, axes, block, found, parameters)
+        forget(one)
     if processes > 1:
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices("gradflow.sweep")
+    checkpoints.end()
     return open_results(path, check=process == 0)
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Int, PRNGKeyArray, PyTree, Scalar
+from jaxtyping import Array, Bool, Int, PRNGKeyArray, PyTree, Scalar
 
 from ._checks import check_init_scale, check_weight_decay, is_concrete
 from ._descent_methods import (
@@ -21,6 +21,7 @@ from ._descent_methods import (
     projection,
 )
 from ._minibatch import check_batches, epoch_order, minibatch
+from ._parts import strong
 from .flow import FlowTerm, GradientFlow, scaled, Sphere
 from .metrics import Metric
 from .path import Path
@@ -242,8 +243,32 @@ class _State(eqx.Module):
     order: Int[Array, " n"] | None
 
 
+class Descended(eqx.Module):
+    """What a descent has done after some of its steps."""
+
+    steps: Int[Array, ""]
+    state: _State
+    place: Int[Array, ""]
+    """Of the next to save."""
+    saved: PyTree
+
+
 @eqx.filter_jit
-def descend(
+def descend(*arguments: Any) -> Path:
+    """`descent` without its checks and defaults; see `prepare_descent`."""
+    return _descend(*arguments)[0]
+
+
+@eqx.filter_jit
+def descend_part(*arguments: Any) -> tuple[Path, Descended, Bool[Array, ""]]:
+    """The first or the next part of it: with the state after the last one, or `None`,
+    and a number of steps as two more arguments. Returns the path so far, the state, and
+    whether that is all."""
+    path, done = _descend(*arguments)
+    return path, strong(done), done.place >= path.t.shape[0]
+
+
+def _descend(
     term: FlowTerm,
     params: PyTree,
     weight_decay: Scalar,
@@ -255,7 +280,9 @@ def descend(
     batch_size: int | None,
     key: PRNGKeyArray | None,
     progress: bool,
-) -> Path:
+    before: Descended | None = None,
+    steps: Int[Array, ""] | None = None,
+) -> tuple[Path, Descended]:
     sphere = term.static if isinstance(term.static, Sphere) else None
     if sphere is not None:
         # The step is taken as if the norm were free, and the result rescaled.
@@ -284,7 +311,7 @@ def descend(
             return state
         return eqx.tree_at(lambda s: s.params, state, sphere.place(state.params))
 
-    def until(carry, end):
+    def until(i: Array, state: _State, shown: PyTree, end: Array) -> tuple:
         def block_of_steps(carry):
             i, state, shown = carry
             stop = jnp.minimum(i + block, end)
@@ -297,25 +324,51 @@ def descend(
                 shown,
             )
 
-        carry = jax.lax.while_loop(lambda c: c[0] < end, block_of_steps, carry)
-        params = carry[1].params
+        unfinished = lambda carry: carry[0] < end
+        return jax.lax.while_loop(unfinished, block_of_steps, (i, state, shown))
+
+    def record(state: _State) -> PyTree:
+        params = state.params
         model = term.model(params)
         seen = {name: metric(model) for name, metric in watched.items()}
         values = (params, seen, term.loss(model), term.penalty(params))
         reached = optax.tree.norm(params) < largest
-        return carry, jax.tree.map(lambda x: jnp.where(reached, x, jnp.nan), values)
+        return jax.tree.map(lambda x: jnp.where(reached, x, jnp.nan), values)
+
+    def until_next_save(carry: tuple) -> tuple:
+        done, shown = carry
+        end = numbers[done.place]
+        i, state, shown = until(done.steps, done.state, shown, end)
+        put = lambda all, x: all.at[done.place].set(x)
+        saved = jax.tree.map(put, done.saved, record(state))
+        return Descended(i, state, done.place + 1, saved), shown
+
+    zero, count = jnp.zeros_like(numbers[0]), numbers.shape[0]
+    if before is None:
+        empty = lambda x: jnp.full((count, *x.shape), jnp.nan, x.dtype)
+        none = jax.tree.map(empty, jax.eval_shape(record, start))
+        before = Descended(zero, start, zero, none)
+    last = numbers[-1]
+    if steps is not None:
+        last = jnp.minimum(before.steps + steps, last)
+
+    def more(carry: tuple) -> Array:
+        place = carry[0].place
+        return (place < count) & (numbers[jnp.minimum(place, count - 1)] <= last)
 
     with jax.default_matmul_precision("highest"):
-        carry = (jnp.zeros_like(numbers[0]), start, meter.init())
-        carry, (models, seen, train_loss, penalty) = jax.lax.scan(until, carry, numbers)
-    meter.close(carry[2])
-    lost = ~jnp.isfinite(train_loss[-1]) | ~jnp.isfinite(
-        optax.tree.norm(carry[1].params)
-    )
+        done, shown = jax.lax.while_loop(more, until_next_save, (before, meter.init()))
+        if steps is not None:
+            i, state, shown = until(done.steps, done.state, shown, last)
+            done = Descended(i, state, done.place, done.saved)
+    meter.close(shown)
+    models, seen, train_loss, penalty = done.saved
+    lost = ~jnp.isfinite(train_loss[-1])
+    lost = lost | ~jnp.isfinite(optax.tree.norm(done.state.params))
     result = RESULTS.where(lost, RESULTS.overshot, RESULTS.successful)
     name = getattr(optimiser, "__name__", "an Optax optimiser")
     words = method if optimiser is optax.sgd else f"{method} with {name}"
-    return Path(
+    path = Path(
         t=learning_rate * numbers.astype(learning_rate.dtype),
         weight_decay=weight_decay,
         params=models,
@@ -331,6 +384,7 @@ def descend(
         },
         watched=watched,
     )
+    return path, done
 
 
 def _step(

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optimistix as optx
-from jaxtyping import Array, Float, PyTree, Scalar
+from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
 from ._checks import (
     check_horizon,
@@ -19,6 +19,7 @@ from ._checks import (
     is_concrete,
     resolvable,
 )
+from ._parts import Pausing, Solved, strong
 from .flow import FlowTerm, GradientFlow, place, scaled, Sphere, Tracked
 from .losses import AbstractLoss
 from .metrics import Metric
@@ -275,7 +276,23 @@ def solve_arguments(
 
 
 @eqx.filter_jit
-def solve(
+def solve(*arguments: Any) -> Path:
+    """`simulate` without its checks and defaults; see `solve_arguments`."""
+    return _solve(*arguments)[0]
+
+
+@eqx.filter_jit
+def solve_part(*arguments: Any) -> tuple[Path, Solved, Bool[Array, ""]]:
+    """The first or the next part of it: with the state after the last one, or `None`,
+    and a number of steps as two more arguments. Returns the path so far, the state, and
+    whether that is all."""
+    path, state = _solve(*arguments)
+    assert state is not None
+    paused = (path.result == RESULTS.out_of_steps) & (state.counts[0] < arguments[9])
+    return path, state, ~paused
+
+
+def _solve(
     term: FlowTerm,
     params: PyTree,
     weight_decay: Scalar,
@@ -287,8 +304,9 @@ def solve(
     atol: Scalar | None,
     max_steps: int,
     progress: bool,
-) -> Path:
-    """`simulate` without its checks and defaults."""
+    before: Solved | None = None,
+    steps: Int[Array, ""] | None = None,
+) -> tuple[Path, Solved | None]:
     check_scalars(term.loss, watched, term.model(params))
     if atol is None:
         count = sum(p.size for p in jax.tree.leaves(params))
@@ -323,19 +341,34 @@ def solve(
         term, y0 = solver.track(term, params)
         params_of = lambda y: y.params
         loss_of = lambda y, model: solver.loss_of(term, y)
+    start: dict[str, Any] = dict(t0=jnp.zeros_like(ts[0]), dt0=1e-3 * scale, y0=y0)
+    if steps is not None:
+        taken = 0 if before is None else before.counts[0]
+        steps = jnp.minimum(steps, max_steps - taken)
+        following = None if before is None else before.next
+        controller = Pausing(controller, steps, following)
+    if before is not None:
+        start = dict(
+            t0=before.t, dt0=None, y0=before.y, made_jump=before.made_jump,
+            solver_state=before.solver,
+            controller_state=(before.controller, before.next, jnp.zeros((), int)),
+        )  # fmt: skip
 
     with jax.default_matmul_precision("highest"):
         solution = diffrax.diffeqsolve(
             term,
             solver,
-            jnp.zeros_like(ts[0]),
-            ts[-1],
-            1e-3 * scale,
-            y0,
+            t1=ts[-1],
+            **start,
             args=weight_decay,
             saveat=diffrax.SaveAt(
-                subs=[diffrax.SubSaveAt(ts=ts), diffrax.SubSaveAt(t1=True)],
+                subs=[
+                    diffrax.SubSaveAt(ts=jnp.maximum(ts, start["t0"])),
+                    diffrax.SubSaveAt(t1=True),
+                ],
                 solver_state=True,
+                controller_state=steps is not None,
+                made_jump=steps is not None,
             ),
             stepsize_controller=controller,
             max_steps=max_steps,
@@ -344,7 +377,32 @@ def solve(
             if progress
             else diffrax.NoProgressMeter(),
         )
-        saved: Any = solution.ys
+        saved: Any = list(solution.ys)
+        ended: Any = solution.ts
+        counts = jnp.stack(
+            [solution.stats[f"num_{k}steps"] for k in ("", "accepted_", "rejected_")]
+        )
+        if before is not None:
+            there = lambda x: jnp.reshape(ts <= before.t, (-1,) + (1,) * (x.ndim - 1))
+            earlier = lambda old, new: jnp.where(there(new), old, new)
+            saved[0] = jax.tree.map(earlier, before.saved, saved[0])
+            counts = counts + before.counts
+        state = None
+        if steps is not None:
+            reached: Any = solution.controller_state
+            inner, following, _ = reached
+            state = strong(
+                Solved(
+                    ended[1][0],
+                    following,
+                    jax.tree.map(lambda y: y[0], saved[1]),
+                    solution.solver_state,
+                    inner,
+                    jnp.asarray(solution.made_jump),
+                    saved[0],
+                    counts,
+                )  # fmt: skip
+            )
         size = (1 + _norm(params)) / jnp.finfo(ts.dtype).eps ** 0.5
 
         def record(y):
@@ -362,6 +420,8 @@ def solve(
         models = jax.vmap(lambda p: place(p, term.static)[0])(models)
         end = params_of(jax.tree.map(lambda y: y[0], saved[1]))
         result = _translate(solution.result)
+        whole = (result == RESULTS.out_of_steps) & (ended[1][0] >= ts[-1])
+        result = RESULTS.where(whole, RESULTS.successful, result)
         lost = ~jnp.isfinite(term.loss(term.model(end))) | ~(_norm(end) < size)
         lost = lost & (result != RESULTS.out_of_steps)
         # What reaches infinity in finite time stalls on its way there.
@@ -374,7 +434,7 @@ def solve(
         result = RESULTS.where(slid, RESULTS.slid, result)
         if isinstance(solver, diffrax.AbstractERK):
             reach = _stiffness(term, models, ts)
-            limited = reach > jnp.asarray(solution.stats["num_steps"], reach.dtype)
+            limited = reach > counts[0].astype(reach.dtype)
             noisy = limited & (reach * rtol > _NOISE)
             noisy = noisy & (result == RESULTS.successful)
             result = RESULTS.where(noisy, RESULTS.unstable, result)
@@ -382,12 +442,12 @@ def solve(
         "solver": name,
         "rtol": rtol,
         "atol": atol,
-        "steps": solution.stats["num_steps"],
-        "accepted": solution.stats["num_accepted_steps"],
-        "rejected": solution.stats["num_rejected_steps"],
+        "steps": counts[0],
+        "accepted": counts[1],
+        "rejected": counts[2],
         **work,
     }
-    return Path(
+    path = Path(
         t=ts,
         weight_decay=weight_decay,
         params=models,
@@ -399,6 +459,7 @@ def solve(
         stats=stats,
         watched=watched,
     )
+    return path, state
 
 
 def _with_kinks(

@@ -14,7 +14,8 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from ._axes import Axes, make_axes, short
 from ._descent_methods import Method, Optimiser
-from ._lanes import Batch, Owned, Problem, Ragged, Recipe, RECORDED, RUN
+from ._lanes import Owned, Problem, Ragged, Recipe, RECORDED, RUN
+from ._programs import Batch
 from ._runs import Bars, fitting, run_stored, Runner
 from .flow import GradientFlow
 from .metrics import Metric
@@ -262,6 +263,7 @@ def sweep(
     store: str | os.PathLike | None = None,
     chunk: int | None = None,
     parameters: bool = False,
+    checkpoint: float = 60.0,
     throw: bool = False,
     progress: bool = True,
 ) -> Sweep | Any:
@@ -294,6 +296,8 @@ def sweep(
     - `store`: a folder to keep the results in, such as `"sweep.zarr"`: see below.
     - `chunk`: about how many lanes are computed, and stored, together; 16 by default.
     - `parameters`: whether the store keeps the parameters at all saved times too.
+    - `checkpoint`: a lane that takes longer than so many seconds writes its state into
+        the store as often as that, to go on from there.
     - `throw`: raise if any lane fails; by default failures are marked in `result`.
     - `progress`: show a bar with the lanes done and failed.
 
@@ -304,11 +308,10 @@ def sweep(
     With `store`, results go to disk chunk by chunk, each whole or not at all, and not
     into memory. Whatever ends the run, the same call goes on where it stopped: finished
     chunks are not computed again (but for those whose checksums are wrong, which are
-    named). Where there are many processes (`jax.distributed.initialize`) each computes
-    its share of the chunks. A lane that is cut off starts anew: for few, long ones give
-    `chunk=1`. A store of another configuration is refused, with the differences. What
-    is compared are arrays and options; of functions, only their names and what they
-    make for the first lane.
+    named), and long lanes go on from their checkpoints. Where there are many processes
+    (`jax.distributed.initialize`) each computes its share of the chunks. A store of
+    another configuration is refused, with the differences. What is compared are arrays
+    and options; of functions, only their names and what they make for the first lane.
 
     **Returns:** a `Sweep`; with `store`, what `gf.open_results` gives.
 
@@ -338,7 +341,7 @@ def sweep(
     if store is not None:
         if throw:
             raise ValueError("throw: a sweep with a store marks the lanes that fail.")
-        return run_stored(recipe, batch, progress, store, chunk, parameters)
+        return run_stored(recipe, batch, progress, store, chunk, parameters, checkpoint)
     out = _run(recipe, batch, progress)
     if throw:
         worst = int(np.argmin(np.asarray(out.succeeded)))

@@ -1,0 +1,160 @@
+"""Runs in parts, each of so many steps, that go on where the last one ended."""
+
+import contextlib
+import functools
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path as File
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int, PyTree, Scalar
+
+FIRST = 256
+"""Steps of the first part. They are a program of their own, so that runs which take no
+more pay nothing; the number is fixed as the last bits may depend on it."""
+
+
+class Solved(eqx.Module):
+    """Where an integration is after some of its steps: all that the next depends on."""
+
+    t: Scalar
+    next: Scalar
+    """Where the next step ends."""
+    y: PyTree
+    solver: PyTree
+    controller: PyTree
+    made_jump: Bool[Array, ""]
+    saved: PyTree
+    """What was saved so far, at all saved times."""
+    counts: Int[Array, " 3"]
+    """Steps; those accepted, and rejected."""
+
+
+def strong(tree: PyTree) -> PyTree:
+    """Without weak types, which a file does not keep."""
+    return jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), tree)
+
+
+class Pausing(diffrax.AbstractAdaptiveStepSizeController):
+    """Ends an integration after `steps`, as if they were all that are allowed; one that
+    goes on begins with the step that ends at `next`."""
+
+    controller: diffrax.AbstractAdaptiveStepSizeController
+    steps: Int[Array, ""]
+    next: Scalar | None
+
+    def __init__(
+        self,
+        controller: diffrax.AbstractAdaptiveStepSizeController,
+        steps: Int[Array, ""],
+        next: Scalar | None,
+    ):
+        self.controller, self.steps, self.next = controller, steps, next
+
+    @property
+    def rtol(self):
+        return self.controller.rtol
+
+    @property
+    def atol(self):
+        return self.controller.atol
+
+    @property
+    def norm(self):
+        return self.controller.norm
+
+    def wrap(self, direction):
+        wrapped = self.controller.wrap(direction)
+        return eqx.tree_at(lambda s: s.controller, self, wrapped)
+
+    def init(self, *args):
+        if self.next is not None:
+            return self.next, None
+        t1, inner = self.controller.init(*args)
+        return t1, (inner, t1, jnp.zeros((), int))
+
+    def adapt_step_size(
+        self, t0, t1, y0, y1_candidate, args, y_error, error_order, controller_state
+    ):
+        inner, _, count = controller_state
+        keep, next_t0, next_t1, jump, inner, result = self.controller.adapt_step_size(
+            t0, t1, y0, y1_candidate, args, y_error, error_order, inner
+        )
+        full = (count + 1 >= self.steps) & (result == diffrax.RESULTS.successful)
+        result = diffrax.RESULTS.where(full, diffrax.RESULTS.max_steps_reached, result)
+        return keep, next_t0, next_t1, jump, (inner, next_t1, count + 1), result
+
+
+@functools.lru_cache(maxsize=32)
+def _number(steps: int) -> Array:
+    return jnp.asarray(steps)
+
+
+class Checkpoints:
+    """Files in a folder of a store, one for each lane that is under way. Each is whole
+    or absent."""
+
+    def __init__(self, folder: File, every: float):
+        self.folder = folder
+        self.every = every
+        """The least time between two files of a lane, in seconds."""
+        self._last: dict[str, float] = {}
+        self._steps = FIRST
+
+    def count(self, steps: int | None = None) -> Array:
+        """Steps for the next part: so many that a file can be written about when one is
+        due."""
+        return _number(steps or self._steps)
+
+    def took(self, seconds: float) -> None:
+        """Tells how long a part was."""
+        if seconds < self.every / 8:
+            self._steps = min(2 * self._steps, 2**20)
+        elif seconds > self.every / 2:
+            self._steps = max(self._steps // 2, 1)
+
+    def load(self, name: str, like: Callable[[], PyTree]) -> PyTree | None:
+        """Where a run was, if there is a file of it. `like` gives the shapes."""
+        self._last[name] = time.monotonic()
+        file = self.folder / f"{name}.eqx"
+        if not file.exists():
+            return None
+        try:
+            return eqx.tree_deserialise_leaves(file, like())
+        except Exception as error:  # of another version, or not whole
+            warnings.warn(
+                f"store: the checkpoint {file} cannot be read ({error}); this lane "
+                "starts anew.",
+                stacklevel=2,
+            )
+            return None
+
+    def due(self, name: str) -> bool:
+        return time.monotonic() - self._last[name] >= self.every
+
+    def save(self, name: str, state: PyTree) -> None:
+        """Writes where a run is."""
+        self.folder.mkdir(exist_ok=True)
+        aside = self.folder / f"{name}.partial"
+        with open(aside, "wb") as file:
+            eqx.tree_serialise_leaves(file, state)
+        os.replace(aside, self.folder / f"{name}.eqx")
+        self._last[name] = time.monotonic()
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Takes the files of finished lanes away."""
+        there = os.listdir(self.folder) if self.folder.exists() else []
+        names = set(names)
+        for file in there:
+            if file.partition(".")[0].removesuffix("-again") in names:
+                (self.folder / file).unlink(missing_ok=True)
+
+    def end(self) -> None:
+        """Takes the folder away, where nothing is left in it."""
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()

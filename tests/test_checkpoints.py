@@ -1,0 +1,170 @@
+"""Runs in parts end as in one, and interrupted lanes go on from files."""
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+import pytest
+
+import gradflow as gf
+from gradflow import _parts, _programs
+from gradflow.descent import descend, descend_part, prepare_descent
+from gradflow.metrics import Metric
+from gradflow.simulate import solve, solve_arguments, solve_part
+
+TASK = gf.tasks.diagonal_network(jr.key(0), samples=5, dim=12, sparsity=2)
+
+
+def in_parts(part, args, counts):
+    """The path by parts of so many steps, over and over, and how many there were."""
+    state, ended, number = None, False, 0
+    while not ended:
+        steps = jnp.asarray(counts[number % len(counts)])
+        path, state, ended = part(*args, state, steps)
+        number += 1
+    return path, number
+
+
+def equal(a, b):
+    """Whether all arrays of two paths have the same bits."""
+    leaves = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    arrays = [(x, y) for x, y in leaves if isinstance(x, jax.Array)]
+    assert len(arrays) > 5
+    return all(np.array_equal(x, y, equal_nan=True) for x, y in arrays)
+
+
+@pytest.mark.parametrize(
+    "solver, penalty, lam",
+    [
+        (gf.KKT4(), gf.L1(), 1e-2),  # which lands on kinks
+        (gf.RKC2(), gf.L2(), 1e-1),
+    ],
+)
+def test_a_flow_in_parts(solver, penalty, lam):
+    flow = gf.GradientFlow(TASK.loss, penalty=penalty)
+    term, params = flow.term(TASK.model)
+    ts = jnp.concatenate([jnp.zeros(1), jnp.geomspace(1e-2, 2 / lam, 9)])
+    watched = {"test": Metric(TASK.metrics["test"].fn)}
+    args = solve_arguments(
+        term, params, jnp.asarray(lam), ts, watched, solver, 1e-5, None, 10_000
+    )
+    whole = solve(*args)
+    assert bool(whole.succeeded) and int(whole.stats["steps"]) > 25
+    few, number = in_parts(solve_part, args, [10])
+    assert number > 2
+    assert equal(few, in_parts(solve_part, args, [10, 3, 12])[0])
+    assert int(few.stats["steps"]) == int(whole.stats["steps"])
+    for a, b in zip(
+        jax.tree.leaves(few.params), jax.tree.leaves(whole.params), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(few.metrics["test"], whole.metrics["test"], rtol=1e-9)
+
+
+def test_the_budget_of_steps_is_that_of_all_parts():
+    term, params = TASK.flow.term(TASK.model)
+    ts = jnp.array([0.0, 1.0, 1e3])
+    args = solve_arguments(
+        term, params, jnp.asarray(1e-2), ts, {}, gf.KKT4(), 1e-6, None, 25
+    )
+    path, number = in_parts(solve_part, args, [10])
+    assert number == 3 and int(path.stats["steps"]) == 25
+    assert bool(path.result == gf.RESULTS.out_of_steps)
+
+
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_a_descent_in_parts(batch_size):
+    args = prepare_descent(
+        TASK.flow, TASK.model, {}, weight_decay=1e-2, learning_rate=1e-2,
+        init_scale=1.0, steps=200, slow_time=None, t1=None, at=None, saves=12,
+        method="decoupled", optimiser=optax.adam, batch_size=batch_size,
+        key=jr.key(1) if batch_size else None,
+    )  # fmt: skip
+    whole = descend(*args)
+    few, number = in_parts(descend_part, args, [30])
+    assert number == 7 and np.isfinite(whole.train_loss).all()
+    assert equal(few, in_parts(descend_part, args, [30, 1, 77])[0])
+    np.testing.assert_allclose(few.train_loss, whole.train_loss, rtol=1e-9)
+
+
+class Cut(BaseException):
+    """As if the process had been ended."""
+
+
+LAMS = [1e-1, 1e-2, 1e-3]
+OPTIONS = dict(slow_time=2.0, saves=5, solver=gf.KKT4(), progress=False, chunk=3)
+
+
+def run(path, **options):
+    options = dict(checkpoint=0.0) | OPTIONS | options
+    return gf.sweep(TASK.flow, TASK.model, weight_decay=LAMS, store=path, **options)
+
+
+def contents(path):
+    files = (f for f in sorted(path.rglob("*")) if f.is_file())
+    return {str(f.relative_to(path)): f.read_bytes() for f in files}
+
+
+@pytest.fixture
+def parts(monkeypatch):
+    """Parts of 10 steps; returns which have begun: whether from the start."""
+    monkeypatch.setattr(_programs, "FIRST", 10)
+    monkeypatch.setattr(_parts, "FIRST", 10)
+    begun = []
+    for whole, part in list(_programs._PARTS.items()):
+
+        def counted(*args, part=part):
+            if isinstance(args[-1], jax.Array) and not isinstance(
+                args[-1], jax.core.Tracer
+            ):
+                begun.append(args[-2] is None)
+            return part(*args)
+
+        monkeypatch.setitem(_programs._PARTS, whole, counted)
+    return begun
+
+
+@pytest.mark.parametrize("batch", ["loop", "vmap"])
+def test_a_lane_that_was_cut_off_goes_on(tmp_path, monkeypatch, parts, batch):
+    whole = tmp_path / "whole.zarr"
+    run(whole, batch=batch)
+    names = contents(whole)
+    assert not any("checkpoint" in name for name in names)
+    path = tmp_path / "cut.zarr"
+    save = _parts.Checkpoints.save
+
+    def fail(self, name, state):
+        if name == "1" and int(state.counts[0]) > 10:
+            raise Cut
+        save(self, name, state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_parts.Checkpoints, "save", fail)
+        with pytest.raises(Cut):
+            run(path, batch=batch)
+    left = {f.name for f in (path / "chunks" / "checkpoints").iterdir()}
+    assert "1.eqx" in left and all(name.endswith(".eqx") for name in left)
+    parts.clear()
+    run(path, batch=batch)
+    assert contents(path) == names
+    if batch == "loop":  # lanes 0 and 1 had begun
+        assert sum(parts) == 1 and parts.count(False) >= 2
+
+
+def test_a_checkpoint_that_cannot_be_read(tmp_path, parts):
+    whole, path = tmp_path / "whole.zarr", tmp_path / "bad.zarr"
+    run(whole)
+    run(path)
+    (path / "chunks" / "000000" / "zarr.json").unlink()
+    (path / "chunks" / "000000").rmdir()
+    (path / "chunks" / "checkpoints").mkdir()
+    (path / "chunks" / "checkpoints" / "1.eqx").write_bytes(b"half")
+    with pytest.warns(UserWarning, match=r"1\.eqx cannot be read .* starts anew"):
+        run(path)
+    assert contents(path) == contents(whole)
+
+
+def test_seconds_between_checkpoints(tmp_path):
+    with pytest.raises(ValueError, match="checkpoint: expected seconds"):
+        run(tmp_path / "s.zarr", checkpoint=-1.0)
