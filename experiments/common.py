@@ -18,6 +18,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import xarray as xr
+from jax.experimental import multihost_utils
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
@@ -72,6 +73,9 @@ class Settings:
         return dataclasses.replace(self, **free)
 
 
+WEEK = 7 * 24 * 3600  # in seconds
+
+
 @dataclasses.dataclass(frozen=True)
 class Distributed:
     """Many processes, which share the lanes of a sweep. Under Slurm, Open MPI or
@@ -90,7 +94,17 @@ class Distributed:
         """Finds the others; whether this is the process that tells the results."""
         if not self.distributed:
             return True
-        jax.distributed.initialize(self.coordinator, self.processes, self.process)
+        # A process that is done waits at its end for the first, which has figures to
+        # make yet: else all of them are ended after five minutes.
+        jax.distributed.initialize(
+            self.coordinator,
+            self.processes,
+            self.process,
+            shutdown_timeout_seconds=WEEK,
+        )
+        # They meet now, while all are here: at their first meeting they wait for each
+        # other half a minute only, later for as long as it takes.
+        multihost_utils.sync_global_devices("experiments")
         return jax.process_index() == 0
 
 

@@ -126,8 +126,9 @@ def lanes_of_block(
         slice(int(i) * b, min((int(i) + 1) * b, n))
         for i, b, n in zip(place, block, shape, strict=True)
     )
-    numbers = np.arange(int(np.prod(shape, dtype=int))).reshape(shape)
-    return where, numbers[where].ravel().tolist()
+    # Not by way of all lanes, of which there may be a million.
+    inside = np.ix_(*(np.arange(s.start, s.stop) for s in where))
+    return where, np.ravel_multi_index(inside, shape).ravel().tolist()
 
 
 def count_blocks(shape: Sequence[int], block: Sequence[int]) -> int:

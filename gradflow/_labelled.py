@@ -102,27 +102,45 @@ def as_sweep(
 
     **Arguments:**
 
-    - `results`: from `gradflow.open_results`; all lanes that are selected are read.
+    - `results`: from `gradflow.open_results`, or a selection of its lanes, all of which
+        are read.
     - `flow`, `model`, `metrics`: those that were run.
 
-    **Raises:** `ValueError` where lanes are yet to be run, or their parameters were not
-    stored.
+    **Raises:** `ValueError` where lanes are yet to be run, or are of many problems, or
+    their parameters were not stored.
     """
     from .sweep import Sweep
 
     if (results["result"] < 0).any():
         raise ValueError("results: some lanes are yet to be run.")
+    config = results.attrs["config"]
+    known = [name for name in config["axes"] if name in results.coords]
+    if not results["result"].dims:  # one lane
+        results = results.expand_dims(known[-1])
     dims = list(results["result"].dims)
-    axes = make_axes({d: results[d].values for d in dims})
+    if own := [k for k in known if k not in RUN and results[k].size > 1]:
+        raise ValueError(f"results: of many problems; select one value of {own[0]}.")
+    # Those along a dimension, of which the one that names it is the first.
+    along = lambda d: sorted(
+        (k for k in known if results[k].dims == (d,)), key=d.__ne__
+    )
+    groups = [along(d) for d in dims]
+    axes = make_axes(
+        {name: results[name].values for group in groups for name in group},
+        [group for group in groups if len(group) > 1],
+    )
+    fixed = config | {
+        k: results[k].item() for k in known if k in RUN and results[k].ndim == 0
+    }
+    rest = lambda name: [results.sizes[d] for d in results[name].dims if d not in dims]
     flat = lambda name: jnp.asarray(
-        results[name].values.reshape(len(axes), *results[name].shape[len(dims) :])
+        results[name].values.reshape(len(axes), *rest(name))
     )
     term, params = flow.term(model)
     places, tree = jax.tree_util.tree_flatten_with_path(params)
     names = [_parameter_name(at) for at, _ in places]
     if missing := [name for name in names if name not in results]:
         raise ValueError(f"results: {missing} not stored; sweep with parameters=True.")
-    fixed = results.attrs["config"]
     numbers = [n for n in results.data_vars if results[n].ndim == len(dims)]
     lams = [at.get("weight_decay", fixed.get("weight_decay")) for at in axes]
     watched = as_metrics(metrics)
@@ -140,20 +158,24 @@ def as_sweep(
         ),
         stats={
             "solver": results.attrs["solver"],
-            "rtol": jnp.asarray(tolerances),
+            **({} if None in tolerances else {"rtol": jnp.asarray(tolerances)}),
             **{
                 n: flat(n) for n in numbers if not n.startswith(("threshold", "result"))
             },
         },
         watched=watched,
     )
-    causes = {int(k): v for k, v in results.attrs["causes"].items()}
-    known = {k: fixed[k] for k in RUN if isinstance(fixed.get(k), int | float)}
-    return Sweep(paths, axes, (), causes, known)
+    told = results.attrs["causes"]
+    lanes = np.ravel(results["lane"]).tolist() if "lane" in results.coords else []
+    causes = {i: told[str(k)] for i, k in enumerate(lanes) if str(k) in told}
+    alike = {k: fixed[k] for k in RUN if isinstance(fixed.get(k), int | float)}
+    return Sweep(paths, axes, (), causes, alike)
 
 
 def _parameter_name(at: Any) -> str:
-    return "params_" + jax.tree_util.keystr(at, simple=True, separator=".")
+    # No folders of their own in a store.
+    name = jax.tree_util.keystr(at, simple=True, separator=".").replace("/", ".")
+    return f"params_{name}"
 
 
 _AXES = ("rtol", "learning_rate")  # coordinates, where they vary

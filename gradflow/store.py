@@ -2,17 +2,22 @@
 
 import contextlib
 import dataclasses
+import errno
 import functools
+import glob
 import hashlib
 import importlib.metadata
+import inspect
 import json
 import os
 import platform
 import shutil
+import socket
 import subprocess
 import sys
+import types
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path as File
 from typing import Any
 
@@ -51,37 +56,51 @@ def open_results(path: str | os.PathLike, *, check: bool = True) -> Any:
     **Returns:** an `xarray.Dataset` with a dimension for each of the sweep, and `time`;
     see `Sweep.to_xarray`. Arrays are read when they are used. Where a lane has not been
     run `result` is −1 and all else NaN. Its `attrs` tell the configuration, versions,
-    device, how many chunks are finished, and the errors of lanes that raised one.
+    device, how many chunks are finished, and in `causes` the errors of lanes that
+    raised one, by their numbers, which are the coordinate `lane`. (Some are
+    dictionaries, which netCDF does not hold: `drop_attrs()` before `to_netcdf`.)
 
     **Raises:** `FileNotFoundError` where there is no store; `ValueError` that names
-    the chunks whose checksums are wrong.
+    the chunks whose checksums are wrong, or that `path` holds something else.
     """
     store = Store(File(path))
     found = store.attributes()
     finished = store.finished(check=check)
-    broken = [number for number, file in finished.items() if file is not None]
-    if broken:
-        named = ", ".join(f"{n} ({finished[n]})" for n in broken)
+    broken = [f"{n} ({file})" for n, file in finished.items() if file is not None]
+    told = f"chunks of {path} are corrupted: {', '.join(broken)}" if broken else ""
+    if damaged := store.damaged() if check else []:
+        told = f"{', '.join(damaged)} of {path} {_are(damaged)} corrupted"
+        told += f", and so are chunks: {', '.join(broken)}" if broken else ""
+    if told:
         raise ValueError(
-            f"store: chunks of {path} are corrupted: {named}. Run the same sweep with "
-            "this store again, and they are computed anew; or open it with check=False."
+            f"store: {told}. Run the same sweep with this store again, and they are "
+            "made anew; or open it with check=False."
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         data = xarray().open_zarr(str(path), chunks=None, consolidated=False)
     data = data[sorted(map(str, data.data_vars))]
+    found.pop("coordinates", None)
     causes: dict[str, str] = {}
     solvers: set[str] = set()
     for number in sorted(finished):
-        causes |= store.marker(number)["causes"]
-        solvers |= set(store.marker(number)["solver"])
+        # Without a check, one that can't be read is passed over.
+        with contextlib.suppress(*_UNREADABLE):
+            marker = store.marker(number)
+            causes |= marker["causes"]
+            solvers |= set(marker["solver"])
     data.attrs = found | {
         "finished": len(finished),
         "causes": causes,
         "solver": " or ".join(sorted(solvers)),
     }
-    times = [name for name in ("t", "slow_time") if name in data]
-    return data.set_coords(times)
+    # Zipped axes are along the dimension of another one.
+    names = ("t", "slow_time", *found["config"]["axes"])
+    data = data.set_coords([name for name in names if name in data])
+    if "lane" not in data.coords:
+        lanes = np.arange(data.result.size).reshape(data.result.shape)
+        data = data.assign_coords(lane=(data.result.dims, lanes))
+    return data
 
 
 class Store:
@@ -95,15 +114,24 @@ class Store:
     """
 
     def __init__(self, path: File, process: int = 0):
-        self.path = path
-        self.aside = path.with_name(f"{path.name}.partial-{process}")
+        self.path, self.process = path, process
+        # Named after the process: another run of the same sweep has its own.
+        own = f"{process}-{socket.gethostname()}-{os.getpid()}"
+        self.aside = path.with_name(f"{path.name}.partial-{own}")
         self._known: dict[str, Any] = {}
 
     def attributes(self) -> dict[str, Any]:
         try:
-            return json.loads((self.path / "zarr.json").read_text())["attributes"]
+            found = json.loads((self.path / "zarr.json").read_text())["attributes"]
+            found["config"]["chunk"]
         except FileNotFoundError:
             raise FileNotFoundError(f"store: there is none at {self.path}.") from None
+        except _UNREADABLE:
+            raise ValueError(
+                f"store: {self.path} is none that gradflow.sweep made, or its "
+                "zarr.json is corrupted."
+            ) from None
+        return found
 
     def chunk(self) -> int | None:
         """About how many lanes its chunks have, if it is there."""
@@ -115,22 +143,27 @@ class Store:
         """Makes the store, or checks that it is of the same sweep; returns its
         attributes.
 
-        **Raises:** `ValueError` with the differences where it is of another one, or
-        `FileExistsError` where `path` is something else.
+        **Raises:** `ValueError` with the differences where it is of another one, or for
+        names that can't be those of arrays; `FileExistsError` where `path` is something
+        else.
         """
-        shutil.rmtree(self.aside, ignore_errors=True)
+        _remove_left(self.path, lambda process: process == self.process)
+        config = attributes["config"]
+        # The order counts, in which the numbers lie.
+        config["order"] = list(axes.dims)
+        _check_names(axes, config)
         if not (self.path / "zarr.json").exists():
-            if self.path.exists():
-                raise FileExistsError(f"store: {self.path} is there, and is no store.")
             self._create(axes, attributes)
         there = self.attributes()
-        differences = difference(there.get("config", {}), attributes["config"])
+        differences = difference(there["config"], config)
         if differences:
             lines = "\n  ".join(differences)
             raise ValueError(
                 f"store: {self.path} holds another sweep:\n  {lines}\n"
                 "Give another path; or take it away, to begin anew."
             )
+        if self.process == 0:
+            self._mend(axes, attributes)
         if there["versions"] != attributes["versions"]:
             other = difference(there["versions"], attributes["versions"])
             warnings.warn(
@@ -138,23 +171,82 @@ class Store:
                 f"{'; '.join(other)}.",
                 stacklevel=4,
             )
+        if there["device"] != attributes["device"]:
+            warnings.warn(
+                f"store: begun on {there['device']}, and this is "
+                f"{attributes['device']}, so bits may differ.",
+                stacklevel=4,
+            )
         return there
 
     def _create(self, axes: Axes, attributes: dict[str, Any]) -> None:
-        group = zarr().create_group(self.aside, attributes=attributes)
+        with self._disk("the beginning"):
+            self._begin(axes, attributes)
+            for name in _files(self.aside):
+                _flush(self.aside / name)
+            try:
+                os.rename(self.aside, self.path)
+            except OSError:
+                # Unless another process was faster.
+                if not (self.path / "zarr.json").exists():
+                    if self.path.exists():
+                        raise FileExistsError(
+                            f"store: {self.path} is there, and is no store."
+                        ) from None
+                    raise
+            _flush(self.path.parent)
+
+    def _begin(self, axes: Axes, attributes: dict[str, Any]) -> None:
+        """Writes aside what there is before any chunk."""
+        group = zarr().create_group(self.aside, attributes=attributes, overwrite=True)
         for name, (dim, values) in axes.coords.items():
             array = _array(group, name, values.shape, values.shape, values, (dim,))
             array[...] = values
+        numbers = [f for f in _files(self.aside) if not f.endswith("zarr.json")]
+        digests = {f: _digest(self.aside / f) for f in numbers}
+        # What tells a reader that nothing has been run yet.
+        block = tuple(attributes["config"]["chunk"])
+        _array(group, "result", axes.shape, block, _RESULT, axes.dims)
         group.create_group("chunks")
-        for name in _files(self.aside):
-            _flush(self.aside / name)
-        try:
-            os.rename(self.aside, self.path)
-        except OSError:  # another process was faster
-            if not (self.path / "zarr.json").exists():
-                raise
-            shutil.rmtree(self.aside)
-        _flush(self.path.parent)
+        group.update_attributes({"coordinates": digests})
+
+    def damaged(self) -> list[str]:
+        """The files that belong to no chunk, and are missing or wrong: coordinates, and
+        descriptions of arrays."""
+        digests = self.attributes().get("coordinates", {})
+        wrong = [name for name in digests if self._differs(name, digests[name])]
+        for file in sorted(self.path.glob("*/zarr.json")):
+            if not _is_json(file):
+                wrong.append(str(file.relative_to(self.path)))
+        return wrong
+
+    def _differs(self, name: str, digest: str) -> bool:
+        file = self.path / name
+        return not file.exists() or _digest(file) != digest
+
+    def _mend(self, axes: Axes, attributes: dict[str, Any]) -> None:
+        """Writes anew what is `damaged`. The description of an array comes with a chunk
+        that has it, which is taken away."""
+        if not (wrong := self.damaged()):
+            return
+        warnings.warn(
+            f"store: {', '.join(wrong)} of {self.path} {_are(wrong)} corrupted, and "
+            f"{_are(wrong)} written anew.",
+            stacklevel=5,
+        )
+        with self._disk("the beginning"):
+            self._begin(axes, attributes)
+            there = [name for name in wrong if (self.aside / name).exists()]
+            self._move(there)
+        for name in set(wrong) - set(there):
+            (self.path / name).unlink()
+            array = name.partition("/")[0]
+            for number in self.finished(check=False):
+                with contextlib.suppress(*_UNREADABLE):
+                    files = self.marker(number)["files"]
+                    if any(f.startswith(f"{array}/") for f in files):
+                        self.forget(number)
+                        break
 
     def write(
         self,
@@ -169,15 +261,21 @@ class Store:
         `columns`: the dimensions after those of the sweep, and the values, with the
         lanes of the block as the first axis.
 
-        **Raises:** `OSError` with what to do, where the disk is full.
+        **Raises:** `OSError` with what to do, where the disk is full; `ValueError`
+        where the shapes are not those of the other chunks.
         """
-        with self._disk(number):
+        if self.is_finished(number) and self.broken(number) is None:
+            return  # by another run of this sweep
+        with self._disk(f"chunk {number}"):
             where, _ = lanes_of_block(axes.shape, block, number)
             here = tuple(s.stop - s.start for s in where)
             place = [s.start // b for s, b in zip(where, block, strict=True)]
             group = zarr().create_group(self.aside, overwrite=True)
             data = []
             for name, (more, values) in columns.items():
+                if values.ndim == 1 and name != "result" and values.dtype.kind == "f":
+                    # Where some lanes lack one, its precision depends on the chunk.
+                    values = values.astype(float)
                 rest = values.shape[1:]
                 shape, dims = axes.shape + rest, axes.dims + more
                 if self._known.get(name) != (shape, values.dtype):
@@ -202,33 +300,47 @@ class Store:
             name = f"chunks/{number:06d}"
             group.create_group(name, attributes={"files": marker, **notes})
             self._move([f"{name}/zarr.json"])
-            shutil.rmtree(self.aside)
 
     @contextlib.contextmanager
-    def _disk(self, number: int) -> Iterator[None]:
-        """Says what to do where the disk is full."""
+    def _disk(self, what: str) -> Iterator[None]:
+        """Leaves nothing aside, and says what to do where the disk is full."""
         try:
             yield
+        except FileExistsError:
+            raise
         except OSError as error:
-            shutil.rmtree(self.aside, ignore_errors=True)
-            free = shutil.disk_usage(self.path.parent).free / 1e6
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            free = shutil.disk_usage(_existing(self.path.parent)).free / 1e6
             raise OSError(
                 error.errno,
-                f"store: chunk {number} of {self.path} could not be written "
+                f"store: {what} of {self.path} could not be written "
                 f"({error.strerror or error}; {free:.0f} MB are free). The chunks "
-                "before are safe: make room, and run the same sweep again to go on",
+                f"before are safe: {'make room' if full else 'mend this'}, and run the "
+                "same sweep again to go on",
             ) from error
+        finally:
+            shutil.rmtree(self.aside, ignore_errors=True)
 
     def _same_array(self, name: str) -> None:
         there, here = self.path / name / "zarr.json", self.aside / name / "zarr.json"
-        if there.exists() and there.read_bytes() != here.read_bytes():
-            differences = difference(
-                *(json.loads(f.read_text()) for f in (there, here))
-            )
+        if not there.exists():
+            return
+        if not _is_json(there):  # cut off: ours takes its place
+            there.unlink()
+            return
+        # Not byte by byte: another version of Zarr may write the same otherwise.
+        old, new = (json.loads(f.read_text()) for f in (there, here))
+        differences = difference(old, new)
+        if differences:
+            why = ""
+            if old.get("shape") != new["shape"]:
+                why = (
+                    " The number of saved times, or the size of the model, is not the "
+                    "same in all lanes."
+                )
             raise ValueError(
-                f"store: {name} differs from chunk to chunk: {'; '.join(differences)}. "
-                "The number of saved times, or the size of the model, is not the same "
-                "in all lanes."
+                f"store: {name} differs from chunk to chunk: {'; '.join(differences)}."
+                f"{why}"
             )
 
     def _move(self, files: list[str]) -> None:
@@ -265,17 +377,25 @@ class Store:
     def broken(self, number: int) -> str | None:
         """The first file of a finished chunk that is missing or wrong."""
         try:
-            marker = self.marker(number)["files"]
-        except (ValueError, KeyError):
+            marker = self.marker(number)["files"].items()
+        except _UNREADABLE:
             return f"chunks/{number:06d}"
-        for name, digest in marker.items():
-            file = self.path / name
-            if not file.exists() or _digest(file) != digest:
+        for name, digest in marker:
+            if self._differs(name, digest):
                 return name
         return None
 
     def forget(self, number: int) -> None:
-        """Takes the marker of a chunk away."""
+        """Takes a chunk away: first its `result`, by which a reader knows whether its
+        lanes are there, and its marker last."""
+        grid = json.loads((self.path / "result" / "zarr.json").read_text())
+        block = grid["chunk_grid"]["configuration"]["chunk_shape"]
+        counts = [-(-n // b) for n, b in zip(grid["shape"], block, strict=True)]
+        at = "/".join(str(int(i)) for i in np.unravel_index(number, counts))
+        # `False`, for `result`, is sorted before `True`.
+        first = lambda f: f.parents[1].name != "result"
+        for place in sorted(self.path.glob(f"*/c/{at}"), key=first):
+            shutil.rmtree(place) if place.is_dir() else place.unlink()
         shutil.rmtree(self.path / "chunks" / f"{number:06d}")
 
 
@@ -301,6 +421,30 @@ def _array(
     )
 
 
+_RESULT = np.zeros(0, np.int32)
+"""Of which type `result` is."""
+
+_UNREADABLE = (ValueError, KeyError, TypeError, AttributeError)
+"""What comes of reading JSON that is cut off, or is something else."""
+
+
+def _check_names(axes: Axes, config: dict[str, Any]) -> None:
+    """Raises `ValueError` for names that arrays in a folder can't have."""
+    first = config.get("first")
+    own = first.get("watched") if isinstance(first, dict) else None
+    metrics = {*(own or {}), *(config.get("metrics") or {})}
+    for kind, names in (("axes", axes.along), ("metrics", metrics)):
+        for name in names:
+            if "/" in name or name.startswith((".", "__")) or name in _TAKEN:
+                raise ValueError(
+                    f"{kind}: {name!r} can't be the name of an array in a store; name "
+                    "it otherwise."
+                )
+
+
+_TAKEN = ("", "chunks", "zarr.json")
+
+
 def _fill(like: np.ndarray) -> Any:
     return {"f": np.nan, "i": -1, "u": 0, "b": False}.get(like.dtype.kind, "")
 
@@ -322,6 +466,23 @@ _ATTRIBUTES = {
 
 def _files(folder: File) -> list[str]:
     return sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file())
+
+
+def _existing(folder: File) -> File:
+    """The folder, or the nearest above it that is there."""
+    folder = folder.absolute()
+    return next(f for f in (folder, *folder.parents) if f.exists())
+
+
+def _is_json(file: File) -> bool:
+    try:
+        return isinstance(json.loads(file.read_text()), dict)
+    except ValueError:
+        return False
+
+
+def _are(names: list[str]) -> str:
+    return "are" if len(names) > 1 else "is"
 
 
 def _flush(path: File) -> None:
@@ -376,7 +537,9 @@ def _commit(folder: File) -> str:
 
 def describe(value: Any) -> Any:
     """Something that JSON can hold, and that tells `value` from others: arrays by their
-    shapes and two sums, functions by their names, modules by their fields.
+    shapes and two sums, modules and other objects by their fields, functions by their
+    names; those made inside of others also by what they close over, and those without
+    a name (lambda) by their code too.
 
     Numbers count to some digits only: on another processor the same seed may give data
     that differ in the last one."""
@@ -393,8 +556,13 @@ def describe(value: Any) -> Any:
         if array.ndim == 0:
             return describe(array.item())
         kind = f"{array.dtype}{list(array.shape)}"
+        if array.dtype.kind == "O":
+            return [kind, *map(describe, array.ravel())]
         if array.dtype.kind == "f":
             flat = array.astype(float).ravel()
+            if missing := int(np.isnan(flat).sum()):
+                kind += f" with {missing} NaN"
+                flat = np.nan_to_num(flat)
             norm = np.linalg.norm(flat)
             mark = flat @ np.cos(np.arange(flat.size)) / (norm or 1.0)
             digits = 7 if array.dtype.itemsize == 8 else 3
@@ -405,15 +573,72 @@ def describe(value: Any) -> Any:
         return {str(k): describe(v) for k, v in value.items()}
     if isinstance(value, tuple | list | range):
         return [describe(v) for v in value]
+    if isinstance(value, set | frozenset):
+        return sorted((describe(v) for v in value), key=repr)
     if isinstance(value, functools.partial):
         parts = {"args": value.args, **value.keywords}
         return {"function": describe(value.func), **describe(parts)}
+    if id(value) in _describing:  # a function that calls itself
+        return type(value).__qualname__
+    _describing.append(id(value))
+    try:
+        return _describe_object(value)
+    finally:
+        _describing.pop()
+
+
+_describing: list[int] = []
+"""What is being described, from the outside in."""
+
+
+def _describe_object(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = [f.name for f in dataclasses.fields(value)]
         parts = {k: getattr(value, k) for k in fields if hasattr(value, k)}
         return {"type": type(value).__qualname__, **describe(parts)}
     name = getattr(value, "__qualname__", None)
-    return type(value).__qualname__ if name is None else f"{value.__module__}.{name}"
+    if name is None:
+        parts = getattr(value, "__dict__", {})
+        kind = type(value).__qualname__
+        return {"type": kind, **describe(parts)} if parts else kind
+    name = f"{value.__module__}.{name}"
+    if isinstance(value, types.MethodType):
+        return {"function": name, "self": describe(value.__self__)}
+    inner = inspect.unwrap(value) if callable(value) else value
+    if not isinstance(inner, types.FunctionType):
+        return name
+    # One that is made by another function, or has no name, is told by more than that.
+    more: dict[str, Any] = {}
+    if "<" in name:
+        given = (*(inner.__defaults__ or ()), *(inner.__kwdefaults__ or {}).values())
+        more |= {"defaults": given} if given else {}
+        cells = zip(inner.__code__.co_freevars, inner.__closure__ or (), strict=True)
+        for key, cell in cells:
+            with contextlib.suppress(ValueError):  # not there yet
+                more[key] = cell.cell_contents
+    out = {"function": name}
+    if "<lambda>" in name.rpartition(".")[2]:
+        out["code"] = _code(inner.__code__)
+    if more:
+        out["with"] = describe(more)
+    return out if len(out) > 1 else name
+
+
+def _code(code: types.CodeType) -> str:
+    """What a function does: its compiled code, and by which version of Python."""
+
+    def plain(x: Any) -> Any:
+        if isinstance(x, types.CodeType):
+            return x.co_code, x.co_names, x.co_varnames, plain(x.co_consts)
+        if isinstance(x, frozenset):
+            return sorted(map(repr, x))
+        return tuple(map(plain, x)) if isinstance(x, tuple) else x
+
+    digest = hashlib.sha256(repr(plain(code)).encode()).hexdigest()[:16]
+    return f"{_CODE} {digest}"
+
+
+_CODE = f"code of {sys.implementation.cache_tag}"
 
 
 def difference(there: Any, here: Any, name: str = "") -> list[str]:
@@ -429,8 +654,13 @@ def difference(there: Any, here: Any, name: str = "") -> list[str]:
                 f"{name}.{key}" if name else key,
             )
         ]
-    here = json.loads(json.dumps(here))
-    return [] if there == here else [f"{name}: {there} there, {here} here"]
+    # As JSON: NaN is no NaN otherwise.
+    if json.dumps(there, sort_keys=True) == json.dumps(here, sort_keys=True):
+        return []
+    if isinstance(there, str) and there.startswith("code of "):
+        if not there.startswith(f"{_CODE} "):
+            return []  # which another version of Python compiled
+    return [f"{name}: {there} there, {json.loads(json.dumps(here))} here"]
 
 
 def plan(axes: Axes, chunk: int) -> tuple[tuple[int, ...], int]:
@@ -441,10 +671,31 @@ def plan(axes: Axes, chunk: int) -> tuple[tuple[int, ...], int]:
 
 def remove_stale(path: File, processes: int) -> None:
     """Takes away what processes that are no more have left aside."""
-    for folder in path.parent.glob(f"{path.name}.partial-*"):
-        number = folder.name.rpartition("-")[2]
-        if number.isdigit() and int(number) >= processes:
+    _remove_left(path, lambda process: process >= processes)
+
+
+def _remove_left(path: File, of: Callable[[int], bool]) -> None:
+    """Takes away what was left aside by processes of such numbers, but for that of
+    another run that is at work on this machine."""
+    for folder in path.parent.glob(f"{glob.escape(path.name)}.partial-*"):
+        process, _, rest = folder.name[len(path.name) + 9 :].partition("-")
+        host, _, pid = rest.rpartition("-")
+        if not (process.isdigit() and of(int(process))):
+            continue
+        if host != socket.gethostname() or not _other_is_alive(pid):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _other_is_alive(pid: str) -> bool:
+    if not pid.isdigit() or int(pid) == os.getpid():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def pending(store: Store, numbers: list[int]) -> Iterator[int]:

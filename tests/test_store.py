@@ -5,6 +5,8 @@ import hashlib
 import json
 import os
 import pathlib
+import shutil
+import socket
 import subprocess
 import sys
 
@@ -12,9 +14,11 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+import optax
 import pytest
 
 import gradflow as gf
+from gradflow.store import describe, difference, remove_stale, Store
 
 xr = pytest.importorskip("xarray")
 pytest.importorskip("zarr")
@@ -191,7 +195,10 @@ def test_lanes_that_raise(tmp_path):
     nowhere = tmp_path / "none.zarr"
     with pytest.raises(KeyError, match="seeds are out"):
         run(nowhere, lambda seed: {}["seeds are out"])
-    assert gf.open_results(nowhere).attrs["finished"] == 0  # to be tried again
+    none = gf.open_results(nowhere)
+    assert (
+        none.attrs["finished"] == 0 and (none.result == -1).all()
+    )  # to be tried again
 
 
 def test_flows_and_a_single_problem(tmp_path):
@@ -225,12 +232,212 @@ def test_what_is_no_store_is_left_alone(tmp_path):
     with pytest.raises(FileNotFoundError, match="none at"):
         gf.open_results(tmp_path / "nothing.zarr")
     (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="no store"):
         run(tmp_path / "notes")
+    assert leftovers(tmp_path / "notes") == []
+    foreign = tmp_path / "foreign.zarr"
+    xr.Dataset({"a": ("x", [1, 2])}).to_zarr(foreign, zarr_format=3, consolidated=False)
+    for use in (gf.open_results, run):
+        with pytest.raises(ValueError, match="none that gradflow.sweep made"):
+            use(foreign)
     with pytest.raises(ValueError, match="chunk"):
         run(tmp_path / "s.zarr", chunk=0)
     with pytest.raises(ValueError, match="throw"):
         run(tmp_path / "s.zarr", throw=True)
+
+
+def described(value):
+    return json.loads(json.dumps(describe(value)))
+
+
+def inside(k):
+    def metric(model, power=2):
+        return k * model**power
+
+    return metric
+
+
+class Norm:
+    def __init__(self, p):
+        self.p = p
+
+    def __call__(self, model):
+        return self.p
+
+    def method(self, model):
+        return self.p
+
+
+@pytest.mark.parametrize(
+    "one, two, same",
+    [
+        (lambda m: m + 1, lambda m: m + 2, lambda m: m + 1),
+        (inside(1), inside(2), inside(1)),
+        (Norm(1), Norm(2), Norm(1)),
+        (Norm(1).method, Norm(2).method, Norm(1).method),
+        (optax.sgd(0.1), optax.sgd(0.2), optax.sgd(0.1)),
+        (gf.L2(where=lambda m: m[0]), gf.L2(where=lambda m: m[1]), None),
+        ({"a", "b"}, {"a", "c"}, {"b", "a"}),
+        (np.array([np.nan, 1.0]), np.array([np.nan, 2.0]), np.array([np.nan, 1.0])),
+        (np.array(["a", None]), np.array(["b", None]), np.array(["a", None])),
+    ],
+)
+def test_what_differs_is_told_apart(one, two, same):
+    assert difference(described(one), described(two)) != []
+    if same is not None:
+        assert difference(described(one), described(same)) == []
+
+
+def test_what_is_described_is_not_itself_a_trap():
+    def again(n):
+        return again(n - 1) if n else 0
+
+    assert "again" in str(described(again))  # which closes over itself
+    assert difference({"a": np.nan}, {"a": np.nan}) == []
+    # What another version of Python compiled tells nothing.
+    here = described(lambda m: m)
+    assert difference(here | {"code": "code of cpython-30 1234"}, here) == []
+
+
+def simple(a, b=0):
+    return make(10 * a + b)
+
+
+def test_the_order_of_axes_counts(tmp_path):
+    path = tmp_path / "s.zarr"
+    options = dict(weight_decay=0.1, learning_rate=0.05, steps=9, saves=3)
+    options |= dict(progress=False, store=path)
+    gf.sweep(simple, axes={"a": [0, 1], "b": [0, 1]}, **options)
+    with pytest.raises(ValueError, match=r"order: \['a', 'b'\] there, \['b', 'a'\]"):
+        gf.sweep(simple, axes={"b": [0, 1], "a": [0, 1]}, **options)
+
+
+@pytest.mark.parametrize("name", ["chunks", "a/b", ".a"])
+def test_names_of_arrays(tmp_path, name):
+    flow, model, _ = make(0)
+    both = dict(weight_decay=[0.1, 0.2], learning_rate=0.05, steps=9, saves=3)
+    both |= dict(progress=False, store=tmp_path / "s.zarr")
+    with pytest.raises(ValueError, match=f"axes: '{name}' can't be"):
+        gf.sweep(lambda **_: (flow, model), axes={name: [1]}, **both)
+    with pytest.raises(ValueError, match=f"metrics: '{name}' can't be"):
+        gf.sweep(flow, model, metrics={name: lambda m: 0.0}, **both)
+    assert [*tmp_path.iterdir()] == []
+
+
+def flip(file):
+    data = bytearray(file.read_bytes())
+    data[6] ^= 255
+    file.write_bytes(data)
+
+
+@pytest.fixture
+def copy(whole, tmp_path):
+    path = tmp_path / "copy.zarr"
+    shutil.copytree(whole[0], path)
+    return path
+
+
+def test_what_belongs_to_no_chunk_is_mended(copy):
+    good = contents(copy)
+    flip(copy / "learning_rate" / "c" / "0")
+    (copy / "train_loss" / "zarr.json").write_text("{")
+    with pytest.raises(ValueError, match="learning_rate/c/0, train_loss/zarr.json of"):
+        gf.open_results(copy)
+    with pytest.warns(UserWarning, match="corrupted, and are written anew"):
+        run(copy, parameters=True)
+    assert contents(copy) == good
+
+
+def test_a_corrupted_chunk_is_not_shown_before_it_is_computed_again(copy):
+    flip(copy / "train_loss" / "c" / "2" / "0" / "0")
+    Store(copy).forget(2)  # as a run does that is then killed
+    data = gf.open_results(copy)
+    assert (data.result.values[2] == -1).all() and data.attrs["finished"] == 3
+    assert np.isnan(data.train_loss.values[2]).all()
+    assert np.isfinite(data.train_loss.values[[0, 1, 3]]).all()
+
+
+def test_a_marker_that_is_cut_off(copy):
+    (copy / "chunks" / "000001" / "zarr.json").write_text("{")
+    with pytest.raises(ValueError, match=r"corrupted: 1 \(chunks/000001\)"):
+        gf.open_results(copy)
+    assert (gf.open_results(copy, check=False).result == 0).all()
+
+
+def test_another_device_is_told(copy):
+    file = copy / "zarr.json"
+    here = json.dumps(jax.devices()[0].device_kind)
+    text = file.read_text()
+    assert f'"device": {here}' in text
+    file.write_text(text.replace(f'"device": {here}', '"device": "abacus"'))
+    with pytest.warns(UserWarning, match="begun on abacus"):
+        run(copy, parameters=True)
+
+
+def test_another_process_may_make_it_first(copy, tmp_path, monkeypatch):
+    path = tmp_path / "sweep.zarr"
+    begin = Store._begin
+
+    def slow(self, *rest):
+        begin(self, *rest)
+        if not path.exists():
+            shutil.copytree(copy, path)
+
+    monkeypatch.setattr(Store, "_begin", slow)
+    BUILT.clear()
+    run(path, parameters=True)
+    assert set(BUILT) <= {0} and leftovers(path) == []
+    assert contents(path) == contents(copy)
+
+
+def test_what_others_have_left_aside(tmp_path):
+    path, host = tmp_path / "a[1].zarr", socket.gethostname()
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    names = [f"0-{host}-{os.getppid()}", f"0-{host}-{gone.pid}", "0-else-where-1"]
+    names += [f"1-{host}-{gone.pid}"]
+    for name in names:
+        path.with_name(f"{path.name}.partial-{name}").mkdir()
+    remove_stale(path, 1)
+    assert len(leftovers(path)) == 3
+    run(path, steps=3)
+    # That of another run that is at work here is its own.
+    assert leftovers(path) == [f"{path.name}.partial-{names[0]}"]
+
+
+def test_a_sweep_from_a_selection(tmp_path):
+    flow, model, metrics = make(0)
+    again = dict(flow=flow, model=model, metrics=metrics)
+    options = dict(steps=9, saves=3, learning_rate=RATES, weight_decay=[0.1, 0.2, 0.3])
+    options |= dict(progress=False, metrics=metrics)
+    more = dict(parameters=True, chunk=4)
+    data = gf.sweep(flow, model, store=tmp_path / "a", **options, **more)
+    assert data.lane.values.tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+    data.attrs["causes"] = {"5": "OSError: gone"}
+    part = gf.as_sweep(data.isel(learning_rate=1), **again)
+    lanes = gf.sweep(flow, model, **(options | dict(learning_rate=RATES[1])))
+    assert part.causes == {2: "OSError: gone"}
+    assert str(part).replace("  RAISED: OSError: gone", "") != str(part)
+    np.testing.assert_array_equal(part[1].models.weights, lanes[1].models.weights)
+    one = gf.as_sweep(data.isel(learning_rate=1, weight_decay=1), **again)
+    np.testing.assert_array_equal(one[0].models.weights, lanes[1].models.weights)
+    zipped = dict(zipped=[("learning_rate", "weight_decay")])
+    data = gf.sweep(flow, model, store=tmp_path / "b", **options, **zipped, **more)
+    assert (
+        data.weight_decay.dims == ("learning_rate",) and "weight_decay" in data.coords
+    )
+    assert str(gf.as_sweep(data, **again)) == str(
+        gf.sweep(flow, model, **options, **zipped)
+    )
+
+
+def test_a_sweep_is_of_one_problem(whole):
+    flow, model, metrics = make(2)
+    with pytest.raises(ValueError, match="select one value of seed"):
+        gf.as_sweep(whole[1], flow, model, metrics=metrics)
+    one = gf.as_sweep(whole[1].sel(seed=2), flow, model, metrics=metrics)
+    assert one.dims == ("learning_rate",) and one.fixed["weight_decay"] == 0.1
 
 
 KILLS = int(os.environ.get("GRADFLOW_KILLS", "2"))
