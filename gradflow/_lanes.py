@@ -1,5 +1,6 @@
 """What each lane of a sweep runs."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -65,6 +66,8 @@ class Lane(NamedTuple):
     """Grows with the work that is to be expected."""
     name: str = ""
     """Of its checkpoint."""
+    shares: bool = False
+    """Whether its first argument, the flow, is that of all lanes."""
 
 
 class Owned(NamedTuple):
@@ -192,8 +195,20 @@ class Recipe:
         else:
             made = self._flow(lane, bare, times)
         self._compare(made, bare)
-        again = made.again and made.again._replace(name=f"{lane}-again")
-        return made._replace(name=str(lane), again=again)
+        shares = isinstance(self.make, Problem)
+        made = made._replace(name=str(lane), shares=shares)
+        if made.again is not None:
+            again = made.again._replace(name=f"{lane}-again", shares=shares)
+            made = made._replace(again=again)
+        return made
+
+    def compare_with_first(self) -> None:
+        """Makes the first lane that can be made, with which `_compare` compares all
+        others: the same, whichever are run, and by whom."""
+        for lane in range(len(self.axes)):
+            with contextlib.suppress(Exception):
+                self.lane(lane)
+                return
 
     def _compare(self, made: Lane, watched: dict[str, Metric]) -> None:
         """Raises `Unlike` unless a lane gives arrays like those of the lane before."""

@@ -229,9 +229,13 @@ def _mapped(lanes: list[Lane], batch: Batch) -> Callable[[], Any]:
     lanes = [lanes[k] for k in order]
     tree = jax.tree.structure(lanes[0].args)
     columns = list(zip(*(jax.tree.leaves(lane.args) for lane in lanes), strict=True))
+    # Not by what the lanes at hand happen to share: a program is the same, to the last
+    # bit, whichever lanes of a sweep are in it.
+    common = len(jax.tree.leaves(lanes[0].args[0])) if lanes[0].shares else 0
     own = [
-        eqx.is_array(column[0]) and any(x is not column[0] for x in column)
-        for column in columns
+        eqx.is_array(column[0])
+        and (k >= common or any(x is not column[0] for x in column))
+        for k, column in enumerate(columns)
     ]
     stack = [
         np.stack(jax.device_get(column)) if mine else None

@@ -198,6 +198,8 @@ def run_stored(
         forget(number)
     left = sum(len(lanes_of(number)) for number in todo)
     held: list[tuple[int, Lanes]] = []
+    ran = len(todo) < len(mine)
+    recipe.compare_with_first()
     with Bars(axes, left, progress) as bars:
         runner = Runner(recipe, batch, bars)
         for number in todo:
@@ -205,7 +207,8 @@ def run_stored(
             lanes = runner.run(lanes_of(number), most, checkpoints)
             # Where no lane at all has run, the mistake is not in the lanes.
             held.append((number, lanes))
-            if lanes.done or len(todo) < len(mine):
+            ran = ran or bool(lanes.done)
+            if ran:
                 for one, found in held:
                     _write(store, one, axes, block, found, parameters)
                     forget(one)
