@@ -165,11 +165,10 @@ def agreement(task: gf.tasks.Task, t1: float = 4.0) -> tuple[np.ndarray, np.ndar
     steps of plain gradient descent; relative to the norm."""
     held = gf.GradientFlow(task.loss, hold_norm=True)
     rates, apart = 0.08 / 2.0 ** np.arange(4), []
-    descents = gf.sweep(
-        held, task.model, weight_decay=0.0, learning_rate=rates, t1=t1, saves=17,
-        throw=True, progress=False,
-    )  # fmt: skip
-    for stepped in descents:
+    for rate in rates:
+        stepped = gf.descent(
+            held, task.model, weight_decay=0.0, learning_rate=rate, t1=t1, saves=17
+        )
         true = gf.simulate(held, task.model, weight_decay=0.0, ts=stepped.t, rtol=1e-8)
         away = jax.tree.map(jnp.subtract, stepped.params, true.params)
         size = jax.vmap(optax.tree.norm)
