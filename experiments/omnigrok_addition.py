@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,8 +17,8 @@ import jax.random as jr
 import numpy as np
 import optax
 import xarray as xr
-from common import bar, check, COLOURS, finish, Outcome, panels, Row, Settings
-from runs import single, stored
+from common import check, COLOURS, finish, Outcome, panels, Row, Settings
+from runs import single, store_of
 
 import gradflow as gf
 
@@ -36,9 +35,8 @@ class AD(Settings):
     """Figures 1 and 6: train and test loss of a decoder at held norm w and messiness m,
     for several numbers of the 55 pairs to learn from.
 
-    Each point of the maps is a run of its own; they are stored one by one, so that an
-    interrupted map goes on where it was. (One after the other: on a CPU eight runs in
-    lockstep, by vmap, took half as long again.) The paper has 1680 runs of 15 000
+    Each point of the maps is a run of its own, and all are one sweep with a store, so
+    that interrupted maps go on where they were. The paper has 1680 runs of 15 000
     steps. Norms are relative to that of the usual start, biases counted once (the
     authors' code counts the first layer twice); single precision.
     """
@@ -61,20 +59,18 @@ class AD(Settings):
 
     def run(self) -> Outcome:
         name, mine = "P3-AD", self.effective()
-        shape = (len(mine.sizes), len(mine.messiness), len(mine.alphas))
-        maps = {key: np.zeros(shape) for key in ("train", "test")}
-        cells = [(i, j) for i in range(shape[0]) for j in range(shape[1])]
-        for i, j in bar(cells, "rows of the maps"):
-            size, messiness = mine.sizes[i], mine.messiness[j]
-            task = single(
-                gf.tasks.symbol_addition(
-                    jr.key(mine.seed), train=size, messiness=messiness, width=mine.width
-                )
-            )
-            for k, alpha in enumerate(mine.alphas):
-                at = mine.cell(task, size, messiness, alpha)
-                for key, values in maps.items():
-                    values[i, j, k] = at[key]
+        runs: Any = gf.sweep(
+            mine.problem,
+            axes={"size": mine.sizes, "messiness": mine.messiness},
+            init_scale=mine.alphas,
+            weight_decay=0.0,
+            learning_rate=mine.learning_rate,
+            optimiser=falling_adam(mine.learning_rate, max(mine.steps // 3, 1)),
+            at=[0, mine.steps],
+            store=store_of(mine, "ad"),
+        )
+        ends = runs.isel(time=-1).astype(float)
+        maps = {key: ends[f"metric_{key}"].values for key in ("train", "test")}
         alphas, m = np.array(mine.alphas), np.array(mine.messiness)
         edges = np.array([edge(alphas, row, mine.level) for row in maps["train"]])
         rows = [row for i, size in enumerate(mine.sizes)
@@ -109,32 +105,16 @@ class AD(Settings):
         arrays = arrays.assign(edge=(("size", "messiness"), edges))
         return Outcome({"edges": edges, "angles": angles}, rows, arrays, {"ad": fig})
 
-    def cell(
-        self, task: gf.tasks.Task, size: int, messiness: float, alpha: float
-    ) -> dict[str, np.ndarray]:
-        """Train and test loss at the end of one run."""
-        settings = dict(
-            size=size, messiness=messiness, alpha=alpha, seed=self.seed,
-            steps=self.steps, learning_rate=self.learning_rate, width=self.width,
-        )  # fmt: skip
-        folder = (self.out or Path("results/omnigrok/ad")) / "runs"
-        path = folder / f"train={size}_m={messiness:g}_alpha={alpha:g}.npz"
-        return stored(path, settings, lambda: self._run(task, alpha))
-
-    def _run(self, task: gf.tasks.Task, alpha: float) -> dict[str, np.ndarray]:
-        trainable = task.model.only_decoder()
-        path = gf.descent(
-            gf.GradientFlow(task.loss, trainable=trainable, hold_norm=True),
-            task.model,
-            weight_decay=0.0,
-            init_scale=alpha,
-            learning_rate=self.learning_rate,
-            optimiser=falling_adam(self.learning_rate, max(self.steps // 3, 1)),
-            at=[0, self.steps],
-            metrics=task.metrics,
-            throw=False,
+    def problem(self, size: int, messiness: float) -> tuple:
+        """Flow, model and metrics, as `gf.sweep` takes them."""
+        task = single(
+            gf.tasks.symbol_addition(
+                jr.key(self.seed), train=size, messiness=messiness, width=self.width
+            )
         )
-        return {key: np.asarray(v[-1]) for key, v in path.metrics.items()}
+        decoder = task.model.only_decoder()
+        flow = gf.GradientFlow(task.loss, trainable=decoder, hold_norm=True)
+        return flow, task.model, task.metrics
 
 
 def edge(alphas: np.ndarray, losses: np.ndarray, level: float) -> np.ndarray:

@@ -33,7 +33,7 @@ from common import (
 )
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from runs import first
+from runs import reached, store_of, trained
 
 import gradflow as gf
 
@@ -63,32 +63,18 @@ class Teacher(Settings):
             init_scale=init_scale,
         )
 
-    def adamw(
-        self, task: gf.tasks.Task, decay: float, steps: int, alpha: float
-    ) -> gf.Path:
-        return gf.descent(
-            task.flow,
-            task.model,
-            init_scale=alpha,
-            weight_decay=decay,
-            learning_rate=self.learning_rate,
-            optimiser=optax.adam,
-            method="decoupled",
-            steps=steps,
+    @property
+    def rule(self) -> dict[str, Any]:
+        """Of AdamW, as `gf.sweep` takes it."""
+        return dict(
+            learning_rate=self.learning_rate, optimiser=optax.adam, method="decoupled",
             saves=SAVES,
-            metrics=task.metrics,
-        )
+        )  # fmt: skip
 
 
 def mean_square(loss: Any) -> np.ndarray:
     """The paper's loss from ours, for five outputs."""
     return 0.4 * np.asarray(loss)
-
-
-def reached(path: gf.Path, name: str, learning_rate: float) -> float:
-    """The first saved step at which an accuracy is at its threshold; `inf` if none."""
-    steps = np.rint(np.asarray(path.t) / learning_rate)
-    return first(steps, np.asarray(path.metrics[name]), 0.95, higher=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,12 +110,15 @@ class TSL(Teacher):
         rates, apart = agreement(task)
         words = "difference of plain descent, rescaled, and the flow against the step"
         rows.append(slope_row(name, law(rates, apart), 1.0, 0.15, words))
-        decays = {r"$\alpha$ = 2, $\gamma$ = 1": (2.0, 1.0, 3000)}
-        decays |= {r"$\alpha$ = 2, $\gamma$ = 0": (2.0, 0.0, 3000)}
-        decays |= {r"$\alpha$ = 0.5, $\gamma$ = 0": (0.5, 0.0, 3000)}
+        alphas, gammas = (2.0, 2.0, 0.5), (1.0, 0.0, 0.0)
+        swept = gf.sweep(
+            task.flow, task.model, init_scale=alphas, weight_decay=gammas,
+            zipped=[("init_scale", "weight_decay")], steps=3000, metrics=task.metrics,
+            throw=True, **self.rule,
+        )  # fmt: skip
         runs = {
-            key: self.adamw(task, gamma, count, alpha)
-            for key, (alpha, gamma, count) in decays.items()
+            rf"$\alpha$ = {alpha:g}, $\gamma$ = {gamma:g}": path
+            for alpha, gamma, path in zip(alphas, gammas, swept, strict=True)
         }
         numbers = {
             "title": title(self),
@@ -247,30 +236,22 @@ class TST(Teacher):
 
     def run(self) -> Outcome:
         name, mine = "P3-TS-T", self.effective()
-        steps, gammas = mine.steps, np.array(mine.gammas)
-        rate = self.learning_rate
+        gammas, rate = np.array(mine.gammas), self.learning_rate
         seeds = list(range(self.seed, self.seed + self.seeds))
         tasks = [self.task(seed=seed) for seed in seeds]
-
-        def until(gamma: float) -> int:
-            return min(steps, round(1.5 / (rate * gamma))) if gamma > 0 else steps
-
         # The first and the last decay, with none, for the six panels too.
         three = (0.0, float(gammas[0]), float(gammas[-1]))
-        cells = [(2.0, float(g), i) for i in range(self.seeds) for g in gammas]
-        cells = [*itertools.product((0.5, 2.0), three, (0,)), *cells]
-        runs = {
-            (alpha, gamma, i): self.adamw(tasks[i], gamma, until(gamma), alpha)
-            for alpha, gamma, i in bar(list(dict.fromkeys(cells)), "AdamW")
-        }
-        six = {key: runs[*key, 0] for key in itertools.product((0.5, 2.0), three)}
-        both = lambda path: [reached(path, k, rate) for k in ("train", "test")]
-        of_seed = lambda i: [both(runs[2.0, float(g), i]) for g in gammas]
-        times = np.array([of_seed(i) for i in range(self.seeds)])
+        shown = list(itertools.product((0.5, 2.0), three, [self.seed]))
+        cells = [(2.0, float(g), seed) for seed in seeds for g in gammas]
+        runs = mine.adamw(list(dict.fromkeys([*shown, *cells])))
+        six = {cell[:2]: runs[cell] for cell in shown}
+        both = lambda run: [reached(run, k).item() for k in ("train", "test")]
+        times = np.array([both(runs[cell]) for cell in cells])
+        times = times.reshape(self.seeds, len(gammas), 2)
         shrink = np.array([to_shrink(each) for each in bar(tasks, "landscapes")])
         predicted = shrink[:, None] / (rate * gammas[None, :, None])
         flow = self.flow(tasks[0])
-        rows = panel_rows(name, six, rate, float(gammas[0]))
+        rows = panel_rows(name, six, float(gammas[0]))
         for i, number in enumerate(seeds):
             seed = f"seed {number}"
             rows += scan_rows(name, seed, gammas, times[i], "γ")
@@ -296,13 +277,32 @@ class TST(Teacher):
             },
         )  # fmt: skip
         figures = {
-            "panels": six_panels(title(self), six, rate),
+            "panels": six_panels(title(self), six),
             "scan": scan_figure(
                 title(self), seeds, gammas, times, predicted, self.lams, flow
             ),
         }
-        numbers = {"title": title(self), "steps": steps}
+        numbers = {"title": title(self), "steps": mine.steps}
         return Outcome(numbers, rows, data, figures)
+
+    def adamw(self, cells: list[tuple[float, float, int]]) -> dict[tuple, xr.Dataset]:
+        """What AdamW recorded for each α, γ and seed. Those of a length are a sweep."""
+
+        def until(cell: tuple[float, float, int]) -> int:
+            unit = self.learning_rate * cell[1]
+            return min(self.steps, round(1.5 / unit)) if unit > 0 else self.steps
+
+        found = {}
+        for steps, group in itertools.groupby(sorted(cells, key=until), until):
+            group = list(group)
+            alphas, gammas, seeds = zip(*group, strict=True)
+            runs = trained(
+                self.task, store_of(self, "ts-t", f"_{steps}"), axes={"seed": seeds},
+                init_scale=alphas, weight_decay=gammas, steps=steps,
+                zipped=[("seed", "init_scale", "weight_decay")], **self.rule,
+            )  # fmt: skip
+            found |= {cell: runs.isel(seed=i) for i, cell in enumerate(group)}
+        return found
 
     def flow(self, task: gf.tasks.Task) -> np.ndarray:
         """The times at which the flow memorises and generalises, for each λ."""
@@ -333,15 +333,15 @@ def to_shrink(task: gf.tasks.Task) -> np.ndarray:
 
 
 def panel_rows(
-    name: str, six: dict[tuple[float, float], gf.Path], rate: float, least: float
+    name: str, six: dict[tuple[float, float], xr.Dataset], least: float
 ) -> list[Row]:
-    best = float(np.max(six[2.0, 0.0].metrics["test"]))
+    best = float(six[2.0, 0.0].test.max())
     words = "α = 2, γ = 0: best test accuracy"
     rows = [check(name, best, "< 0.95", best < 0.95, words)]
-    slow = reached(six[2.0, least], "test", rate)
-    for (alpha, gamma), path in six.items():
+    slow = reached(six[2.0, least], "test").item()
+    for (alpha, gamma), run in six.items():
         if alpha == 0.5:
-            share = reached(path, "test", rate) / slow
+            share = reached(run, "test").item() / slow
             words = f"α = 0.5, γ = {gamma:g}: steps to test 95 %, over those of α = 2"
             words += f", γ = {least:g}"
             ok = np.isfinite(slow) and share <= 0.1
@@ -373,15 +373,12 @@ def scan_rows(
     ]
 
 
-def six_panels(
-    title: str, six: dict[tuple[float, float], gf.Path], rate: float
-) -> Figure:
+def six_panels(title: str, six: dict[tuple[float, float], xr.Dataset]) -> Figure:
     fig, axes = panels(6, columns=3, size=(4.2, 3.0))
-    for ax, ((alpha, gamma), path) in zip(axes, six.items(), strict=True):
-        steps = np.asarray(path.t) / rate
+    for ax, ((alpha, gamma), run) in zip(axes, six.items(), strict=True):
         for key, colour in (("train", COLOURS[0]), ("test", COLOURS[1])):
-            ax.plot(steps[1:], path.metrics[key][1:], color=colour, label=key)
-        times = {k: reached(path, k, rate) for k in ("train", "test")}
+            ax.plot(run.step[1:], run[key][1:], color=colour, label=key)
+        times = {k: reached(run, k).item() for k in ("train", "test")}
         name = rf"$\alpha$ = {alpha:g}, $\gamma$ = {gamma:g}"
         finish(ax, name, y="accuracy", log="x")
         marks(ax, times)

@@ -2,8 +2,8 @@
 
 In single precision but for the loss, where the authors have double. At the paper's
 sizes a step takes 0.2 s on one core, so that figure 7 is an hour's work and the scans
-of figures 9 and 10 take many; runs are stored one by one, and an interrupted scan goes
-on where it was.
+of figures 9 and 10 take many; each is a sweep, whose store has the runs that are done,
+so that an interrupted one goes on where it was.
 `--quick` takes a smaller modulus and network and more of the pairs, which groks in
 minutes; that is said in the titles. (There the test accuracy first rises to about the
 part that is seen: the network has learnt that a + b is b + a, and nothing else.)
@@ -11,10 +11,7 @@ part that is seen: the network has learnt that a + b is b + a, and nothing else.
 
 import dataclasses
 import functools
-import itertools
-import time
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +20,6 @@ import numpy as np
 import optax
 import xarray as xr
 from common import (
-    bar,
     check,
     COLOURS,
     finish,
@@ -34,7 +30,7 @@ from common import (
 )
 from matplotlib.figure import Figure
 from omnigrok_teacher import draw, scan_rows
-from runs import first, save_steps, single, stored
+from runs import reached, save_steps, single, store_of, trained
 
 import gradflow as gf
 
@@ -63,68 +59,43 @@ class Addition(Settings):
         name = f"a + b mod {self.modulus}, {100 * self.fraction:g} % seen"
         return name + ("" if self.modulus == 113 else " (small)")
 
-    def folder(self, name: str) -> Path:
-        return (self.out or Path("results/omnigrok") / name) / "runs"
-
-
-class Run(NamedTuple):
-    """What one training recorded at its saved steps."""
-
-    steps: np.ndarray
-    arrays: dict[str, np.ndarray]
-
-    def first(self, name: str, level: float) -> float:
-        """The first saved step at which an accuracy is at the level; `inf` if none."""
-        return first(self.steps, self.arrays[name], level, higher=True)
-
-
-def train(
-    config: Addition,
-    folder: Path,
-    *,
-    steps: int,
-    every: int = 0,
-    weight_decay: float,
-    init_scale: float = 1.0,
-    hold_norm: bool = False,
-) -> Run:
-    """Trains the transformer, or reads what an earlier call with the same settings has
-    stored. Saved at 200 steps even in the logarithm, or at fewer and `every` so many:
-    scans do without, as their runs, of one shape, compile once."""
-    at = save_steps(steps, every) if every else gf.log_spaced_steps(steps, 200)
-    sizes = {k: getattr(config, k) for k in ("modulus", "fraction", "width", "hidden")}
-    rule = dict(weight_decay=weight_decay, learning_rate=config.learning_rate)
-    settings: dict[str, Any] = dict(
-        **sizes, **rule, init_scale=init_scale, hold_norm=hold_norm, seed=config.seed,
-        precision=config.precision, steps=steps, every=every,
-    )  # fmt: skip
-    name = f"p={config.modulus}_fraction={config.fraction:g}_alpha={init_scale:g}"
-    name += f"_gamma={weight_decay:g}_seed={config.seed}"
-
-    def make() -> dict[str, np.ndarray]:
-        start = time.perf_counter()
-        task = gf.tasks.modular_transformer(
-            jr.key(config.seed), init_scale=init_scale, **sizes
-        )
-        model = single(task.model) if config.precision == "single" else task.model
-        test = task.metrics["test"].fn
-        path = gf.descent(
-            gf.GradientFlow(in_double(task.loss), hold_norm=hold_norm),
-            model,
+    def train(
+        self, name: str, *, hold_norm: bool = False, **options: Any
+    ) -> xr.Dataset:
+        """Trains the transformer for all values of the axes, seed, fraction, alpha and
+        weight_decay; see `runs.trained`."""
+        return trained(
+            functools.partial(self.problem, hold_norm=hold_norm),
+            store_of(self, name),
+            learning_rate=self.learning_rate,
             optimiser=ADAM,
             method="decoupled",
-            at=at,
-            metrics={**task.metrics, "test_loss": in_double(test)},
-            progress=not config.quick,
-            **rule,
+            progress=not self.quick,
+            **options,
         )
-        arrays = {k: np.asarray(v) for k, v in path.metrics.items()}
-        arrays["train_loss"] = np.asarray(path.train_loss)
-        arrays["norm"] = np.sqrt(2 * np.asarray(path.penalty))
-        arrays["seconds"] = np.asarray(time.perf_counter() - start)
-        return arrays
 
-    return Run(at, stored(folder / f"{name}.npz", settings, make))
+    def problem(
+        self,
+        *,
+        hold_norm: bool,
+        seed: int | None = None,
+        fraction: float | None = None,
+        alpha: float = 1.0,
+    ) -> tuple[gf.GradientFlow, Any, dict[str, Any]]:
+        """Flow, model and metrics, as `gf.sweep` takes them. (The weights are scaled
+        here, by α, and not by it: in double precision, before they are rounded.)"""
+        task = gf.tasks.modular_transformer(
+            jr.key(self.seed if seed is None else seed),
+            modulus=self.modulus,
+            fraction=self.fraction if fraction is None else fraction,
+            width=self.width,
+            hidden=self.hidden,
+            init_scale=alpha,
+        )
+        model = single(task.model) if self.precision == "single" else task.model
+        flow = gf.GradientFlow(in_double(task.loss), hold_norm=hold_norm)
+        test_loss = in_double(task.metrics["test"].fn)
+        return flow, model, {**task.metrics, "test_loss": test_loss}
 
 
 def in_double(data: Any) -> gf.CrossEntropy:
@@ -150,15 +121,15 @@ class MAN(Addition):
 
     def run(self) -> Outcome:
         name, mine = "P3-MA-N", self.effective()
-        run = train(
-            mine,
-            self.folder("ma-n"),
-            steps=mine.steps,
-            every=max(1, mine.steps // 150),
+        runs = mine.train(
+            "ma-n",
+            at=save_steps(mine.steps, max(1, mine.steps // 150)),
             weight_decay=mine.weight_decay,
+            axes={"alpha": [1.0]},
         )
-        train_at, test_at = run.first("train", 1.0), run.first("test", 0.99)
-        norm = run.arrays["norm"] / run.arrays["norm"][0]
+        train_at = reached(runs, "train", 1.0).item()
+        test_at = reached(runs, "test", 0.99).item()
+        norm = (runs.norm / runs.norm[:, 0]).values[0]
         rows = [
             check(name, train_at, "≤ 300", train_at <= 300, "step of train 100 %"),
             check(name, norm.max(), "≥ 1.3", norm.max() >= 1.3, "peak of the norm"),
@@ -166,8 +137,8 @@ class MAN(Addition):
             check(name, test_at, "≤ 1e4", test_at <= 1e4, "step of test 99 %"),
         ]
         title = rf"{mine.title}, $\gamma$ = {mine.weight_decay:g}"
-        numbers = {"title": title, "train": train_at, "test": test_at, **spent([run])}
-        return Outcome(numbers, rows, dataset([run]), {"curves": curves([run], title)})
+        numbers = {"title": title, "train": train_at, "test": test_at, **spent(runs)}
+        return Outcome(numbers, rows, dataset(runs), {"curves": curves(runs, title)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,20 +156,23 @@ class MAC(Addition):
 
     def run(self) -> Outcome:
         name, mine = "P3-MA-C", self.effective()
-        run = train(
-            mine, self.folder("ma-c"), steps=mine.steps, every=10, weight_decay=0.0,
-            init_scale=mine.alpha, hold_norm=True,
-        )  # fmt: skip
-        train_at, test_at = run.first("train", 0.95), run.first("test", 0.95)
-        late, held = test_at - train_at, np.ptp(run.arrays["norm"])
+        runs = mine.train(
+            "ma-c",
+            at=save_steps(mine.steps, 10),
+            weight_decay=0.0,
+            axes={"alpha": [mine.alpha]},
+            hold_norm=True,
+        )
+        train_at, test_at = (reached(runs, k).item() for k in ("train", "test"))
+        late, held = test_at - train_at, np.ptp(runs.norm.values)
         rows = [
             check(name, late, "≤ 200", late <= 200, "steps from train to test 95 %"),
             check(name, test_at, "≤ 1000", test_at <= 1000, "step of test 95 %"),
             check(name, held, "< 1e-3", held < 1e-3, "change of the norm"),
         ]
         title = rf"{mine.title}, norm held at {mine.alpha:g} $\|\theta_0\|$"
-        numbers = {"title": title, "train": train_at, "test": test_at, **spent([run])}
-        return Outcome(numbers, rows, dataset([run]), {"curves": curves([run], title)})
+        numbers = {"title": title, "train": train_at, "test": test_at, **spent(runs)}
+        return Outcome(numbers, rows, dataset(runs), {"curves": curves(runs, title)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,16 +194,14 @@ class MAW(Addition):
     def run(self) -> Outcome:
         name, mine = "P3-MA-W", self.effective()
         gammas, seeds = np.array(mine.gammas), mine.seeds_of()
-        times, runs = np.full((len(seeds), len(gammas), 2), np.nan), []
-        for i, seed in enumerate(bar(seeds, "seeds")):
-            each = dataclasses.replace(mine, seed=seed)
-            for j, gamma in enumerate(gammas):
-                steps = round(mine.slow_time / (gamma * mine.learning_rate))
-                run = train(
-                    each, self.folder("ma-w"), steps=steps, weight_decay=float(gamma)
-                )
-                times[i, j] = run.first("train", 0.95), run.first("test", 0.95)
-                runs.append(run)
+        runs = mine.train(
+            "ma-w",
+            slow_time=mine.slow_time,
+            saves=200,
+            weight_decay=gammas,
+            axes={"seed": seeds},
+        )
+        times = np.stack([reached(runs, k) for k in ("train", "test")], axis=-1)
         rows = [
             row
             for seed, each in zip(seeds, times, strict=True)
@@ -273,34 +245,25 @@ class MAR(Addition):
     def run(self) -> Outcome:
         name, mine = "P3-MA-R", self.effective()
         fractions, alphas = mine.fractions, mine.alphas
-        cells = list(itertools.product(fractions, alphas))
-        runs = [
-            train(
-                dataclasses.replace(mine, fraction=fraction), self.folder("ma-r"),
-                steps=mine.steps, weight_decay=0.0, init_scale=alpha, hold_norm=True,
-            )
-            for fraction, alpha in bar(cells, "runs")
-        ]  # fmt: skip
-        shape = len(fractions), len(alphas)
-        best = {
-            k: np.array([run.arrays[k].max() for run in runs]).reshape(shape)
-            for k in ("train", "test")
-        }
+        runs = mine.train(
+            "ma-r",
+            steps=mine.steps,
+            saves=200,
+            weight_decay=0.0,
+            axes={"fraction": fractions, "alpha": alphas},
+            hold_norm=True,
+        )
+        best = runs[["train", "test"]].max("time")
         # At the norm that is best for it. (A network that only learns that a + b is
         # b + a knows as many of the others as are seen, so the level is high.)
-        known = best["test"].max(axis=1)
+        known = best.test.max("alpha").values
         critical = float(crossing(np.array(fractions), known))
         words = "part of all pairs from which on 90 % of the others are learnt"
         ok = None if self.quick else 0.2 <= critical <= 0.3
         rows = [check(name, critical, "in [0.2, 0.3]", ok, words)]
-        dims = ("fraction", "alpha")
-        data = xr.Dataset(
-            {k: (dims, v) for k, v in best.items()},
-            {"fraction": list(fractions), "alpha": list(alphas)},
-        )
         name = f"a + b mod {mine.modulus}" + (" (small)" if self.quick else "")
         numbers = {"title": name, "critical_fraction": critical, **spent(runs)}
-        return Outcome(numbers, rows, data, {"map": accuracy_map(name, data)})
+        return Outcome(numbers, rows, best, {"map": accuracy_map(name, best)})
 
 
 def accuracy_map(name: str, data: xr.Dataset) -> Figure:
@@ -325,35 +288,30 @@ def crossing(x: np.ndarray, values: np.ndarray, level: float = 0.9) -> float:
     return np.interp(level, values[i], x[i])
 
 
-def spent(runs: list[Run]) -> dict[str, float]:
-    """Seconds of training, also that of earlier calls, and steps."""
-    seconds = sum(float(run.arrays["seconds"]) for run in runs)
-    return {"training_seconds": seconds, "steps": sum(int(r.steps[-1]) for r in runs)}
+def spent(runs: xr.Dataset) -> dict[str, int]:
+    """Steps of training, also those of earlier calls."""
+    return {"steps": int(runs.step.max("time").sum())}
 
 
-def dataset(runs: list[Run], **columns: Any) -> xr.Dataset:
-    """Everything recorded, of dimensions run and step."""
-    names = [k for k in runs[0].arrays if k != "seconds"]
-    stack = {n: (("run", "step"), np.stack([r.arrays[n] for r in runs])) for n in names}
-    coords = {k: ("run", list(v)) for k, v in columns.items()}
-    return xr.Dataset(stack, {"step": runs[0].steps, **coords})
+def dataset(runs: xr.Dataset) -> xr.Dataset:
+    """Everything recorded of runs that are saved at the same steps, of dimensions run
+    and step."""
+    steps = runs.step.values[0]
+    data = runs.drop_vars(["step", "alpha"]).rename(alpha="run", time="step")
+    return data.assign_coords(step=steps)
 
 
-def curves(runs: list[Run], title: str, labels: tuple[str, ...] = ("",)) -> Figure:
-    """Accuracies and the norm against steps."""
+def curves(runs: xr.Dataset, title: str) -> Figure:
+    """Accuracies and the norm of the first run against steps."""
     fig, axes = panels(2)
-    for run, label, style in zip(runs, labels, ("-", "--"), strict=False):
-        x = run.steps[1:]
-        for name, colour in (("train", COLOURS[0]), ("test", COLOURS[1])):
-            axes[0].plot(
-                x, run.arrays[name][1:], style, color=colour, label=f"{name} {label}"
-            )
-        axes[1].plot(x, run.arrays["norm"][1:], style, color=COLOURS[2], label=label)
-    axes[1].axhline(runs[0].arrays["norm"][0], color="grey", lw=0.7)
+    run = runs.isel(alpha=0, time=slice(1, None))
+    for name, colour in (("train", COLOURS[0]), ("test", COLOURS[1])):
+        axes[0].plot(run.step, run[name], color=colour, label=name)
+    axes[1].plot(run.step, run.norm, color=COLOURS[2])
+    axes[1].axhline(runs.norm[0, 0], color="grey", lw=0.7)
     finish(axes[0], title, y="accuracy", log="x")
-    marks(axes[0], {"train 95 %": runs[0].first("train", 0.95),
-                    "test 95 %": runs[0].first("test", 0.95)})  # fmt: skip
-    axes[1].set_ylim(0, 1.1 * max(run.arrays["norm"].max() for run in runs))
+    marks(axes[0], {f"{k} 95 %": reached(runs, k).item() for k in ("train", "test")})
+    axes[1].set_ylim(0, 1.1 * float(runs.norm.max()))
     finish(axes[1], "norm of all weights", y=r"$\|\theta\|$", log="x")
     return fig
 

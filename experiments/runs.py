@@ -1,4 +1,5 @@
-"""Runs that are stored one by one, so that an interrupted grid goes on where it was."""
+"""Runs that are stored, so that an interrupted grid goes on where it was; and what is
+read off them."""
 
 import json
 import math
@@ -10,7 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import plain
+import xarray as xr
+from common import plain, Settings
 
 import gradflow as gf
 
@@ -45,6 +47,45 @@ def write(path: Path, settings: dict[str, Any], arrays: Arrays) -> None:
     aside = path.with_suffix(".part.npz")
     np.savez(aside, settings=json.dumps(plain(settings)), **arrays)
     os.replace(aside, path)
+
+
+def store_of(config: Settings, name: str, part: str = "") -> Path:
+    """The store of an experiment's sweep; those of quick runs are apart."""
+    folder = config.out or Path("results/omnigrok") / name
+    return folder / f"{'quick' if config.quick else 'runs'}{part}.zarr"
+
+
+def trained(
+    problem: Callable[..., Any], store: Path, *, learning_rate: float, **options: Any
+) -> xr.Dataset:
+    """What a `gf.sweep` of descents records; read where the store has it, and each run
+    stored when it is done.
+
+    **Returns:** the metrics by their names, `train_loss`, `norm`, that of all weights,
+    and `step`; of the dimensions of the sweep, and time.
+
+    **Raises:** `RuntimeError` where a run failed.
+    """
+    runs: Any = gf.sweep(
+        problem, learning_rate=learning_rate, store=store, chunk=1, **options
+    )
+    if failed := int((runs.result != 0).sum()):
+        raise RuntimeError(
+            f"{store}: {failed} runs left the finite range, or raised an error: "
+            f"{runs.attrs['causes']}"
+        )
+    runs = runs.load().drop_attrs().reset_coords()
+    names = [k for k in runs if k == "train_loss" or k.startswith("metric_")]
+    recorded = runs[names].rename({k: k.removeprefix("metric_") for k in names})
+    steps = np.rint(runs.t / learning_rate).astype(int)
+    return recorded.assign(norm=np.sqrt(2 * runs.penalty), step=steps)
+
+
+def reached(runs: xr.Dataset, name: str, level: float = 0.95) -> np.ndarray:
+    """The first saved step at which an accuracy is at the level, for every run of
+    `trained`; `inf` where there is none."""
+    find = lambda steps, values: first(steps, values, level, higher=True)
+    return np.vectorize(find, signature="(n),(n)->()")(runs.step, runs[name])
 
 
 def single(tree: Any) -> Any:

@@ -5,7 +5,6 @@ import json
 import math
 import pathlib
 import sys
-import types
 
 import equinox as eqx
 import jax
@@ -54,29 +53,52 @@ def test_every_row_has_a_command():
     assert config.modulus < 113 and "small" in config.title
 
 
+def finished(store):
+    """When each run of a store was written."""
+    return {p: p.stat().st_mtime_ns for p in (store / "chunks").glob("*/zarr.json")}
+
+
 def test_a_run_is_stored_and_read_again(tmp_path):
-    config = transformer.Addition(**TINY)
-    options = dict(steps=60, every=20, weight_decay=1.0)
-    one = transformer.train(config, tmp_path, **options)
-    (file,) = tmp_path.iterdir()
-    when = file.stat().st_mtime_ns
-    again = transformer.train(config, tmp_path, **options)
-    assert file.stat().st_mtime_ns == when
-    for name, values in one.arrays.items():
-        assert_array_equal(values, again.arrays[name])
+    config = transformer.Addition(**TINY, out=tmp_path)
+    at = np.arange(61)  # as a run of 60 steps below, whose program it shares
+    options = dict(at=at, weight_decay=1.0, axes={"alpha": [1.0]})
+    one = config.train("", **options)
+    when = finished(tmp_path / "runs.zarr")
+    assert one.sizes == {"alpha": 1, "time": 61} and len(when) == 1
+    assert_array_equal(one.step.values, at[None])
+    assert config.train("", **options).identical(one)
+    assert finished(tmp_path / "runs.zarr") == when
     # One of other settings is not taken for it.
-    transformer.train(config, tmp_path, **{**options, "steps": 61})
-    assert file.stat().st_mtime_ns > when
+    with pytest.raises(ValueError, match="holds another sweep:\n  weight_decay: 1.0"):
+        config.train("", **{**options, "weight_decay": 2.0})
+    # It is the run that a descent makes, without a threshold in its program.
+    flow, model, metrics = config.problem(hold_norm=False)
+    bare = {"test_loss": metrics.pop("test_loss")}
+    bare |= {name: gf.Metric(metric.fn) for name, metric in metrics.items()}
+    path = gf.descent(
+        flow, model, weight_decay=1.0, learning_rate=1e-3, optimiser=transformer.ADAM,
+        method="decoupled", at=at, metrics=bare,
+    )  # fmt: skip
+    for name in bare:
+        assert_array_equal(one[name].values[0], path.metrics[name])
+    assert_array_equal(one.train_loss.values[0], path.train_loss)
     # It is the loss in double precision of a network in single.
-    assert one.arrays["train_loss"].dtype == np.float64
-    assert one.arrays["norm"].dtype == np.float32
+    assert one.train_loss.dtype == np.float64
+    assert one.norm.dtype == np.float32
     task = gf.tasks.modular_transformer(jr.key(0), **TINY)
-    leaves = jax.tree.leaves(eqx.filter(task.model, eqx.is_array))
-    norm = math.sqrt(sum(float(np.sum(np.square(leaf))) for leaf in leaves))
-    assert_allclose(one.arrays["norm"][0], norm, rtol=1e-6)
+    assert_allclose(one.norm[0, 0], norm_of(task.model), rtol=1e-6)
     loss = eqx.filter_jit(lambda model: task.loss(model))(task.model)
-    assert_allclose(one.arrays["train_loss"][0], loss, rtol=1e-5)
-    assert one.arrays["train_loss"][-1] < 0.9 * loss
+    assert_allclose(one.train_loss[0, 0], loss, rtol=1e-5)
+    assert one.train_loss[0, -1] < 0.9 * loss
+    # What has left the finite range is no result.
+    wild = dataclasses.replace(config, learning_rate=1e30, out=tmp_path / "wild")
+    with pytest.raises(RuntimeError, match="1 runs left the finite range"):
+        wild.train("", **options)
+
+
+def norm_of(model):
+    leaves = jax.tree.leaves(eqx.filter(model, eqx.is_array))
+    return math.sqrt(sum(float(np.sum(np.square(leaf))) for leaf in leaves))
 
 
 def test_addition_is_judged(tmp_path):
@@ -99,21 +121,19 @@ def test_held_norms_and_scans(tmp_path):
     held = transformer.MAC(**TINY, steps=60, out=tmp_path / "c").run()
     norm = held.data.norm.values[0]
     assert_allclose(norm, norm[0], rtol=1e-5)
-    free = transformer.Addition(**TINY)
-    other = transformer.train(
-        free, tmp_path, steps=60, every=10, weight_decay=0.0, init_scale=1.0
-    )
-    assert_allclose(norm[0], 0.8 * other.arrays["norm"][0], rtol=1e-6)
+    task = gf.tasks.modular_transformer(jr.key(0), **TINY)
+    assert_allclose(norm[0], 0.8 * norm_of(task.model), rtol=1e-6)
     config = transformer.MAW(
-        **TINY, gammas=(1.0, 2.0), seeds=2, slow_time=0.06, out=tmp_path / "w"
+        **TINY, gammas=(1.0, 1.25), seeds=2, slow_time=0.25, out=tmp_path / "w"
     )
     scan = config.run()
-    assert scan.data.steps.shape == (2, 2, 2) and scan.numbers["steps"] == 180
-    assert len(list((tmp_path / "w" / "runs").iterdir())) == 4
+    assert scan.data.steps.shape == (2, 2, 2) and scan.numbers["steps"] == 900
+    assert len(finished(tmp_path / "w" / "runs.zarr")) == 4
     # Nobody generalises in so few steps: no slope, and that is no success.
     assert [row.ok for row in scan.checks[1::2]] == [False, False]
+    # Of 15 pairs both, so that they share a program.
     config = transformer.MAR(
-        **TINY, fractions=(0.4, 0.6), alphas=(0.5, 1.0, 2.0), steps=60, out=tmp_path
+        **TINY, fractions=(0.6, 0.62), alphas=(0.5, 1.0, 2.0), steps=60, out=tmp_path
     )
     found = config.run()
     assert found.data.test.shape == (2, 3) and found.checks[0].ok is False
@@ -221,13 +241,12 @@ def test_predictions_are_judged():
 
 def test_a_small_start_is_compared_with_a_large_one_that_generalises():
     def made(test):
-        metrics = {"test": np.array([0.0, *test])}
-        t = 3e-4 * np.arange(len(test) + 1)
-        return types.SimpleNamespace(t=t, metrics=metrics)
+        values = {"test": [0.0, *test], "step": range(len(test) + 1)}
+        return xr.Dataset({name: ("time", list(v)) for name, v in values.items()})
 
     quick, late, never = made([1.0] * 10), made([0.0] * 9 + [1.0]), made([0.0] * 10)
     six = {(0.5, 0.03): quick, (2.0, 0.0): never, (2.0, 0.03): late}
-    judged = lambda runs: [r.ok for r in teacher.panel_rows("", runs, 3e-4, 0.03)]
+    judged = lambda runs: [r.ok for r in teacher.panel_rows("", runs, 0.03)]
     assert judged(six) == [True, True]
     assert judged({**six, (2.0, 0.03): never}) == [True, False]
 
@@ -285,10 +304,11 @@ def test_landscapes_from_start_to_end(tmp_path, monkeypatch):
     assert (tmp_path / "ts_l.png").stat().st_size > 10_000
 
 
-def test_scans_of_the_teacher_from_start_to_end(tmp_path):
+def test_scans_of_the_teacher_from_start_to_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(teacher, "SAVES", 10)
     config = teacher.TST(
         **NEXT_TO_NOTHING, gammas=(0.3, 1.0), lams=(1e-2,), seeds=1, steps=40, seed=3,
-        out=tmp_path,
+        learning_rate=0.05, out=tmp_path,
     )  # fmt: skip
     summary = script.main(config)
     data = xr.open_dataset(tmp_path / "arrays.nc", engine="scipy")
@@ -298,6 +318,14 @@ def test_scans_of_the_teacher_from_start_to_end(tmp_path):
     # In so few steps nobody generalises, and that is no success.
     slope = [row for row in summary["checks"] if "0 of 2 runs" in row["sentence"]]
     assert [row["ok"] for row in slope] == [False]
+    # Those whose slow time comes to 1.5 before are shorter; all are read again.
+    when = {k: finished(tmp_path / f"runs_{k}.zarr") for k in (30, 40)}
+    assert [len(files) for files in when.values()] == [2, 4]
+    runs = config.adamw([(0.5, 1.0, 3), (2.0, 1.0, 3)])
+    assert {k: finished(tmp_path / f"runs_{k}.zarr") for k in when} == when
+    assert [int(run.step[-1]) for run in runs.values()] == [30, 30]
+    start = [float(run.norm[0]) for run in runs.values()]
+    assert_allclose(start[1], 4 * start[0])
 
 
 def test_theory_of_the_teacher_is_written(tmp_path, monkeypatch):
