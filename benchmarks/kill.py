@@ -2,7 +2,7 @@
 
 Kills a run (SIGKILL) at random moments, starts it again, and compares the store that it
 leaves with one of a run that nothing happened to: bit by bit, and chunk by chunk what
-was computed twice. Also measures the memory that a run takes, with few and with many
+was computed twice. Lanes write a checkpoint after each few hundred steps. Also measures the memory that a run takes, with few and with many
 chunks stored.
 
     python benchmarks/kill.py --kills 20
@@ -39,7 +39,8 @@ store._commit = lambda folder: "whatever"  # which may change while this runs
 path, chunks, seconds = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
 print("start", flush=True)
 gf.sweep(make, axes={"seed": range(chunks)}, weight_decay=0.1, progress=False,
-         learning_rate=[0.02, 0.05], steps=20, saves=5, chunk=2, store=path)
+         learning_rate=[0.02, 0.05], steps=2000, saves=5, chunk=2, store=path,
+         checkpoint=0.0)
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 print("peak", peak, flush=True)
 """

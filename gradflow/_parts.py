@@ -115,7 +115,7 @@ class Checkpoints:
         """Tells how long a part was."""
         if seconds < self.every / 8:
             self._steps = min(2 * self._steps, 2**20)
-        elif seconds > self.every / 2:
+        elif seconds > max(self.every / 2, 1.0):
             self._steps = max(self._steps // 2, 1)
 
     def load(self, name: str, like: Callable[[], PyTree]) -> PyTree | None:

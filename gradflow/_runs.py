@@ -148,6 +148,11 @@ class Lanes:
         first = next(iter(owned.values()))
         self.many = len(set(owners)) > 1
         self.owned = tuple(owned.get(owner, first) for owner in owners)
+        self.watched = [
+            {} if i in self.causes else own.watched
+            for i, own in zip(numbers, self.owned, strict=True)
+        ]
+        """The metrics of each lane, none of one that raised."""
 
 
 def fitting(recipe: Recipe, batch: Batch, most: int) -> int:
@@ -190,19 +195,26 @@ def run_stored(
     lanes_of = lambda number: lanes_of_block(axes.shape, block, number)[1]
     # The expensive ones first, and so in turn for each process.
     order = sorted(range(count), key=lambda n: -sum(map(recipe.cost, lanes_of(n))))
-    mine = order[process::processes]
-    todo = list(pending(store, mine))
     checkpoints = Checkpoints(store.path / "chunks" / "checkpoints", checkpoint)
     forget = lambda number: checkpoints.forget(map(str, lanes_of(number)))
-    for number in set(mine) - set(todo):
+    # Each looks at its share; then all see the same, and share what is left.
+    mine = order[process::processes]
+    for number in set(mine) - set(pending(store, mine)):
         forget(number)
-    left = sum(len(lanes_of(number)) for number in todo)
+    _meet("looked at the store")
+    left = [number for number in order if not store.is_finished(number)]
+    _meet("shared the chunks")
+    todo = left[process::processes]
     held: list[tuple[int, Lanes]] = []
-    ran = len(todo) < len(mine)
-    recipe.compare_with_first()
-    with Bars(axes, left, progress) as bars:
+    ran = len(left) < count
+    if todo:
+        recipe.compare_with_first()
+    total = sum(len(lanes_of(number)) for number in todo)
+    with Bars(axes, total, progress) as bars:
         runner = Runner(recipe, batch, bars)
         for number in todo:
+            if store.is_finished(number):  # by another run of the same
+                continue
             most = min(fit, int(np.prod(block)))
             lanes = runner.run(lanes_of(number), most, checkpoints)
             # Where no lane at all has run, the mistake is not in the lanes.
@@ -220,12 +232,17 @@ def run_stored(
     for one, found in held:
         _write(store, one, axes, block, found, parameters)
         forget(one)
-    if processes > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices("gradflow.sweep")
+    _meet("computed all chunks")
     checkpoints.end()
     return open_results(path, check=process == 0)
+
+
+def _meet(what: str) -> None:
+    """Waits until all processes are here."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(f"gradflow.sweep: {what}")
 
 
 def _attributes(
@@ -235,7 +252,7 @@ def _attributes(
     try:
         first: Any = dict(zip(Problem._fields, recipe.problem(0), strict=True))
     except Exception as error:
-        first = f"{type(error).__name__}: {error}"
+        first = type(error).__name__  # its words may differ from call to call
     values = recipe.fixed | recipe.options
     config = {
         "problem": None if isinstance(make, Problem) else make,
@@ -263,9 +280,7 @@ def _write(
     if lanes.done:
         kept = {
             name: (("time",) * (values.ndim - 1), _counted(name, values))
-            for name, values in columns(
-                lanes.paths, [own.watched for own in lanes.owned]
-            ).items()
+            for name, values in columns(lanes.paths, lanes.watched).items()
         }
         if parameters:
             kept |= parameter_columns(lanes.paths)

@@ -294,7 +294,8 @@ def sweep(
         memory. The default is to loop on a CPU, where lockstep only costs, and to vmap
         on an accelerator. Lanes are shared among all devices of this process.
     - `store`: a folder to keep the results in, such as `"sweep.zarr"`: see below.
-    - `chunk`: about how many lanes are computed, and stored, together; 16 by default.
+    - `chunk`: about how many lanes are computed, and stored, together. By default 16,
+        or as many as are one program, if that is more.
     - `parameters`: whether the store keeps the parameters at all saved times too.
     - `checkpoint`: a lane that takes longer than so many seconds writes its state into
         the store as often as that, to go on from there.
@@ -311,7 +312,9 @@ def sweep(
     named), and long lanes go on from their checkpoints. Where there are many processes
     (`jax.distributed.initialize`) each computes its share of the chunks. A store of
     another configuration is refused, with the differences. What is compared are arrays
-    and options; of functions, only their names and what they make for the first lane.
+    and options, and what `problem` makes for the first lane; of functions their names,
+    and what they close over. (By default JAX ends all processes five minutes after the
+    first has left: give `initialize` a `shutdown_timeout_seconds` where one goes on.)
 
     **Returns:** a `Sweep`; with `store`, what `gf.open_results` gives.
 

@@ -15,7 +15,6 @@ pytest.importorskip("zarr")
 import gradflow as gf  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parents[1]
-PROCESSES = int(os.environ.get("GRADFLOW_PROCESSES", "2"))
 
 COMMON = """
 import json, sys
@@ -93,14 +92,15 @@ def test_eight_devices(one, tmp_path):
     assert all(f"cpu {k}" in err for k in range(8)) and "steps/s" in err
 
 
-def test_many_processes_share_a_store(one, tmp_path):
+@pytest.mark.parametrize("processes", [2, 4])
+def test_many_processes_share_a_store(one, tmp_path, processes):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     store = tmp_path / "sweep.zarr"
-    runs = [start(STORED, store, k, PROCESSES, address) for k in range(PROCESSES)]
+    runs = [start(STORED, store, k, processes, address) for k in range(processes)]
     for process in runs:
-        assert ended(process)[0] == [PROCESSES, 7, 0]
+        assert ended(process)[0] == [processes, 7, 0]
     data = gf.open_results(store)
     shape = data.result.shape
     np.testing.assert_array_equal(data.result, one["result"].reshape(shape))

@@ -201,6 +201,33 @@ def test_lanes_that_raise(tmp_path):
     )  # to be tried again
 
 
+def test_lanes_that_raise_in_the_last_chunk(tmp_path):
+    def brittle(seed):
+        if seed == 3:
+            raise ArithmeticError("three")
+        return make(seed)
+
+    for _ in range(2):
+        data = run(tmp_path / "sweep.zarr", brittle)
+        assert (data.result.values[:3] == 0).all() and data.attrs["finished"] == 4
+        assert (data.result.values[3] > 0).all() and len(data.attrs["causes"]) == 3
+
+
+def test_lanes_are_compared_with_the_first_whichever_are_run(tmp_path):
+    """One with fewer steps to save than the first is marked, in a second call too."""
+    task = gf.tasks.linear_regression(jr.key(0), samples=3, dim=6)
+    path = tmp_path / "sweep.zarr"
+    for _ in range(2):
+        data = gf.sweep(
+            task.flow, task.model, weight_decay=[1e-2, 1.0], slow_time=1.0,
+            saves=20, learning_rate=0.1, progress=False, chunk=1, store=path,
+        )  # fmt: skip
+        assert data.result.values[0] == 0 and data.result.values[1] > 0
+        assert "saves: this lane has" in data.attrs["causes"]["1"]
+        # The first is there; what is left is run without it.
+        shutil.rmtree(path / "chunks" / "000001")
+
+
 def test_flows_and_a_single_problem(tmp_path):
     task = gf.tasks.linear_regression(jr.key(0), samples=3, dim=6)
     lams = jnp.geomspace(1e-1, 1e-3, 5)
