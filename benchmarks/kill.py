@@ -2,8 +2,8 @@
 
 Kills a run (SIGKILL) at random moments, starts it again, and compares the store that it
 leaves with one of a run that nothing happened to: bit by bit, and chunk by chunk what
-was computed twice. Lanes write a checkpoint after each few hundred steps. Also measures the memory that a run takes, with few and with many
-chunks stored.
+was computed twice. Lanes write a checkpoint after each few hundred steps. Also measures
+the memory that a run takes, with few and with many chunks stored.
 
     python benchmarks/kill.py --kills 20
 """
