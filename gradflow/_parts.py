@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PyTree, Scalar
 
+from .path import Path
+
 FIRST = 256
 """Steps of the first part. They are a program of their own, so that runs which take no
 more pay nothing; the number is fixed as the last bits may depend on it."""
@@ -99,8 +101,15 @@ class Checkpoints:
     """Files in a folder of a store, one for each lane that is under way. Each is whole
     or absent."""
 
-    def __init__(self, folder: File, every: float):
+    def __init__(
+        self,
+        folder: File,
+        every: float,
+        tell: Callable[[str, Path], None] = lambda *_: None,
+    ):
         self.folder = folder
+        self.tell = tell
+        """Is told the name of a lane and its path so far, after each part."""
         self.every = every
         """The least time between two files of a lane, in seconds."""
         self._last: dict[str, float] = {}

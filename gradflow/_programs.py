@@ -173,6 +173,8 @@ def _go_on(
     while True:
         for i in left:
             path, state, ended = found[i]
+            if not ended:
+                checkpoints.tell(lanes[i].name, path)
             # A failure is found again.
             if checkpoints.due(lanes[i].name) and (not ended or path.succeeded):
                 checkpoints.save(lanes[i].name, state)

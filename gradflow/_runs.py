@@ -34,7 +34,7 @@ class Bars:
         self.axes = axes
         self.failed, self.steps = [0] * len(devices), [0.0] * len(devices)
         self.worst = [(0.0, -1)] * len(devices)
-        self.start = time.perf_counter()
+        self.start = self.shown = time.perf_counter()
         self.bars = [
             tqdm(
                 total=total // len(devices) + (k < total % len(devices)),
@@ -66,6 +66,17 @@ class Bars:
                 refresh=False,
             )
         bar.update()
+
+    def under_way(self, name: str, path: Path) -> None:
+        """Shows how far a lane is that takes long."""
+        bar, now = self.bars[0], time.perf_counter()
+        if bar.disable or now - self.shown < max(bar.mininterval, 1.0):
+            return
+        self.shown = now
+        lane = int(name.partition("-")[0])
+        done = int(np.isfinite(np.asarray(path.train_loss)).sum())
+        words = f"{self.axes.words(lane)}: {done} of {len(path.t)} saved times"
+        bar.set_postfix_str(words)
 
     def __enter__(self) -> "Bars":
         return self
@@ -195,7 +206,8 @@ def run_stored(
     lanes_of = lambda number: lanes_of_block(axes.shape, block, number)[1]
     # The expensive ones first, and so in turn for each process.
     order = sorted(range(count), key=lambda n: -sum(map(recipe.cost, lanes_of(n))))
-    checkpoints = Checkpoints(store.path / "chunks" / "checkpoints", checkpoint)
+    folder = store.path / "chunks" / "checkpoints"
+    checkpoints = Checkpoints(folder, checkpoint)
     forget = lambda number: checkpoints.forget(map(str, lanes_of(number)))
     # Each looks at its share; then all see the same, and share what is left.
     mine = order[process::processes]
@@ -211,6 +223,7 @@ def run_stored(
         recipe.compare_with_first()
     total = sum(len(lanes_of(number)) for number in todo)
     with Bars(axes, total, progress) as bars:
+        checkpoints.tell = bars.under_way
         runner = Runner(recipe, batch, bars)
         for number in todo:
             if store.is_finished(number):  # by another run of the same

@@ -1,5 +1,7 @@
 """Runs in parts end as in one, and interrupted lanes go on from files."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -8,7 +10,7 @@ import optax
 import pytest
 
 import gradflow as gf
-from gradflow import _parts, _programs
+from gradflow import _parts, _programs, _runs
 from gradflow.descent import descend, descend_part, prepare_descent
 from gradflow.metrics import Metric
 from gradflow.simulate import solve, solve_arguments, solve_part
@@ -150,6 +152,13 @@ def test_a_lane_that_was_cut_off_goes_on(tmp_path, monkeypatch, parts, batch):
     assert contents(path) == names
     if batch == "loop":  # lanes 0 and 1 had begun
         assert sum(parts) == 1 and parts.count(False) >= 2
+
+
+def test_the_bar_tells_how_far_a_long_lane_is(tmp_path, monkeypatch, parts, capsys):
+    monkeypatch.setattr(_runs.time, "perf_counter", iter(range(10**6)).__next__)
+    run(tmp_path / "s.zarr", progress=True)
+    lines = capsys.readouterr().err
+    assert re.search(r"λ 0.001: [1-4] of 5 saved times", lines), lines
 
 
 def test_a_checkpoint_that_cannot_be_read(tmp_path, parts):
