@@ -263,19 +263,23 @@ class MAR(Addition):
         rows = [check(name, critical, "in [0.2, 0.3]", ok, words)]
         name = f"a + b mod {mine.modulus}" + (" (small)" if self.quick else "")
         numbers = {"title": name, "critical_fraction": critical, **spent(runs)}
-        return Outcome(numbers, rows, best, {"map": accuracy_map(name, best)})
+        return Outcome(
+            numbers, rows, best, {"accuracies": accuracies(name, best, critical)}
+        )
 
 
-def accuracy_map(name: str, data: xr.Dataset) -> Figure:
+def accuracies(name: str, data: xr.Dataset, critical: float) -> Figure:
+    """The best accuracy against the part that is seen, at each held norm."""
     fig, axes = panels(2)
     for ax, key in zip(axes, ("train", "test"), strict=True):
-        grid = (data.alpha, data.fraction, data[key])
-        mesh = ax.pcolormesh(*grid, vmin=0, vmax=1, shading="nearest")
-        words = f"{name}: best {key} accuracy"
-        finish(ax, words, x=r"$\alpha$, held", y="part seen", log="x")
-        ax.set_xticks(data.alpha.values, [f"{a:g}" for a in data.alpha.values])
-        ax.minorticks_off()
-    fig.colorbar(mesh, ax=axes)
+        for alpha, colour in zip(data.alpha.values, COLOURS, strict=False):
+            values = data[key].sel(alpha=alpha)
+            label = rf"norm held at {alpha:g} $\|\theta_0\|$"
+            ax.plot(data.fraction, values, "o-", color=colour, label=label)
+        ax.set_ylim(-0.05, 1.05)
+        finish(ax, f"{name}: best {key} accuracy", x="part of all pairs seen", log="")
+    axes[1].axhline(0.9, color="grey", lw=0.7)
+    marks(axes[1], {"critical": critical})
     return fig
 
 
