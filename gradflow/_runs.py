@@ -189,6 +189,7 @@ def run_stored(
     chunk: int | None,
     parameters: bool,
     checkpoint: float,
+    retry: bool,
 ) -> Any:
     """The chunks that the store does not have, as far as they are for this process;
     returns the store, opened."""
@@ -213,6 +214,8 @@ def run_stored(
     mine = order[process::processes]
     for number in set(mine) - set(pending(store, mine)):
         forget(number)
+        if retry and store.marker(number)["causes"]:
+            store.forget(number)
     _meet("looked at the store")
     left = [number for number in order if not store.is_finished(number)]
     _meet("shared the chunks")

@@ -264,6 +264,7 @@ def sweep(
     chunk: int | None = None,
     parameters: bool = False,
     checkpoint: float = 60.0,
+    retry: bool = False,
     throw: bool = False,
     progress: bool = True,
 ) -> Sweep | Any:
@@ -299,6 +300,8 @@ def sweep(
     - `parameters`: whether the store keeps the parameters at all saved times too.
     - `checkpoint`: a lane that takes longer than so many seconds writes its state into
         the store as often as that, to go on from there.
+    - `retry`: compute the chunks again in which a lane raised an error (as memory ran
+        out, or a file was missing); by default they are finished like any other.
     - `throw`: raise if any lane fails; by default failures are marked in `result`.
     - `progress`: show a bar with the lanes done and failed.
 
@@ -344,7 +347,9 @@ def sweep(
     if store is not None:
         if throw:
             raise ValueError("throw: a sweep with a store marks the lanes that fail.")
-        return run_stored(recipe, batch, progress, store, chunk, parameters, checkpoint)
+        return run_stored(
+            recipe, batch, progress, store, chunk, parameters, checkpoint, retry
+        )
     out = _run(recipe, batch, progress)
     if throw:
         worst = int(np.argmin(np.asarray(out.succeeded)))

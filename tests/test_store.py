@@ -213,6 +213,27 @@ def test_lanes_that_raise_in_the_last_chunk(tmp_path):
         assert (data.result.values[3] > 0).all() and len(data.attrs["causes"]) == 3
 
 
+MISSING = set()
+
+
+def needs_a_file(seed):
+    if seed in MISSING:
+        raise OSError("no such file yet")
+    return make(seed)
+
+
+def test_lanes_that_raised_are_tried_again_if_asked(tmp_path):
+    path = tmp_path / "sweep.zarr"
+    MISSING.add(1)
+    assert len(run(path, needs_a_file).attrs["causes"]) == 3
+    MISSING.clear()
+    assert len(run(path, needs_a_file).attrs["causes"]) == 3  # it is finished
+    BUILT.clear()
+    data = run(path, needs_a_file, retry=True)
+    assert data.attrs["causes"] == {} and (data.result == 0).all()
+    assert set(BUILT) <= {0, 1}
+
+
 def test_lanes_are_compared_with_the_first_whichever_are_run(tmp_path):
     """One with fewer steps to save than the first is marked, in a second call too."""
     task = gf.tasks.linear_regression(jr.key(0), samples=3, dim=6)
