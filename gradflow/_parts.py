@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path as File
+from typing import Any
 
 import diffrax
 import equinox as eqx
@@ -40,6 +41,27 @@ class Solved(eqx.Module):
 def strong(tree: PyTree) -> PyTree:
     """Without weak types, which a file does not keep."""
     return jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), tree)
+
+
+def is_key(x: Any) -> bool:
+    """Whether it is an array of random keys, which is none of numbers."""
+    return eqx.is_array(x) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _bare(tree: PyTree) -> PyTree:
+    """Random keys as numbers."""
+    return jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else x, tree)
+
+
+def _read(file: File, like: PyTree) -> PyTree:
+    """What `_bare` gave of a tree like this, as that tree."""
+    kinds: list[Any] = []
+    kind = lambda x: jax.random.key_impl(x) if is_key(x) else None
+    jax.eval_shape(lambda tree: kinds.extend(map(kind, jax.tree.leaves(tree))), like)
+    read = eqx.tree_deserialise_leaves(file, jax.eval_shape(_bare, like))
+    leaves, tree = jax.tree.flatten(read)
+    keys = lambda x, kind: x if kind is None else jax.random.wrap_key_data(x, impl=kind)
+    return jax.tree.unflatten(tree, map(keys, leaves, kinds))
 
 
 class Pausing(diffrax.AbstractAdaptiveStepSizeController):
@@ -134,7 +156,7 @@ class Checkpoints:
         if not file.exists():
             return None
         try:
-            return eqx.tree_deserialise_leaves(file, like())
+            return _read(file, like())
         except Exception as error:  # of another version, or not whole
             warnings.warn(
                 f"store: the checkpoint {file} cannot be read ({error}); this lane "
@@ -147,12 +169,18 @@ class Checkpoints:
         return time.monotonic() - self._last[name] >= self.every
 
     def save(self, name: str, state: PyTree) -> None:
-        """Writes where a run is."""
-        self.folder.mkdir(exist_ok=True)
+        """Writes where a run is. Where that fails the run goes on without."""
         aside = self.folder / f"{name}.partial"
-        with open(aside, "wb") as file:
-            eqx.tree_serialise_leaves(file, state)
-        os.replace(aside, self.folder / f"{name}.eqx")
+        try:
+            self.folder.mkdir(exist_ok=True)
+            with open(aside, "wb") as file:
+                eqx.tree_serialise_leaves(file, _bare(state))
+            os.replace(aside, self.folder / f"{name}.eqx")
+        except Exception as error:  # a full disk is no failure of the lane
+            warnings.warn(
+                f"store: the checkpoint {aside} cannot be written ({error}).",
+                stacklevel=2,
+            )
         self._last[name] = time.monotonic()
 
     def forget(self, names: Iterable[str]) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from ._lanes import Lane
-from ._parts import Checkpoints, FIRST
+from ._parts import Checkpoints, FIRST, is_key
 from .descent import descend, descend_part
 from .path import Path
 from .simulate import solve, solve_part, wants_another
@@ -188,8 +188,11 @@ def _go_on(
             )
             for i in left
         ]
+        # What fills the program up in place of lanes that have ended takes one step.
+        filler = parts[-1]._replace(args=(*parts[-1].args[:-1], checkpoints.count(1)))
         begun = time.monotonic()
-        for i, out in zip(left, launch(parts, size)(), strict=True):
+        outs = launch(parts + [filler] * (size - len(parts)), size)()
+        for i, out in zip(left, outs[: len(left)], strict=True):
             found[i] = out
         checkpoints.took(time.monotonic() - begun)
 
@@ -240,7 +243,7 @@ def _mapped(lanes: list[Lane], batch: Batch) -> Callable[[], Any]:
         for k, column in enumerate(columns)
     ]
     stack = [
-        np.stack(jax.device_get(column)) if mine else None
+        _stacked(column) if mine else None
         for mine, column in zip(own, columns, strict=True)
     ]
     shared = [None if mine else c[0] for mine, c in zip(own, columns, strict=True)]
@@ -248,8 +251,14 @@ def _mapped(lanes: list[Lane], batch: Batch) -> Callable[[], Any]:
     number = jnp.arange(len(lanes))
     out = _program(lanes[0].run, number, stack, shared, static)
     back = np.argsort(order)[:count]
-    take = lambda x: x[back] if isinstance(x, np.ndarray) else x
+    take = lambda x: x[back] if eqx.is_array(x) else x
     return lambda: jax.tree.map(take, jax.device_get(out))
+
+
+def _stacked(column: Sequence[Any]) -> Any:
+    if is_key(column[0]):
+        return jnp.stack(column)
+    return np.stack(jax.device_get(column))
 
 
 class Static(NamedTuple):
@@ -320,5 +329,9 @@ def _without_shared(out: Any) -> Any:
 
 
 def _take(stacked: PyTree, index: int) -> PyTree:
-    take = lambda x: np.asarray(x[index]) if isinstance(x, np.ndarray) else x
+    def take(x: Any) -> Any:
+        if not eqx.is_array(x):
+            return x
+        return x[index] if is_key(x) else np.asarray(x[index])
+
     return jax.tree.map(take, stacked)

@@ -250,6 +250,8 @@ class Descended(eqx.Module):
     state: _State
     place: Int[Array, ""]
     """Of the next to save."""
+    lost: Bool[Array, ""]
+    """Whether it has left the finite range. It does not come back."""
     saved: PyTree
 
 
@@ -311,46 +313,48 @@ def _descend(
             return state
         return eqx.tree_at(lambda s: s.params, state, sphere.place(state.params))
 
-    def until(i: Array, state: _State, shown: PyTree, end: Array) -> tuple:
+    def far(state: _State) -> Array:
+        return ~(optax.tree.norm(state.params) < largest)
+
+    def until(done: Descended, shown: PyTree, end: Array) -> tuple[Descended, PyTree]:
         def block_of_steps(carry):
-            i, state, shown = carry
-            stop = jnp.minimum(i + block, end)
-            state = jax.lax.fori_loop(i, stop, step, state)
+            i, state, lost, shown = carry
+            # Blocks end at the same steps wherever a part begins.
+            stop = jnp.minimum((i // block + 1) * block, end)
+            state = jax.lax.fori_loop(i, jnp.where(lost, i, stop), step, state)
             shown = meter.step(shown, stop / numbers[-1])
-            # What has left the finite range does not come back.
-            return (
-                jnp.where(optax.tree.norm(state.params) < largest, stop, end),
-                state,
-                shown,
-            )
+            lost = lost | ((stop % block == 0) & far(state))
+            return jnp.where(lost, end, stop), state, lost, shown
 
+        carry = (done.steps, done.state, done.lost, shown)
         unfinished = lambda carry: carry[0] < end
-        return jax.lax.while_loop(unfinished, block_of_steps, (i, state, shown))
+        i, state, lost, shown = jax.lax.while_loop(unfinished, block_of_steps, carry)
+        return Descended(i, state, done.place, lost, done.saved), shown
 
-    def record(state: _State) -> PyTree:
+    def record(state: _State, lost: Array) -> PyTree:
         params = state.params
         model = term.model(params)
         seen = {name: metric(model) for name, metric in watched.items()}
         values = (params, seen, term.loss(model), term.penalty(params))
-        reached = optax.tree.norm(params) < largest
-        return jax.tree.map(lambda x: jnp.where(reached, x, jnp.nan), values)
+        return jax.tree.map(lambda x: jnp.where(lost, jnp.nan, x), values)
 
     def until_next_save(carry: tuple) -> tuple:
         done, shown = carry
-        end = numbers[done.place]
-        i, state, shown = until(done.steps, done.state, shown, end)
+        done, shown = until(done, shown, numbers[done.place])
+        lost = done.lost | far(done.state)
         put = lambda all, x: all.at[done.place].set(x)
-        saved = jax.tree.map(put, done.saved, record(state))
-        return Descended(i, state, done.place + 1, saved), shown
+        saved = jax.tree.map(put, done.saved, record(done.state, lost))
+        return Descended(done.steps, done.state, done.place + 1, lost, saved), shown
 
     zero, count = jnp.zeros_like(numbers[0]), numbers.shape[0]
     if before is None:
         empty = lambda x: jnp.full((count, *x.shape), jnp.nan, x.dtype)
-        none = jax.tree.map(empty, jax.eval_shape(record, start))
-        before = Descended(zero, start, zero, none)
+        never = jnp.zeros((), bool)
+        none = jax.tree.map(empty, jax.eval_shape(record, start, never))
+        before = Descended(zero, start, zero, never, none)
     last = numbers[-1]
     if steps is not None:
-        last = jnp.minimum(before.steps + steps, last)
+        last = jnp.minimum(before.steps + steps.astype(last.dtype), last)
 
     def more(carry: tuple) -> Array:
         place = carry[0].place
@@ -359,11 +363,10 @@ def _descend(
     with jax.default_matmul_precision("highest"):
         done, shown = jax.lax.while_loop(more, until_next_save, (before, meter.init()))
         if steps is not None:
-            i, state, shown = until(done.steps, done.state, shown, last)
-            done = Descended(i, state, done.place, done.saved)
+            done, shown = until(done, shown, last)
     meter.close(shown)
     models, seen, train_loss, penalty = done.saved
-    lost = ~jnp.isfinite(train_loss[-1])
+    lost = done.lost | ~jnp.isfinite(train_loss[-1])
     lost = lost | ~jnp.isfinite(optax.tree.norm(done.state.params))
     result = RESULTS.where(lost, RESULTS.overshot, RESULTS.successful)
     name = getattr(optimiser, "__name__", "an Optax optimiser")

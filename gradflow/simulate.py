@@ -347,7 +347,9 @@ def _solve(
         steps = jnp.minimum(steps, max_steps - taken)
         following = None if before is None else before.next
         controller = Pausing(controller, steps, following)
+    to_save = ts
     if before is not None:
+        to_save = jnp.maximum(ts, before.t)
         start = dict(
             t0=before.t, dt0=None, y0=before.y, made_jump=before.made_jump,
             solver_state=before.solver,
@@ -363,7 +365,7 @@ def _solve(
             args=weight_decay,
             saveat=diffrax.SaveAt(
                 subs=[
-                    diffrax.SubSaveAt(ts=jnp.maximum(ts, start["t0"])),
+                    diffrax.SubSaveAt(ts=to_save),
                     diffrax.SubSaveAt(t1=True),
                 ],
                 solver_state=True,
@@ -383,7 +385,9 @@ def _solve(
             [solution.stats[f"num_{k}steps"] for k in ("", "accepted_", "rejected_")]
         )
         if before is not None:
-            there = lambda x: jnp.reshape(ts <= before.t, (-1,) + (1,) * (x.ndim - 1))
+            # The start is saved with the first step that is accepted.
+            past = (ts <= before.t) & (before.counts[1] > 0)
+            there = lambda x: jnp.reshape(past, (-1,) + (1,) * (x.ndim - 1))
             earlier = lambda old, new: jnp.where(there(new), old, new)
             saved[0] = jax.tree.map(earlier, before.saved, saved[0])
             counts = counts + before.counts

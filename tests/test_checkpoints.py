@@ -8,6 +8,7 @@ import jax.random as jr
 import numpy as np
 import optax
 import pytest
+from jax.core import Tracer
 
 import gradflow as gf
 from gradflow import _parts, _programs, _runs
@@ -90,6 +91,93 @@ def test_a_descent_in_parts(batch_size):
     np.testing.assert_allclose(few.train_loss, whole.train_loss, rtol=1e-9)
 
 
+def test_a_descent_that_leaves_the_finite_range_for_a_step_in_parts():
+    def update(force, count, params=None):
+        kick = jnp.where(count == 100, 1e12, jnp.where(count == 101, -1e12, 0.0))
+        return jax.tree.map(lambda p: kick + 0 * p, params), count + 1
+
+    kicked = optax.GradientTransformation(lambda params: jnp.zeros((), int), update)
+    args = prepare_descent(
+        TASK.flow, TASK.model, {}, weight_decay=0.0, learning_rate=1e-2,
+        init_scale=1.0, steps=None, slow_time=None, t1=None, saves=12,
+        at=np.array([0, 3, 400], np.int32), method="subgradient", optimiser=kicked,
+        batch_size=None, key=None,
+    )  # fmt: skip
+    whole = in_parts(descend_part, args, [400])[0]
+    assert equal(whole, in_parts(descend_part, args, [101])[0])
+    assert bool(whole.succeeded)  # blocks are of two steps: it was not seen
+    seen = (*args[:4], args[4].at[1].set(101), *args[5:])
+    for counts in [400], [101], [60]:
+        path, _ = in_parts(descend_part, seen, counts)
+        assert bool(path.result == gf.RESULTS.overshot)
+        assert np.isfinite(path.train_loss).tolist() == [True, False, False]
+
+
+def test_a_pause_before_any_step_was_accepted():
+    flow = gf.GradientFlow(TASK.loss, penalty=gf.L2())
+    term, params = flow.term(TASK.model)
+    ts = jnp.concatenate([jnp.zeros(1), jnp.geomspace(1e-2, 1e-1, 9)])
+    watched = {"test": Metric(TASK.metrics["test"].fn)}
+    args = solve_arguments(
+        term, params, jnp.asarray(0.1), ts, watched, gf.RKC2(), 1e-9, None, 10_000
+    )
+    _, state, _ = solve_part(*args, None, jnp.asarray(1))
+    assert state.counts.tolist() == [1, 0, 1]
+    path, _ = in_parts(solve_part, args, [1, 1000])
+    assert bool(path.succeeded) and np.isfinite(path.train_loss).all()
+
+
+def test_random_keys_are_kept(tmp_path):
+    checkpoints = _parts.Checkpoints(tmp_path, 0.0)
+    state = {
+        "keys": jr.split(jr.key(3), 2),
+        "other": jr.key(1, impl="rbg"),
+        "none": None,
+        "half": jnp.arange(3, dtype=jnp.bfloat16),
+    }
+    like = lambda: jax.eval_shape(lambda: state)
+    assert checkpoints.load("1", like) is None
+    checkpoints.save("1", state)
+    read = checkpoints.load("1", like)
+    assert jax.tree.structure(read) == jax.tree.structure(state)
+    for a, b in zip(jax.tree.leaves(read), jax.tree.leaves(state), strict=True):
+        assert a.dtype == b.dtype and bool(jnp.all(a == b))
+
+
+def test_a_descent_with_random_keys_in_lockstep(tmp_path, parts):
+    def noisy(rate):
+        return optax.chain(optax.add_noise(0.1, 0.5, jr.key(3)), optax.sgd(rate))
+
+    options: dict = dict(
+        learning_rate=1e-2, steps=30, saves=4, batch_size=2, key=jr.key(1),
+        optimiser=noisy, progress=False,
+    )  # fmt: skip
+    path = tmp_path / "s.zarr"
+    kept = gf.sweep(
+        TASK.flow, TASK.model, weight_decay=[1e-1, 1e-2], batch="vmap", store=path,
+        checkpoint=0.0, **options,
+    )  # fmt: skip
+    alone = gf.descent(TASK.flow, TASK.model, weight_decay=1e-2, **options)
+    np.testing.assert_allclose(kept["train_loss"][1], alone.train_loss, rtol=1e-9)
+
+
+def test_what_fills_a_program_up_takes_one_step(tmp_path):
+    checkpoints = _parts.Checkpoints(tmp_path, 1e9)
+    checkpoints._last = {"a": np.inf, "b": np.inf}
+    lanes = [_programs.Lane(descend, (), "", name=name) for name in "ab"]
+    taken = []
+
+    def launch(some, size):
+        assert len(some) == size == 3
+        taken.append([int(lane.args[-1]) for lane in some])
+        return lambda: [(path, None, True)] * size
+
+    path = gf.Path.__new__(gf.Path)
+    first = [(path, None, True), (path, None, False)]
+    _programs._go_on(lanes, first, 3, launch, checkpoints)
+    assert taken == [[256, 1, 1]]
+
+
 class Cut(BaseException):
     """As if the process had been ended."""
 
@@ -117,9 +205,7 @@ def parts(monkeypatch):
     for whole, part in list(_programs._PARTS.items()):
 
         def counted(*args, part=part):
-            if isinstance(args[-1], jax.Array) and not isinstance(
-                args[-1], jax.core.Tracer
-            ):
+            if isinstance(args[-1], jax.Array) and not isinstance(args[-1], Tracer):
                 begun.append(args[-2] is None)
             return part(*args)
 
@@ -171,6 +257,20 @@ def test_a_checkpoint_that_cannot_be_read(tmp_path, parts):
     (path / "chunks" / "checkpoints" / "1.eqx").write_bytes(b"half")
     with pytest.warns(UserWarning, match=r"1\.eqx cannot be read .* starts anew"):
         run(path)
+    assert contents(path) == contents(whole)
+
+
+def test_a_checkpoint_that_cannot_be_written(tmp_path, monkeypatch, parts):
+    whole, path = tmp_path / "whole.zarr", tmp_path / "full.zarr"
+    run(whole)
+
+    def full(*args):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_parts.eqx, "tree_serialise_leaves", full)
+        with pytest.warns(UserWarning, match="cannot be written .no space left"):
+            run(path)
     assert contents(path) == contents(whole)
 
 
