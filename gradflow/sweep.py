@@ -299,7 +299,8 @@ def sweep(
         or as many as are one program, if that is more.
     - `parameters`: whether the store keeps the parameters at all saved times too.
     - `checkpoint`: a lane that takes longer than so many seconds writes its state into
-        the store as often as that, to go on from there.
+        the store as often as that, to go on from there. (It holds the parameters at all
+        saved times.)
     - `retry`: compute the chunks again in which a lane raised an error (as memory ran
         out, or a file was missing); by default they are finished like any other.
     - `throw`: raise if any lane fails; by default failures are marked in `result`.
