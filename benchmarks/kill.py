@@ -39,7 +39,7 @@ store._commit = lambda folder: "whatever"  # which may change while this runs
 path, chunks, seconds = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
 print("start", flush=True)
 gf.sweep(make, axes={"seed": range(chunks)}, weight_decay=0.1, progress=False,
-         learning_rate=[0.02, 0.05], steps=2000, saves=5, chunk=2, store=path,
+         learning_rate=[0.02, 0.05], steps=600, saves=5, chunk=2, store=path,
          checkpoint=0.0)
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 print("peak", peak, flush=True)

@@ -25,6 +25,16 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 install_import_hook("gradflow", "beartype.beartype")
 
 
+def pytest_configure(config):
+    """Workers take files as they come, the longest first. (By default those of few
+    tests would be last, and these take longest: all but one worker would wait.)"""
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name != "test_notebooks.py")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def forget():
     """Now and then what was compiled is dropped, after a file: it takes memory maps, of

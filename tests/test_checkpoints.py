@@ -41,7 +41,6 @@ def equal(a, b):
     "solver, penalty, lam",
     [
         (gf.KKT4(), gf.L1(), 1e-2),  # which lands on kinks
-        (gf.RKC2(), gf.L2(), 1e-1),
     ],
 )
 def test_a_flow_in_parts(solver, penalty, lam):
