@@ -56,7 +56,7 @@ if what == "single":
 else:
     sweep(2 * 8 * jax.local_device_count())
     if what == "processes":
-        sweep(16 * count, out + ".first")
+        sweep(64 * count, out + ".first")  # a chunk for each process
 begin, used = time.perf_counter(), cpu()
 if what == "single":
     single(min(lanes, 256))
