@@ -14,6 +14,11 @@ def is_concrete(x) -> bool:
     return not isinstance(x, jax.core.Tracer)
 
 
+def is_key(x) -> bool:
+    """Whether it is an array of random keys, which is none of numbers."""
+    return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
 def check_finite(x: PyTree, name: str) -> None:
     for leaf in jax.tree.leaves(x):
         if (

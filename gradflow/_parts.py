@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PyTree, Scalar
 
+from ._checks import is_key
+from ._controllers import AbstractWrapped
 from .path import Path
 
 FIRST = 256
@@ -43,11 +45,6 @@ def strong(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), tree)
 
 
-def is_key(x: Any) -> bool:
-    """Whether it is an array of random keys, which is none of numbers."""
-    return eqx.is_array(x) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-
-
 def _bare(tree: PyTree) -> PyTree:
     """Random keys as numbers."""
     return jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else x, tree)
@@ -64,7 +61,7 @@ def _read(file: File, like: PyTree) -> PyTree:
     return jax.tree.unflatten(tree, map(keys, leaves, kinds))
 
 
-class Pausing(diffrax.AbstractAdaptiveStepSizeController):
+class Pausing(AbstractWrapped):
     """Ends an integration after `steps`, as if they were all that are allowed; one that
     goes on begins with the step that ends at `next`."""
 
@@ -79,22 +76,6 @@ class Pausing(diffrax.AbstractAdaptiveStepSizeController):
         next: Scalar | None,
     ):
         self.controller, self.steps, self.next = controller, steps, next
-
-    @property
-    def rtol(self):
-        return self.controller.rtol
-
-    @property
-    def atol(self):
-        return self.controller.atol
-
-    @property
-    def norm(self):
-        return self.controller.norm
-
-    def wrap(self, direction):
-        wrapped = self.controller.wrap(direction)
-        return eqx.tree_at(lambda s: s.controller, self, wrapped)
 
     def init(self, *args):
         if self.next is not None:

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from ._checks import is_key
 from ._lanes import Lane
-from ._parts import Checkpoints, FIRST, is_key
+from ._parts import Checkpoints, FIRST
 from .descent import descend, descend_part
 from .path import Path
 from .simulate import solve, solve_part, wants_another

@@ -12,13 +12,14 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ._axes import Axes, lanes_of_block
+from ._configuration import about, describe
 from ._labelled import columns, parameter_columns
 from ._lanes import blank, Lane, Owned, Problem, Recipe, stack, Unlike
 from ._parts import Checkpoints
 from ._programs import Batch, run_lanes
 from .path import Path
 from .results import RESULTS
-from .store import about, describe, open_results, pending, plan, remove_stale, Store
+from .store import open_results, pending, plan, remove_stale, Store
 
 
 class Bars:

@@ -286,10 +286,9 @@ def solve_part(*arguments: Any) -> tuple[Path, Solved, Bool[Array, ""]]:
     """The first or the next part of it: with the state after the last one, or `None`,
     and a number of steps as two more arguments. Returns the path so far, the state, and
     whether that is all."""
-    path, state = _solve(*arguments)
+    path, state, ended = _solve(*arguments)
     assert state is not None
-    paused = (path.result == RESULTS.out_of_steps) & (state.counts[0] < arguments[9])
-    return path, state, ~paused
+    return path, state, ended
 
 
 def _solve(
@@ -306,7 +305,7 @@ def _solve(
     progress: bool,
     before: Solved | None = None,
     steps: Int[Array, ""] | None = None,
-) -> tuple[Path, Solved | None]:
+) -> tuple[Path, Solved | None, Bool[Array, ""]]:
     check_scalars(term.loss, watched, term.model(params))
     if atol is None:
         count = sum(p.size for p in jax.tree.leaves(params))
@@ -426,6 +425,7 @@ def _solve(
         result = _translate(solution.result)
         whole = (result == RESULTS.out_of_steps) & (ended[1][0] >= ts[-1])
         result = RESULTS.where(whole, RESULTS.successful, result)
+        paused = (result == RESULTS.out_of_steps) & (counts[0] < max_steps)
         lost = ~jnp.isfinite(term.loss(term.model(end))) | ~(_norm(end) < size)
         lost = lost & (result != RESULTS.out_of_steps)
         # What reaches infinity in finite time stalls on its way there.
@@ -463,7 +463,7 @@ def _solve(
         stats=stats,
         watched=watched,
     )
-    return path, state
+    return path, state, ~paused
 
 
 def _with_kinks(

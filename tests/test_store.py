@@ -18,7 +18,8 @@ import optax
 import pytest
 
 import gradflow as gf
-from gradflow.store import describe, difference, remove_stale, Store
+from gradflow._configuration import describe, difference
+from gradflow.store import remove_stale, Store
 
 xr = pytest.importorskip("xarray")
 pytest.importorskip("zarr")

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree, Scalar
 
+from .._controllers import AbstractWrapped
 from ..flow import FlowTerm, Tracked, TrackedFlowTerm
 from .kkt import _flat, _unwrap, AbstractKKT, ChordIteration, OnOrthant
 
@@ -202,29 +203,13 @@ class ActiveSet(
         return y1, error, dict(y0=y0, y1=y1, k=k), _State(inner, force), result
 
 
-class Landing(diffrax.AbstractAdaptiveStepSizeController):
+class Landing(AbstractWrapped):
     """Ends steps on the events that an `ActiveSet` finds."""
 
     controller: diffrax.AbstractAdaptiveStepSizeController
 
     def __init__(self, controller: diffrax.AbstractAdaptiveStepSizeController):
         self.controller = controller
-
-    @property
-    def rtol(self):
-        return self.controller.rtol
-
-    @property
-    def atol(self):
-        return self.controller.atol
-
-    @property
-    def norm(self):
-        return self.controller.norm
-
-    def wrap(self, direction):
-        wrapped = self.controller.wrap(direction)
-        return eqx.tree_at(lambda s: s.controller, self, wrapped)
 
     def init(self, *args):
         t1, inner = self.controller.init(*args)
