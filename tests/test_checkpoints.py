@@ -86,9 +86,13 @@ def test_a_descent_in_parts(batch_size):
     np.testing.assert_allclose(few.train_loss, whole.train_loss, rtol=1e-9)
 
 
-def test_a_descent_that_leaves_the_finite_range_for_a_step_in_parts():
+@pytest.mark.parametrize("far_at", [101, 102])
+def test_a_descent_that_leaves_the_finite_range_for_a_step_in_parts(far_at):
+    """Blocks are of two steps: what is far after an odd one only is not seen."""
+
     def update(force, count, params=None):
-        kick = jnp.where(count == 100, 1e12, jnp.where(count == 101, -1e12, 0.0))
+        kick = jnp.where(count + 1 == far_at, 1e12, 0.0)
+        kick = jnp.where(count == far_at, -1e12, kick)
         return jax.tree.map(lambda p: kick + 0 * p, params), count + 1
 
     kicked = optax.GradientTransformation(lambda params: jnp.zeros((), int), update)
@@ -100,8 +104,8 @@ def test_a_descent_that_leaves_the_finite_range_for_a_step_in_parts():
     )  # fmt: skip
     whole = in_parts(descend_part, args, [400])[0]
     assert equal(whole, in_parts(descend_part, args, [101])[0])
-    assert bool(whole.succeeded)  # blocks are of two steps: it was not seen
-    seen = (*args[:4], args[4].at[1].set(101), *args[5:])
+    assert bool(whole.succeeded) == (far_at == 101)
+    seen = (*args[:4], args[4].at[1].set(far_at), *args[5:])
     for counts in [400], [101], [60]:
         path, _ = in_parts(descend_part, seen, counts)
         assert bool(path.result == gf.RESULTS.overshot)

@@ -193,6 +193,9 @@ def test_lanes_that_raise(tmp_path):
     assert data.attrs["causes"]["7"] == "ArithmeticError: seed 2 is odd"
     assert np.isnan(data.train_loss.values[2]).all()
     assert np.isfinite(data.train_loss.values[3]).all()
+    mixed = run(tmp_path / "mixed.zarr", brittle, chunk=6)  # of two seeds
+    known = np.isfinite(mixed.threshold_test.values).all(axis=1)
+    assert known.tolist() == [False, True] * 2
     nowhere = tmp_path / "none.zarr"
     with pytest.raises(KeyError, match="seeds are out"):
         run(nowhere, lambda seed: {}["seeds are out"])
