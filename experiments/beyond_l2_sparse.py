@@ -393,7 +393,7 @@ class CS2(Settings):
         ]  # fmt: skip
         checks += self.memorisation(task)
         checks += self.oscillation(task)
-        fig = self.figure(rows, more, flow_t2, flow_floor, with_bias, s2)
+        fig = self.figure(rows, more, flow_floor, with_bias, s2)
         numbers = {
             "t2_alpha_beta": constant,
             "slow_t2_of_flows": slow,
@@ -474,7 +474,7 @@ class CS2(Settings):
             below("P2-CS2 band", largest, 1e-9, "the same of soft thresholding"),
         ]  # fmt: skip
 
-    def figure(self, rows, more, flow_t2, floors, bias, s2) -> Any:
+    def figure(self, rows, more, floors, bias, s2) -> Any:
         fig, axes = panels(2)
         alpha, beta, t2, last = np.array(rows).T
         for a, colour in zip(self.alphas, COLOURS, strict=False):

@@ -55,8 +55,8 @@ class Settings:
     out: Path | None = None
     """Folder for the results; results/STUDY/NAME by default."""
     quick: bool = False
-    """A minute or so: fewer or shorter runs, the same checks where they can be made.
-    Options given beside it count, unless they are as by default."""
+    """One to ten minutes: fewer or shorter runs, the same checks where they can be
+    made. Options given beside it count, unless they are as by default."""
 
     def quick_changes(self) -> dict[str, Any]:
         """The settings that `quick` changes; none where it acts in another way."""

@@ -191,7 +191,7 @@ def predicted(name: str, config: Config) -> xr.Dataset:
 def times(runs: xr.Dataset, theory: xr.Dataset, config: Config) -> xr.Dataset:
     """Measured and predicted times and delays, and what they say of each run:
 
-    - 0: failed;
+    - 0: failed, or did not memorise;
     - 1: memorised, and not generalised in the time it was run for;
     - 2: generalised at once: before it had memorised, or soon after;
     - 3: grokked, later than theory can tell;
@@ -231,7 +231,7 @@ def times(runs: xr.Dataset, theory: xr.Dataset, config: Config) -> xr.Dataset:
 
 PHASES = ("failed", "never", "at_once", "untold", "otherwise", "agree")
 WORDS = (
-    "not memorised",
+    "failed, or not memorised",
     "memorised only",
     "no delay",
     "grokked; theory abstains",

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from common import below, near, Row
+from common import below, near, relative, Row
 from scipy.interpolate import PchipInterpolator
 
 import gradflow as gf
@@ -69,10 +69,6 @@ def flat(params: Any) -> np.ndarray:
 def vector(model: Any) -> np.ndarray:
     leaves = jax.tree.leaves(eqx.filter(model, eqx.is_inexact_array))
     return np.concatenate([np.asarray(p).ravel() for p in leaves])
-
-
-def relative(a: Any, b: Any) -> float:
-    return float(np.linalg.norm(np.asarray(a) - np.asarray(b)) / np.linalg.norm(b))
 
 
 def value_at(t: np.ndarray, values: np.ndarray, at: float) -> float:

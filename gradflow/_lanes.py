@@ -211,7 +211,7 @@ class Recipe:
                 return
 
     def _compare(self, made: Lane, watched: dict[str, Metric]) -> None:
-        """Raises `Unlike` unless a lane gives arrays like those of the lane before."""
+        """Raises `Unlike` unless a lane gives arrays like those of the first made."""
         saves = made.args[4 if self.descends else 3].shape[0]
         if self._like is None:
             self._like = saves, set(watched)

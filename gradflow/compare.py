@@ -6,6 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Bool, Float
 
 from ._interpolate import holds_until
@@ -302,7 +303,7 @@ def _regular_until(theory: TwoPhase) -> float:
 def _errors(theory: TwoPhase, path: Path) -> tuple[Any, Any, Any, Any]:
     """‖θ_λ − prediction‖, ‖θ_λ − w°(λt)‖, ‖θ_λ − prediction of order 2‖ and ‖term of
     order λ‖, all relative to ‖Φ‖, at the saved times."""
-    norm = lambda tree: jnp.sqrt(sum(jnp.sum(x * x) for x in jax.tree.leaves(tree)))
+    norm = optax.tree.norm
     size = norm(jax.tree.map(lambda w: w[0], theory.drift.params))
     minus = lambda a, b: jax.tree.map(lambda a, b: a - b, a, b)
     order = 1 if theory.second is None else 2

@@ -49,22 +49,22 @@ def descent(
     throw: bool = True,
     progress: bool = False,
 ) -> Path:
-    """Descends F + λR from `model` in steps of size α, instead of flowing.
+    """Descends F + λR from `model` in steps of size h, instead of flowing.
 
     With G = ∇F(θ), or its estimate from a minibatch, H = ∇R(θ) (at a kink the
-    subgradient of least norm: sign(0) = 0), and U the update of the optimiser, −αG for
+    subgradient of least norm: sign(0) = 0), and U the update of the optimiser, −hG for
     plain gradient descent, a step of each method is
 
     - `"subgradient"`: θ ← θ + U(G + λH);
-    - `"decoupled"`: θ ← θ + U(G) − αλH. With Adam and R = ½‖θ‖² this is AdamW
+    - `"decoupled"`: θ ← θ + U(G) − hλH. With Adam and R = ½‖θ‖² this is AdamW
       (Loshchilov & Hutter, arXiv 1711.05101);
-    - `"proximal"`: θ ← prox_{αλR}(θ + U(G)). With plain gradient descent and the ℓ1
+    - `"proximal"`: θ ← prox_{hλR}(θ + U(G)). With plain gradient descent and the ℓ1
       norm this is ISTA (Daubechies, Defrise, De Mol, 2004);
-    - `"projected"`: θ ← Π(θ − αλH), Π the orthogonal projection onto {z(θ) = y}: the
+    - `"projected"`: θ ← Π(θ − hλH), Π the orthogonal projection onto {z(θ) = y}: the
       squared error of a model that is linear in its parameters, without optimiser.
 
-    The clock is that of the flow: t = α · steps, and s = λt, for all methods. A plain
-    gradient descent follows the flow to O(α); other optimisers follow flows of their
+    The clock is that of the flow: t = h · steps, and s = λt, for all methods. A plain
+    gradient descent follows the flow to O(h); other optimisers follow flows of their
     own, for which t is a unit of account. (Where the decay is decoupled, R = ½‖θ‖²
     alone shrinks the parameters by e^{−s}, whatever the optimiser.)
 
@@ -75,7 +75,7 @@ def descent(
         2210.01117); not with `"projected"`.
     - `model`: the initial model θ₀.
     - `weight_decay`: λ ≥ 0.
-    - `learning_rate`: α > 0.
+    - `learning_rate`: h > 0.
     - `init_scale`: the factor by which all initial parameters are multiplied. (A flow
         that holds the norm holds that of the scaled ones.)
     - `steps`, `slow_time`, `t1`, `at`: give one. Take so many steps; run to slow time
@@ -206,7 +206,9 @@ def _saved_steps(
         if value is None:
             continue
         if not is_concrete(learning_rate) or not is_concrete(weight_decay):
-            raise ValueError(f"{name}: give steps where λ or α is being traced.")
+            raise ValueError(
+                f"{name}: give steps where λ or learning_rate is being traced."
+            )
         if not 0 < value < np.inf:
             raise ValueError(f"{name}: expected a positive number, got {value}.")
         unit = learning_rate * (weight_decay if name == "slow_time" else 1)

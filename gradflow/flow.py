@@ -44,6 +44,8 @@ class GradientFlow(eqx.Module):
             pytree of booleans. Leaves that it leaves out stay as they are.
         - `hold_norm`: keep the norm ‖θ‖ of the trainable parameters at its initial
             value: the flow on a sphere, θ' = −(I − θ̂θ̂ᵀ)(∇F(θ) + λ∇R(θ)), θ̂ = θ/‖θ‖.
+
+        **Raises:** `ValueError` where loss or penalty is none of gradflow's.
         """
         if not isinstance(loss, AbstractLoss):
             raise ValueError(
@@ -73,6 +75,9 @@ class GradientFlow(eqx.Module):
         `diffrax.diffeqsolve(term, solver, ..., y0=params, args=weight_decay)`.
 
         **Returns:** `(term, params)`; the state is the pytree of parameters.
+
+        **Raises:** `ValueError` as `partition`, and for parameters that are all zero
+        where `hold_norm`.
         """
         params, static = self.partition(model)
         if not self.hold_norm:

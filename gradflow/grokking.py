@@ -14,8 +14,8 @@ def crossing_time(
 ) -> float:
     """The first time from which `metric` stays on the good side of its threshold.
 
-    Between the saved times it is interpolated by a monotone cubic in log t, and in the
-    log of the value where all values are positive.
+    Between the saved times it is interpolated by a monotone cubic in log t (from t = 0
+    to the next by a line in t), and in the log of the value where all are positive.
 
     **Arguments:**
 

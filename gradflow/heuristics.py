@@ -6,6 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Array, Float
 from scipy.interpolate import CubicSpline
 
@@ -123,8 +124,7 @@ def onset(flow: GradientFlow, path: Path, *, share: float = 0.01) -> Onset:
 def _forces(flow: GradientFlow, path: Path) -> tuple[Array, Array]:
     def at(params):
         theta, loss = flatten(flow.loss, params, path.static)
-        decay = jax.tree.leaves(flow.penalty.gradient(params))
-        size = jnp.sqrt(sum(jnp.sum(x * x) for x in decay))
+        size = optax.tree.norm(flow.penalty.gradient(params))
         return jnp.linalg.norm(loss.gradient(theta)), size
 
     return jax.lax.map(at, path.params)
@@ -180,6 +180,8 @@ def transition_time(scale: float, weight_decay: float) -> float:
     - `weight_decay`: λ > 0.
 
     **Returns:** the time t, exact to leading order in ln α.
+
+    **Raises:** `ValueError` unless α > 1 and λ > 0.
 
     Source: Lyu, Jin, Li, Du, Lee, Hu, arXiv 2311.18817, theorems 3.1 and 3.3.
     """

@@ -38,7 +38,9 @@ class Landscape(eqx.Module):
     def best(self, name: str = "test") -> Float[np.ndarray, " starts"]:
         """w_c: the norm at which the metric is best, for each start; between the norms
         by the parabola through the best and its neighbours, in the logarithms. NaN
-        where no run reached its end."""
+        where no run reached its end.
+
+        **Raises:** `ValueError` where no metric has that name."""
         values, _ = self._toward_low(name)
         out = []
         for w, v in zip(np.log(self.norm), values, strict=True):

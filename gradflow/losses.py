@@ -204,6 +204,8 @@ class Huber(_TargetLoss):
         """**Arguments:** as for `SquaredError`, and
 
         - `delta`: δ > 0, a number known before tracing.
+
+        **Raises:** `ValueError` as `SquaredError`, and unless δ is such a number.
         """
         super().__init__(x, y, reduction=reduction, predict=predict)
         if not is_concrete(delta):
@@ -247,7 +249,10 @@ class Logistic(_TargetLoss):
         reduction: Literal["mean", "sum"] = "mean",
         predict: Callable[[Any, PyTree], Array] = predict_each,
     ):
-        """**Arguments:** as for `SquaredError`; `y` holds numbers from 0 to 1."""
+        """**Arguments:** as for `SquaredError`; `y` holds numbers from 0 to 1.
+
+        **Raises:** `ValueError` as `SquaredError`, and where `y` holds others.
+        """
         if is_concrete(y):  # before JAX has it, which may be tracing
             targets = np.asarray(y)
             if not ((targets >= 0) & (targets <= 1)).all():

@@ -19,8 +19,11 @@ class Metric(eqx.Module):
     """
 
     fn: Callable[[Any], Scalar]
+    """Of the model."""
     threshold: float | None = eqx.field(static=True, default=None)
+    """The level that it is to pass; `None` where no level counts."""
     higher_is_better: bool = eqx.field(static=True, default=False)
+    """Whether it passes from below."""
 
     def __call__(self, model: Any) -> Scalar:
         return self.fn(model)

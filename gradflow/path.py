@@ -6,6 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Array, Float, PyTree, Scalar
 
 from .grokking import crossing_time
@@ -76,7 +77,7 @@ class Path(eqx.Module):
         the moment the data are fitted, long before the drift begins."""
         last = [p[-1] for p in jax.tree.leaves(self.params)]
         step = [p[-1] - p[-2] for p in jax.tree.leaves(self.params)]
-        size = lambda leaves: jnp.sqrt(sum(jnp.sum(x * x) for x in leaves))
+        size = optax.tree.norm
         return size(step) / (size(last) * (self.slow_time[-1] - self.slow_time[-2]))
 
     @property

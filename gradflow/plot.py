@@ -287,7 +287,12 @@ def grokking(report: Report, ax: Axes | None = None) -> Axes:
         _log(ax)
         _legend(ax, loc="upper left")
     else:
-        text = "the test loss does not\ncross its threshold"
+        crossed = np.isfinite(y).any()
+        text = (
+            "theory predicts no time"
+            if crossed
+            else ("the test loss does not\ncross its threshold")
+        )
         ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", fontsize=SIZE)
         ax.set(xticks=[], yticks=[])
     return ax

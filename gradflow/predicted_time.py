@@ -37,9 +37,9 @@ def predicted_time(
     """The time at which a predicted metric passes its threshold for good, as far as
     theory goes.
 
-    The error of the prediction of order 1 is what the second order changes. The error
-    of order 2 is that times the ratio of the terms that follow each other. To both is
-    added what every second point left out would change.
+    The error of order 2 is what the second order changes, times the ratio of the next
+    term to the second, and what leaving out every second point would change. That of
+    order 1 is not known.
 
     **Arguments:**
 

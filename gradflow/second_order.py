@@ -104,22 +104,22 @@ def second_order(
         count = 2 * count - 1
         rough, fine = fine, theta1(2 * count - 1)
     theta = fine[::2] + change
-    n = _regular(drift)
-    nodes = jax.tree.map(lambda p: p[:n], drift.params)
-    tangent = outer(term, drift.params, drift.t, drift.t[:n], w1, 1.0, form, rank)
-    offset, ratio = _next(term, nodes, drift.t[:n], tangent, form, rank)
+    s = drift.t[: _regular(drift)]
+    tangent = outer(term, drift.params, drift.t, s, w1, 1.0, form, rank)
     # What the solver did not reach is infinite.
     n = int(jnp.sum(jnp.all(jnp.isfinite(tangent), axis=1)))
     if n < 8 or not bool(jnp.isfinite(mismatch)):  # interpolation takes 8
         return None
+    nodes = jax.tree.map(lambda p: p[:n], drift.params)
+    offset, ratio = _next(term, nodes, s[:n], tangent[:n], form, rank)
     e1 = theta - (w1 + h)[None]
     stack = jax.vmap(ravel_pytree(start)[1])
     return SecondOrder(
         inner=stack(e1.at[-1].set(0.0)),
         tangent=stack(tangent[:n]),
-        offset=stack(offset[:n]),
-        ratio=ratio[:n],
-        until=drift.t[n - 1],
+        offset=stack(offset),
+        ratio=ratio,
+        until=s[n - 1],
         mismatch=mismatch,
     )
 

@@ -8,6 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import optimistix as optx
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
@@ -233,14 +234,10 @@ def _save_times(
     return jnp.concatenate([jnp.zeros_like(later[:1]), later])
 
 
-def _norm(tree: PyTree) -> Scalar:
-    return jnp.sqrt(sum(jnp.sum(x * x) for x in jax.tree.leaves(tree)))
-
-
 def _time_scale(term: FlowTerm, params: PyTree, weight_decay: Scalar) -> Scalar:
     """‖θ₀‖/‖θ₀'‖; infinite at rest."""
-    speed = _norm(term.vf(jnp.zeros_like(weight_decay), params, weight_decay))
-    size = _norm(params)
+    speed = optax.tree.norm(term.vf(jnp.zeros_like(weight_decay), params, weight_decay))
+    size = optax.tree.norm(params)
     return jnp.where(size > 0, size, 1.0) / speed
 
 
@@ -309,7 +306,7 @@ def _solve(
     check_scalars(term.loss, watched, term.model(params))
     if atol is None:
         count = sum(p.size for p in jax.tree.leaves(params))
-        rms = _norm(params) / count**0.5
+        rms = optax.tree.norm(params) / count**0.5
         atol = 0.02 * rtol * jnp.where(rms > 0, rms, 1.0)
     # The error of RKC2 falls as the 2/3 power of what it is told.
     share = jnp.minimum(1, rtol / 1e-6) ** 0.5 if isinstance(solver, RKC2) else 1.0
@@ -406,7 +403,7 @@ def _solve(
                     counts,
                 )  # fmt: skip
             )
-        size = (1 + _norm(params)) / jnp.finfo(ts.dtype).eps ** 0.5
+        size = (1 + optax.tree.norm(params)) / jnp.finfo(ts.dtype).eps ** 0.5
 
         def record(y):
             params = params_of(y)
@@ -414,7 +411,7 @@ def _solve(
             loss = loss_of(y, model)
             seen = {k: loss if k in same else fn(model) for k, fn in watched.items()}
             # Diffrax fills what it did not reach with infinities.
-            reached = _norm(params) < size
+            reached = optax.tree.norm(params) < size
             values = (params, seen, loss, term.penalty(params))
             return jax.tree.map(lambda x: jnp.where(reached, x, jnp.nan), values)
 
@@ -426,10 +423,14 @@ def _solve(
         whole = (result == RESULTS.out_of_steps) & (ended[1][0] >= ts[-1])
         result = RESULTS.where(whole, RESULTS.successful, result)
         paused = (result == RESULTS.out_of_steps) & (counts[0] < max_steps)
-        lost = ~jnp.isfinite(term.loss(term.model(end))) | ~(_norm(end) < size)
+        lost = ~jnp.isfinite(term.loss(term.model(end))) | ~(
+            optax.tree.norm(end) < size
+        )
         lost = lost & (result != RESULTS.out_of_steps)
         # What reaches infinity in finite time stalls on its way there.
-        fled = (result == RESULTS.stalled) & (_norm(end) > 100 * (1 + _norm(params)))
+        fled = (result == RESULTS.stalled) & (
+            optax.tree.norm(end) > 100 * (1 + optax.tree.norm(params))
+        )
         result = RESULTS.where(lost | fled, RESULTS.diverged, result)
         work: dict[str, Array] = {}
         if isinstance(solver, (AbstractKKT, ActiveSet, RKC2)):

@@ -68,38 +68,47 @@ class Sweep(eqx.Module):
 
     @property
     def weight_decay(self) -> Float[Array, " L"]:
+        """λ of each lane."""
         return self.paths.weight_decay
 
     @property
     def t(self) -> Float[Array, "L n"]:
+        """The saved times of each lane."""
         return self.paths.t
 
     @property
     def slow_time(self) -> Float[Array, "L n"]:
+        """s = λt at the saved times."""
         return self.paths.slow_time
 
     @property
     def metrics(self) -> dict[str, Float[Array, "L n"]]:
+        """What was watched, at the saved times."""
         return self.paths.metrics
 
     @property
     def train_loss(self) -> Float[Array, "L n"]:
+        """F at the saved times."""
         return self.paths.train_loss
 
     @property
     def penalty(self) -> Float[Array, "L n"]:
+        """R at the saved times."""
         return self.paths.penalty
 
     @property
     def result(self) -> RESULTS:
+        """How each lane ended."""
         return self.paths.result
 
     @property
     def succeeded(self) -> Bool[Array, " L"]:
+        """Whether each lane did what was asked."""
         return self.paths.succeeded
 
     @property
     def stats(self) -> dict[str, Any]:
+        """Steps and other counts of each lane; see `Path`."""
         return self.paths.stats
 
     def __len__(self) -> int:

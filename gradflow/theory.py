@@ -8,6 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Array, Float, PyTree
 
 from ._checks import (
@@ -64,7 +65,8 @@ class TwoPhase(eqx.Module):
     interpolation_error: Float[Array, ""]
     """An estimate of what interpolating the two paths adds to the error, relative to
     ‖Φ(θ₀)‖: at most 60 `rtol`, unless 1025 points are too few for that. Where the
-    penalty has kinks the drift has 257 points and straight lines between them."""
+    penalty has kinks the drift has at most 257 points, and straight lines between
+    them."""
     second: SecondOrder | None
     """The terms of order λ, for predictions of order 2; `None` where not asked for."""
     result: RESULTS
@@ -149,7 +151,7 @@ class TwoPhase(eqx.Module):
         terms of the second order where they are known. NaN, with the reason, where it
         is not crossed while theory holds (see `valid_until`).
 
-        **Raises:** `ValueError` where no metric has that name.
+        **Raises:** `ValueError` where no metric has that name, or unless λ > 0.
         """
         return self.crossing_time("test", weight_decay)
 
@@ -338,7 +340,7 @@ def two_phase(
     if order == 2:
         check_second_order(at_limit, flow.penalty)
     tau, until = _fast_scales(term, params, limit, at_limit.smallest_curvature)
-    target = 30 * rtol * _norm(flow.partition(limit.model)[0])
+    target = 30 * rtol * optax.tree.norm(flow.partition(limit.model)[0])
     options = dict(metrics=metrics, rtol=rtol, max_steps=max_steps, throw=False)
     fast, error = refined(
         lambda x: simulate(
@@ -367,7 +369,7 @@ def two_phase(
     )
     # Retracted, so that the two phases meet to all digits.
     end = drift[0]
-    error = (error + more) / _norm(flow.partition(end)[0])
+    error = (error + more) / optax.tree.norm(flow.partition(end)[0])
     result = _first_failure(limit.result, fast.result, drift.result)
     if bool(drift.succeeded):
         at_limit = spectrum(flow.loss, end, trainable=flow.trainable)
@@ -399,10 +401,6 @@ def _fast_scales(
     tau = jnp.minimum(0.2 / sharpness(term, params), 1e-3 * (1 + limit.time))
     end = limit.time + 13.0 / jnp.where(jnp.isfinite(curvature), curvature, 1.0)
     return tau, jnp.maximum(end, 10 * tau)
-
-
-def _norm(tree: PyTree) -> Float[Array, ""]:
-    return jnp.sqrt(sum(jnp.sum(x * x) for x in jax.tree.leaves(tree)))
 
 
 @eqx.filter_jit

@@ -26,7 +26,7 @@ install_import_hook("gradflow", "beartype.beartype")
 
 
 def pytest_configure(config):
-    """Workers take files as they come, the longest first. (By default those of few
+    """Workers take files as they come, the notebooks first. (By default those of few
     tests would be last, and these take longest: all but one worker would wait.)"""
     config.option.loadscopereorder = False
 

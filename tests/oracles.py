@@ -40,20 +40,6 @@ def lasso(features, targets, weight):
     return out
 
 
-def nuclear_violation(operator, values, weight, matrix):
-    """How far A is from argmin ½‖𝒳(A) − y‖² + w‖A‖_*, as a fraction of w: there
-    G = 𝒳ᵀ(y − 𝒳(A)) is w UVᵀ on the singular vectors of A, and of norm ≤ w beside."""
-    left, sizes, right = np.linalg.svd(matrix)
-    rank = int((sizes > 1e-8 * sizes[0]).sum())
-    pull = (operator.T @ (values - operator @ matrix.reshape(-1))).reshape(matrix.shape)
-    inside = left.T @ pull @ right.T / weight
-    on = np.eye(*matrix.shape)
-    on[rank:, rank:] = 0
-    beside = np.linalg.norm(inside[rank:, rank:], 2) if rank < min(matrix.shape) else 0
-    inside[rank:, rank:] = 0
-    return max(np.abs(inside - on).max(), beside - 1)
-
-
 def subgradient_loop(x, y, start, rate, weight, steps):
     """a ← a − α(Xᵀ(Xa − y) + β sign(a)), as Notsawo et al. (arXiv 2506.05718) write
     it."""

@@ -127,6 +127,10 @@ def test_a_report_without_grokking_says_so(results):
     where = lambda r: (r.grokking_time, r.predicted_grokking_time)
     gf.plot.grokking(eqx.tree_at(where, report, (never, never)), ax)
     assert "does not" in ax.texts[0].get_text()
+    where = lambda r: r.predicted_grokking_time
+    ax = axes()
+    gf.plot.grokking(eqx.tree_at(where, report, never), ax)
+    assert "theory predicts no time" in ax.texts[0].get_text()
 
 
 def test_an_unknown_metric_is_refused(results):

@@ -19,7 +19,7 @@ def test_example_runs(tmp_path, monkeypatch, capsys):
     assert "rate of the error" in out and "order 2, theory holds up to" in out
 
 
-def test_figure_and_tasks_exist():
+def test_links_exist():
     root = pathlib.Path(__file__).parent.parent
     for target in re.findall(r"\]\(((?!http)[^)]*)\)", README):
         assert (root / target).exists(), target

@@ -138,6 +138,22 @@ def test_hessian_form_agrees(studied):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
+def test_where_the_solver_of_the_tangent_part_stops(studied, monkeypatch):
+    name, flow, theory, _, _ = studied
+    if name != "diagonal":
+        pytest.skip("one problem is enough")
+    known, whole = 40, second_order.outer
+    stopped = lambda *args: whole(*args).at[known:].set(jnp.inf)
+    monkeypatch.setattr(second_order, "outer", stopped)
+    term, _ = flow.term(eqx.combine(theory.limit, theory.drift.static))
+    paths = theory.fast, theory.drift
+    found = second_order.second_order(term, *paths, theory.spectrum, theory.fast_scale)
+    assert found.until == theory.drift.t[known - 1]
+    ratio = theory.second.ratio[:known]
+    np.testing.assert_allclose(found.ratio[:-1], ratio[:-1], rtol=1e-9)
+    np.testing.assert_allclose(found.ratio[-1], ratio[-1], rtol=0.1)
+
+
 def test_every_term_is_needed(studied):
     name, flow, theory, sweep, _ = studied
     if name != "teacher_student":

@@ -28,7 +28,6 @@ class Regularity(eqx.Module):
     smallest_curvature: Float[Array, " n"]
     """η(s): the curvature that was the smallest normal one at the start, followed by
     its place in the order."""
-    largest_curvature: Float[Array, " n"]
     curvature: Float[Array, " n"]
     """‖II(u, u)‖/‖u‖², u = P∇R: that of M along the drift."""
     form: str = eqx.field(static=True)
@@ -148,13 +147,13 @@ def _regularity(
         eta = jnp.where(start.rank > 0, last, jnp.inf)
         # Of a path that is traced, NaNs are found here alone.
         ambiguous = found.ambiguous | ~jnp.all(jnp.isfinite(theta))
-        return found.rank, ambiguous, eta, found.curvatures[0], relative
+        return found.rank, ambiguous, eta, relative
 
     # One at a time: a Jacobian for each of the saved points would fill the memory.
-    rank, ambiguous, eta, largest, bend = jax.lax.map(at, path.params)
+    rank, ambiguous, eta, bend = jax.lax.map(at, path.params)
     changed = jnp.any((rank != rank[0]) | ambiguous)
     result = RESULTS.where(changed, RESULTS.rank_lost, RESULTS.successful)
     result = RESULTS.where(ambiguous[0], RESULTS.ambiguous_rank, result)
     failed = (result == RESULTS.successful) & ~path.succeeded
     result = RESULTS.where(failed, path.result, result)
-    return Regularity(path.slow_time, rank, ambiguous, eta, largest, bend, form, result)
+    return Regularity(path.slow_time, rank, ambiguous, eta, bend, form, result)

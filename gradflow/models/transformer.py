@@ -1,7 +1,5 @@
 """A small decoder-only transformer without layer normalisation."""
 
-import itertools
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -9,6 +7,8 @@ import jax.random as jr
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ._checks import check_sizes
+
+_FEW_SYMBOLS = 512  # of more, projecting all costs more than a few sequences
 
 
 class Attention(eqx.Module):
@@ -20,27 +20,26 @@ class Attention(eqx.Module):
     value: Float[Array, "h k d"]
     output: Float[Array, "h d k"]
 
-    def project(self, x: Float[Array, "*n d"]) -> "Projections":
-        """Q, K and V of each x."""
-        of = lambda weights: jnp.einsum("hkd,...d->...hk", weights, x)
-        return of(self.query), of(self.key), of(self.value)
+    def project(self, x: Float[Array, "n d"], m: int) -> "Projections":
+        """Q at the last m of n positions, K and V at all: linear in x."""
+        of = lambda weights, x: jnp.einsum("hkd,nd->nhk", weights, x)
+        q = of(self.query, x[x.shape[0] - m :])
+        return q, of(self.key, x), of(self.value, x)
 
-    def mix(self, projections: "Projections", m: int) -> Float[Array, "m d"]:
-        """The attention at the last m of n positions, from Q, K and V at all."""
+    def mix(self, projections: "Projections") -> Float[Array, "m d"]:
+        """The attention at the last m of n positions."""
         q, k, v = projections
-        n, size = k.shape[0], k.shape[2]
-        scores = jnp.einsum("nhk,mhk->nmh", q[-m:], k) / size**0.5
-        seen = jnp.tril(jnp.ones((n, n), bool))[-m:, :, None]
+        m, n, size = q.shape[0], k.shape[0], k.shape[2]
+        scores = jnp.einsum("nhk,mhk->nmh", q, k) / size**0.5
+        seen = jnp.tril(jnp.ones((m, n), bool), n - m)[:, :, None]
         weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=1)
         mixed = jnp.einsum("nmh,mhk->nhk", weights, v)
         # One product of matrices, which on a CPU is faster than a sum over heads.
         output = jnp.moveaxis(self.output, 1, 2).reshape(-1, self.output.shape[1])
-        return mixed.reshape(m, -1) @ output
+        return mixed.reshape(m, output.shape[0]) @ output
 
 
-Projections = tuple[
-    Float[Array, "*n h k"], Float[Array, "*n h k"], Float[Array, "*n h k"]
-]
+Projections = tuple[Float[Array, "m h k"], Float[Array, "n h k"], Float[Array, "n h k"]]
 
 
 class Block(eqx.Module):
@@ -54,9 +53,9 @@ class Block(eqx.Module):
     outer_bias: Float[Array, " d"]
 
     def __call__(
-        self, x: Float[Array, "n d"], projections: Projections, m: int
+        self, x: Float[Array, "m d"], projections: Projections
     ) -> Float[Array, "m d"]:
-        x = x[-m:] + self.attention.mix(projections, m)
+        x = x + self.attention.mix(projections)
         hidden = jax.nn.relu(x @ self.inner.T + self.inner_bias[None])
         return x + hidden @ self.outer.T + self.outer_bias[None]
 
@@ -131,26 +130,46 @@ class Transformer(eqx.Module):
 
     def at_each(self, symbols: Int[Array, " n"]) -> Float[Array, "n symbols"]:
         """The logits at every position, each of which depends on the symbols up to it
-        alone."""
+        alone.
+
+        **Raises:** `ValueError` for more symbols than `length`.
+        """
         return self._last(symbols, symbols.shape[0])
 
     def __call__(self, symbols: Int[Array, " n"]) -> Float[Array, " symbols"]:
-        """The logits at the last position."""
+        """The logits at the last position.
+
+        **Raises:** `ValueError` for more symbols than `length`.
+        """
         return self._last(symbols, 1)[0]
 
     def _last(self, symbols: Int[Array, " n"], m: int) -> Float[Array, "m symbols"]:
         """Of the last block only what is asked for is computed: a third of it, for
-        three symbols. What the first block reads depends on a symbol and its place
-        alone: Q, K and V are those of all symbols at all places, once for all
-        sequences, of which each takes its own."""
-        n = symbols.shape[0]
-        places = jnp.arange(n)
-        every = self.embedding[:, None] + self.positions[None, :n]
-        x = every[symbols, places]
-        projections = tuple(
-            z[symbols, places] for z in self.blocks[0].attention.project(every)
+        three symbols."""
+        n, most = symbols.shape[0], self.positions.shape[0]
+        if n > most:
+            raise ValueError(f"symbols: at most {most} are read, got {n}.")
+        last = lambda i: m if i == len(self.blocks) - 1 else n
+        x = self.embedding[symbols] + self.positions[:n]
+        projections = self._projections(symbols, x, last(0))
+        for i, block in enumerate(self.blocks):
+            if i > 0:
+                projections = block.attention.project(x, last(i))
+            x = block(x[n - last(i) :], projections)
+        return x @ self.unembedding.T
+
+    def _projections(
+        self, symbols: Int[Array, " n"], x: Float[Array, "n d"], m: int
+    ) -> Projections:
+        """What the first attention makes of x, the sum of a symbol's embedding and its
+        place's: for few symbols the sum of theirs, which are the same for all sequences
+        that share the weights (under `vmap`) and are computed once."""
+        attention = self.blocks[0].attention
+        if self.embedding.shape[0] > _FEW_SYMBOLS:
+            return attention.project(x, m)
+        symbol_q, symbol_k, symbol_v = attention.project(
+            self.embedding, self.embedding.shape[0]
         )
-        for block, following in itertools.pairwise(self.blocks):
-            x = block(x, projections, n)
-            projections = following.attention.project(x)
-        return self.blocks[-1](x, projections, m) @ self.unembedding.T
+        q, k, v = attention.project(self.positions[: x.shape[0]], m)
+        last = symbols[x.shape[0] - m :]
+        return symbol_q[last] + q, symbol_k[symbols] + k, symbol_v[symbols] + v

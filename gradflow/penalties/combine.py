@@ -24,6 +24,8 @@ class Sum(AbstractPenalty):
         """**Arguments:**
 
         - `parts`: R₁, R₂, …, one or more.
+
+        **Raises:** `ValueError` where there is none, or one is no penalty.
         """
         if not parts:
             raise ValueError("parts: expected one penalty or more, got none.")
@@ -123,6 +125,8 @@ class Scaled(AbstractPenalty):
 
         - `scale`: c, a number that is not negative.
         - `penalty`: R.
+
+        **Raises:** `ValueError` for any other c.
         """
         if is_concrete(scale):
             value = np.asarray(scale)

@@ -108,7 +108,7 @@ def choose_solver(
     its stability limit, or has not ended after 10 000 steps, the run (of all lanes, in
     a sweep) starts anew without it (`classical=False`), and the steps lost are counted
     in `stats["trial_steps"]`. Within a path the solver does not change: an explicit
-    start would save 10 to 30 % of a run (`benchmarks/README.md`).
+    start would save a tenth to a third of a run (`benchmarks/README.md`).
 
     **Arguments:**
 

@@ -1,4 +1,5 @@
-"""RKC2: an explicit solver for stiff flows that asks for nothing but the velocity."""
+"""RKC2: an explicit solver for stiff flows that asks for the velocity and its
+derivative along a vector, and for no matrix."""
 
 from collections.abc import Callable
 from typing import Any, ClassVar
