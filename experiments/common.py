@@ -20,7 +20,9 @@ import numpy as np
 import xarray as xr
 from jax.experimental import multihost_utils
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from scipy.stats import spearmanr
 from tqdm.auto import tqdm
 
@@ -248,12 +250,24 @@ def finish(
             ax.set_xlim(1, 10)
         if "y" in log and not np.isfinite(ax.dataLim.minposy):
             ax.set_ylim(1, 10)
+        for axis, limits in ((ax.xaxis, ax.get_xlim()), (ax.yaxis, ax.get_ylim())):
+            if axis.get_scale() == "log":
+                label_few(axis, *limits)
     ax.set_title(title, fontsize=SIZE, loc="left")
     ax.set_xlabel(x, fontsize=SIZE)
     ax.set_ylabel(y, fontsize=SIZE)
     ax.grid(alpha=0.25, lw=0.5)
     if legend and ax.get_legend_handles_labels()[0]:
         ax.legend(fontsize=SIZE - 2, frameon=False)
+
+
+def label_few(axis: Axis, low: float, high: float) -> None:
+    """1, 2 and 5 on a logarithmic axis of a decade or two, where by default every digit
+    has a label in powers of ten, one over the other."""
+    if high < 100 * low and 1e-3 <= low and high <= 1e5:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.set_minor_formatter(NullFormatter())
 
 
 def marks(ax: Axes, times: dict[str, float]) -> None:
