@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, PyTree
 from .._checks import is_concrete
 from ..flow import flatten
 from ..losses import AbstractCompositeLoss, AbstractLoss
-from ._matrix_free import choose_method, frobenius, operator
+from ._matrix_free import choose_method, count_outputs, frobenius, operator
 from ._normal import close, outer_root, weighted_jacobian
 
 Form = Literal["auto", "jacobian", "hessian"]
@@ -44,12 +44,6 @@ def likely_form(loss: AbstractLoss, params: PyTree, static: PyTree) -> str:
         return "hessian"
     d = sum(p.size for p in jax.tree.leaves(params))
     return "jacobian" if count_outputs(loss, params, static) <= d else "hessian"
-
-
-def count_outputs(loss: AbstractCompositeLoss, params: PyTree, static: PyTree) -> int:
-    """m, samples × outputs."""
-    outputs = lambda loss, p, static: loss.outputs(eqx.combine(p, static))
-    return eqx.filter_eval_shape(outputs, loss, params, static).size
 
 
 @eqx.filter_jit

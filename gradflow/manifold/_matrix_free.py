@@ -16,7 +16,7 @@ import lineax as lx
 from jaxtyping import Array, Bool, Float, PyTree
 
 from ..flow import FlatLoss
-from ..losses import AbstractLoss
+from ..losses import AbstractCompositeLoss, AbstractLoss
 from ._normal import outer_root
 
 Method = Literal["dense", "matrix-free"] | None
@@ -53,9 +53,14 @@ def choose_method(
     d = sum(p.size for p in jax.tree.leaves(params))
     if form == "hessian":
         return "dense" if d * d <= _DENSE_HESSIAN else "matrix-free"
-    outputs = lambda loss, p, static: loss.outputs(eqx.combine(p, static))
-    m = eqx.filter_eval_shape(outputs, loss, params, static).size
+    m = count_outputs(loss, params, static)
     return "dense" if m * d <= _DENSE_JACOBIAN else "matrix-free"
+
+
+def count_outputs(loss: AbstractCompositeLoss, params: PyTree, static: PyTree) -> int:
+    """m, samples × outputs."""
+    outputs = lambda loss, p, static: loss.outputs(eqx.combine(p, static))
+    return eqx.filter_eval_shape(outputs, loss, params, static).size
 
 
 def operator(loss: FlatLoss, theta: Float[Array, " d"], form: str) -> Operator:

@@ -14,7 +14,8 @@ from ..flow import FlatLoss, flatten, FlowTerm, GradientFlow, partition
 from ..losses import AbstractCompositeLoss, AbstractLoss
 from ..results import RESULTS
 from ..solvers import KKT5
-from ._form import choose_form, count_outputs, Form, likely_form
+from ._form import choose_form, Form, likely_form
+from ._matrix_free import count_outputs
 from ._normal import close, exact_jacobian_normal, hessian_normal
 from ._separable import limit_direction, smallest_margin
 from ._variational import tie

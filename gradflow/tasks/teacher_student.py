@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from ..flow import scaled
 from ..losses import SquaredError
 from ..models import TwoLayer
 from ._checks import check_choice, check_count, check_positive
@@ -76,8 +77,7 @@ def teacher_student(
     else:
         act = jnp.tanh if activation == "tanh" else jax.nn.relu
         deep = eqx.nn.MLP(inputs, "scalar", width, hidden_layers, act, key=init_key)
-        scaled = lambda leaf: init_scale * leaf if eqx.is_inexact_array(leaf) else leaf
-        model = jax.tree.map(scaled, deep)
+        model = scaled(deep, init_scale)
     x = jr.normal(x_key, (samples, inputs))
     x_test = jr.normal(test_key, (test_samples, inputs))
     loss = SquaredError(x, jax.vmap(teacher)(x))
