@@ -20,7 +20,6 @@ import numpy as np
 import xarray as xr
 from jax.experimental import multihost_utils
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from scipy.stats import spearmanr
@@ -250,9 +249,6 @@ def finish(
             ax.set_xlim(1, 10)
         if "y" in log and not np.isfinite(ax.dataLim.minposy):
             ax.set_ylim(1, 10)
-        for axis, limits in ((ax.xaxis, ax.get_xlim()), (ax.yaxis, ax.get_ylim())):
-            if axis.get_scale() == "log":
-                label_few(axis, *limits)
     ax.set_title(title, fontsize=SIZE, loc="left")
     ax.set_xlabel(x, fontsize=SIZE)
     ax.set_ylabel(y, fontsize=SIZE)
@@ -261,13 +257,18 @@ def finish(
         ax.legend(fontsize=SIZE - 2, frameon=False)
 
 
-def label_few(axis: Axis, low: float, high: float) -> None:
-    """1, 2 and 5 on a logarithmic axis of a decade or two, where by default every digit
-    has a label in powers of ten, one over the other."""
-    if high < 100 * low and 1e-3 <= low and high <= 1e5:
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axis.set_minor_formatter(NullFormatter())
+def label_few(figure: Figure) -> None:
+    """1, 2 and 5 on the logarithmic axes of a decade or two, where by default most
+    digits have a label in powers of ten, one over the other. For a figure that is
+    ready: it goes by the limits."""
+    for ax in figure.axes:
+        for axis, limits in ((ax.xaxis, ax.get_xlim()), (ax.yaxis, ax.get_ylim())):
+            low, high = sorted(limits)
+            few = 1e-3 <= low and high <= 1e5 and high < 100 * low
+            if axis.get_scale() == "log" and few:
+                axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+                axis.set_minor_formatter(NullFormatter())
 
 
 def marks(ax: Axes, times: dict[str, float]) -> None:
@@ -345,6 +346,7 @@ def write(
         json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     )
     for name, figure in figures.items():
+        label_few(figure)
         figure.savefig(out / f"{name}.png", dpi=120)
         plt.close(figure)
     return summary

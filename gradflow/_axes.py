@@ -136,7 +136,7 @@ def count_blocks(shape: Sequence[int], block: Sequence[int]) -> int:
 
 
 def short(name: str) -> str:
-    return {"weight_decay": "λ", "init_scale": "α", "learning_rate": "step"}.get(
+    return {"weight_decay": "λ", "init_scale": "α", "learning_rate": "h"}.get(
         name, name
     )
 

@@ -236,7 +236,7 @@ def test_many_lanes_are_summed_up():
     failed = int((~np.asarray(lanes.succeeded)).sum())
     assert 0 < failed < 40 and f"{failed} failed" in text
     assert f"{failed} × FAILED: The descent left the finite range" in text
-    assert "most, at η" in text
+    assert "most, at h" in text
 
 
 @pytest.mark.parametrize(
