@@ -56,7 +56,7 @@ class Settings:
     out: Path | None = None
     """Folder for the results; results/STUDY/NAME by default."""
     quick: bool = False
-    """One to ten minutes: fewer or shorter runs, the same checks where they can be
+    """At most ten minutes: fewer or shorter runs, the same checks where they can be
     made. Options given beside it count, unless they are as by default."""
 
     def quick_changes(self) -> dict[str, Any]:

@@ -180,7 +180,7 @@ class MAC(Addition):
 class MAW(Addition):
     """Figure 10a: the time to generalise against the weight decay, for several seeds.
 
-    At the paper's size about 95 minutes of one core for each seed.
+    At the paper's size about 100 minutes of one core for each seed.
     """
 
     gammas: tuple[float, ...] = (0.3, 0.6, 1.0, 1.7, 3.0)
@@ -231,7 +231,7 @@ class MAR(Addition):
     """Figure 9: test loss at held norms, α, from different parts of all pairs: below a
     critical part no norm generalises.
 
-    At the paper's size about 95 minutes of one core.
+    At the paper's size about 100 minutes of one core.
     """
 
     fractions: tuple[float, ...] = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.6)
