@@ -264,7 +264,7 @@ def label_few(figure: Figure) -> None:
     for ax in figure.axes:
         for axis, limits in ((ax.xaxis, ax.get_xlim()), (ax.yaxis, ax.get_ylim())):
             low, high = sorted(limits)
-            few = 1e-3 <= low and high <= 1e5 and high < 100 * low
+            few = 1e-4 <= low and high <= 1e5 and high < 100 * low
             if axis.get_scale() == "log" and few:
                 axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
                 axis.set_major_formatter(StrMethodFormatter("{x:g}"))
