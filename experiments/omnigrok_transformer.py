@@ -1,10 +1,9 @@
 """P3-MA-N, C, W and R: modular addition by a transformer, full batch, by AdamW.
 
 In single precision but for the loss, where the authors have double. At the paper's
-sizes a step takes 0.07 s on a free core, so that figure 7 is a quarter of an hour, and
-the scans of figures 9 and 10 an hour and a half each (10: for each seed). Each is a
-sweep, whose store has the runs that are done, so that an interrupted one goes on where
-it was.
+sizes a step takes 0.07 s on a free core, so that figure 7 is 17 minutes, and the scans
+of figures 9 and 10 about two hours each (10: for each seed). Each is a sweep, whose
+store has the runs that are done, so that an interrupted one goes on where it was.
 `--quick` takes a smaller modulus and network and more of the pairs, which groks in
 minutes; that is said in the titles. (There the test accuracy first rises to about the
 part that is seen: the network has learnt that a + b is b + a, and nothing else.)
@@ -231,7 +230,7 @@ class MAR(Addition):
     """Figure 9: test loss at held norms, α, from different parts of all pairs: below a
     critical part no norm generalises.
 
-    At the paper's size about 100 minutes of one core.
+    At the paper's size about two hours of one core.
     """
 
     fractions: tuple[float, ...] = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.6)

@@ -288,11 +288,8 @@ def grokking(report: Report, ax: Axes | None = None) -> Axes:
         _legend(ax, loc="upper left")
     else:
         crossed = np.isfinite(y).any()
-        text = (
-            "theory predicts no time"
-            if crossed
-            else ("the test loss does not\ncross its threshold")
-        )
+        text = "the test loss does not\ncross its threshold"
+        text = "theory predicts no time" if crossed else text
         ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", fontsize=SIZE)
         ax.set(xticks=[], yticks=[])
     return ax

@@ -8,6 +8,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 FOLDER = pathlib.Path(__file__).parents[1] / "experiments"
 sys.path.insert(0, str(FOLDER))
@@ -142,3 +143,15 @@ def test_kinks_closer_than_the_eye_are_one():
     teacher = task.truth.teacher
     assert rows.count_kinks(task, teacher) == 3
     assert rows.count_kinks(task, task.model) > 10
+
+
+def test_labels_of_a_logarithmic_axis():
+    figure = Figure()
+    ax = figure.add_subplot()
+    ax.set(xscale="log", yscale="log", xlim=(0.3, 3), ylim=(1e-6, 1))
+    common.label_few(figure)
+    figure.draw_without_rendering()
+    shown = lambda axis: {t.get_text() for t in axis.get_ticklabels(which="both")}
+    assert shown(ax.xaxis) >= {"0.5", "1", "2"}
+    assert "0.4" not in shown(ax.xaxis) and not any("10" in t for t in shown(ax.xaxis))
+    assert any("10^" in t for t in shown(ax.yaxis))

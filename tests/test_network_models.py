@@ -88,8 +88,8 @@ def test_transformer(symbols, word):
     expected = read_by_the_formulas(numpy(model), word)
     both = eqx.filter_jit(lambda m, s: (m.at_each(s), m(s)))
     every, last = both(model, jnp.array(word))
-    assert_allclose(every, expected, rtol=1e-10)
-    assert_allclose(last, expected[-1], rtol=1e-10)
+    assert_allclose(every, expected, rtol=1e-11)
+    assert_allclose(last, expected[-1], rtol=1e-11)
 
 
 def test_gradient_of_a_transformer(transformer):

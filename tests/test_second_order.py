@@ -138,6 +138,23 @@ def test_hessian_form_agrees(studied):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
+def test_the_ratio_is_that_of_the_next_term(studied):
+    """What the second order leaves normal to M is λ²b, of size λ² ratio ‖h‖."""
+    _, flow, theory, sweep, _ = studied
+    term, _ = flow.term(eqx.combine(theory.limit, theory.drift.static))
+    path = sweep[3]
+    lam, ends = float(path.weight_decay), theory.drift.t
+    i = int(np.argmin(abs(path.slow_time - ends[-1] / 2)))
+    t, s = float(path.t[i]), float(path.slow_time[i])
+    flat = lambda model: ravel_pytree(flow.partition(model)[0])[0]
+    drift = flow.partition(theory.predict(t, lam, order=1))[0]
+    at = Point(term, drift, theory.spectrum.form, theory.spectrum.rank)
+    left = flat(path[i]) - flat(theory.predict(t, lam, order=2))
+    found = np.linalg.norm(left - at.project(left)) / np.linalg.norm(at.offset) / lam**2
+    expected = np.interp(s, ends[: theory.second.ratio.size], theory.second.ratio)
+    np.testing.assert_allclose(found, expected, rtol=0.05)
+
+
 def test_where_the_solver_of_the_tangent_part_stops(studied, monkeypatch):
     name, flow, theory, _, _ = studied
     if name != "diagonal":
