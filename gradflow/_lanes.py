@@ -20,7 +20,8 @@ from ._checks import (
     check_weight_decay,
     resolvable,
 )
-from .descent import check_rate, descend, prepare_descent
+from ._descent_methods import check_rate
+from .descent import descend, prepare_descent
 from .flow import GradientFlow, place, scaled
 from .metrics import Metric
 from .path import Path
@@ -128,6 +129,11 @@ class Recipe:
             if given.get(name) is not None:
                 kind = "descents" if self.descends else "flows; give learning_rate"
                 raise ValueError(f"{name}: has no meaning for {kind}.")
+        if self.descends and callable(self.value(0, "learning_rate")):
+            if self.options["steps"] is None and self.options["at"] is None:
+                raise ValueError(
+                    "steps, at: give one with a schedule of learning rates."
+                )
         told = any(self.options.get(k) is not None for k in _HORIZON)
         if not self.descends and (told or isinstance(self.make, Problem)):
             span = {k: self.options.get(k) for k in _SPAN}

@@ -36,8 +36,8 @@ class RESULTS(diffrax.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
         "weight decay."
     )
     overshot = (
-        "The descent left the finite range: the learning rate is likely above 2/L, L "
-        "the largest curvature of the loss. Lower it."
+        "The descent went up instead, or left the finite range: `learning_rate` is "
+        "likely above 2/L, L the largest curvature of the loss. Lower it."
     )
     not_converged = (
         "The flow had not come to rest at the largest time allowed: the loss is nearly "
