@@ -14,7 +14,16 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from ._axes import Axes, make_axes, short
 from ._descent_methods import Method, Optimiser, Schedule
-from ._lanes import Owned, Problem, Ragged, Recipe, RECORDED, RUN
+from ._lanes import (
+    Owned,
+    placed,
+    placed_problem,
+    Problem,
+    Ragged,
+    Recipe,
+    RECORDED,
+    RUN,
+)
 from ._programs import Batch
 from ._runs import Bars, fitting, run_stored, Runner
 from .flow import GradientFlow
@@ -394,7 +403,7 @@ def make_recipe(
             kind = "axes: they are for a function" if axes else "model: expected one"
             raise ValueError(f"{kind}, where the problem is a flow.")
         problem.term(model)
-        make: Any = Problem(problem, model, metrics)
+        make: Any = placed_problem(Problem(problem, model, metrics))
     elif callable(problem):
         if model is not None:
             raise ValueError("model: the function that makes the problem gives it.")
@@ -411,6 +420,7 @@ def make_recipe(
         if any(map(callable, v)):
             raise ValueError(f"{name}: expected numbers, or one schedule for all.")
     fixed = {k: _number(v) for k, v in runs.items() if k not in vectors}
+    options = placed(options, "ts, key")
     recipe = Recipe(make_axes(axes | vectors, zipped), make, metrics, fixed, options)
     recipe.check()
     return recipe
