@@ -208,7 +208,9 @@ def linearized(fn: Callable, x: PyTree) -> tuple[PyTree, Callable, Callable]:
     """
     try:
         out, push = jax.linearize(fn, x)
-        return out, push, lambda v: jax.linear_transpose(push, x)(v)[0]
+        # What has no forward rule is mostly found out when `push` is compiled.
+        if "custom_lin" not in _operations(jax.make_jaxpr(push)(x)):
+            return out, push, lambda v: jax.linear_transpose(push, x)(v)[0]
     except TypeError as error:
         if "custom_vjp" not in str(error):
             raise
@@ -216,6 +218,7 @@ def linearized(fn: Callable, x: PyTree) -> tuple[PyTree, Callable, Callable]:
     pull = lambda v: back(v)[0]
     try:
         _, forth = jax.vjp(pull, jax.tree.map(jnp.zeros_like, out))
+        jax.eval_shape(forth, x)
     except Exception as error:
         raise ValueError(
             "model: expected outputs with a forward derivative, or a reverse one that "
@@ -224,6 +227,17 @@ def linearized(fn: Callable, x: PyTree) -> tuple[PyTree, Callable, Callable]:
             "diffrax.DirectAdjoint()."
         ) from error
     return out, lambda u: forth(u)[0], pull
+
+
+def _operations(jaxpr: Any) -> set[str]:
+    """The names of all operations of a program."""
+    names = set()
+    for equation in jaxpr.eqns:
+        names.add(equation.primitive.name)
+        inner = lambda p: hasattr(p, "eqns")
+        for param in jax.tree.leaves(list(equation.params.values()), is_leaf=inner):
+            names |= _operations(param) if inner(param) else set()
+    return names
 
 
 _BLOCK_BYTES = 2**28
