@@ -15,6 +15,8 @@ from jax.flatten_util import ravel_pytree
 from jax.scipy.linalg import cho_factor, cho_solve, lu_factor, lu_solve
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
+from .._controllers import tolerance
+from .._norms import norm
 from ..flow import FlatLoss, FlatOpaqueLoss, flatten, FlowTerm, Tracked, TrackedFlowTerm
 from ..losses import AbstractCompositeLoss
 from ..penalties import AbstractPenalty
@@ -34,6 +36,13 @@ class ChordIteration(eqx.Module):
     atol: Any
     norm: Any
     kappa: float = 0.03
+
+    def scale(
+        self, start: Float[Array, " d"], stage: Float[Array, " d"]
+    ) -> Float[Array, " d"]:
+        """The tolerance of each coordinate, in a step from `start`."""
+        size = jnp.maximum(jnp.abs(start), jnp.abs(stage))
+        return tolerance(size, self.rtol, self.atol)
 
 
 class _State(eqx.Module):
@@ -213,7 +222,8 @@ class AbstractKKT(
             diffrax.RESULTS.promote(optx.RESULTS.nonlinear_divergence),
         )
         y1 = loss.unravel(out.stage)
-        error = loss.unravel(jnp.where(out.ok, out.error, jnp.inf))
+        error = out.error * _lasting(theta, out)
+        error = loss.unravel(jnp.where(out.ok, error, jnp.inf))
         k = jax.vmap(loss.unravel)(h * out.slopes[np.array([0, -1])])
         if isinstance(term, TrackedFlowTerm):
             # The multiplier follows from θ: it has no error of its own to control.
@@ -252,9 +262,8 @@ class AbstractKKT(
         )
         solve = _solver(loss, shift, factor)
         decay = lambda y: ravel_pytree(term.penalty.gradient(loss.unravel(y)))[0]
-        scale = self.root_finder.atol + self.root_finder.rtol * jnp.abs(y0)
         kappa = self.root_finder.kappa  # pyright: ignore[reportAttributeAccessIssue]
-        norm = lambda v: self.root_finder.norm(v / scale)
+        size_of = lambda v, y: self.root_finder.norm(v / self.root_finder.scale(y0, y))
         most = self.root_find_max_steps
         blur = jnp.maximum(1, SLIDING_RTOL / self.root_finder.rtol)
 
@@ -267,7 +276,7 @@ class AbstractKKT(
             dmu = solve(push(lack / alpha), force - mu, z)
             dy = (lack - c * pullback(dmu)) / alpha
             drift = 0.75 * drift + 0.25 * dy  # small where the iterates go to and fro
-            new, drifting = norm(dy), norm(drift)
+            new, drifting = size_of(dy, y + dy), size_of(drift, y + dy)
             # The first iteration has no rate of its own: the last stage's, never
             # trusted below 0.3, lets an excellent guess pass after one. Later ones may
             # contract by chance, until what contracts slowly is all that is left.
@@ -412,6 +421,36 @@ def _flat(term: FlowTerm, params: PyTree) -> tuple[Float[Array, " d"], FlatLoss]
             " composite losses, or take RKC2."
         )
     return theta, FlatOpaqueLoss(loss.loss, loss.static, loss.unravel)
+
+
+# By how much an error that lasts counts for more, in proportion to how far it is one of
+# the distance gone: while the flow speeds up, and while all of θ decays.
+_GROWTH = 8.0
+_DECAY = 0.3
+_ONSET = 0.1  # the logarithm of growth or decay, in a step, at which that counts fully
+_MOST = 40.0
+
+
+def _lasting(theta: Float[Array, " d"], out: _Step) -> Scalar:
+    """By how much the error of a step counts for more since later steps will not damp
+    it.
+
+    Most errors die out, as those towards the critical manifold do. But where the flow
+    leaves a saddle, as e^{μt}, an error along it is a shift in time, which stays however
+    large the mode grows; likewise, relative to θ, where all of θ decays as e^{−λt}. There
+    n ~ 1/z steps of z = μh add up to n errors for each factor of e. So the error e of a
+    step that goes Δ is to be small against Δ too: e·Δ/‖Δ‖² below `rtol`. That also
+    finds what the embedded formulas, made for decay, do not see of growth above z = ½.
+    """
+    gone = out.stage - theta
+    length, error = norm(gone), norm(out.error)
+    along = jnp.abs(jnp.vdot(out.error / error, gone / length))
+    share = along * jnp.maximum(norm(theta), norm(out.stage)) / length
+    growth = jnp.log(norm(out.slopes[-1]) / norm(out.slopes[0]))
+    decay = jnp.log(norm(theta) / norm(out.stage))
+    weight = lambda x: jnp.clip(x / _ONSET, 0, 1)
+    more = share * (_GROWTH * weight(growth) + _DECAY * weight(decay))
+    return 1 + jnp.clip(jnp.nan_to_num(more), 0, _MOST - 1)
 
 
 def _curved_kernel(
