@@ -207,10 +207,10 @@ class Sweep(eqx.Module):
     def _mark(self, i: int) -> str:
         if i in self.causes:
             return f"  RAISED: {self.causes[i].splitlines()[0]}"
-        result = self[i].result
-        if not bool(self.succeeded[i]):
-            return f"  FAILED: {RESULTS[result]}"
-        if bool(result == RESULTS.slid):
+        path = self[i]
+        if not bool(path.succeeded):
+            return f"  FAILED: {path.verdict}"
+        if bool(path.result == RESULTS.slid):
             return f"  slid along kinks in {int(self.stats['sliding'][i])} steps"
         return ""
 
