@@ -174,7 +174,7 @@ def may_have_kinks(term: FlowTerm, params: PyTree) -> bool:
         numbers = jnp.issubdtype(one.invars[0].aval.dtype, jnp.floating)
         # A softmax has a maximum with −∞ inside, through which nothing flows.
         bounds = [np.asarray(v.val) for v in one.invars if hasattr(v, "val")]
-        return numbers and np.isfinite(bounds).all()
+        return numbers and bool(np.isfinite(bounds).all())
 
     return any(one.primitive.name in _KINKS and kinked(one) for one in operations(made))
 
