@@ -41,6 +41,12 @@ class Solved(eqx.Module):
     """Steps; those accepted, and rejected."""
 
 
+def in_part() -> Any:
+    """A context in which NaN is no error (`jax_debug_nans`): in the path so far it is
+    what is not reached yet."""
+    return jax.debug_nans(False)
+
+
 def strong(tree: PyTree) -> PyTree:
     """Without weak types, which a file does not keep."""
     return jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), tree)

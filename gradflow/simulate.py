@@ -24,7 +24,7 @@ from ._checks import (
 )
 from ._controllers import Relative
 from ._norms import norm
-from ._parts import FIRST, Pausing, Solved, strong
+from ._parts import FIRST, in_part, Pausing, Solved, strong
 from .flow import (
     FlowTerm,
     GradientFlow,
@@ -184,7 +184,8 @@ _KINKS = frozenset("abs clamp ge gt le lt max min reduce_window_max sign".split(
 
 def solve_watching(*arguments: Any) -> Path:
     """`solve`, in two parts: after the first it says where kinks make steps short."""
-    path, state, ended = solve_part(*arguments, None, jnp.asarray(FIRST))
+    with in_part():
+        path, state, ended = solve_part(*arguments, None, jnp.asarray(FIRST))
     if bool(ended):
         return path
     steps, rejected = int(path.stats["steps"]), int(path.stats["rejected"])
@@ -199,11 +200,11 @@ def solve_watching(*arguments: Any) -> Path:
             "end.",
             stacklevel=4,
         )
-    return solve_part(*arguments, state, jnp.asarray(arguments[_MAX_STEPS]))[0]
+    return solve_part(*arguments, state, jnp.asarray(arguments[MAX_STEPS]))[0]
 
 
-_MAX_STEPS = 9
-"""The place of `max_steps` among the arguments of `solve`."""
+SOLVER, MAX_STEPS = 6, 9
+"""The places of `solver` and `max_steps` among the arguments of `solve`."""
 
 
 def given_up(path: Path, then: diffrax.AbstractSolver) -> str:

@@ -273,3 +273,14 @@ def test_a_checkpoint_that_cannot_be_written(tmp_path, monkeypatch, parts):
 def test_seconds_between_checkpoints(tmp_path):
     with pytest.raises(ValueError, match="checkpoint: expected seconds"):
         run(tmp_path / "s.zarr", checkpoint=-1.0)
+
+
+def test_what_is_not_reached_yet_is_no_error(tmp_path):
+    """With `jax_debug_nans` healthy lanes pass, in parts as well."""
+    steps = dict(learning_rate=0.01, steps=700)
+    with jax.debug_nans(True):
+        data = gf.sweep(
+            TASK.flow, TASK.model, weight_decay=[0.1, 0.2], saves=5, progress=False,
+            store=tmp_path / "a", **steps,
+        )  # fmt: skip
+    assert (data.result == 0).all() and np.isfinite(data.train_loss).all()

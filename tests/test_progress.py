@@ -97,3 +97,18 @@ def test_what_runs_out_of_steps_is_advised_by_its_solver():
         assert "explicit" not in said(solver) and "`max_steps`" in said(solver)
     stalled = lambda dtype: in_words(gf.RESULTS.stalled, "KKT4", np.dtype(dtype))
     assert "in float64" in stalled("float32") and "float64" not in stalled("float64")
+
+
+def test_a_lane_whose_solver_is_given_up_is_named(monkeypatch, capsys):
+    flow, model = net(jnp.tanh, width=3)
+    lanes = sys.modules["gradflow._lanes"]
+    monkeypatch.setattr(lanes, "TRIAL_STEPS", 30)
+    tried = Choice(diffrax.Tsit5(), "to be tried", True)
+    monkeypatch.setattr(lanes, "as_choice", lambda *_: tried)
+    then = Choice(diffrax.Bosh3(), "next")
+    monkeypatch.setattr(lanes, "second_choice", lambda *_: then)
+    sweep = gf.sweep(flow, model, weight_decay=[0.02, 0.5], slow_time=0.5, saves=4)
+    assert sweep.stats["trial_steps"].tolist() == [30, 0]
+    told = capsys.readouterr().err
+    assert "λ 0.02: Tsit5 is given up after 30 steps; Bosh3 begins anew." in told
+    assert "λ 0.5: Tsit5" not in told
