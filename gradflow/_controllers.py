@@ -1,7 +1,19 @@
-"""Step-size controllers around another one."""
+"""Step-size controllers: one whose tolerance follows the solution, and wrappers."""
+
+from collections.abc import Callable
+from typing import Any
 
 import diffrax
 import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree, Scalar
+
+from ._norms import rms
+
+SHARE = 0.02
+"""The part of the root mean square of θ that counts as the least size of a coordinate:
+what is much smaller than the others need not be known to as many digits."""
 
 
 class AbstractWrapped(diffrax.AbstractAdaptiveStepSizeController):
@@ -24,3 +36,95 @@ class AbstractWrapped(diffrax.AbstractAdaptiveStepSizeController):
     def wrap(self, direction):
         wrapped = self.controller.wrap(direction)
         return eqx.tree_at(lambda s: s.controller, self, wrapped)
+
+
+class Relative(diffrax.AbstractAdaptiveStepSizeController):
+    """A `diffrax.PIDController` whose tolerance for a coordinate is
+
+        rtol (|θᵢ| + 0.02 rms(θ)),
+
+    of the θ that there is now: the larger of both ends of a step. So it means the same
+    in every unit, from a start at zero, and for what has decayed far below its start.
+    With an `atol` it is atol + rtol |θᵢ|, as Diffrax has it.
+
+    A step that is rejected at the resolution of t, where t + h = t, ends the run.
+    """
+
+    rtol: Scalar | float
+    atol: Scalar | float
+    """0 unless one was given."""
+    parts_of: Callable[[PyTree], PyTree] = eqx.field(static=True)
+    share: float = eqx.field(static=True)
+    pid: diffrax.PIDController
+
+    def __init__(
+        self,
+        rtol: Scalar | float,
+        atol: Scalar | float | None = None,
+        *,
+        dtmin: Scalar | float | None = None,
+        factormax: float = 10.0,
+        parts_of: Callable[[PyTree], PyTree] = lambda y: y,
+    ):
+        """**Arguments:**
+
+        - `rtol`, `atol`: the tolerances; `atol` is none unless given.
+        - `dtmin`: the shortest step: a shorter one ends the run.
+        - `factormax`: by how much a step may be longer than the one before.
+        - `parts_of`: the parameters in a state.
+        """
+        self.rtol = rtol
+        self.atol = 0.0 if atol is None else atol
+        self.parts_of = parts_of
+        self.share = SHARE if atol is None else 0.0
+        self.pid = diffrax.PIDController(
+            rtol=0.0, atol=1.0, dtmin=dtmin, force_dtmin=False, factormax=factormax,
+            norm=rms,
+        )  # fmt: skip
+
+    @property
+    def norm(self):
+        return lambda y: rms(self.parts_of(y))
+
+    def wrap(self, direction):
+        return eqx.tree_at(lambda s: s.pid, self, self.pid.wrap(direction))
+
+    def init(self, terms, t0, t1, y0, dt0, args, func, error_order):
+        if dt0 is None:
+            raise ValueError("dt0: Relative does not guess the first step; give it.")
+        return self.pid.init(terms, t0, t1, y0, dt0, args, func, error_order)
+
+    def adapt_step_size(
+        self, t0, t1, y0, y1_candidate, args, y_error, error_order, controller_state
+    ):
+        before, after, error = map(self.parts_of, (y0, y1_candidate, y_error))
+        # Where a step has left the domain of the flow, the tolerance is that of its
+        # start.
+        sound = jnp.isfinite(rms(after))
+        after = jax.tree.map(lambda a, b: jnp.where(sound, a, b), after, before)
+        size = jax.tree.map(
+            lambda a, b: jnp.maximum(jnp.abs(a), jnp.abs(b)), before, after
+        )
+        scale = tolerance(size, self.rtol, self.atol, self.share)
+        scaled = jax.tree.map(
+            lambda e, s: jnp.where(sound, e / s, jnp.inf), error, scale
+        )
+        keep, next_t0, next_t1, jump, state, result = self.pid.adapt_step_size(
+            t0, t1, before, before, args, scaled, error_order, controller_state
+        )
+        stuck = ~keep & (next_t1 - next_t0 <= 4 * jnp.finfo(t1.dtype).eps * next_t0)
+        stuck = stuck & (result == diffrax.RESULTS.successful)
+        result = diffrax.RESULTS.where(stuck, diffrax.RESULTS.dt_min_reached, result)
+        return keep, next_t0, next_t1, jump, state, result
+
+
+def tolerance(size: PyTree, rtol: Any, atol: Any = 0.0, share: float = SHARE) -> PyTree:
+    """atol + rtol (|θᵢ| + share rms(θ)), above zero, for θ of the given `size`."""
+    least = share * rms(size)
+    cast = lambda x, like: jnp.asarray(x, like.dtype)
+    floor = lambda v: jnp.finfo(v.dtype).tiny
+    return jax.tree.map(
+        lambda v: cast(atol, v) + cast(rtol, v) * (jnp.abs(v) + cast(least, v))
+        + floor(v),
+        size,
+    )  # fmt: skip

@@ -170,10 +170,14 @@ class FlowTerm(diffrax.AbstractTerm):
         """The model with parameters `params`."""
         return eqx.combine(*place(params, self.static))
 
+    def velocity(self, params: PyTree, weight_decay: float | Scalar) -> PyTree:
+        """θ' = −∇F(θ) − λ∇R(θ), a pytree like the parameters."""
+        force = jax.grad(lambda p: self.loss(self.model(p)))(params)
+        decay = self.penalty.gradient(params)
+        return jax.tree.map(lambda f, r: -f - weight_decay * r, force, decay)
+
     def vf(self, t: Any, y: PyTree, args: Any) -> PyTree:
-        force = jax.grad(lambda p: self.loss(self.model(p)))(y)
-        decay = self.penalty.gradient(y)
-        return jax.tree.map(lambda f, r: -f - args * r, force, decay)
+        return self.velocity(y, args)
 
     def contr(self, t0: Any, t1: Any, **kwargs: Any) -> Any:
         return t1 - t0

@@ -88,3 +88,8 @@ class RESULTS(diffrax.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
         "The problem could not be made, or the run broke off, with an error of its "
         "own: `causes` of the sweep has its words."
     )
+    undefined_start = (
+        "The loss, its gradient or the times are not finite at the start, or the weight "
+        "decay is negative: no step was taken. Look at `flow.velocity(model, λ)`; a "
+        "norm at zero, a logarithm or a root there have no derivative."
+    )

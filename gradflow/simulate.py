@@ -8,8 +8,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-import optimistix as optx
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
 from ._checks import (
@@ -20,6 +18,8 @@ from ._checks import (
     is_concrete,
     resolvable,
 )
+from ._controllers import Relative
+from ._norms import norm
 from ._parts import Pausing, Solved, strong
 from .flow import FlowTerm, GradientFlow, place, scaled, Sphere, Tracked
 from .losses import AbstractLoss
@@ -79,14 +79,16 @@ def simulate(
     - `slow_time`, `t1`, `ts`: give one. Run to slow time s = λt, to time t, or through
         the given increasing times t ≥ 0.
     - `saves`: how many times are saved when `ts` is not given: zero, and then evenly
-        in log t from the time in which θ would move by 1 %. The solver lands on each;
+        in log t from the time in which θ would move by 1 % (a millionth of the last
+        where θ₀ is zero). The solver lands on each;
         interpolating would leave the manifold.
     - `metrics`: functions of the model, by name; `Metric` adds a threshold.
     - `solver`: a gradflow or Diffrax solver; see `choose_solver` for the default.
     - `rtol`: relative tolerance. The relative error of the parameters, ‖θ − θ*‖/‖θ*‖,
         stays of this size: below 5 `rtol` on every task in the tests, 6 were seen with
         the kinks of a Huber loss.
-    - `atol`: absolute tolerance; by default 0.02 · `rtol` · rms(θ₀).
+    - `atol`: absolute tolerance for each coordinate; by default 0.02 · `rtol` · rms(θ)
+        of the θ at that time, so that it means the same in every unit.
     - `max_steps`: the budget of steps.
     - `throw`: raise if the run fails; otherwise see `path.result`.
     - `progress`: show a progress bar.
@@ -228,17 +230,18 @@ def _save_times(
 ) -> Float[Array, " saves"]:
     """Zero, and `saves` − 1 times evenly spaced in log t up to `t1`, from the time in
     which θ would move by 1 % at its initial speed."""
-    start = jnp.minimum(0.01 * _time_scale(term, params, weight_decay), 0.1 * t1)
+    start = jnp.minimum(0.01 * _time_scale(term, params, weight_decay, t1), 0.1 * t1)
     fraction = jnp.linspace(0.0, 1.0, saves - 1, dtype=t1.dtype)
     later = (start * (t1 / start) ** fraction).at[-1].set(t1)
     return jnp.concatenate([jnp.zeros_like(later[:1]), later])
 
 
-def _time_scale(term: FlowTerm, params: PyTree, weight_decay: Scalar) -> Scalar:
-    """‖θ₀‖/‖θ₀'‖; infinite at rest."""
-    speed = optax.tree.norm(term.vf(jnp.zeros_like(weight_decay), params, weight_decay))
-    size = optax.tree.norm(params)
-    return jnp.where(size > 0, size, 1.0) / speed
+def _time_scale(
+    term: FlowTerm, params: PyTree, weight_decay: Scalar, t1: Scalar
+) -> Scalar:
+    """‖θ₀‖/‖θ₀'‖, infinite at rest; a ten-thousandth of t₁ where θ₀ is zero."""
+    size, speed = norm(params), norm(term.velocity(params, weight_decay))
+    return jnp.where(size > 0, size / speed, 1e-4 * t1)
 
 
 def solve_arguments(
@@ -304,23 +307,22 @@ def _solve(
     steps: Int[Array, ""] | None = None,
 ) -> tuple[Path, Solved | None, Bool[Array, ""]]:
     check_scalars(term.loss, watched, term.model(params))
-    if atol is None:
-        count = sum(p.size for p in jax.tree.leaves(params))
-        rms = optax.tree.norm(params) / count**0.5
-        atol = 0.02 * rtol * jnp.where(rms > 0, rms, 1.0)
     # The error of RKC2 falls as the 2/3 power of what it is told.
     share = jnp.minimum(1, rtol / 1e-6) ** 0.5 if isinstance(solver, RKC2) else 1.0
-    scale = jnp.minimum(_time_scale(term, params, weight_decay), ts[-1])
+    # What is not defined at its start is not run.
+    defined = _defined(term, params, weight_decay) & jnp.all(jnp.isfinite(ts))
+    asked, ts = ts, jnp.where(defined, ts, 0.0)
+    scale = jnp.minimum(_time_scale(term, params, weight_decay, asked[-1]), asked[-1])
+    scale = jnp.where(defined, scale, 1.0)
     # Growth while accepting is bounded so that one lucky error estimate cannot carry
     # the solver across the whole fast phase.
     controller = diffrax.ClipStepSizeController(
-        diffrax.PIDController(
-            rtol=share * rtol,
-            atol=share * atol,
-            factormax=6.0,
+        Relative(
+            share * rtol,
+            None if atol is None else share * atol,
             dtmin=1e-12 * scale,
-            force_dtmin=False,
-            norm=_rms,
+            factormax=6.0,
+            parts_of=_parameters,
         ),
         step_ts=ts,
     )
@@ -403,7 +405,6 @@ def _solve(
                     counts,
                 )  # fmt: skip
             )
-        size = (1 + optax.tree.norm(params)) / jnp.finfo(ts.dtype).eps ** 0.5
 
         def record(y):
             params = params_of(y)
@@ -411,7 +412,7 @@ def _solve(
             loss = loss_of(y, model)
             seen = {k: loss if k in same else fn(model) for k, fn in watched.items()}
             # Diffrax fills what it did not reach with infinities.
-            reached = optax.tree.norm(params) < size
+            reached = jnp.isfinite(norm(params))
             values = (params, seen, loss, term.penalty(params))
             return jax.tree.map(lambda x: jnp.where(reached, x, jnp.nan), values)
 
@@ -423,15 +424,13 @@ def _solve(
         whole = (result == RESULTS.out_of_steps) & (ended[1][0] >= ts[-1])
         result = RESULTS.where(whole, RESULTS.successful, result)
         paused = (result == RESULTS.out_of_steps) & (counts[0] < max_steps)
-        lost = ~jnp.isfinite(term.loss(term.model(end))) | ~(
-            optax.tree.norm(end) < size
-        )
+        speed = term.velocity(end, weight_decay)
+        lost = ~jnp.isfinite(term.loss(term.model(end)) + norm(end) + norm(speed))
         lost = lost & (result != RESULTS.out_of_steps)
         # What reaches infinity in finite time stalls on its way there.
-        fled = (result == RESULTS.stalled) & (
-            optax.tree.norm(end) > 100 * (1 + optax.tree.norm(params))
-        )
+        fled = (result == RESULTS.stalled) & _flees(end, speed, ended[1][0])
         result = RESULTS.where(lost | fled, RESULTS.diverged, result)
+        result = RESULTS.where(defined, result, RESULTS.undefined_start)
         work: dict[str, Array] = {}
         if isinstance(solver, (AbstractKKT, ActiveSet, RKC2)):
             work = solver.work(term, solution.solver_state)
@@ -446,14 +445,14 @@ def _solve(
     stats = {
         "solver": name,
         "rtol": rtol,
-        "atol": atol,
+        "atol": 0.0 if atol is None else atol,
         "steps": counts[0],
         "accepted": counts[1],
         "rejected": counts[2],
         **work,
     }
     path = Path(
-        t=ts,
+        t=asked,
         weight_decay=weight_decay,
         params=models,
         static=static,
@@ -512,11 +511,25 @@ def _stiffness(term: FlowTerm, models: PyTree, ts: Float[Array, " n"]) -> Scalar
 _NOISE = 1.5
 
 
-def _rms(y: PyTree) -> Scalar:
-    """The root of the mean square; of the parameters alone, where y is tracked."""
-    if isinstance(y, Signed):
-        y = y.tracked
-    return optx.rms_norm(y.params if isinstance(y, Tracked) else y)
+def _parameters(y: PyTree) -> PyTree:
+    """Those in a state, as the solver sees them."""
+    y = y.tracked if isinstance(y, Signed) else y
+    return y.params if isinstance(y, Tracked) else y
+
+
+def _defined(term: FlowTerm, params: PyTree, weight_decay: Scalar) -> Bool[Array, ""]:
+    """Whether loss and velocity are finite at the start, and λ ≥ 0."""
+    speed = norm(term.velocity(params, weight_decay))
+    finite = jnp.isfinite(term.loss(term.model(params)) + speed)
+    return finite & (weight_decay >= 0)
+
+
+def _flees(params: PyTree, velocity: PyTree, t: Scalar) -> Bool[Array, ""]:
+    """Whether θ is about to be infinite: at this speed it would double in far less time
+    than has passed."""
+    products = jax.tree.map(lambda p, v: jnp.vdot(p, v), params, velocity)
+    outward = sum(jax.tree.leaves(products)) > 0
+    return outward & (norm(params) < 1e-6 * t * norm(velocity))
 
 
 def _translate(result: diffrax.RESULTS) -> RESULTS:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar, TYPE_CHECKING
+from typing import Any, ClassVar, NamedTuple, TYPE_CHECKING
 
 import diffrax
 import equinox as eqx
@@ -15,6 +15,8 @@ from jax.flatten_util import ravel_pytree
 from jax.scipy.linalg import cho_factor, cho_solve, lu_factor, lu_solve
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
+from .._controllers import tolerance
+from .._norms import norm
 from ..flow import FlatLoss, FlatOpaqueLoss, flatten, FlowTerm, Tracked, TrackedFlowTerm
 from ..losses import AbstractCompositeLoss
 from ..penalties import AbstractPenalty
@@ -34,6 +36,13 @@ class ChordIteration(eqx.Module):
     atol: Any
     norm: Any
     kappa: float = 0.03
+
+    def scale(
+        self, start: Float[Array, " d"], stage: Float[Array, " d"]
+    ) -> Float[Array, " d"]:
+        """The tolerance of each coordinate, in a step from `start`."""
+        size = jnp.maximum(jnp.abs(start), jnp.abs(stage))
+        return tolerance(size, self.rtol, self.atol)
 
 
 class _State(eqx.Module):
@@ -68,6 +77,24 @@ class _Step(eqx.Module):
     kernel: Float[Array, "m m"]
     factor: _Factor
     ok: Bool[Array, ""]
+
+
+_GOING, _SOLVED, _SLID, _LOST = range(4)
+
+
+class _Iterate(NamedTuple):
+    """One iterate of a stage."""
+
+    y: Float[Array, " d"]
+    mu: Float[Array, " m"]
+    status: Int[Array, ""]
+    rate: Float[Array, ""]  # of contraction
+    size: Float[Array, ""]  # of the last change, in tolerances
+    count: Int[Array, ""]
+    off: Float[Array, ""]  # ‖∇ℓ(z) − μ‖ before the last change
+    weight: Float[Array, ""]  # of the next iterate in the mean; 1 where there is none
+    drift: Float[Array, " d"]  # a running mean of the changes
+    anchor: Float[Array, ""]  # `size` where the mean began
 
 
 class AbstractKKT(
@@ -213,7 +240,8 @@ class AbstractKKT(
             diffrax.RESULTS.promote(optx.RESULTS.nonlinear_divergence),
         )
         y1 = loss.unravel(out.stage)
-        error = loss.unravel(jnp.where(out.ok, out.error, jnp.inf))
+        error = out.error * _lasting(theta, out)
+        error = loss.unravel(jnp.where(out.ok, error, jnp.inf))
         k = jax.vmap(loss.unravel)(h * out.slopes[np.array([0, -1])])
         if isinstance(term, TrackedFlowTerm):
             # The multiplier follows from θ: it has no error of its own to control.
@@ -252,62 +280,100 @@ class AbstractKKT(
         )
         solve = _solver(loss, shift, factor)
         decay = lambda y: ravel_pytree(term.penalty.gradient(loss.unravel(y)))[0]
-        scale = self.root_finder.atol + self.root_finder.rtol * jnp.abs(y0)
         kappa = self.root_finder.kappa  # pyright: ignore[reportAttributeAccessIssue]
-        norm = lambda v: self.root_finder.norm(v / scale)
+        size_of = lambda v, y: self.root_finder.norm(v / self.root_finder.scale(y0, y))
         most = self.root_find_max_steps
         blur = jnp.maximum(1, SLIDING_RTOL / self.root_finder.rtol)
 
-        def iterate(base, carry):
-            y, mu, _, rate, size, count, weight, drift, anchor = carry
-            z, push = jax.linearize(loss.outputs, y)
-            pullback = lambda u: jax.linear_transpose(push, y)(u)[0]
+        def iterate(base: Array, last: Array, it: _Iterate) -> _Iterate:
+            z, push = jax.linearize(loss.outputs, it.y)
+            pullback = lambda u: jax.linear_transpose(push, it.y)(u)[0]
             force = jax.grad(loss.outer)(z)
-            lack = base - y - pull * decay(y) - c * pullback(mu)
-            dmu = solve(push(lack / alpha), force - mu, z)
+            lack = base - it.y - pull * decay(it.y) - c * pullback(it.mu)
+            off = force - it.mu
+            dmu = solve(push(lack / alpha), off, z)
             dy = (lack - c * pullback(dmu)) / alpha
-            drift = 0.75 * drift + 0.25 * dy  # small where the iterates go to and fro
-            new, drifting = norm(dy), norm(drift)
+            drift = 0.75 * it.drift + 0.25 * dy  # small where iterates go to and fro
+            new, drifting = size_of(dy, it.y + dy), size_of(drift, it.y + dy)
             # The first iteration has no rate of its own: the last stage's, never
             # trusted below 0.3, lets an excellent guess pass after one. Later ones may
             # contract by chance, until what contracts slowly is all that is left.
-            measured = jnp.maximum(new / size, 0.2 * rate)
-            rate = jnp.where(count > 0, measured, jnp.maximum(rate, 0.3))
+            measured = jnp.maximum(new / it.size, 0.2 * it.rate)
+            first = jnp.maximum(it.rate, 0.3)
+            rate = jnp.where(it.count > 0, measured, first)
             left = new * rate / (1 - jnp.minimum(rate, 0.95))
+            growing = (it.count > 0) & (rate > 2)
+            failing = fresh & (growing | ((it.count > 3) & (rate > 0.9)))
             # Where ∇F jumps, as at the kinks of a ReLU, the flow may slide along the
             # jump. Then the stage has a solution only with a mean of the gradients on
             # both sides (Filippov), and the iteration goes to and fro between them even
             # with a fresh kernel. The mean of its iterates converges, as 1/n, while the
-            # changes stay as large as they were. With a smooth loss they get small.
-            growing = (count > 0) & (rate > 2)
-            cycling = fresh & (growing | ((count > 3) & (rate > 0.9)))
-            averaging = cycling | (weight < 1)
-            anchor = jnp.where(averaging & (weight == 1), new, anchor)
-            weight = jnp.where(averaging, weight / (1 + weight), weight)
+            # changes stay as large as they were. Without a jump the step is too long.
+            starting = failing & (it.weight == 1)
+            jumps = _jumps(loss, it.y, it.y + dy, it.mu + dmu, starting)
+            averaging = jumps | (it.weight < 1)
+            anchor = jnp.where(jumps, new, it.anchor)
+            weight = jnp.where(averaging, it.weight / (1 + it.weight), it.weight)
             bounded = (new > 0.3 * anchor) & (new < 3 * anchor) & (weight < 0.2)
             slid = averaging & bounded & (drifting < 0.5 * new)
             slid = slid & (weight * new < _SLIDE * blur)
-            converged = jnp.where(averaging, slid | (new < kappa), left < kappa)
-            lost = jnp.where(averaging, new > 30 * anchor, growing)
-            status = jnp.where(converged, jnp.where(slid, 2, 1), 0)
-            status = jnp.where(~jnp.isfinite(new) | lost, 3, status)
-            y, mu = y + weight * dy, mu + weight * dmu
-            return y, mu, status, rate, new, count + 1, weight, drift, anchor
+            agreed = agrees(force, off, it.off, it.mu, z) | ~last
+            converged = jnp.where(
+                averaging, slid | (new < kappa), (left < kappa) & agreed
+            )
+            lost = jnp.where(averaging, new > 30 * anchor, growing | failing)
+            status = jnp.where(converged, jnp.where(slid, _SLID, _SOLVED), _GOING)
+            status = jnp.where(~jnp.isfinite(new) | lost, _LOST, status)
+            return _Iterate(
+                it.y + weight * dy, it.mu + weight * dmu, status, rate, new,
+                it.count + 1, norm(off), weight, drift, anchor,
+            )  # fmt: skip
+
+        # θ may be known to its tolerance, and the force not: where ℓ'' has changed by
+        # orders of magnitude since the kernel was made, the changes are small since the
+        # matrix is too stiff, and where the outputs are as steep as α² they mean a lot
+        # to ∇ℓ. So at the end of a step μ must be ∇ℓ(z) too, to a few percent. (Where
+        # ℓ'' = w I neither can be.)
+        def agrees(force, off, before, mu, z):
+            if loss.outer_curvature is not None:
+                return jnp.array(True)
+            eps = jnp.finfo(z.dtype).eps
+            if isinstance(loss, FlatOpaqueLoss):
+                resolved = norm(kernel @ z)
+                settled = norm(off) < 0.5 * before
+            else:
+                resolved = norm(loss.outer_hvp(z, z))
+                settled = jnp.array(False)
+            small = norm(off) <= _AGREED * norm(mu) + 100 * eps * resolved
+            return small | settled
 
         def stage(i, carry):
             slopes, mus, rate, ok, count, slid = carry
             base = y0 + h * (a[i] @ slopes)
             guess = base + c * (p[i] @ slopes)
             one = jnp.ones_like(rate)
-            y1, mu, status, rate, _, n, *_ = jax.lax.while_loop(
-                lambda s: (s[2] == 0) & (s[5] < jnp.where(s[6] < 1, 4, 1) * most) & ok,
-                lambda s: iterate(base, s),
-                (guess, p[i] @ mus, 0, rate, one, 0, one, jnp.zeros_like(y0), one),
+            start = _Iterate(
+                guess, p[i] @ mus, jnp.array(_GOING), rate, one, jnp.array(0),
+                jnp.zeros_like(one), one, jnp.zeros_like(y0), one,
+            )  # fmt: skip
+            # Means converge slowly.
+            allowed = lambda it: jnp.where(it.weight < 1, 4, 1) * most
+            it = jax.lax.while_loop(
+                lambda it: (it.status == _GOING) & (it.count < allowed(it)) & ok,
+                lambda it: iterate(base, i == len(a) - 1, it),
+                start,
             )
-            slopes = slopes.at[i].set((y1 - base) / c)
-            mus = mus.at[i].set(mu)
-            ok, slid = ok & (status < 3) & (status > 0), slid | (status == 2)
-            return slopes, mus, rate, ok, count + n, slid
+            slopes = slopes.at[i].set((it.y - base) / c)
+            mus = mus.at[i].set(it.mu)
+            ok = ok & ((it.status == _SOLVED) | (it.status == _SLID))
+            return (
+                slopes,
+                mus,
+                it.rate,
+                ok,
+                count + it.count,
+                slid | (it.status == _SLID),
+            )
 
         slopes = jnp.zeros((len(a), y0.size), y0.dtype).at[0].set(state.slope)
         mus = jnp.zeros((len(a), state.multiplier.size), y0.dtype)
@@ -336,7 +402,11 @@ class AbstractKKT(
             change = jax.lax.fori_loop(0, 2, polish, mus[-1]) - mus[-1]
             # What is not stiff was exact before.
             change = change - solve(jnp.zeros_like(z), change, z)
-            mu = jnp.where(slid, mus[-1], mus[-1] + change)
+            # Nor is it right where μ changes fast against ℓ'', as it does on the way out
+            # of a steep start: there it stays what ∇ℓ(z) is.
+            far = norm(change) > 0.01 * norm(mu)
+            far = far if loss.outer_curvature is None else jnp.array(False)
+            mu = jnp.where(slid | far, mu, mu + change)
         error = h * (jnp.asarray(self.tableau.b_error, y0.dtype) @ slopes)
         # What sliding leaves of the iteration is no reason for a shorter step.
         error = jnp.where(slid, error / blur, error)
@@ -349,6 +419,7 @@ _DRIFT = 0.1  # contraction that a factor made for another shift may cost
 _SLOW = 3  # iterations a stage above which the tangent kernel is renewed
 DENSE_LIMIT = 5000  # parameters up to which the Hessian of an opaque loss is factorised
 SLIDING_RTOL = 1e-3  # what is resolved, relatively, while the flow slides along a kink
+_AGREED = 0.05  # how far μ may be from ∇ℓ(z), relatively, where a stage is solved
 _SLIDE = 0.2  # tolerances by which the mean may still move when a sliding stage ends
 
 
@@ -412,6 +483,84 @@ def _flat(term: FlowTerm, params: PyTree) -> tuple[Float[Array, " d"], FlatLoss]
             " composite losses, or take RKC2."
         )
     return theta, FlatOpaqueLoss(loss.loss, loss.static, loss.unravel)
+
+
+# By how much an error that lasts counts for more, in proportion to how far it is one of
+# the distance gone: while the flow speeds up, and while all of θ decays.
+_GROWTH = 8.0
+_DECAY = 0.3
+_ONSET = 0.1  # the logarithm of growth or decay, in a step, at which that counts fully
+_MOST = 40.0
+
+
+def _lasting(theta: Float[Array, " d"], out: _Step) -> Scalar:
+    """By how much the error of a step counts for more since later steps will not damp
+    it.
+
+    Most errors die out, as those towards the critical manifold do. But where the flow
+    leaves a saddle, as e^{μt}, an error along it is a shift in time, which stays however
+    large the mode grows; likewise, relative to θ, where all of θ decays as e^{−λt}. There
+    n ~ 1/z steps of z = μh add up to n errors for each factor of e. So the error e of a
+    step that goes Δ is to be small against Δ too: e·Δ/‖Δ‖² below `rtol`. That also
+    finds what the embedded formulas, made for decay, do not see of growth above z = ½.
+    """
+    gone = out.stage - theta
+    length, error = norm(gone), norm(out.error)
+    along = jnp.abs(jnp.vdot(out.error / error, gone / length))
+    share = along * jnp.maximum(norm(theta), norm(out.stage)) / length
+    growth = jnp.log(norm(out.slopes[-1]) / norm(out.slopes[0]))
+    decay = jnp.log(norm(theta) / norm(out.stage))
+    weight = lambda x: jnp.clip(x / _ONSET, 0, 1)
+    more = share * (_GROWTH * weight(growth) + _DECAY * weight(decay))
+    return 1 + jnp.clip(jnp.nan_to_num(more), 0, _MOST - 1)
+
+
+# Halvings after which a difference that is left is a jump, and what is left of it then.
+_HALVINGS = 20
+_JUMP = 2.0**-10
+
+
+def _jumps(
+    loss: FlatLoss,
+    one: Float[Array, " d"],
+    two: Float[Array, " d"],
+    mu: Float[Array, " m"],
+    asked: Bool[Array, ""],
+) -> Bool[Array, ""]:
+    """Whether J or ∇ℓ has a jump between two points: halving the way between them, on
+    the side where most changes, leaves as much of the change. Of a smooth loss it
+    leaves 2⁻²⁰. Nothing is computed unless `asked`."""
+
+    def slopes(y):
+        z, pull = jax.vjp(loss.outputs, y)
+        return pull(mu)[0], jax.grad(loss.outer)(z)
+
+    def apart(a, b):
+        share = lambda u, v: norm(u - v) / jnp.maximum(norm(u), norm(v))
+        return sum(jnp.nan_to_num(share(u, v)) for u, v in zip(a, b, strict=True))
+
+    def halve(carry):
+        count, low, high, at_low, at_high, first, _ = carry
+        middle = 0.5 * (low + high)
+        at = slopes(middle)
+        below, above = apart(at_low, at), apart(at, at_high)
+        left = below > above
+        pick = lambda a, b: jax.tree.map(lambda a, b: jnp.where(left, a, b), a, b)
+        low, high = pick((low, middle), (middle, high))
+        at_low, at_high = pick((at_low, at), (at, at_high))
+        change = jnp.maximum(below, above)
+        first = jnp.where(count == 0, change, first)
+        return count + 1, low, high, at_low, at_high, first, change
+
+    zero = jnp.zeros((), one.dtype)
+    nothing = (jnp.zeros_like(one), jnp.zeros_like(mu))
+    ends = jax.lax.cond(
+        asked, lambda: (slopes(one), slopes(two)), lambda: (nothing, nothing)
+    )
+    count = jnp.where(asked, 0, _HALVINGS)
+    start = (count, one, two, *ends, zero, zero)
+    *_, first, change = jax.lax.while_loop(lambda s: s[0] < _HALVINGS, halve, start)
+    return asked & (change > _JUMP * first)
 
 
 def _curved_kernel(
