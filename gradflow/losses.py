@@ -10,12 +10,39 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
-from ._checks import check_finite, check_loss_data, is_concrete
+from ._checks import (
+    as_data,
+    check_callable,
+    check_choice,
+    check_finite,
+    check_labels,
+    check_logits,
+    check_loss_data,
+    check_positive,
+    is_concrete,
+)
 
 
 def predict_each(model: Callable, x: PyTree) -> Array:
     """Applies `model` to every sample: `jax.vmap(model)(x)`."""
     return jax.vmap(model)(x)
+
+
+def predicted(predict: Callable[[Any, PyTree], Array], model: Any, x: PyTree) -> Array:
+    """`predict(model, x)`.
+
+    **Raises:** `ValueError` where the model cannot take x.
+    """
+    try:
+        return predict(model, x)
+    except jax.errors.ConcretizationTypeError:
+        raise  # of a model that cannot be traced, whatever x is
+    except (TypeError, ValueError) as error:
+        shapes = ", ".join(f"{a.dtype}{list(a.shape)}" for a in jax.tree.leaves(x))
+        cause = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"x: {type(model).__name__} cannot take {shapes or x}: {cause}"
+        ) from error
 
 
 class AbstractLoss(eqx.Module):
@@ -112,17 +139,16 @@ class _TargetLoss(AbstractCompositeLoss):
         reduction: Literal["mean", "sum"] = "mean",
         predict: Callable[[Any, PyTree], Array] = predict_each,
     ):
-        self.x = jax.tree.map(jnp.asarray, x)
-        self.y = jnp.asarray(y)
+        self.x, self.y = as_data(x, "x"), as_data(y, "y")
         self.reduction = reduction
         self.predict = predict
-        if reduction not in ("mean", "sum"):
-            raise ValueError(f"reduction: expected 'mean' or 'sum', got {reduction!r}.")
+        check_choice(reduction, "reduction", ("mean", "sum"))
+        check_callable(predict, "predict", "the model and x")
         check_loss_data(self.x, self.y, "y")
         check_finite(self.y, "y")
 
     def outputs(self, model: PyTree) -> Float[Array, " m"]:
-        z = self.predict(model, self.x)
+        z = predicted(self.predict, model, self.x)
         if z.shape != self.y.shape:
             raise ValueError(
                 f"y: the model's predictions have shape {z.shape}, the targets "
@@ -210,8 +236,7 @@ class Huber(_TargetLoss):
         super().__init__(x, y, reduction=reduction, predict=predict)
         if not is_concrete(delta):
             raise ValueError("delta: expected a number known before tracing.")
-        if not delta > 0:
-            raise ValueError(f"delta: expected a positive number, got {delta}.")
+        check_positive(delta, "delta")
         self.delta = float(delta)
 
     @property
@@ -253,11 +278,12 @@ class Logistic(_TargetLoss):
 
         **Raises:** `ValueError` as `SquaredError`, and where `y` holds others.
         """
-        if is_concrete(y):  # before JAX has it, which may be tracing
-            targets = np.asarray(y)
+        known = is_concrete(y)  # before JAX has it, which may be tracing
+        targets, y = y, as_data(y, "y")
+        if known:
+            targets = np.asarray(targets)
             if not ((targets >= 0) & (targets <= 1)).all():
                 raise ValueError("y: expected numbers from 0 to 1.")
-        y = jnp.asarray(y)
         y = y if jnp.issubdtype(y.dtype, jnp.inexact) else y.astype(float)
         super().__init__(x, y, reduction=reduction, predict=predict)
 
@@ -391,35 +417,18 @@ class CrossEntropy(AbstractCompositeLoss):
         - `predict`: `predict(model, x)`, the logits for all samples, shape (n, k). The
             default is `jax.vmap(model)(x)`.
 
-        **Raises:** `ValueError` where `labels` are not integers, are negative, or do
-        not match `x` in length.
+        **Raises:** `ValueError` where `labels` are no vector of integers, are negative,
+        or do not match `x` in length.
         """
-        self.x = jax.tree.map(jnp.asarray, x)
-        self.labels = jnp.asarray(labels)
+        self.x, self.labels = as_data(x, "x"), as_data(labels, "labels")
         self.predict = predict
+        check_callable(predict, "predict", "the model and x")
         check_loss_data(self.x, self.labels, "labels")
-        if not jnp.issubdtype(self.labels.dtype, jnp.integer):
-            raise ValueError(
-                f"labels: expected integers from 0 to k - 1, got {self.labels.dtype}."
-            )
-        if is_concrete(self.labels) and np.min(self.labels) < 0:
-            raise ValueError("labels: expected integers from 0 to k - 1, got some < 0.")
+        check_labels(self.labels)
 
     def outputs(self, model: PyTree) -> Float[Array, " m"]:
-        z = self.predict(model, self.x)
-        if z.ndim != 2 or z.shape[0] != self.labels.shape[0]:
-            raise ValueError(
-                f"labels: the model's logits have shape {z.shape}, expected "
-                f"({self.labels.shape[0]}, classes)."
-            )
-        # Of a NumPy array: in a traced function jnp would trace the comparison too.
-        known = is_concrete(self.labels)
-        largest = np.asarray(self.labels).max() if known else 0
-        if largest >= z.shape[1]:
-            raise ValueError(
-                f"labels: the largest is {largest}, but the model gives {z.shape[1]} "
-                "logits."
-            )
+        z = predicted(self.predict, model, self.x)
+        check_logits(self.labels, z.shape)
         return z.reshape(-1)
 
     @property
@@ -456,6 +465,9 @@ class Loss(AbstractLoss):
     """
 
     fn: Callable[[Any], Scalar]
+
+    def __check_init__(self):
+        check_callable(self.fn, "fn")
 
     def __call__(self, model: PyTree) -> Scalar:
         return self.fn(model)

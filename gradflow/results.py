@@ -88,3 +88,9 @@ class RESULTS(diffrax.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
         "The problem could not be made, or the run broke off, with an error of its "
         "own: `causes` of the sweep has its words."
     )
+    wrong_argument = (
+        "An argument makes no sense, so nothing was run. It was being traced, and only "
+        "the result can tell: check that `weight_decay` is finite and 0 or more, that "
+        "times increase and s/λ does not overflow, and that scales and tolerances are "
+        "positive."
+    )
