@@ -34,10 +34,11 @@ def word(x: Any) -> str:
     """What `x` is, in one short line."""
     if isinstance(x, type):
         return f"the class {x.__name__}"
-    if np.ndim(x) > 0 and hasattr(x, "dtype"):
+    if hasattr(x, "dtype") and np.ndim(x) > 0:
         return f"an array of shape {x.shape}"
     if callable(x):
-        return f"the function {getattr(x, '__name__', type(x).__name__)}"
+        name = getattr(x, "__name__", None)
+        return f"a {type(x).__name__}" if name is None else f"the function {name}"
     text = str(x) if isinstance(x, np.generic | jax.Array) else repr(x)
     return text if len(text) <= 60 and "\n" not in text else f"a {type(x).__name__}"
 
@@ -54,19 +55,26 @@ def _array(x: Any) -> np.ndarray | Array | None:
     return array if real or jnp.issubdtype(array.dtype, jnp.integer) else None
 
 
-def check_number(
-    x: Any, name: str, expected: str, okay: Callable[[Any], Any] = lambda v: True
-) -> Wrong:
+def check_number(x: Any, name: str, expected: str, okay: Callable[[Any], Any]) -> Wrong:
     """Raises unless `x` is one finite real number for which `okay` holds.
 
     **Returns:** False; where `x` is being traced, whether it is wrong.
     """
+    if np.ndim(x) != 0:
+        raise ValueError(f"{name}: expected {expected}, got {word(x)}.")
+    return check_numbers(x, name, expected, okay)
+
+
+def check_numbers(
+    x: Any, name: str, expected: str, okay: Callable[[Any], Any]
+) -> Wrong:
+    """The same for one number or a vector."""
     array = _array(x)
-    if array is None or array.ndim != 0:
+    if array is None or array.ndim > 1:
         raise ValueError(f"{name}: expected {expected}, got {word(x)}.")
     if not is_concrete(array):
-        return ~(jnp.isfinite(array) & okay(array))
-    if not (np.isfinite(array) and okay(array)):
+        return ~jnp.all(jnp.isfinite(array) & okay(array))
+    if not (np.isfinite(array) & okay(array)).all():
         raise ValueError(f"{name}: expected {expected}, got {word(x)}.")
     return False
 
@@ -74,7 +82,9 @@ def check_number(
 def check_one(x: Any, name: str) -> None:
     """Raises where a sweep is what is wanted."""
     if np.ndim(x) != 0:
-        raise ValueError(f"{name}: expected one number, got {word(x)}; sweep takes many.")
+        raise ValueError(
+            f"{name}: expected one number, got {word(x)}; sweep takes many."
+        )
 
 
 def check_positive(x: Any, name: str) -> Wrong:
@@ -102,7 +112,7 @@ def check_callable(x: Any, name: str, of: str = "the model") -> None:
 
 
 def as_level(x: Any, name: str = "threshold") -> float | None:
-    """A threshold as a plain number, or `None`."""
+    """A number known now, as a plain one; or `None`."""
     if x is None:
         return None
     if not is_concrete(x):
@@ -122,7 +132,9 @@ def as_data(x: PyTree, name: str) -> PyTree:
         return jax.tree.map(jnp.asarray, x)
     except (TypeError, ValueError) as error:
         kind = type(x).__name__
-        raise ValueError(f"{name}: expected arrays of numbers, got a {kind}.") from error
+        raise ValueError(
+            f"{name}: expected arrays of numbers, got a {kind}."
+        ) from error
 
 
 def check_finite(x: PyTree, name: str) -> None:
@@ -192,36 +204,64 @@ def check_model(params: PyTree) -> None:
     check_finite(params, "model")
 
 
-def check_init_scale(init_scale, name: str = "init_scale") -> Wrong:
+def check_init_scale(init_scale: Any, name: str = "init_scale") -> Wrong:
     return check_number(init_scale, name, "one positive number", lambda v: v > 0)
 
 
-def check_weight_decay(weight_decay) -> Wrong:
-    return check_number(
-        weight_decay, "weight_decay", "a finite number, 0 or more", lambda v: v >= 0
-    )
+def check_from_zero(x: Any, name: str) -> Wrong:
+    return check_number(x, name, "a finite number, 0 or more", lambda v: v >= 0)
 
 
-def check_tolerance(rtol, name: str = "rtol") -> Wrong:
+def check_fraction(x: Any, name: str) -> Wrong:
     between = lambda v: (v > 0) & (v < 1)
-    return check_number(rtol, name, "a number between 0 and 1", between)
+    return check_number(x, name, "a number between 0 and 1", between)
 
 
-def check_atol(atol, name: str = "atol") -> Wrong:
-    """Of an absolute tolerance; `None` is the default."""
-    if atol is None:
-        return False
-    return check_number(atol, name, "a number, 0 or more", lambda v: v >= 0)
-
-
-def check_solver(solver: Any) -> None:
-    """Raises unless it is `None`, or a solver that estimates its error."""
-    if solver is None or isinstance(solver, diffrax.AbstractAdaptiveSolver):
+def check_solver(solver: Any, name: str = "solver") -> None:
+    """Raises unless it is a solver that estimates its error."""
+    if isinstance(solver, diffrax.AbstractAdaptiveSolver):
         return
     got = word(solver) if isinstance(solver, type | str) else type(solver).__name__
     if isinstance(solver, diffrax.AbstractSolver):
         got += ", which has no error estimate to choose steps by"
-    raise ValueError(f"solver: expected one such as gradflow.KKT4(), got {got}.")
+    raise ValueError(f"{name}: expected one such as gradflow.KKT4(), got {got}.")
+
+
+_ARGUMENTS: dict[str, Callable[[Any, str], Wrong | None]] = {
+    "after": check_from_zero,
+    "atol": check_from_zero,
+    "checkpoint": check_from_zero,
+    "chunk": check_integer,
+    "init_scale": check_init_scale,
+    "learning_rate": check_positive,
+    "margin": check_positive,
+    "max_steps": check_integer,
+    "residual_tol": check_from_zero,
+    "rtol": check_fraction,
+    "share": check_fraction,
+    "slow_time": check_positive,
+    "solver": check_solver,
+    "t_max": check_positive,
+    "tolerance": check_from_zero,
+    "weight_decay": check_from_zero,
+}
+"""What an argument of that name has to be, wherever there is one."""
+
+
+def check_arguments(**values: Any) -> Wrong:
+    """Raises unless each argument is what its name stands for.
+
+    **Returns:** False; where some are being traced, whether one is wrong.
+    """
+    wrong: Wrong = False
+    for name, value in values.items():
+        wrong = wrong | (_ARGUMENTS[name](value, name) or False)
+    return wrong
+
+
+def check_given(**values: Any) -> Wrong:
+    """The same for arguments that may be left out, where they are not `None`."""
+    return check_arguments(**{k: v for k, v in values.items() if v is not None})
 
 
 def resolvable(rtol, params: PyTree):
@@ -283,19 +323,19 @@ def check_horizon(
     return wrong
 
 
-def check_times(ts: Any, name: str) -> Wrong:
-    """Of a vector of increasing times."""
+def check_times(ts: Any, name: str, least: int = 2) -> Wrong:
+    """Of a vector of increasing times, so many at least."""
     values = _array(ts)
-    if values is None or values.ndim != 1 or values.size < 2:
+    if values is None or values.ndim != 1 or values.size < least:
         got = word(ts if values is None else values)
         raise ValueError(
-            f"{name}: expected a vector of two or more finite times, got {got}."
+            f"{name}: expected a vector of {least} or more finite numbers, got {got}."
         )
     if not is_concrete(values):
         increasing = jnp.all(jnp.diff(values) > 0) & (values[0] >= 0)
         return ~(increasing & jnp.isfinite(values[-1]))
     if not np.isfinite(values).all():
-        raise ValueError(f"{name}: expected finite times, got some that are not.")
+        raise ValueError(f"{name}: expected finite numbers, got some that are not.")
     if values[0] < 0 or (np.diff(values) <= 0).any():
-        raise ValueError(f"{name}: expected increasing times from 0 on.")
+        raise ValueError(f"{name}: expected increasing numbers from 0 on.")
     return False

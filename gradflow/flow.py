@@ -133,23 +133,22 @@ def check_flow(flow: Any) -> None:
         raise ValueError(f"flow: expected a GradientFlow, got {word(flow)}{remedy}.")
 
 
-def as_flow(loss: Any, trainable: PyTree = eqx.is_inexact_array) -> GradientFlow:
-    """A flow of which only the loss counts, and what is trainable: from the loss, or as
-    it is given.
+def flow_of(loss: Any, trainable: PyTree = eqx.is_inexact_array) -> GradientFlow:
+    """The flow of a loss alone, whatever the penalty: from the loss, or from a flow.
 
-    **Raises:** `ValueError` for anything else; for a flow that holds the norm, whose
-    manifold is another; and where `trainable` is not that of the flow.
+    **Raises:** `ValueError` for anything else; for a flow that holds the norm; and
+    where `trainable` is not that of the flow.
     """
-    if not isinstance(loss, GradientFlow):
-        return GradientFlow(loss, trainable=trainable)
-    check_no_sphere(loss)
-    if trainable not in (eqx.is_inexact_array, loss.trainable):
-        raise ValueError("trainable: the flow says already what is trainable.")
-    return loss
+    if isinstance(loss, GradientFlow):
+        check_free(loss)
+        if trainable not in (eqx.is_inexact_array, loss.trainable):
+            raise ValueError("trainable: the flow says already what is trainable.")
+        loss, trainable = loss.loss, loss.trainable
+    return GradientFlow(loss, trainable=trainable)
 
 
-def check_no_sphere(flow: Any) -> None:
-    """Raises unless it is a flow, of parameters whose norm is free."""
+def check_free(flow: Any) -> None:
+    """Raises unless it is a flow, of parameters whose norm is not held."""
     check_flow(flow)
     if flow.hold_norm:
         raise ValueError(

@@ -12,14 +12,15 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
 from ._checks import (
     as_data,
+    as_level,
     check_callable,
     check_choice,
     check_finite,
     check_labels,
     check_logits,
     check_loss_data,
-    check_positive,
     is_concrete,
+    word,
 )
 
 
@@ -234,10 +235,10 @@ class Huber(_TargetLoss):
         **Raises:** `ValueError` as `SquaredError`, and unless δ is such a number.
         """
         super().__init__(x, y, reduction=reduction, predict=predict)
-        if not is_concrete(delta):
-            raise ValueError("delta: expected a number known before tracing.")
-        check_positive(delta, "delta")
-        self.delta = float(delta)
+        level = as_level(delta, "delta")
+        if level is None or not level > 0:
+            raise ValueError(f"delta: expected a positive number, got {word(delta)}.")
+        self.delta = level
 
     @property
     def outer_curvature(self) -> None:

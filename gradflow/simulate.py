@@ -8,22 +8,17 @@ import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import optimistix as optx
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
 from ._checks import (
-    check_atol,
+    check_arguments,
     check_callable,
+    check_given,
     check_horizon,
-    check_init_scale,
-    check_integer,
     check_logits,
     check_one,
-    check_solver,
-    check_tolerance,
-    check_weight_decay,
     is_concrete,
     resolvable,
     word,
@@ -108,15 +103,13 @@ def simulate(
     `RuntimeError` if the run fails and `throw`.
     """
     check_flow(flow)
-    wrong = check_init_scale(init_scale)
+    check_one(weight_decay, "weight_decay")
+    wrong = check_arguments(
+        weight_decay=weight_decay, init_scale=init_scale, rtol=rtol, max_steps=max_steps
+    ) | check_given(atol=atol, solver=solver)
+    watched = as_metrics(metrics)
     model = scaled(model, init_scale, trainable=flow.trainable)
     term, params = flow.term(model)
-    watched = as_metrics(metrics)
-    check_one(weight_decay, "weight_decay")
-    wrong = wrong | check_weight_decay(weight_decay) | check_tolerance(rtol)
-    wrong = wrong | check_atol(atol)
-    check_integer(max_steps, "max_steps")
-    check_solver(solver)
     dtype = jax.tree.leaves(params)[0].dtype
     wrong = wrong | check_horizon(weight_decay, slow_time, t1, ts, saves, dtype)
     check_problem(term, params, watched)
@@ -145,7 +138,7 @@ def simulate(
         path.stats["why"] = choice.why
         return path
 
-    if wrong is not False:
+    if wrong is not False:  # then nothing is run
         lam, times = (jnp.where(wrong, jnp.zeros_like(x), x) for x in (lam, times))
     choice = as_choice(solver, size, rtol)
     path = run(choice)
@@ -171,8 +164,8 @@ def fail_unless_reached(out: PyTree, path: Path) -> PyTree:
 
 
 def named_wrong(path: Path, wrong: Wrong) -> Path:
-    """`path`, with the result and the values of a run that was not to be, where `wrong`
-    says so."""
+    """`path`, with the result and without the values of one that was not run, where
+    `wrong` says so."""
     if wrong is False:
         return path
     values = lambda p: (p.params, p.metrics, p.train_loss, p.penalty)
