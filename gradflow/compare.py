@@ -9,6 +9,7 @@ import numpy as np
 import optax
 from jaxtyping import Bool, Float
 
+from ._checks import check_arguments, word
 from ._interpolate import holds_until
 from .grokking import crossing_time
 from .path import Path
@@ -176,6 +177,11 @@ def compare(sweep: Sweep, theory: TwoPhase, *, after: float = 0.1) -> Report:
 
     **Raises:** `ValueError` where the two do not belong together.
     """
+    if not isinstance(sweep, Sweep):
+        raise ValueError(f"sweep: expected a gradflow.Sweep, got {word(sweep)}.")
+    if not isinstance(theory, TwoPhase):
+        raise ValueError(f"theory: expected a gradflow.TwoPhase, got {word(theory)}.")
+    check_arguments(after=after)
     same = jax.tree.structure(sweep.paths.params) == jax.tree.structure(
         theory.drift.params
     ) and all(

@@ -9,9 +9,16 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree, Scalar
 
+from ._checks import word
 from .grokking import crossing_time
 from .metrics import Metric
 from .results import RESULTS
+
+
+def check_path(path: Any) -> None:
+    """Raises unless it is one path."""
+    if not isinstance(path, Path):
+        raise ValueError(f"path: expected a gradflow.Path, got {word(path)}.")
 
 
 class Path(eqx.Module):

@@ -13,11 +13,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from ._axes import Axes, make_axes, short
+from ._checks import check_arguments, check_choice, check_given, is_concrete, word
 from ._descent_methods import Method, Optimiser
 from ._lanes import Owned, Problem, Ragged, Recipe, RECORDED, RUN
 from ._programs import Batch
 from ._runs import Bars, fitting, run_stored, Runner
-from .flow import GradientFlow
+from .flow import check_flow, GradientFlow
+from .losses import AbstractLoss
 from .metrics import Metric
 from .path import Path
 from .results import RESULTS
@@ -347,11 +349,14 @@ def sweep(
         solver=solver, atol=atol, max_steps=max_steps, method=method,
         optimiser=optimiser, batch_size=batch_size, key=key,
     )  # fmt: skip
+    check_choice(batch, "batch", ("loop", "vmap", None))
+    check_arguments(checkpoint=checkpoint)
+    check_given(chunk=chunk)
+    if not isinstance(store, str | os.PathLike | None):
+        raise ValueError(f"store: expected the path of a folder, got {word(store)}.")
     recipe = make_recipe(
         problem, model, runs, axes, zipped, as_metrics(metrics), options
     )
-    if batch not in (None, "loop", "vmap"):
-        raise ValueError(f"batch: expected 'loop', 'vmap' or None, got {batch!r}.")
     if batch is None:
         batch = "loop" if jax.default_backend() == "cpu" else "vmap"
     if store is not None:
@@ -388,6 +393,14 @@ def make_recipe(
             raise ValueError(f"axes: give the values of {name} as the argument itself.")
         if name in RECORDED or name.startswith(("metric_", "threshold_", "params_")):
             raise ValueError(f"axes: {name!r} is what is recorded; name it otherwise.")
+    if isinstance(problem, AbstractLoss):
+        check_flow(problem)
+    for name, value in (runs | options).items():
+        if any(not is_concrete(leaf) for leaf in jax.tree.leaves(value)):
+            raise ValueError(
+                f"{name}: expected numbers known before tracing; under jit or vmap "
+                "take simulate or descent."
+            )
     if isinstance(problem, GradientFlow):
         if model is None or axes:
             kind = "axes: they are for a function" if axes else "model: expected one"

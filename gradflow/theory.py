@@ -12,14 +12,15 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from ._checks import (
-    check_horizon,
-    check_tolerance,
-    check_weight_decay,
+    check_arguments,
+    check_choice,
+    check_numbers,
+    check_positive,
     resolvable,
 )
 from ._interpolate import DEGREE, even_times, holds_until, interpolate, place
-from ._refine import FEWEST, refined
-from .flow import GradientFlow
+from ._refine import refined
+from .flow import check_free, GradientFlow
 from .losses import AbstractCompositeLoss
 from .manifold import Limit, limit_map, riemannian_flow, Spectrum, spectrum
 from .metrics import Metric
@@ -27,7 +28,7 @@ from .path import Path
 from .predicted_time import predicted_time, PredictedTime
 from .results import RESULTS
 from .second_order import check_second_order, second_order, SecondOrder
-from .simulate import as_metrics, check_scalars, simulate
+from .simulate import as_metrics, check_problem, simulate
 from .solvers import KKT5, sharpness
 
 _LOOSE = 1e-8  # tolerance of the limit map
@@ -102,7 +103,8 @@ class TwoPhase(eqx.Module):
         **Raises:** `ValueError` for another order, or one that was not computed.
         """
         self._check_order(order)
-        check_weight_decay(weight_decay)
+        check_arguments(weight_decay=weight_decay)
+        check_numbers(t, "t", "one time from 0 on, or a vector", lambda v: v >= 0)
         dtype = self.fast.t.dtype
         t, lam = jnp.asarray(t, dtype), jnp.asarray(weight_decay, dtype)
         at_once = lambda x: self._predict_params(x, lam, order=order)
@@ -121,7 +123,7 @@ class TwoPhase(eqx.Module):
 
         **Raises:** `ValueError` unless λ > 0.
         """
-        _check_positive(weight_decay)
+        check_positive(weight_decay, "weight_decay")
         if self._doubt():
             return 0.0
         s, lam = np.asarray(self.drift.t), float(weight_decay)
@@ -199,7 +201,7 @@ class TwoPhase(eqx.Module):
         the metrics by name, at order 1 and, if known, at order 2. NaN where λ is too
         large from the start.
         """
-        _check_positive(weight_decay)
+        check_positive(weight_decay, "weight_decay")
         lam = jnp.asarray(weight_decay, self.fast.t.dtype)
         until = self.valid_until(weight_decay)
         end = until / lam if until > 0 else jnp.full_like(lam, jnp.nan)
@@ -207,8 +209,7 @@ class TwoPhase(eqx.Module):
         return np.asarray(t), [jax.tree.map(np.asarray, c) for c in curves]
 
     def _check_order(self, order: int) -> None:
-        if order not in (1, 2):
-            raise ValueError(f"order: expected 1 or 2, got {order}.")
+        check_choice(order, "order", (1, 2))
         if order == 2 and self.second is None:
             raise ValueError(
                 "order: the second was not computed; call two_phase with order=2"
@@ -319,13 +320,13 @@ def two_phase(
     **Raises:** `ValueError` for arguments that make no sense; `RuntimeError` if `throw`
     and there is no limit (the loss has no minimiser, say) or the drift fails.
     """
+    check_free(flow)
+    check_arguments(slow_time=slow_time, rtol=rtol, max_steps=max_steps)
+    check_choice(order, "order", (1, 2))
+    watched = as_metrics(metrics)
     term, params = flow.term(model)
-    check_tolerance(rtol)
+    check_problem(term, params, watched)
     rtol = resolvable(rtol, params)
-    check_horizon(1.0, slow_time, None, None, FEWEST)
-    if order not in (1, 2):
-        raise ValueError(f"order: expected 1 or 2, got {order}.")
-    check_scalars(flow.loss, as_metrics(metrics), model)
     # It says whether there is a limit, when, and how curved F is there: a loose one
     # will do. The limit itself is the end of the fast path.
     limit = limit_map(
@@ -421,12 +422,6 @@ def _metrics_along(
 
 def _among(result: RESULTS, results: tuple[RESULTS, ...]) -> bool:
     return any(bool(result == r) for r in results)
-
-
-def _check_positive(weight_decay: float) -> None:
-    check_weight_decay(weight_decay)
-    if not float(weight_decay) > 0:
-        raise ValueError("weight_decay: expected a positive number, got 0.")
 
 
 def _first_failure(*results: RESULTS) -> RESULTS:

@@ -174,9 +174,9 @@ def test_a_start_that_is_not_defined_takes_no_step():
     assert path.stats["steps"] == 0
     with pytest.raises(RuntimeError, match="not finite at the start"):
         gf.simulate(flow, Weights(jnp.zeros(2)), weight_decay=1e-3, t1=10.0)
-    # Under `jit` a negative λ is only known now.
+    # Under `jit` a negative λ is only known when it runs.
     path = eqx.filter_jit(run)(jnp.array(-1.0), jnp.ones(2))
-    assert bool(path.result == gf.RESULTS.undefined_start)
+    assert bool(path.result == gf.RESULTS.wrong_argument)
     assert path.stats["steps"] == 0
 
 

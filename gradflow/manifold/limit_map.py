@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
-from .._checks import check_tolerance
+from .._checks import check_arguments, check_given
 from ..flow import FlatLoss, flatten, FlowTerm, GradientFlow, partition
 from ..losses import AbstractCompositeLoss, AbstractLoss
 from ..results import RESULTS
 from ..solvers import KKT5
-from ._form import choose_form, Form, likely_form
+from ._form import begin, choose_form, Form, likely_form
 from ._matrix_free import count_outputs
 from ._normal import close, exact_jacobian_normal, hessian_normal
 from ._separable import limit_direction, smallest_margin
@@ -60,7 +60,7 @@ class Limit(eqx.Module):
 
 
 def limit_map(
-    loss: AbstractLoss,
+    loss: AbstractLoss | GradientFlow,
     model: PyTree,
     *,
     form: Form = "auto",
@@ -87,7 +87,7 @@ def limit_map(
 
     **Arguments:**
 
-    - `loss`: the training loss.
+    - `loss`: the training loss, or a flow of it.
     - `model`: the initial model θ₀.
     - `form`: how the distance to M is measured, `"jacobian"`, `"hessian"` or `"auto"`;
         see [`gradflow.manifold.retract`][].
@@ -117,8 +117,11 @@ def limit_map(
     Source: Li, Wang, Arora, arXiv 2110.06914, definition 4.1 and lemma 4.3; Boursier,
     Pesme, Dragomir, arXiv 2505.20172.
     """
-    term, params = GradientFlow(loss, trainable=trainable).term(model)
-    check_tolerance(rtol)
+    check_arguments(rtol=rtol, t_max=t_max, max_steps=max_steps)
+    check_given(atol=atol, residual_tol=residual_tol, solver=solver)
+    term, params = begin(loss, model, trainable)
+    if isinstance(loss, GradientFlow):
+        loss, trainable = loss.loss, loss.trainable
     first = likely_form(loss, params, term.static) if form == "auto" else form
     first = choose_form(loss, params, term.static, first)
     solver = default_solver(loss, params, term.static) if solver is None else solver

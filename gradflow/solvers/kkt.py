@@ -581,8 +581,8 @@ def _jumps(
     return asked & (change > _JUMP * first)
 
 
-# Up to these sizes the curvature of the outputs is part of the matrix, made anew in each
-# step.
+# Up to these sizes the curvature of the outputs is part of the matrix, which is made
+# anew in each step.
 _FEW_PARAMETERS = 100
 _FEW_OUTPUTS = 200
 
