@@ -227,13 +227,23 @@ def check_solver(solver: Any, name: str = "solver") -> None:
     raise ValueError(f"{name}: expected one such as gradflow.KKT4(), got {got}.")
 
 
+def check_rate(rate: Any, name: str) -> Wrong:
+    """A number, or a schedule: a function of the step."""
+    if not callable(rate):
+        return check_positive(rate, name)
+    with jax.numpy_dtype_promotion("standard"):
+        first = rate(0)
+    kind = "a positive number, or a schedule that gives one for each step"
+    return check_number(first, name, kind, lambda v: v >= 0)
+
+
 _ARGUMENTS: dict[str, Callable[[Any, str], Wrong | None]] = {
     "after": check_from_zero,
     "atol": check_from_zero,
     "checkpoint": check_from_zero,
     "chunk": check_integer,
     "init_scale": check_init_scale,
-    "learning_rate": check_positive,
+    "learning_rate": check_rate,
     "margin": check_positive,
     "max_steps": check_integer,
     "residual_tol": check_from_zero,

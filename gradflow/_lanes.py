@@ -18,6 +18,8 @@ from ._checks import (
     check_given,
     check_horizon,
     check_integer,
+    is_concrete,
+    is_key,
     resolvable,
 )
 from .descent import descend, prepare_descent
@@ -82,6 +84,47 @@ class Unlike(ValueError):
     """A lane whose results are not of the shape of the others'."""
 
 
+def placed(tree: PyTree, name: str = "problem") -> PyTree:
+    """With arrays that were put on devices, or shared out among them, free to go
+    wherever a lane is run.
+
+    **Raises:** `ValueError` for an array that other processes hold a part of.
+    """
+
+    def free(x: Any) -> Any:
+        if not _committed(x):
+            return x
+        if not (x.is_fully_addressable or x.is_fully_replicated):
+            raise ValueError(
+                f"{name}: expected arrays of this process, got one of shape {x.shape} "
+                "that is shared out among several; give each process all of it."
+            )
+        if is_key(x):
+            data = jnp.asarray(np.asarray(jax.random.key_data(x)))
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+        return jnp.asarray(np.asarray(x))
+
+    if not any(map(_committed, jax.tree.leaves(tree))):
+        return tree
+    return jax.tree.map(free, tree)
+
+
+def _committed(x: Any) -> bool:
+    return isinstance(x, jax.Array) and is_concrete(x) and x.committed
+
+
+def placed_problem(problem: Problem) -> Problem:
+    """The same, where a metric that is the loss is still the loss."""
+    out = placed(problem)
+    loss = problem.flow.loss
+    same = {k: out.flow.loss for k, m in problem.watched.items() if m.fn is loss}
+    watched = {
+        k: dataclasses.replace(m, fn=same[k]) if k in same else m
+        for k, m in out.watched.items()
+    }
+    return out._replace(watched=watched)
+
+
 @dataclasses.dataclass
 class Recipe:
     """Makes the lanes of a sweep. Problems are made when they are needed, and only the
@@ -124,6 +167,11 @@ class Recipe:
             if given.get(name) is not None:
                 kind = "descents" if self.descends else "flows; give learning_rate"
                 raise ValueError(f"{name}: has no meaning for {kind}.")
+        if self.descends and callable(self.value(0, "learning_rate")):
+            if self.options["steps"] is None and self.options["at"] is None:
+                raise ValueError(
+                    "steps, at: give one with a schedule of learning rates."
+                )
         told = any(self.options.get(k) is not None for k in _HORIZON)
         if not self.descends and (told or isinstance(self.make, Problem)):
             span = {k: self.options.get(k) for k in _SPAN}
@@ -140,7 +188,8 @@ class Recipe:
         key = self.owner(lane)
         if self._problem[0] != key:
             self._problem = (None, None)  # let go of the last one first
-            self._problem = (key, as_problem(self.make(**values), self.metrics))
+            made = as_problem(self.make(**values), self.metrics)
+            self._problem = (key, placed_problem(made))
         return self._problem[1]
 
     def owner(self, lane: int) -> tuple[int, ...]:

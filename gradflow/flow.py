@@ -252,6 +252,48 @@ class TrackedFlowTerm(FlowTerm):
         return Tracked(super().vf(t, y.params, args), jnp.zeros_like(y.multiplier))
 
 
+def linearized(fn: Callable, x: PyTree) -> tuple[PyTree, Callable, Callable]:
+    """f(x), and the products u ↦ Ju and v ↦ Jᵀv with J = ∂f/∂x.
+
+    Where f has operations with a reverse derivative only (`jax.custom_vjp`), Ju is the
+    pullback of the pullback v ↦ Jᵀv, which is linear: twice the price.
+
+    **Raises:** `ValueError` where that has no derivative either.
+    """
+    try:
+        out, push = jax.linearize(fn, x)
+        # What has no forward rule is mostly found out when `push` is compiled.
+        if "custom_lin" not in _operations(jax.make_jaxpr(push)(x)):
+            return out, push, lambda v: jax.linear_transpose(push, x)(v)[0]
+    except TypeError as error:
+        if "custom_vjp" not in str(error):
+            raise
+    out, back = jax.vjp(fn, x)
+    pull = lambda v: back(v)[0]
+    try:
+        _, forth = jax.vjp(pull, jax.tree.map(jnp.zeros_like, out))
+        jax.eval_shape(forth, x)
+    except Exception as error:
+        raise ValueError(
+            "model: expected outputs with a forward derivative, or a reverse one that "
+            "can be differentiated, got an operation (jax.custom_vjp) with neither; "
+            "give solver=diffrax.Tsit5(), or inside the model an adjoint such as "
+            "diffrax.DirectAdjoint()."
+        ) from error
+    return out, lambda u: forth(u)[0], pull
+
+
+def _operations(jaxpr: Any) -> set[str]:
+    """The names of all operations of a program."""
+    names = set()
+    for equation in jaxpr.eqns:
+        names.add(equation.primitive.name)
+        inner = lambda p: hasattr(p, "eqns")
+        for param in jax.tree.leaves(list(equation.params.values()), is_leaf=inner):
+            names |= _operations(param) if inner(param) else set()
+    return names
+
+
 _BLOCK_BYTES = 2**28
 
 
@@ -304,6 +346,12 @@ class FlatLoss(eqx.Module):
     ) -> Float[Array, " m"]:
         """ℓ''(z) u."""
         return jax.jvp(jax.grad(self.outer), (z,), (u,))[1]
+
+    def linearize(
+        self, theta: Float[Array, " d"]
+    ) -> tuple[Float[Array, " m"], Callable, Callable]:
+        """z(θ), and the products u ↦ Ju and v ↦ Jᵀv; see `linearized`."""
+        return linearized(self.outputs, theta)
 
     def residuals(self, theta: Float[Array, " d"]) -> Float[Array, " m"]:
         """∇ℓ(z(θ))."""
@@ -367,9 +415,8 @@ class FlatLoss(eqx.Module):
         self, theta: Float[Array, " d"], weighted: Callable, block: int
     ) -> Float[Array, "m m"]:
         """The same where outputs are not known to split into samples."""
-        z, push = jax.linearize(self.outputs, theta)
-        pull = jax.linear_transpose(push, theta)
-        row = lambda e: push(weighted(pull(e)[0]))
+        z, push, pull = self.linearize(theta)
+        row = lambda e: push(weighted(pull(e)))
         return jax.lax.map(row, jnp.eye(z.size, dtype=z.dtype), batch_size=block)
 
     @property

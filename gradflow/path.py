@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, PyTree, Scalar
 from ._checks import word
 from .grokking import crossing_time
 from .metrics import Metric
-from .results import RESULTS
+from .results import in_words, RESULTS
 
 
 def check_path(path: Any) -> None:
@@ -72,6 +72,11 @@ class Path(eqx.Module):
         """Whether the run reached its last time. (It may have `slid`: see `result`.)"""
         return (self.result == RESULTS.successful) | (self.result == RESULTS.slid)
 
+    @property
+    def verdict(self) -> str:
+        """How the run ended, and what to do about it, in words."""
+        return in_words(self.result, str(self.stats.get("solver", "")), self.t.dtype)
+
     def crossing_time(self, name: str) -> float:
         """When metric `name` has passed its threshold for good; see
         `gradflow.crossing_time`."""
@@ -103,7 +108,7 @@ class Path(eqx.Module):
             + "".join(f", {_trend(k, v)}" for k, v in self.metrics.items()),
         ]
         if not bool(self.succeeded):
-            lines.append(f"  FAILED: {RESULTS[self.result]}")
+            lines.append(f"  FAILED: {self.verdict}")
         elif bool(self.result == RESULTS.slid):
             lines.append(f"  WARNING: {RESULTS[self.result]}")
         elif float(self.weight_decay) > 0:

@@ -160,7 +160,9 @@ def wants_another(result: RESULTS) -> Array:
 
 def fail_unless_reached(out: PyTree, path: Path) -> PyTree:
     """Raises unless `path` reached its last time; returns `out`."""
-    if is_concrete(path.result._value) and bool(path.succeeded):
+    if is_concrete(path.result._value):
+        if not bool(path.succeeded):
+            raise RuntimeError(path.verdict)
         return out
     return path.result.error_if(out, ~path.succeeded)
 

@@ -14,8 +14,17 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from ._axes import Axes, make_axes, short
 from ._checks import check_arguments, check_choice, check_given, is_concrete, word
-from ._descent_methods import Method, Optimiser
-from ._lanes import Owned, Problem, Ragged, Recipe, RECORDED, RUN
+from ._descent_methods import Method, Optimiser, Schedule
+from ._lanes import (
+    Owned,
+    placed,
+    placed_problem,
+    Problem,
+    Ragged,
+    Recipe,
+    RECORDED,
+    RUN,
+)
 from ._programs import Batch
 from ._runs import Bars, fitting, run_stored, Runner
 from .flow import check_flow, GradientFlow
@@ -200,10 +209,10 @@ class Sweep(eqx.Module):
     def _mark(self, i: int) -> str:
         if i in self.causes:
             return f"  RAISED: {self.causes[i].splitlines()[0]}"
-        result = self[i].result
-        if not bool(self.succeeded[i]):
-            return f"  FAILED: {RESULTS[result]}"
-        if bool(result == RESULTS.slid):
+        path = self[i]
+        if not bool(path.succeeded):
+            return f"  FAILED: {path.verdict}"
+        if bool(path.result == RESULTS.slid):
             return f"  slid along kinks in {int(self.stats['sliding'][i])} steps"
         return ""
 
@@ -253,7 +262,7 @@ def sweep(
     weight_decay: Numbers,
     init_scale: Numbers = 1.0,
     rtol: Numbers | None = None,
-    learning_rate: Numbers | None = None,
+    learning_rate: Numbers | Schedule | None = None,
     axes: Mapping[str, Any] | None = None,
     zipped: Sequence[Sequence[str]] = (),
     slow_time: float | None = None,
@@ -296,7 +305,8 @@ def sweep(
         number that is part of a penalty or a loss is best made an array,
         `jnp.asarray(c) * gf.L1()`: for each plain number a program is compiled.)
     - `weight_decay`, `init_scale`, `rtol`, `learning_rate`: a number, or a vector: an
-        axis of that name. `rtol` is for flows alone, 1e-6 unless given.
+        axis of that name. `rtol` is for flows alone, 1e-6 unless given. (One schedule
+        of learning rates serves all lanes, as for `descent`.)
     - `axes`: values for `problem`, by name: seeds, sample sizes, penalty weights, …
     - `zipped`: groups of names of axes that run together, along the dimension of the
         first, instead of making a product: `[("samples", "weight_decay")]`.
@@ -406,7 +416,7 @@ def make_recipe(
             kind = "axes: they are for a function" if axes else "model: expected one"
             raise ValueError(f"{kind}, where the problem is a flow.")
         problem.term(model)
-        make: Any = Problem(problem, model, metrics)
+        make: Any = placed_problem(Problem(problem, model, metrics))
     elif callable(problem):
         if model is not None:
             raise ValueError("model: the function that makes the problem gives it.")
@@ -420,14 +430,17 @@ def make_recipe(
     for name, v in vectors.items():
         if np.ndim(v) > 1:
             raise ValueError(f"{name}: expected a number or a vector, got {v!r}.")
+        if any(map(callable, v)):
+            raise ValueError(f"{name}: expected numbers, or one schedule for all.")
     fixed = {k: _number(v) for k, v in runs.items() if k not in vectors}
+    options = placed(options, "ts, key")
     recipe = Recipe(make_axes(axes | vectors, zipped), make, metrics, fixed, options)
     recipe.check()
     return recipe
 
 
 def _number(value: Any) -> Any:
-    return value if value is None else np.asarray(value).item()
+    return value if value is None or callable(value) else np.asarray(value).item()
 
 
 def _run(recipe: Recipe, batch: Batch, progress: bool) -> Sweep:
@@ -446,5 +459,5 @@ def _run(recipe: Recipe, batch: Batch, progress: bool) -> Sweep:
         watched=first.watched,
     )
     owned = lanes.owned if lanes.many else ()
-    fixed = {k: v for k, v in recipe.fixed.items() if v is not None}
+    fixed = {k: v for k, v in recipe.fixed.items() if isinstance(v, int | float)}
     return Sweep(paths, recipe.axes, owned, lanes.causes, fixed)
