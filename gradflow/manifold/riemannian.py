@@ -11,6 +11,8 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._checks import check_tolerance, is_concrete, resolvable
+from .._controllers import Relative
+from .._norms import norm
 from ..flow import FlatLoss, flatten, FlowTerm, GradientFlow
 from ..metrics import Metric
 from ..path import Path
@@ -19,7 +21,6 @@ from ..simulate import as_metrics, solve, solve_arguments
 from ..solvers import KKT5
 from ._form import Form
 from ._normal import GAP, normal_space, ridge, weighted_jacobian
-from .limit_map import absolute_tolerance
 from .retract import retract_in_form
 from .spectrum import measure
 
@@ -226,17 +227,19 @@ def _drift(
         force = ravel_pytree(term.penalty.gradient(loss.unravel(w)))[0]
         return _PULL * normal.step - normal.tangential(force)
 
+    speed = norm(field(0.0, w0, None))
+    first = jnp.where(speed > 0, norm(w0) / jnp.where(speed > 0, speed, 1), times[-1])
+    first = jnp.where(first > 0, jnp.minimum(first, times[-1]), times[-1])
     sol = diffrax.diffeqsolve(
         diffrax.ODETerm(field),
         solver,
         t0=jnp.zeros((), w0.dtype),
         t1=times[-1],
-        dt0=None,
+        dt0=1e-3 * first,
         y0=w0,
         saveat=diffrax.SaveAt(ts=times),
         stepsize_controller=diffrax.ClipStepSizeController(
-            diffrax.PIDController(rtol, absolute_tolerance(rtol, atol, w0)),
-            step_ts=times,
+            Relative(rtol, atol), step_ts=times
         ),
         max_steps=max_steps,
         throw=False,
@@ -275,7 +278,7 @@ def _drift(
         stats={
             "solver": type(solver).__name__,
             "rtol": rtol,
-            "atol": absolute_tolerance(rtol, atol, w0),
+            "atol": 0.0 if atol is None else atol,
             "steps": sol.stats["num_steps"],
             "accepted": sol.stats["num_accepted_steps"],
             "rejected": sol.stats["num_rejected_steps"],
