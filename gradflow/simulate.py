@@ -519,7 +519,7 @@ def _solve(
         lost = ~jnp.isfinite(term.loss(term.model(end)) + norm(end) + norm(speed))
         lost = lost & (result != RESULTS.out_of_steps)
         # What reaches infinity in finite time stalls on its way there.
-        fled = (result == RESULTS.stalled) & _flees(end, speed, ended[1][0])
+        fled = (result == RESULTS.stalled) & flees(end, speed, ended[1][0])
         result = RESULTS.where(lost | fled, RESULTS.diverged, result)
         result = RESULTS.where(defined, result, RESULTS.undefined_start)
         work: dict[str, Array] = {}
@@ -614,7 +614,7 @@ def _defined(term: FlowTerm, params: PyTree, weight_decay: Scalar) -> Bool[Array
     return jnp.isfinite(term.loss(term.model(params)) + speed)
 
 
-def _flees(params: PyTree, velocity: PyTree, t: Scalar) -> Bool[Array, ""]:
+def flees(params: PyTree, velocity: PyTree, t: Scalar) -> Bool[Array, ""]:
     """Whether θ is about to be infinite: at this speed it would double in far less time
     than has passed."""
     products = jax.tree.map(lambda p, v: jnp.vdot(p, v), params, velocity)

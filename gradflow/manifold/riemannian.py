@@ -17,6 +17,8 @@ from .._checks import (
     is_concrete,
     resolvable,
 )
+from .._controllers import Relative
+from .._norms import norm
 from ..flow import check_free, FlatLoss, flatten, FlowTerm, GradientFlow
 from ..metrics import Metric
 from ..path import Path
@@ -25,7 +27,6 @@ from ..simulate import as_metrics, check_problem, solve, solve_arguments
 from ..solvers import AbstractKKT, KKT5
 from ._form import Form
 from ._normal import GAP, normal_space, ridge, weighted_jacobian
-from .limit_map import absolute_tolerance
 from .retract import retract_in_form
 from .spectrum import measure
 
@@ -239,17 +240,19 @@ def _drift(
         force = ravel_pytree(term.penalty.gradient(loss.unravel(w)))[0]
         return _PULL * normal.step - normal.tangential(force)
 
+    speed = norm(field(0.0, w0, None))
+    first = jnp.where(speed > 0, norm(w0) / jnp.where(speed > 0, speed, 1), times[-1])
+    first = jnp.where(first > 0, jnp.minimum(first, times[-1]), times[-1])
     sol = diffrax.diffeqsolve(
         diffrax.ODETerm(field),
         solver,
         t0=jnp.zeros((), w0.dtype),
         t1=times[-1],
-        dt0=None,
+        dt0=1e-3 * first,
         y0=w0,
         saveat=diffrax.SaveAt(ts=times),
         stepsize_controller=diffrax.ClipStepSizeController(
-            diffrax.PIDController(rtol, absolute_tolerance(rtol, atol, w0)),
-            step_ts=times,
+            Relative(rtol, atol), step_ts=times
         ),
         max_steps=max_steps,
         throw=False,
@@ -288,7 +291,7 @@ def _drift(
         stats={
             "solver": type(solver).__name__,
             "rtol": rtol,
-            "atol": absolute_tolerance(rtol, atol, w0),
+            "atol": 0.0 if atol is None else atol,
             "steps": sol.stats["num_steps"],
             "accepted": sol.stats["num_accepted_steps"],
             "rejected": sol.stats["num_rejected_steps"],
