@@ -1,5 +1,7 @@
 """One path of the gradient flow."""
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -131,6 +133,9 @@ def simulate(
         )
         path = solve(*args)
         path.stats["why"] = choice.why
+        if is_concrete(path.t):
+            again = functools.partial(run_again, args[:-1])
+            path = dataclasses.replace(path, again=again)
         return path
 
     choice = as_choice(solver, size, rtol)
@@ -276,6 +281,13 @@ def solve_arguments(
 def solve(*arguments: Any) -> Path:
     """`simulate` without its checks and defaults; see `solve_arguments`."""
     return _solve(*arguments)[0]
+
+
+def run_again(args: tuple, params: PyTree, ts: Float[Array, " n"]) -> Path:
+    """`solve` with the arguments of an earlier run, from elsewhere and through other
+    times. It is compiled already if these are as many."""
+    term, _, weight_decay, _, *rest = args
+    return solve(term, params, weight_decay, ts, *rest, False)
 
 
 @eqx.filter_jit

@@ -1,8 +1,7 @@
 """The two-phase theory: fast flow to the critical manifold, then a slow drift on it."""
 
-import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -19,12 +18,12 @@ from ._checks import (
 )
 from ._interpolate import DEGREE, even_times, holds_until, interpolate, place
 from ._refine import FEWEST, refined
-from .flow import GradientFlow
+from .flow import FlowTerm, GradientFlow
 from .losses import AbstractCompositeLoss
 from .manifold import Limit, limit_map, riemannian_flow, Spectrum, spectrum
 from .metrics import Metric
 from .path import Path
-from .predicted_time import predicted_time, PredictedTime
+from .predicted_time import bracket, predicted_time, PredictedTime
 from .results import RESULTS
 from .second_order import check_second_order, second_order, SecondOrder
 from .simulate import as_metrics, check_scalars, simulate
@@ -34,8 +33,8 @@ _LOOSE = 1e-8  # tolerance of the limit map
 _TIMES = 400  # at which a predicted metric is evaluated
 
 # Where theory is claimed to hold: λ at most a tenth of η, and no term more than a
-# quarter of the one before it. There the estimate of the next term was right to a
-# factor of 2.5 on five tasks.
+# quarter of the one before it, along the drift and along the fast path. There the
+# estimate of the next term was right to a factor of 2.5 on five tasks.
 _CURVATURE_SHARE = 0.1
 _TERM_RATIO = 0.25
 
@@ -67,6 +66,10 @@ class TwoPhase(eqx.Module):
     ‖Φ(θ₀)‖: at most 60 `rtol`, unless 1025 points are too few for that. Where the
     penalty has kinks the drift has at most 257 points, and straight lines between
     them."""
+    fast_shift: Float[Array, ""]
+    """An estimate of sup ‖θ₁‖/‖Φ(θ₀)‖ over the fast phase, θ_λ = θ_GF + λθ₁ there. Near
+    a saddle weight decay delays the escape by λc, c = ∫|⟨∇R, θ'⟩|/‖θ'‖² dt, and
+    θ₁ = −cθ'."""
     second: SecondOrder | None
     """The terms of order λ, for predictions of order 2; `None` where not asked for."""
     result: RESULTS
@@ -114,15 +117,18 @@ class TwoPhase(eqx.Module):
 
         That is where λ ≤ η(s)/10 for the smallest normal curvature η; where λρ(s) ≤ 1/4
         for the estimated ratio ρ of the terms of order λ² and λ; and where all terms
-        are known.
+        are known. The fast phase comes first: no λ for which the ratio of the terms is
+        larger than 1/4 anywhere on its path (at order 1, where that is not known, λθ₁
+        against the solution: `fast_shift`) has any validity. Near saddles, which weight
+        decay leaves later, that asks for far smaller λ than the drift does.
 
-        **Returns:** s; 0 where λ is too large from the start, the rank is a guess, or a
-        path slid along kinks.
+        **Returns:** s; 0 where λ is too large for the fast phase or from the start of
+        the drift, the rank is a guess, or a path slid along kinks.
 
         **Raises:** `ValueError` unless λ > 0.
         """
         _check_positive(weight_decay)
-        if self._doubt():
+        if self._doubt() or self._fast_ratio(weight_decay) > _TERM_RATIO:
             return 0.0
         s, lam = np.asarray(self.drift.t), float(weight_decay)
         share = _CURVATURE_SHARE * np.asarray(self.smallest_curvature) / lam
@@ -134,6 +140,12 @@ class TwoPhase(eqx.Module):
             _TERM_RATIO / lam, ratio, out=np.full_like(ratio, np.inf), where=ratio != 0
         )
         return min(end, holds_until(s[: ratio.size], fall))
+
+    def _fast_ratio(self, weight_decay: float) -> float:
+        """The largest ratio of the terms along the fast path."""
+        second = self.second
+        worst = self.fast_shift if second is None else jnp.max(second.fast_ratio)
+        return float(np.nan_to_num(weight_decay * worst, nan=np.inf))
 
     def _doubt(self) -> str:
         """Why nothing is claimed, for whatever λ; empty where something is."""
@@ -167,44 +179,67 @@ class TwoPhase(eqx.Module):
                 f"name: no metric is named {name!r}; two_phase was given "
                 f"{list(watched) or 'none'}."
             )
-        t, curves = self._predicted_metrics(weight_decay)
-        return self._time_from(weight_decay, name, t, curves)
+        return self._time_from(weight_decay, name, *self._predicted(weight_decay))
 
     def _time_from(
-        self,
-        weight_decay: float,
-        name: str,
-        t: np.ndarray,
-        curves: list[dict[str, np.ndarray]],
+        self, weight_decay: float, name: str, t: np.ndarray, found: "_Along"
     ) -> PredictedTime:
-        """`crossing_time` from what `_predicted_metrics` gave."""
-        ratio = np.full_like(t, np.nan)
-        if self.second is not None:
-            known = np.asarray(self.second.ratio)
-            nodes = np.asarray(self.drift.t)[: known.size]
-            ratio = weight_decay * np.interp(weight_decay * t, nodes, known)
-            ratio = ratio + float(self.second.mismatch)
-        values = [curve[name] for curve in curves]
+        """`crossing_time` from what `_predicted` gave."""
+        metric = self.drift.watched[name]
+        curves = [curve[name] for curve in found.curves]
         until = self.valid_until(weight_decay)
-        out = predicted_time(t, values, self.drift.watched[name], until, ratio)
         doubt = self._doubt()
-        return dataclasses.replace(out, why=doubt) if doubt else out
+        if not doubt and until <= 0:
+            doubt = "λ is too large for the theory, " + (
+                "in the fast phase: its terms do not fall"
+                if self._fast_ratio(weight_decay) > _TERM_RATIO
+                else "from the start of the drift on"
+            )
+        if doubt:
+            return PredictedTime(np.nan, np.nan, 1 if self.second is None else 2, doubt)
+        if (near := bracket(t, curves, metric)) is not None:
+            # Once more in between, where they cross.
+            t = np.linspace(*near, t.size)
+            found = self._along(weight_decay, t)
+            curves = [curve[name] for curve in found.curves]
+        return predicted_time(
+            t, curves, metric, until, self._ratio(weight_decay, t), found.delay
+        )
 
-    def _predicted_metrics(
-        self, weight_decay: float
-    ) -> tuple[np.ndarray, list[dict[str, np.ndarray]]]:
+    def _ratio(self, weight_decay: float, t: np.ndarray) -> np.ndarray:
+        """The ratio of the next term to that of order λ at times t, the largest so
+        far; NaN where it is not known."""
+        if self.second is None:
+            return np.full_like(t, np.nan)
+        second, drift = self.second, np.asarray(self.drift.t)
+        known = np.asarray(second.ratio)
+        along = np.maximum.accumulate(known)
+        slow = np.interp(weight_decay * t, drift[: known.size], along)
+        fast = np.maximum.accumulate(np.asarray(second.fast_ratio))
+        x = np.linspace(0, 1, fast.size)
+        nodes = np.asarray(even_times(x, self.fast.t[-1], self.fast_scale))
+        ratio = weight_decay * np.maximum(slow, np.interp(t, nodes, fast))
+        return ratio + float(second.mismatch)
+
+    def _predicted(self, weight_decay: float) -> "tuple[np.ndarray, _Along]":
         """The metrics along the prediction, as far as theory holds.
 
         **Returns:** times t, zero and evenly spaced in log t up to `valid_until`; and
-        the metrics by name, at order 1 and, if known, at order 2. NaN where λ is too
-        large from the start.
+        what is there. NaN where λ is too large from the start.
         """
         _check_positive(weight_decay)
-        lam = jnp.asarray(weight_decay, self.fast.t.dtype)
         until = self.valid_until(weight_decay)
-        end = until / lam if until > 0 else jnp.full_like(lam, jnp.nan)
-        t, curves = _metrics_along(self, lam, end)
-        return np.asarray(t), [jax.tree.map(np.asarray, c) for c in curves]
+        end = until / float(weight_decay) if until > 0 else np.nan
+        start = min(0.05 * float(self.fast_scale), 0.1 * end)
+        t = np.append(0.0, np.geomspace(start, end, _TIMES))
+        return t, self._along(weight_decay, t)
+
+    def _along(self, weight_decay: float, t: np.ndarray) -> "_Along":
+        dtype = self.fast.t.dtype
+        found = _metrics_along(
+            self, jnp.asarray(weight_decay, dtype), jnp.asarray(t, dtype)
+        )
+        return jax.tree.map(np.asarray, found)
 
     def _check_order(self, order: int) -> None:
         if order not in (1, 2):
@@ -218,7 +253,8 @@ class TwoPhase(eqx.Module):
     def _predict_params(
         self, t: Float[Array, ""], lam: Float[Array, ""], *, order: int = 1
     ) -> PyTree:
-        """As `predict`, for one time: the trainable parameters alone."""
+        """As `predict`, for one time: the trainable parameters alone. Order 3 is what
+        is known of it: the term of order λ² as it is at the end of the fast phase."""
         end_s = self.drift.t[-1]
         s = lam * t
         # Beyond its last time the fast path has arrived.
@@ -230,9 +266,12 @@ class TwoPhase(eqx.Module):
             fast,
             self.fast.params,
         )
-        if order == 2 and self.second is not None:
+        if order > 1 and self.second is not None:
             end_s = self.second.until
             change = self._second_term(t, s)
+            if order == 3:
+                more = self._along_fast(self.second.next, t)
+                change = jax.tree.map(lambda c, m: c + lam * m, change, more)
             out = jax.tree.map(lambda w, c: w + lam * c, out, change)
         known = s <= end_s * (1 + 8 * jnp.finfo(s.dtype).eps)
         return jax.tree.map(lambda w: jnp.where(known, w, jnp.nan), out)
@@ -383,7 +422,8 @@ def two_phase(
         terms = second_order(term, fast, drift, at_limit, tau)
         if terms is None and bool(result == RESULTS.successful):
             result = RESULTS.second_order_lost
-    out = TwoPhase(end, fast, drift, at_limit, tau, error, terms, result, degree)
+    shift = _fast_shift(term, fast.t, fast.params)
+    out = TwoPhase(end, fast, drift, at_limit, tau, error, shift, terms, result, degree)
     return result.error_if(out, fatal) if throw else out
 
 
@@ -403,20 +443,60 @@ def _fast_scales(
     return tau, jnp.maximum(end, 10 * tau)
 
 
+class _Along(NamedTuple):
+    """What a prediction is at n times."""
+
+    curves: list[dict[str, Any]]
+    """The metrics by name, at order 1 and, if known, at 2 and with the next term."""
+    delay: Any
+    """The time in which it moves by what its runs and the interpolation are off."""
+
+
 @eqx.filter_jit
 def _metrics_along(
-    theory: TwoPhase, lam: Float[Array, ""], end: Float[Array, ""]
-) -> tuple[Array, list[dict[str, Array]]]:
-    start = jnp.minimum(0.05 * theory.fast_scale, 0.1 * end)
-    t = jnp.concatenate([jnp.zeros_like(end)[None], jnp.geomspace(start, end, _TIMES)])
+    theory: TwoPhase, lam: Float[Array, ""], t: Float[Array, " n"]
+) -> _Along:
+    size = optax.tree.norm(jax.tree.map(lambda w: w[0], theory.drift.params))
+    off = size * (theory.interpolation_error + 10 * theory.fast.stats["rtol"])
 
-    def at(t, order):
+    def metrics(t, order):
         params = theory._predict_params(t, lam, order=order)
         model = eqx.combine(params, theory.drift.static)
         return {name: metric(model) for name, metric in theory.drift.watched.items()}
 
-    orders = (1,) if theory.second is None else (1, 2)
-    return t, [jax.lax.map(lambda t, k=k: at(t, k), t) for k in orders]
+    def delay(t):
+        at = lambda t: theory._predict_params(t, lam)
+        speed = optax.tree.norm(jax.jvp(at, (t,), (jnp.ones_like(t),))[1])
+        return off / jnp.maximum(speed, jnp.finfo(t.dtype).tiny)
+
+    orders = (1,) if theory.second is None else (1, 2, 3)
+    curves = [jax.lax.map(lambda t, k=k: metrics(t, k), t) for k in orders]
+    return _Along(curves, jax.lax.map(delay, t))
+
+
+@eqx.filter_jit
+def _fast_shift(
+    term: FlowTerm, t: Float[Array, " n"], path: PyTree
+) -> Float[Array, ""]:
+    """sup c‖θ'‖/‖Φ‖, c = ∫|⟨∇R, θ'⟩|/‖θ'‖² dt: see `TwoPhase.fast_shift`. θ' itself
+    solves v' = −∇²F v, so −cθ' is the part along the path of what
+    θ₁' = −∇²F θ₁ − ∇R makes."""
+    end = jax.tree.map(lambda p: p[-1], path)
+    size = optax.tree.norm(end)
+
+    def at(p):
+        speed = term.vf(0.0, p, 0.0)
+        left = optax.tree.norm(jax.tree.map(jnp.subtract, p, end))
+        along = optax.tree.vdot(term.penalty.gradient(p), speed)
+        return optax.tree.norm(speed), jnp.abs(along), left
+
+    speed, along, left = jax.lax.map(at, path)
+    # Near its end what is left of the speed is rounding.
+    moving = (left > 1e-6 * size) & (speed > 0)
+    rate = jnp.where(moving, along / jnp.where(moving, speed, 1.0) ** 2, 0.0)
+    steps = 0.5 * (rate[1:] + rate[:-1]) * jnp.diff(t)
+    shift = jnp.cumsum(steps) * jnp.where(moving, speed, 0.0)[1:]
+    return jnp.max(shift) / size
 
 
 def _among(result: RESULTS, results: tuple[RESULTS, ...]) -> bool:
