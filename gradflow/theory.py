@@ -17,7 +17,7 @@ from ._checks import (
     resolvable,
 )
 from ._interpolate import DEGREE, even_times, holds_until, interpolate, place
-from ._refine import FEWEST, refined
+from ._refine import FEWEST, MOST, refined
 from .flow import FlowTerm, GradientFlow
 from .losses import AbstractCompositeLoss
 from .manifold import Limit, limit_map, riemannian_flow, Spectrum, spectrum
@@ -66,6 +66,8 @@ class TwoPhase(eqx.Module):
     ‖Φ(θ₀)‖: at most 60 `rtol`, unless 1025 points are too few for that. Where the
     penalty has kinks the drift has at most 257 points, and straight lines between
     them."""
+    drift_interpolation_error: Float[Array, ""]
+    """The part of it that remains when the fast phase has ended."""
     fast_shift: Float[Array, ""]
     """An estimate of sup ‖θ₁‖/‖Φ(θ₀)‖ over the fast phase, θ_λ = θ_GF + λθ₁ there. Near
     a saddle weight decay delays the escape by λc, c = ∫|⟨∇R, θ'⟩|/‖θ'‖² dt, and
@@ -75,6 +77,8 @@ class TwoPhase(eqx.Module):
     result: RESULTS
     drift_degree: int = eqx.field(static=True, default=DEGREE)
     """The degree of the interpolation of the drift: 1 where the penalty has kinks."""
+    where: str = ""
+    """Where it failed: the phase, how far that came, and the curvatures there."""
 
     @property
     def smallest_curvature(self) -> Float[Array, " n"]:
@@ -316,7 +320,7 @@ class TwoPhase(eqx.Module):
             )
         if not bool(self.result == RESULTS.successful):
             word = "WARNING" if _among(self.result, _STANDING) else "FAILED"
-            lines.append(f"  {word}: {RESULTS[self.result]}")
+            lines.append(f"  {word}: {self.where}{RESULTS[self.result]}")
         return "\n".join(lines)
 
 
@@ -328,6 +332,7 @@ def two_phase(
     metrics: dict[str, Callable | Metric] | None = None,
     order: int = 1,
     rtol: float = 1e-9,
+    t_max: float = 1e10,
     max_steps: int = 100_000,
     throw: bool = True,
 ) -> TwoPhase:
@@ -350,13 +355,15 @@ def two_phase(
         estimates come from; these need a loss and a penalty that are smooth, and in the
         Hessian form at most 5000 parameters.
     - `rtol`: the tolerance of the runs.
+    - `t_max`: the time at which to give up the search for the limit.
     - `max_steps`: the budget of steps of each.
     - `throw`: raise where theory does not apply; otherwise see `result`.
 
     **Returns:** a `TwoPhase`.
 
     **Raises:** `ValueError` for arguments that make no sense; `RuntimeError` if `throw`
-    and there is no limit (the loss has no minimiser, say) or the drift fails.
+    and there is no limit (the loss has no minimiser, say) or the drift fails: it names
+    the phase, the time that was reached, and the smallest curvatures of F there.
     """
     term, params = flow.term(model)
     check_tolerance(rtol)
@@ -371,10 +378,19 @@ def two_phase(
         flow.loss,
         model,
         rtol=max(rtol, _LOOSE),
+        t_max=t_max,
         max_steps=max_steps,
-        throw=throw,
+        throw=False,
         trainable=flow.trainable,
     )
+    found = bool(limit.result == RESULTS.successful)
+    where = ""
+    if not found:
+        where = _place(flow, "limit", f"t = {float(limit.time):.3g}", limit.model)
+        if throw:
+            raise RuntimeError(where + RESULTS[limit.result])
+    # Where there is no limit, the paths are to look at: as they come.
+    most = MOST if found else FEWEST
     at_limit = spectrum(flow.loss, limit.model, trainable=flow.trainable)
     if order == 2:
         check_second_order(at_limit, flow.penalty)
@@ -391,7 +407,12 @@ def two_phase(
             **options,
         ),
         target,
+        most=most,
     )
+    if found and not bool(fast.succeeded):
+        where = _end_of(flow, "fast", "t", fast)
+        if throw:
+            raise RuntimeError(where + RESULTS[fast.result])
     # A failed run ends in NaN: there the limit, wherever it got to, stands in.
     last = fast[-1] if bool(fast.succeeded) else limit.model
     degree = DEGREE if flow.penalty.smooth else 1
@@ -404,11 +425,13 @@ def two_phase(
             **options,
         ),
         target,
+        most=most,
         degree=degree,
     )
     # Retracted, so that the two phases meet to all digits.
     end = drift[0]
-    error = (error + more) / optax.tree.norm(flow.partition(end)[0])
+    size = optax.tree.norm(flow.partition(end)[0])
+    errors = (error + more) / size, more / size
     result = _first_failure(limit.result, fast.result, drift.result)
     if bool(drift.succeeded):
         at_limit = spectrum(flow.loss, end, trainable=flow.trainable)
@@ -416,6 +439,10 @@ def two_phase(
     if bool(result == RESULTS.successful) and bool(at_limit.ambiguous):
         result = RESULTS.ambiguous_rank
     fatal = not _among(result, _STANDING)
+    if fatal and not where:
+        where = _end_of(flow, "drift", "s", drift)
+    if fatal and throw:
+        raise RuntimeError(where + RESULTS[result])
     terms = None
     # Along kinks there are no second derivatives to go by.
     if order == 2 and not fatal and not bool(result == RESULTS.slid):
@@ -423,8 +450,31 @@ def two_phase(
         if terms is None and bool(result == RESULTS.successful):
             result = RESULTS.second_order_lost
     shift = _fast_shift(term, fast.t, fast.params)
-    out = TwoPhase(end, fast, drift, at_limit, tau, error, shift, terms, result, degree)
-    return result.error_if(out, fatal) if throw else out
+    return TwoPhase(
+        end, fast, drift, at_limit, tau, *errors, shift, terms, result, degree, where
+    )
+
+
+def _end_of(flow: GradientFlow, phase: str, unit: str, path: Path) -> str:
+    """`_place` of where a run ended."""
+    reached = np.flatnonzero(np.isfinite(np.asarray(path.train_loss)))
+    last = int(reached[-1]) if reached.size else 0
+    return _place(flow, phase, f"{unit} = {float(path.t[last]):.3g}", path[last])
+
+
+def _place(flow: GradientFlow, phase: str, reached: str, model: PyTree) -> str:
+    """The phase in which a prediction failed, where, and the spectrum there."""
+    text = f"{phase} phase, reached {reached}"
+    leaves = jax.tree.leaves(flow.partition(model)[0])
+    if all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in leaves):
+        at = spectrum(flow.loss, model, trainable=flow.trainable)
+        values = np.asarray(at.curvatures)[: max(int(at.rank), 1)]
+        smallest = ", ".join(f"{value:.2g}" for value in values[-3:])
+        text += (
+            f", rank {int(at.rank)}, smallest normal curvatures {smallest} (largest "
+            f"{values[0]:.2g})"
+        )
+    return text + ": "
 
 
 def _solver(flow: GradientFlow) -> KKT5 | None:
@@ -457,7 +507,6 @@ def _metrics_along(
     theory: TwoPhase, lam: Float[Array, ""], t: Float[Array, " n"]
 ) -> _Along:
     size = optax.tree.norm(jax.tree.map(lambda w: w[0], theory.drift.params))
-    off = size * (theory.interpolation_error + 10 * theory.fast.stats["rtol"])
 
     def metrics(t, order):
         params = theory._predict_params(t, lam, order=order)
@@ -467,6 +516,9 @@ def _metrics_along(
     def delay(t):
         at = lambda t: theory._predict_params(t, lam)
         speed = optax.tree.norm(jax.jvp(at, (t,), (jnp.ones_like(t),))[1])
+        both, one = theory.interpolation_error, theory.drift_interpolation_error
+        off = jnp.where(t < theory.fast.t[-1], both, one)
+        off = size * (off + 10 * theory.fast.stats["rtol"])
         return off / jnp.maximum(speed, jnp.finfo(t.dtype).tiny)
 
     orders = (1,) if theory.second is None else (1, 2, 3)
