@@ -1,6 +1,8 @@
 """One path of the gradient flow."""
 
 import contextlib
+import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -138,6 +140,9 @@ def simulate(
         )
         path = solve(*args)
         path.stats["why"] = choice.why
+        if is_concrete(path.t):
+            again = functools.partial(run_again, args[:-1])
+            path = dataclasses.replace(path, again=again)
         return path
 
     if wrong is not False:  # then nothing is run
@@ -370,6 +375,13 @@ def solve_arguments(
 def solve(*arguments: Any) -> Path:
     """`simulate` without its checks and defaults; see `solve_arguments`."""
     return _solve(*arguments)[0]
+
+
+def run_again(args: tuple, params: PyTree, ts: Float[Array, " n"]) -> Path:
+    """`solve` with the arguments of an earlier run, from elsewhere and through other
+    times. It is compiled already if these are as many."""
+    term, _, weight_decay, _, *rest = args
+    return solve(term, params, weight_decay, ts, *rest, False)
 
 
 @eqx.filter_jit

@@ -1,6 +1,7 @@
 """The same flow for many weight decays, seeds, initial scales: along any axes."""
 
 import dataclasses
+import functools
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,7 +33,7 @@ from .losses import AbstractLoss
 from .metrics import Metric
 from .path import Path
 from .results import RESULTS
-from .simulate import as_metrics, fail_unless_reached
+from .simulate import as_metrics, fail_unless_reached, run_again
 
 Numbers: TypeAlias = float | int | Array | np.ndarray | Sequence[float]
 
@@ -61,6 +62,9 @@ class Sweep(eqx.Module):
     fixed: dict[str, float] = eqx.field(default_factory=dict)
     """What is the same for all lanes: those of `weight_decay`, `init_scale`, `rtol` and
     `learning_rate` that are no axes."""
+    recipe: Any = None
+    """How to make a lane, to run it again (see `Path.again`); `None` where results were
+    read from disk."""
 
     @property
     def dims(self) -> tuple[str, ...]:
@@ -134,6 +138,9 @@ class Sweep(eqx.Module):
         bare = dataclasses.replace(bare, params=None) if ragged else bare
         lane = jax.tree.map(lambda x: x[i] if eqx.is_array(x) else x, bare)
         static, watched = self.owned[i] if self.owned else (paths.static, paths.watched)
+        again = None
+        if self.recipe is not None and not self.recipe.descends:
+            again = functools.partial(_run_again, self.recipe, i, self._why(i))
         return dataclasses.replace(
             lane,
             params=paths.params.lanes[i] if ragged else lane.params,
@@ -142,14 +149,20 @@ class Sweep(eqx.Module):
             },
             static=static,
             watched=watched,
+            again=again,
         )
+
+    def _why(self, i: int) -> str:
+        """The reason for the solver of lane i."""
+        why = self.stats["why"]
+        return why if isinstance(why, str) else why[i]
 
     def __iter__(self) -> Iterator[Path]:
         return (self[i] for i in range(len(self)))
 
     def crossing_time(self, name: str) -> Float[np.ndarray, "..."]:
         """When metric `name` has passed its threshold for good, in the shape of the
-        dimensions; see `gradflow.crossing_time`."""
+        dimensions; see `Path.crossing_time`."""
         times = [path.crossing_time(name) for path in self]
         return np.array(times).reshape(self.shape)
 
@@ -245,6 +258,16 @@ class Sweep(eqx.Module):
         from . import plot
 
         return plot.sweep(self, **kwargs)
+
+
+def _run_again(
+    recipe: Recipe, i: int, why: str, params: PyTree, ts: Float[Array, " n"]
+) -> Path:
+    """Lane i from elsewhere, by the solver that was chosen for the reason `why`."""
+    lane = recipe.lane(i)
+    if lane.again is not None and lane.why != why:
+        lane = lane.again
+    return run_again(lane.args[:-1], params, ts)
 
 
 def _cell(value: Any) -> str:
@@ -460,4 +483,4 @@ def _run(recipe: Recipe, batch: Batch, progress: bool) -> Sweep:
     )
     owned = lanes.owned if lanes.many else ()
     fixed = {k: v for k, v in recipe.fixed.items() if isinstance(v, int | float)}
-    return Sweep(paths, recipe.axes, owned, lanes.causes, fixed)
+    return Sweep(paths, recipe.axes, owned, lanes.causes, fixed, recipe)

@@ -2,7 +2,9 @@
 thumb beside them."""
 
 import dataclasses
+import functools
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -146,3 +148,82 @@ def test_transition_time_of_large_scales():
         times.append(theory.grokking_time(1e-3).time)
     expected = gf.transition_time(100.0, 1e-3)
     np.testing.assert_allclose(times[1] - times[0], expected, rtol=1e-2)
+
+
+# Measured times: landed on
+
+
+class Pair(eqx.Module):
+    """x ↦ ⟨w, x⟩; on data that see one coordinate alone, the other is e^{−λt}."""
+
+    w: jax.Array
+
+    def __call__(self, x):
+        return x @ self.w
+
+
+def decaying(threshold=1e-3):
+    """A flow, a model, and a metric that crosses at t = −ln(threshold)/2λ."""
+    flow = gf.GradientFlow(gf.SquaredError(jnp.eye(2)[:1], jnp.full(1, 0.3)))
+    traced = []
+
+    def square(model):
+        traced.append(None)
+        return model.w[1] ** 2
+
+    watch = {"test": gf.Metric(square, threshold=threshold)}
+    exact = lambda lam: -np.log(threshold) / 2 / np.asarray(lam)
+    return flow, Pair(jnp.ones(2)), watch, exact, traced
+
+
+def test_measured_times_are_landed_on():
+    flow, model, watch, exact, traced = decaying()
+    run = functools.partial(gf.simulate, flow, model, weight_decay=0.02, rtol=1e-8)
+    path = run(t1=1e3, metrics=watch, saves=33)
+    rough = gf.crossing_time(path.t, path.metrics["test"], watch["test"])
+    stated = gf.crossing_error(path.t, path.metrics["test"], watch["test"])
+    compiled = len(traced)
+    off, rough_off = (abs(t - exact(0.02)) for t in (path.crossing_time("test"), rough))
+    assert off < 1e-7 * exact(0.02) and rough_off > 20 * off
+    assert rough_off < stated < 100 * rough_off
+    assert len(traced) == compiled  # it is the same program
+    # Saved times so few that one pass is not enough; and what jumps.
+    few = run(ts=jnp.array([0.0, 9e2, 1e3]), metrics=watch)
+    assert abs(few.crossing_time("test") - exact(0.02)) < 1e-7 * exact(0.02)
+    step = gf.Metric(lambda m: jnp.sign(m.w[1] - 0.2), threshold=0.0)
+    jump = run(t1=1e3, metrics={"jump": step})
+    at = -np.log(0.2) / 0.02
+    assert abs(jump.crossing_time("jump") - at) < 1e-7 * at
+
+
+def test_each_lane_of_a_sweep_is_landed_on():
+    flow, model, watch, exact, traced = decaying()
+    # The last one ends before it crosses, and the first is made to have failed.
+    lams = jnp.array([1.0, 0.1, 0.02, 1e-3])
+    lanes = gf.sweep(
+        flow, model, weight_decay=lams, t1=1e3, metrics=watch, saves=17,
+        solver=gf.KKT4(), rtol=1e-8, progress=False,
+    )  # fmt: skip
+    bad = jax.tree.map(lambda v: v.at[0].set(jnp.nan), lanes.paths.metrics)
+    lanes = dataclasses.replace(
+        lanes, paths=dataclasses.replace(lanes.paths, metrics=bad)
+    )
+    lanes.crossing_time("test")
+    compiled = len(traced)
+    times = lanes.crossing_time("test")
+    assert len(traced) == compiled
+    assert np.isnan(times[[0, 3]]).all()
+    np.testing.assert_allclose(times[1:3], exact(lams[1:3]), rtol=1e-7)
+    theory = gf.two_phase(flow, model, slow_time=5.0, metrics=watch)
+    report = gf.compare(lanes, theory)
+    np.testing.assert_allclose(report.grokking_time, times, rtol=1e-9)
+
+
+def test_times_of_a_descent_are_interpolated():
+    flow, model, watch, exact, _ = decaying()
+    path = gf.descent(
+        flow, model, weight_decay=0.02, learning_rate=0.1, t1=1e3, metrics=watch
+    )
+    assert path.again is None
+    rough = gf.crossing_time(path.t, path.metrics["test"], watch["test"])
+    assert path.crossing_time("test") == rough
