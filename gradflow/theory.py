@@ -18,7 +18,7 @@ from ._checks import (
     resolvable,
 )
 from ._interpolate import DEGREE, even_times, holds_until, interpolate, place
-from ._refine import MOST, refined
+from ._refine import FEWEST, MOST, refined
 from .flow import check_free, FlowTerm, GradientFlow
 from .losses import AbstractCompositeLoss
 from .manifold import Limit, limit_map, riemannian_flow, Spectrum, spectrum
