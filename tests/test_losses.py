@@ -227,7 +227,7 @@ def test_cross_entropy_does_not_cancel(dtype):
         one = gf.CrossEntropy(jnp.zeros(1), jnp.asarray(labels[i : i + 1])).outer(
             jnp.asarray(z[i])
         )
-        assert_allclose(one, float(np.log1p(others[i])), rtol=10 * eps)
+        assert_allclose(one, float(np.log1p(others[i])), rtol=60 * eps)
 
 
 def test_miss_of_the_wrong_sign_is_not_believed():
