@@ -91,12 +91,14 @@ def check_positive(x: Any, name: str) -> Wrong:
     return check_number(x, name, "a positive number", lambda v: v > 0)
 
 
-def check_integer(x: Any, name: str, least: int = 1, most: int | None = None) -> None:
-    """Raises unless `x` is an integer, known now, in that range."""
+def check_integer(x: Any, name: str, least: int = 1) -> Wrong:
+    """Raises unless `x` is an integer from `least` on, known now."""
     whole = isinstance(x, int | np.integer) and not isinstance(x, bool)
-    if not whole or x < least or (most is not None and x > most):
-        expected = f"{least} or more" if most is None else f"from {least} to {most}"
-        raise ValueError(f"{name}: expected an integer, {expected}, got {word(x)}.")
+    if not whole or x < least:
+        raise ValueError(
+            f"{name}: expected an integer, {least} or more, got {word(x)}."
+        )
+    return False
 
 
 def check_choice(x: Any, name: str, among: tuple) -> None:
@@ -217,10 +219,10 @@ def check_fraction(x: Any, name: str) -> Wrong:
     return check_number(x, name, "a number between 0 and 1", between)
 
 
-def check_solver(solver: Any, name: str = "solver") -> None:
+def check_solver(solver: Any, name: str = "solver") -> Wrong:
     """Raises unless it is a solver that estimates its error."""
     if isinstance(solver, diffrax.AbstractAdaptiveSolver):
-        return
+        return False
     got = word(solver) if isinstance(solver, type | str) else type(solver).__name__
     if isinstance(solver, diffrax.AbstractSolver):
         got += ", which has no error estimate to choose steps by"
@@ -237,7 +239,7 @@ def check_rate(rate: Any, name: str) -> Wrong:
     return check_number(first, name, kind, lambda v: v >= 0)
 
 
-_ARGUMENTS: dict[str, Callable[[Any, str], Wrong | None]] = {
+_ARGUMENTS: dict[str, Callable[[Any, str], Wrong]] = {
     "after": check_from_zero,
     "atol": check_from_zero,
     "checkpoint": check_from_zero,
@@ -265,7 +267,7 @@ def check_arguments(**values: Any) -> Wrong:
     """
     wrong: Wrong = False
     for name, value in values.items():
-        wrong = wrong | (_ARGUMENTS[name](value, name) or False)
+        wrong = wrong | _ARGUMENTS[name](value, name)
     return wrong
 
 

@@ -61,8 +61,8 @@ def simulate(
     saves: int = 65,
     metrics: dict[str, Callable | Metric] | None = None,
     solver: diffrax.AbstractSolver | None = None,
-    rtol: float = 1e-6,
-    atol: float | None = None,
+    rtol: float | Scalar = 1e-6,
+    atol: float | Scalar | None = None,
     max_steps: int = 100_000,
     throw: bool = True,
     progress: bool = False,
@@ -103,7 +103,8 @@ def simulate(
     multiplier, to about the relative accuracy of the parameters (but for the time
     between the phases, when it is below the tolerance and not yet on its plateau).
 
-    **Raises:** `ValueError` for arguments that make no sense, before any compute;
+    **Raises:** `ValueError` for arguments that make no sense, before any compute (of
+    what is being traced, the result says so: `wrong_argument`, and nothing is run);
     `RuntimeError` if the run fails and `throw`.
     """
     check_flow(flow)

@@ -8,6 +8,15 @@ import subprocess
 import sys
 import textwrap
 
+import equinox as eqx
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from helpers import Linear
+
+import gradflow as gf
+
 # In a process of its own: there the annotations are not checked at run time, as they
 # are not for users. A case is named after the argument that is wrong in it.
 
@@ -247,3 +256,137 @@ def test_wrong_arguments_are_named_before_any_compute():
     assert not wrong
     assert len(answers) > 250
     assert ran == 0
+
+
+def test_a_threshold_may_be_an_array():
+    loss = gf.SquaredError(jnp.eye(2), jnp.array([1.0, 2.0]))
+    watch = gf.Metric(loss, threshold=jnp.asarray(0.25))
+    assert isinstance(watch.threshold, float) and watch.threshold == 0.25
+    hash(watch.threshold)
+    path = gf.simulate(
+        gf.GradientFlow(loss),
+        Linear(jnp.zeros(2)),
+        weight_decay=np.float64(0.1),
+        ts=jnp.arange(3.0),
+        rtol=1e-5,
+        solver=gf.KKT4(),
+        metrics={"test": watch},
+    )
+    rate = 0.6  # F = ¼‖w − y‖², λ = 0.1
+    exact = np.array([1.0, 2.0]) * (1 - np.exp(-2 * rate)) * 0.5 / rate
+    np.testing.assert_allclose(path[-1].w, exact, rtol=5e-5)
+    assert 0 < path.crossing_time("test") < 2
+
+
+@pytest.fixture(scope="module")
+def twins():
+    """A flow of some leaves only, its loss, and a model on the manifold."""
+    x = jr.normal(jr.key(0), (2, 4))
+    model = {"w": jr.normal(jr.key(1), (4,)), "kept": jnp.ones(2)}
+    predict = lambda m, x: x @ m["w"] + m["kept"]
+    loss = gf.SquaredError(x, predict(model, x), predict=predict)
+    flow = gf.GradientFlow(loss, trainable=lambda leaf: jnp.size(leaf) == 4)
+    return flow, loss, model
+
+
+@pytest.mark.parametrize("name", ["spectrum", "retract", "tangent_projection"])
+def test_a_flow_where_a_loss_is_enough(twins, name):
+    flow, loss, model = twins
+    fn = getattr(gf.manifold, name)
+    more = (model,) if name == "tangent_projection" else ()
+    by_flow = fn(flow, model, *more)
+    by_loss = fn(loss, model, *more, trainable=flow.trainable)
+    assert eqx.tree_equal(by_flow, by_loss)
+    if name == "spectrum":
+        assert by_flow.parameters == 4
+
+
+def test_limit_map_of_a_flow(twins):
+    flow, loss, model = twins
+    away = model | {"w": model["w"] + 0.1}
+    limit = gf.manifold.limit_map(flow, away).model
+    normal = np.linalg.pinv(np.asarray(loss.x)) @ np.asarray(loss.x)
+    np.testing.assert_allclose(limit["w"], away["w"] - normal @ np.full(4, 0.1))
+    assert limit["kept"].tolist() == [1.0, 1.0]
+
+
+def test_wrong_arguments_that_are_traced_are_results():
+    """None of them takes a step; their neighbours are as they are alone."""
+    loss = gf.SquaredError(jnp.eye(2), jnp.array([1.0, 2.0]))
+    flow, model = gf.GradientFlow(loss), Linear(jnp.zeros(2))
+    lams = jnp.array([0.1, -0.1, jnp.nan, 0.0, 0.3])
+    usual = dict(saves=4, solver=gf.KKT4(), throw=False)
+
+    @eqx.filter_jit
+    @eqx.filter_vmap
+    def run(lam):
+        return gf.simulate(flow, model, weight_decay=lam, slow_time=2.0, **usual)
+
+    paths = run(lams)
+    wrong = np.array([False, True, True, True, False])
+    codes = np.where(
+        wrong, gf.RESULTS.wrong_argument._value, gf.RESULTS.successful._value
+    )
+    assert paths.result._value.tolist() == codes.tolist()
+    assert ((np.asarray(paths.stats["steps"]) == 0) == wrong).all()
+    assert (np.isnan(paths.params.w).all(axis=(1, 2)) == wrong).all()
+    assert (np.isnan(paths.train_loss).all(axis=1) == wrong).all()
+    for i in (0, 4):
+        alone = gf.simulate(flow, model, weight_decay=lams[i], slow_time=2.0, **usual)
+        np.testing.assert_allclose(paths.params.w[i], alone.params.w, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["rtol", "atol", "init_scale", "ts", "t1"])
+def test_any_traced_argument_of_a_run(name):
+    loss = gf.SquaredError(jnp.eye(2), jnp.array([1.0, 2.0]))
+    flow, model = gf.GradientFlow(loss), Linear(jnp.ones(2))
+    wrong = {"ts": jnp.array([0.0, 2.0, 1.0])}.get(name, jnp.asarray(-1e-3))
+    right = {"ts": jnp.array([0.0, 1.0, 2.0])}.get(name, jnp.asarray(1e-3))
+    usual = dict(weight_decay=0.1, saves=3, solver=gf.KKT4(), throw=False)
+    usual |= {} if name in ("ts", "t1") else {"t1": 1.0}
+    run = eqx.filter_jit(lambda v: gf.simulate(flow, model, **{name: v}, **usual))
+    assert run(wrong).result == gf.RESULTS.wrong_argument
+    assert run(right).result == gf.RESULTS.successful
+
+
+def test_a_traced_descent():
+    loss = gf.SquaredError(jnp.eye(2), jnp.array([1.0, 2.0]))
+    flow, model = gf.GradientFlow(loss), Linear(jnp.ones(2))
+
+    @eqx.filter_jit
+    def run(lam, rate):
+        options = dict(weight_decay=lam, learning_rate=rate, steps=4, throw=False)
+        return gf.descent(flow, model, **options)
+
+    for lam, rate in ((-0.1, 0.1), (0.1, 0.0), (0.1, np.inf)):
+        path = run(jnp.asarray(lam), jnp.asarray(rate))
+        assert path.result == gf.RESULTS.wrong_argument
+        assert np.isnan(path.params.w).all()
+    path = run(jnp.asarray(0.1), jnp.asarray(0.2))
+    assert path.result == gf.RESULTS.successful
+    np.testing.assert_allclose(path.params.w[1], [0.98, 1.08])
+
+
+def test_labels_that_a_made_problem_has_no_logits_for():
+    """They are not known to the program, which is for all lanes: each is looked at."""
+    x = jr.normal(jr.key(0), (4, 3))
+    model = eqx.nn.Linear(3, 2, key=jr.key(1))
+
+    def make(most):
+        loss = gf.CrossEntropy(x, jnp.array([0, 1, 0, most]))
+        return gf.GradientFlow(loss), model
+
+    axes = {"most": [1, 5]}
+    run = dict(weight_decay=0.1, t1=1.0, saves=3, progress=False, solver=gf.KKT4())
+    sweep = gf.sweep(make, axes=axes, **run)
+    assert sweep.succeeded.tolist() == [True, False]
+    assert sweep.causes[1].startswith("ValueError: labels: the largest is 5")
+
+
+def test_the_cause_of_what_the_model_cannot_take_is_kept():
+    loss = gf.SquaredError(jnp.ones((4, 3)), jnp.ones(4))
+    with pytest.raises(ValueError, match=r"^x: Linear cannot take float64") as caught:
+        gf.simulate(
+            gf.GradientFlow(loss), Linear(jnp.ones(5)), weight_decay=0.1, t1=1.0
+        )
+    assert "dot_general" in str(caught.value.__cause__)
