@@ -1,6 +1,6 @@
 """The gradient flow θ' = −∇F(θ) − λ∇R(θ), as a Diffrax term."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import diffrax
@@ -263,7 +263,8 @@ def linearized(fn: Callable, x: PyTree) -> tuple[PyTree, Callable, Callable]:
     try:
         out, push = jax.linearize(fn, x)
         # What has no forward rule is mostly found out when `push` is compiled.
-        if "custom_lin" not in _operations(jax.make_jaxpr(push)(x)):
+        linear = operations(jax.make_jaxpr(push)(x))
+        if all(one.primitive.name != "custom_lin" for one in linear):
             return out, push, lambda v: jax.linear_transpose(push, x)(v)[0]
     except TypeError as error:
         if "custom_vjp" not in str(error):
@@ -283,15 +284,14 @@ def linearized(fn: Callable, x: PyTree) -> tuple[PyTree, Callable, Callable]:
     return out, lambda u: forth(u)[0], pull
 
 
-def _operations(jaxpr: Any) -> set[str]:
-    """The names of all operations of a program."""
-    names = set()
+def operations(jaxpr: Any) -> Iterator[Any]:
+    """All equations of a program, and of those inside of it."""
     for equation in jaxpr.eqns:
-        names.add(equation.primitive.name)
+        yield equation
         inner = lambda p: hasattr(p, "eqns")
         for param in jax.tree.leaves(list(equation.params.values()), is_leaf=inner):
-            names |= _operations(param) if inner(param) else set()
-    return names
+            if inner(param):
+                yield from operations(param)
 
 
 _BLOCK_BYTES = 2**28

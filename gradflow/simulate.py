@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import functools
+import sys
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,7 +13,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
+from tqdm.auto import tqdm
 
+from ._bar import Bar
 from ._checks import (
     check_arguments,
     check_callable,
@@ -26,8 +30,17 @@ from ._checks import (
 )
 from ._controllers import Relative
 from ._norms import norm
-from ._parts import Pausing, Solved, strong
-from .flow import check_flow, FlowTerm, GradientFlow, place, scaled, Sphere, Tracked
+from ._parts import FIRST, Pausing, Solved, strong
+from .flow import (
+    check_flow,
+    FlowTerm,
+    GradientFlow,
+    operations,
+    place,
+    scaled,
+    Sphere,
+    Tracked,
+)
 from .losses import AbstractCompositeLoss, AbstractLoss, CrossEntropy
 from .metrics import Accuracy, Metric
 from .path import Path
@@ -139,7 +152,7 @@ def simulate(
             most,
             progress,
         )
-        path = solve(*args)
+        path = solve_watching(*args) if kinked else solve(*args)
         path.stats["why"] = choice.why
         if is_concrete(path.t):
             again = functools.partial(run_again, args[:-1])
@@ -148,14 +161,72 @@ def simulate(
 
     if wrong is not False:  # then nothing is run
         lam, times = (jnp.where(wrong, jnp.zeros_like(x), x) for x in (lam, times))
+    kinked = all(map(is_concrete, jax.tree.leaves((term, params, lam, times))))
+    kinked = kinked and may_have_kinks(term, params)
     choice = as_choice(solver, size, rtol)
     path = run(choice)
     if choice.trial and bool(wants_another(path.result)):
         tried = path.stats["steps"]
-        path = run(second_choice(size, rtol))
+        then = second_choice(size, rtol)
+        if progress:
+            tqdm.write(given_up(path, then.solver), file=sys.stderr)
+        path = run(then)
         path.stats["trial_steps"] = tried
     path = named_wrong(path, wrong)
     return fail_unless_reached(path, path) if throw else path
+
+
+@eqx.filter_jit
+def may_have_kinks(term: FlowTerm, params: PyTree) -> bool:
+    """Whether something in the outputs of the model (in an opaque loss) may have kinks,
+    such as a ReLU, a maximum or a comparison of numbers. Nothing is computed, and it is
+    traced once."""
+    loss = term.loss
+    outer = loss.outputs if isinstance(loss, AbstractCompositeLoss) else loss
+    made = jax.make_jaxpr(lambda p: outer(term.model(p)))(params)
+
+    def kinked(one: Any) -> bool:
+        numbers = jnp.issubdtype(one.invars[0].aval.dtype, jnp.floating)
+        # A softmax has a maximum with −∞ inside, through which nothing flows.
+        bounds = [np.asarray(v.val) for v in one.invars if hasattr(v, "val")]
+        return numbers and bool(np.isfinite(bounds).all())
+
+    return any(one.primitive.name in _KINKS and kinked(one) for one in operations(made))
+
+
+_KINKS = frozenset("abs clamp ge gt le lt max min reduce_window_max sign".split())
+
+
+def solve_watching(*arguments: Any) -> Path:
+    """`solve`, in two parts: after the first it says where kinks make steps short."""
+    path, state, ended = solve_part(*arguments, None, jnp.asarray(FIRST))
+    if bool(ended):
+        return path
+    steps, rejected = int(path.stats["steps"]), int(path.stats["rejected"])
+    slid = path.stats.get("sliding")
+    if (rejected if slid is None else int(slid)) > steps / 4:
+        told = f"{rejected} rejected" if slid is None else f"{int(slid)} along kinks"
+        warnings.warn(
+            f"simulate: after {steps} steps ({told}) t = {float(state.t):.2g} of "
+            f"{float(path.t[-1]):.2g}. Steps are short where the loss has kinks, as of "
+            "ReLU or max-pooling; the run goes on, and may take long. A smooth "
+            "activation (softplus, GELU) has none; or loosen rtol, or give an earlier "
+            "end.",
+            stacklevel=4,
+        )
+    return solve_part(*arguments, state, jnp.asarray(arguments[_MAX_STEPS]))[0]
+
+
+_MAX_STEPS = 9
+"""The place of `max_steps` among the arguments of `solve`."""
+
+
+def given_up(path: Path, then: diffrax.AbstractSolver) -> str:
+    """Says that a solver on trial has failed, and which one follows."""
+    return (
+        f"{path.stats['solver']} is given up after {int(path.stats['steps'])} steps; "
+        f"{type(then).__name__} begins anew."
+    )
 
 
 def wants_another(result: RESULTS) -> Array:
@@ -477,9 +548,7 @@ def _solve(
             stepsize_controller=controller,
             max_steps=max_steps,
             throw=False,
-            progress_meter=diffrax.TqdmProgressMeter()
-            if progress
-            else diffrax.NoProgressMeter(),
+            progress_meter=Bar(name) if progress else diffrax.NoProgressMeter(),
         )
         saved: Any = list(solution.ys)
         ended: Any = solution.ts
