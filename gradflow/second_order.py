@@ -59,6 +59,8 @@ class SecondOrder(eqx.Module):
     mismatch: Float[Array, ""]
     """How far w₁(0) is off at most, relative to the term of order λ at s = 0: the error
     of the finer of the two grids that it is extrapolated from."""
+    fast_mismatch: Float[Array, ""]
+    """The same for `inner`, the largest along the fast path."""
 
     def __str__(self) -> str:
         ratio = self.ratio
@@ -107,7 +109,8 @@ def second_order(
         w1, *_ = match(term, start, fine[-1] + change[-1], form, rank)
         off, *_ = match(term, start, fine[-1], form, rank)
         mismatch = jnp.linalg.norm(w1 - off) / jnp.linalg.norm(w1 + h)
-        if not bool(mismatch > _MISMATCH) or 2 * count > MOST:
+        inside = _largest_share(change, rough)
+        if not bool(jnp.maximum(mismatch, inside) > _MISMATCH) or 2 * count > MOST:
             break
         count = 2 * count - 1
         rough, fine = fine, theta1(2 * count - 1)
@@ -138,7 +141,15 @@ def second_order(
         next=stack(q),
         until=s[n - 1],
         mismatch=mismatch,
+        fast_mismatch=inside,
     )
+
+
+def _largest_share(part: Float[Array, "n d"], whole: Float[Array, "n d"]) -> Array:
+    """The largest ‖part‖ along a path, of the ‖whole‖ up to there."""
+    part, whole = (jnp.linalg.norm(x, axis=1) for x in (part, whole))
+    whole = jax.lax.cummax(whole)
+    return jnp.max(jnp.where(whole > 0, part / jnp.where(whole > 0, whole, 1.0), 0.0))
 
 
 @eqx.filter_jit

@@ -225,7 +225,8 @@ class TwoPhase(eqx.Module):
         x = np.linspace(0, 1, fast.size)
         nodes = np.asarray(even_times(x, self.fast.t[-1], self.fast_scale))
         ratio = weight_decay * np.maximum(slow, np.interp(t, nodes, fast))
-        return ratio + float(second.mismatch)
+        inside = max(float(second.fast_mismatch), float(second.mismatch))
+        return ratio + np.where(t < nodes[-1], inside, float(second.mismatch))
 
     def _predicted(self, weight_decay: float) -> "tuple[np.ndarray, _Along]":
         """The metrics along the prediction, as far as theory holds.

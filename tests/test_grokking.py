@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.integrate import quad
 
 import gradflow as gf
 
@@ -148,6 +149,65 @@ def test_transition_time_of_large_scales():
         times.append(theory.grokking_time(1e-3).time)
     expected = gf.transition_time(100.0, 1e-3)
     np.testing.assert_allclose(times[1] - times[0], expected, rtol=1e-2)
+
+
+# Saddles: a fast phase that is slow
+
+
+class Cube(eqx.Module):
+    """x ↦ u³x, which leaves u = 0 after t ≈ 1/3u₀; and a parameter that does nothing,
+    so that there is a drift."""
+
+    u: jax.Array
+    idle: jax.Array
+
+    def __call__(self, x):
+        return self.u**3 * x
+
+
+@pytest.fixture(scope="module")
+def cube():
+    """Theory at both orders, of F = ½(u³ − 1)² from u₀ = 0.03, and the time at which
+    u³ = ½, by quadrature of u' = 3u²(1 − u³) − λu."""
+    flow = gf.GradientFlow(gf.SquaredError(jnp.ones(1), jnp.ones(1)))
+    model = Cube(jnp.asarray(0.03), jnp.asarray(1.0))
+    watch = {"test": gf.Metric(lambda m: 1 - m.u**3, threshold=0.5)}
+    run = functools.partial(gf.two_phase, flow, model, slow_time=2.0, metrics=watch)
+
+    def exact(lam):
+        slowness = lambda u: 1 / (3 * u**2 * (1 - u**3) - lam * u)
+        return quad(slowness, 0.03, 0.5 ** (1 / 3), epsabs=0, epsrel=1e-11)[0]
+
+    return run(), run(order=2), exact
+
+
+def test_times_inside_a_slow_fast_phase(cube):
+    _, theory, exact = cube
+    lams = np.geomspace(1e-6, 8e-2, 16)  # beyond 0.09 it never leaves
+    told = [theory.grokking_time(lam) for lam in lams]
+    given = np.array([np.isfinite(x.time) for x in told])
+    assert given[lams < 1e-3].all() and not given[lams > 2e-2].any()
+    for lam, time in zip(lams[given], np.array(told)[given], strict=True):
+        assert abs(time.time - exact(lam)) < 2 * time.error, lam
+        assert time.error < 0.05 * time.time
+    # From the smallest on it is the error of the paths.
+    assert told[0].error < 1e-5 * told[0].time
+
+
+def test_a_slow_fast_phase_limits_the_validity(cube):
+    first, second, exact = cube
+    for theory in (first, second):
+        until = [theory.valid_until(lam) for lam in (1e-5, 2e-2)]
+        # η = 9, and the drift alone would have it hold for the larger one too.
+        assert until == [2.0, 0.0] and theory.smallest_curvature.min() > 8.9
+        why = theory.grokking_time(2e-2).why
+        assert "too large" in why and "fast phase" in why
+    # By the delay, (T²/2)θ', which is what λ does to first order.
+    step = 1e-6
+    slope = (exact(step) - exact(0.0)) / step
+    u = 0.5 ** (1 / 3)
+    least = slope * 3 * u**2 * (1 - u**3) / 2**0.5  # at u³ = ½, where ‖Φ‖² = 2
+    assert least < first.fast_shift < 3 * least
 
 
 # Measured times: landed on
