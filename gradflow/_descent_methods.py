@@ -12,7 +12,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PyTree, Scalar
 
-from ._checks import is_concrete, is_key
+from ._checks import is_concrete, is_key, word
 from .flow import FlatLoss, flatten, FlowTerm
 from .losses import SquaredError
 
@@ -67,34 +67,15 @@ def scheduled(schedule: Schedule, numbers: np.ndarray, dtype: Any) -> Scheduled:
         return Scheduled(schedule, jnp.asarray(times, dtype))
 
 
-def check_rate(learning_rate: Any) -> None:
-    """Raises `ValueError` for what is no learning rate."""
-    if callable(learning_rate):
-        with jax.numpy_dtype_promotion("standard"):
-            first = learning_rate(0)
-        number = isinstance(first, jax.core.Tracer) or np.isscalar(first)
-        number = number or (eqx.is_array_like(first) and np.ndim(first) == 0)
-        if not number or (is_concrete(first) and not 0 <= float(first) < np.inf):
-            raise ValueError(
-                "learning_rate: expected a positive number, or a schedule that gives "
-                f"one for each step, got one that gives {first}."
-            )
-        return
-    if is_concrete(learning_rate) and np.ndim(learning_rate) == 0:
-        if not 0 < float(learning_rate) < np.inf:
-            raise ValueError(
-                f"learning_rate: expected a positive number, got {learning_rate}."
-            )
-
-
 def check_optimiser(optimiser: Any) -> None:
     """Raises `ValueError` for what is no optimiser, nor a function of a learning
     rate."""
     if isinstance(optimiser, optax.GradientTransformation | optax.MultiSteps):
         return
     if not callable(optimiser):
-        kind = type(optimiser).__name__
-        raise ValueError(f"optimiser: expected one of Optax's, got {kind}.")
+        raise ValueError(
+            f"optimiser: expected one of Optax's, as optax.adam, got {word(optimiser)}."
+        )
     name = getattr(optimiser, "__name__", "")
     if getattr(optimiser, "__module__", "").startswith("optax"):
         first = next(iter(inspect.signature(optimiser).parameters), "")

@@ -14,15 +14,14 @@ from jaxtyping import Array, PyTree
 
 from ._axes import Axes
 from ._checks import (
+    check_arguments,
+    check_given,
     check_horizon,
-    check_init_scale,
-    check_tolerance,
-    check_weight_decay,
+    check_integer,
     is_concrete,
     is_key,
     resolvable,
 )
-from ._descent_methods import check_rate
 from .descent import descend, prepare_descent
 from .flow import GradientFlow, place, scaled
 from .metrics import Metric
@@ -30,6 +29,7 @@ from .path import Path
 from .results import RESULTS
 from .simulate import (
     as_metrics,
+    check_problem,
     prepare,
     solve,
     solve_arguments,
@@ -157,16 +157,11 @@ class Recipe:
 
     def check(self) -> None:
         """Raises `ValueError` for arguments that make no sense, before any compute."""
-        checks = {
-            "weight_decay": check_weight_decay,
-            "init_scale": check_init_scale,
-            "rtol": check_tolerance,
-            "learning_rate": check_rate,
-        }
-        for name, check in checks.items():
+        for name in RUN:
             for value in self.axes.values.get(name, (self.fixed.get(name),)):
-                if value is not None:
-                    check(value)
+                check_given(**{name: value})
+        check_arguments(max_steps=self.options["max_steps"])
+        check_given(atol=self.options["atol"], solver=self.options["solver"])
         for name in _FLOW_ONLY if self.descends else _DESCENT_ONLY:
             given = self.options | {k: self.value(0, k) for k in RUN}
             if given.get(name) is not None:
@@ -182,6 +177,8 @@ class Recipe:
             span = {k: self.options.get(k) for k in _SPAN}
             lams = self.axes.values.get("weight_decay", self.fixed.get("weight_decay"))
             check_horizon(np.asarray(lams), **span, saves=self.options["saves"])
+        else:
+            check_integer(self.options["saves"], "saves", 3)
 
     def problem(self, lane: int) -> Problem:
         """The problem of a lane, made anew unless it is that of the lane before."""
@@ -236,6 +233,7 @@ class Recipe:
             # Thresholds would be part of the compiled program, which is for all.
             bare = {k: Metric(metric.fn) for k, metric in problem.watched.items()}
             self._bare = problem.watched, bare
+            check_problem(*problem.flow.term(problem.model), bare)
         bare = self._bare[1]
         times = {k: self.options[k] for k in _HORIZON if k in self.options}
         if all(v is None for v in times.values()):
@@ -297,7 +295,9 @@ class Recipe:
         rtol = resolvable(self.value(lane, "rtol"), params)
         span = {k: times.get(k) for k in _SPAN}
         saves: Any = self.options["saves"]
-        check_horizon(self.value(lane, "weight_decay"), **span, saves=saves)
+        check_horizon(
+            self.value(lane, "weight_decay"), **span, saves=saves, dtype=dtype
+        )
         ts, _ = prepare(
             term, params, lam, **span, saves=saves, watched=bare, measure=False
         )

@@ -210,10 +210,6 @@ def run_stored(
     """The chunks that the store does not have, as far as they are for this process;
     returns the store, opened."""
     axes = recipe.axes
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk: expected a number of lanes from 1 on, got {chunk}.")
-    if not checkpoint >= 0:
-        raise ValueError(f"checkpoint: expected seconds, 0 or more, got {checkpoint}.")
     processes, process = jax.process_count(), jax.process_index()
     store = Store(File(path), process)
     remove_stale(store.path, processes)

@@ -11,12 +11,18 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Int, PRNGKeyArray, PyTree, Scalar
 
-from ._checks import check_init_scale, check_weight_decay, is_concrete
+from ._checks import (
+    check_arguments,
+    check_choice,
+    check_integer,
+    check_one,
+    check_positive,
+    is_concrete,
+)
 from ._descent_methods import (
     as_optimiser,
     check_optimiser,
     check_projection,
-    check_rate,
     DescentOptimiser,
     Method,
     Optimiser,
@@ -28,11 +34,17 @@ from ._descent_methods import (
 )
 from ._minibatch import check_batches, epoch_order, minibatch
 from ._parts import strong
-from .flow import FlowTerm, GradientFlow, scaled, Sphere
+from .flow import check_flow, FlowTerm, GradientFlow, scaled, Sphere
 from .metrics import Metric
 from .path import Path
 from .results import RESULTS
-from .simulate import as_metrics, check_scalars, fail_unless_reached
+from .simulate import (
+    as_metrics,
+    check_problem,
+    check_scalars,
+    fail_unless_reached,
+    named_wrong,
+)
 
 
 def descent(
@@ -112,13 +124,21 @@ def descent(
     `NotImplementedError` where a proximal map is asked for that is not known;
     `RuntimeError` if the descent overshoots and `throw`.
     """
+    check_flow(flow)
+    check_one(weight_decay, "weight_decay")
+    check_one(learning_rate, "learning_rate")
+    wrong = check_arguments(
+        weight_decay=weight_decay, learning_rate=learning_rate, init_scale=init_scale
+    )
     args = prepare_descent(
         flow, model, as_metrics(metrics), weight_decay=weight_decay,
         learning_rate=learning_rate, init_scale=init_scale, steps=steps,
         slow_time=slow_time, t1=t1, at=at, saves=saves, method=method,
         optimiser=optimiser, batch_size=batch_size, key=key, progress=progress,
     )  # fmt: skip
-    path = descend(*args)
+    if wrong is not False:  # then nothing is run
+        args = (*args[:4], jnp.where(wrong, 0, args[4]), *args[5:])
+    path = named_wrong(descend(*args), wrong)
     path.stats["why"] = f"{method} steps were asked for"
     return fail_unless_reached(path, path) if throw else path
 
@@ -143,22 +163,12 @@ def prepare_descent(
     progress: bool = False,
 ) -> tuple:
     """The arguments of `descend`, checked."""
-    check_init_scale(init_scale)
-    model = scaled(model, init_scale, trainable=flow.trainable)
-    term, params = flow.term(model)
-    check_weight_decay(weight_decay)
-    for name, value in (
-        ("weight_decay", weight_decay),
-        ("learning_rate", learning_rate),
-    ):
-        if np.ndim(value) != 0:
-            raise ValueError(f"{name}: expected one number; sweep takes many.")
-    check_rate(learning_rate)
+    check_choice(method, "method", get_args(Method))
     if optimiser is not None:
         check_optimiser(optimiser)
-    if method not in get_args(Method):
-        expected = ", ".join(map(repr, get_args(Method)))
-        raise ValueError(f"method: expected one of {expected}, got {method!r}.")
+    model = scaled(model, init_scale, trainable=flow.trainable)
+    term, params = flow.term(model)
+    check_problem(term, params, watched)
     if method == "projected":
         if flow.hold_norm:
             raise ValueError("method: 'projected' cannot hold the norm as well.")
@@ -186,6 +196,9 @@ def prepare_descent(
     )
 
 
+_MOST_STEPS = 2**62  # of an integer of 64 bits
+
+
 def _saved_steps(
     steps: Any,
     slow_time: float | None,
@@ -209,8 +222,7 @@ def _saved_steps(
         if numbers[0] < 0 or (np.diff(numbers) <= 0).any():
             raise ValueError("at: expected increasing numbers of steps from 0 on.")
         return numbers
-    if saves < 3:
-        raise ValueError(f"saves: expected 3 or more, got {saves}.")
+    check_integer(saves, "saves", 3)
     for name, value in (("slow_time", slow_time), ("t1", t1)):
         if value is None:
             continue
@@ -222,14 +234,18 @@ def _saved_steps(
             raise ValueError(
                 f"{name}: give steps where λ or learning_rate is being traced."
             )
-        if not 0 < value < np.inf:
-            raise ValueError(f"{name}: expected a positive number, got {value}.")
-        unit = learning_rate * (weight_decay if name == "slow_time" else 1)
-        if unit == 0:
+        check_positive(value, name)
+        if name == "slow_time" and weight_decay == 0:
             raise ValueError("slow_time: s = λt needs weight_decay > 0; give steps.")
-        steps = max(1, round(value / float(unit)))
-    if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or steps < 1:
-        raise ValueError(f"steps: expected an integer >= 1, got {steps!r}.")
+        unit = float(learning_rate) * float(weight_decay if name == "slow_time" else 1)
+        count = float(value) / unit if unit > 0 else np.inf
+        if not count < _MOST_STEPS:
+            raise ValueError(
+                f"{name}: that would take {count:.3g} steps, more than can be counted; "
+                "raise learning_rate."
+            )
+        steps = max(1, round(count))
+    check_integer(steps, "steps", 1)
     return log_spaced_steps(int(steps), saves)
 
 

@@ -12,7 +12,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree, Scalar
 
-from ._checks import check_init_scale, check_model, is_concrete
+from ._checks import check_init_scale, check_model, is_concrete, word
 from .losses import AbstractCompositeLoss, AbstractLoss
 from .penalties import AbstractPenalty, L2
 
@@ -49,13 +49,13 @@ class GradientFlow(eqx.Module):
         """
         if not isinstance(loss, AbstractLoss):
             raise ValueError(
-                f"loss: expected a gradflow loss, got {type(loss).__name__}; wrap a "
-                "function of the model as gradflow.Loss(fn)."
+                f"loss: expected a gradflow loss, got {word(loss)}; wrap a function of "
+                "the model as gradflow.Loss(fn)."
             )
         if not (penalty is None or isinstance(penalty, AbstractPenalty)):
             raise ValueError(
-                f"penalty: expected a gradflow penalty, got {type(penalty).__name__}; "
-                "see gradflow.AbstractPenalty for one of your own."
+                f"penalty: expected a gradflow penalty, got {word(penalty)}; see "
+                "gradflow.AbstractPenalty for one of your own."
             )
         self.loss = loss
         self.penalty = L2() if penalty is None else penalty
@@ -102,9 +102,59 @@ def partition(
 ) -> tuple[PyTree, PyTree]:
     """Splits `model` into trainable parameters and the rest; see
     `GradientFlow.partition`."""
-    params, static = eqx.partition(model, trainable)
+    params, static = _split(model, trainable)
     check_model(params)
     return params, static
+
+
+def _split(model: PyTree, trainable: PyTree) -> tuple[PyTree, PyTree]:
+    try:
+        params, static = eqx.partition(model, trainable)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            "trainable: expected a function of a leaf, or booleans in the structure of "
+            f"the model, got {word(trainable)}."
+        ) from error
+    for at, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not eqx.is_inexact_array(leaf):
+            kind = getattr(leaf, "dtype", type(leaf).__name__)
+            raise ValueError(
+                "trainable: expected to choose arrays of floating-point numbers, but "
+                f"model{jax.tree_util.keystr(at)} is of type {kind}."
+            )
+    return params, static
+
+
+def check_flow(flow: Any) -> None:
+    """Raises unless it is a flow. A loss alone does not say which penalty."""
+    if not isinstance(flow, GradientFlow):
+        loss = isinstance(flow, AbstractLoss)
+        remedy = "; make one as gradflow.GradientFlow(loss)" if loss else ""
+        raise ValueError(f"flow: expected a GradientFlow, got {word(flow)}{remedy}.")
+
+
+def flow_of(loss: Any, trainable: PyTree = eqx.is_inexact_array) -> GradientFlow:
+    """The flow of a loss alone, whatever the penalty: from the loss, or from a flow.
+
+    **Raises:** `ValueError` for anything else; for a flow that holds the norm; and
+    where `trainable` is not that of the flow.
+    """
+    if isinstance(loss, GradientFlow):
+        check_free(loss)
+        if trainable not in (eqx.is_inexact_array, loss.trainable):
+            raise ValueError("trainable: the flow says already what is trainable.")
+        loss, trainable = loss.loss, loss.trainable
+    return GradientFlow(loss, trainable=trainable)
+
+
+def check_free(flow: Any) -> None:
+    """Raises unless it is a flow, of parameters whose norm is not held."""
+    check_flow(flow)
+    if flow.hold_norm:
+        raise ValueError(
+            "flow: it holds the norm, for which there is no theory of the critical "
+            "manifold here; give one without hold_norm."
+        )
 
 
 class Sphere(eqx.Module):
@@ -432,6 +482,6 @@ def scaled(
     **Raises:** `ValueError` where α is not one positive number.
     """
     check_init_scale(alpha, "alpha")
-    params, static = eqx.partition(model, trainable)
+    params, static = _split(model, trainable)
     times = lambda p: jnp.asarray(alpha, p.dtype) * p
     return eqx.combine(jax.tree.map(times, params), static)

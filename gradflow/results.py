@@ -89,9 +89,15 @@ class RESULTS(diffrax.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
         "own: `causes` of the sweep has its words."
     )
     undefined_start = (
-        "The loss, its gradient or the times are not finite at the start, or the weight "
-        "decay is negative: no step was taken. Look at `flow.velocity(model, λ)`; a "
-        "norm at zero, a logarithm or a root there have no derivative."
+        "The loss, its gradient or the times are not finite at the start: no step was "
+        "taken. Look at `flow.velocity(model, λ)`; a norm at zero, a logarithm or a "
+        "root there have no derivative."
+    )
+    wrong_argument = (
+        "An argument makes no sense, so nothing was run. It was being traced, and only "
+        "the result can tell: check that `weight_decay` is finite and 0 or more, that "
+        "times increase and s/λ does not overflow, and that scales and tolerances are "
+        "positive."
     )
 
 

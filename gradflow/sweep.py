@@ -1,6 +1,7 @@
 """The same flow for many weight decays, seeds, initial scales: along any axes."""
 
 import dataclasses
+import functools
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from ._axes import Axes, make_axes, short
+from ._checks import check_arguments, check_choice, check_given, is_concrete, word
 from ._descent_methods import Method, Optimiser, Schedule
 from ._lanes import (
     Owned,
@@ -26,11 +28,12 @@ from ._lanes import (
 )
 from ._programs import Batch
 from ._runs import Bars, fitting, run_stored, Runner
-from .flow import GradientFlow
+from .flow import check_flow, GradientFlow
+from .losses import AbstractLoss
 from .metrics import Metric
 from .path import Path
 from .results import RESULTS
-from .simulate import as_metrics, fail_unless_reached
+from .simulate import as_metrics, fail_unless_reached, run_again
 
 Numbers: TypeAlias = float | int | Array | np.ndarray | Sequence[float]
 
@@ -59,6 +62,9 @@ class Sweep(eqx.Module):
     fixed: dict[str, float] = eqx.field(default_factory=dict)
     """What is the same for all lanes: those of `weight_decay`, `init_scale`, `rtol` and
     `learning_rate` that are no axes."""
+    recipe: Any = None
+    """How to make a lane, to run it again (see `Path.again`); `None` where results were
+    read from disk."""
 
     @property
     def dims(self) -> tuple[str, ...]:
@@ -132,6 +138,9 @@ class Sweep(eqx.Module):
         bare = dataclasses.replace(bare, params=None) if ragged else bare
         lane = jax.tree.map(lambda x: x[i] if eqx.is_array(x) else x, bare)
         static, watched = self.owned[i] if self.owned else (paths.static, paths.watched)
+        again = None
+        if self.recipe is not None and not self.recipe.descends:
+            again = functools.partial(_run_again, self.recipe, i, self._why(i))
         return dataclasses.replace(
             lane,
             params=paths.params.lanes[i] if ragged else lane.params,
@@ -140,14 +149,20 @@ class Sweep(eqx.Module):
             },
             static=static,
             watched=watched,
+            again=again,
         )
+
+    def _why(self, i: int) -> str:
+        """The reason for the solver of lane i."""
+        why = self.stats["why"]
+        return why if isinstance(why, str) else why[i]
 
     def __iter__(self) -> Iterator[Path]:
         return (self[i] for i in range(len(self)))
 
     def crossing_time(self, name: str) -> Float[np.ndarray, "..."]:
         """When metric `name` has passed its threshold for good, in the shape of the
-        dimensions; see `gradflow.crossing_time`."""
+        dimensions; see `Path.crossing_time`."""
         times = [path.crossing_time(name) for path in self]
         return np.array(times).reshape(self.shape)
 
@@ -243,6 +258,16 @@ class Sweep(eqx.Module):
         from . import plot
 
         return plot.sweep(self, **kwargs)
+
+
+def _run_again(
+    recipe: Recipe, i: int, why: str, params: PyTree, ts: Float[Array, " n"]
+) -> Path:
+    """Lane i from elsewhere, by the solver that was chosen for the reason `why`."""
+    lane = recipe.lane(i)
+    if lane.again is not None and lane.why != why:
+        lane = lane.again
+    return run_again(lane.args[:-1], params, ts)
 
 
 def _cell(value: Any) -> str:
@@ -357,11 +382,14 @@ def sweep(
         solver=solver, atol=atol, max_steps=max_steps, method=method,
         optimiser=optimiser, batch_size=batch_size, key=key,
     )  # fmt: skip
+    check_choice(batch, "batch", ("loop", "vmap", None))
+    check_arguments(checkpoint=checkpoint)
+    check_given(chunk=chunk)
+    if not isinstance(store, str | os.PathLike | None):
+        raise ValueError(f"store: expected the path of a folder, got {word(store)}.")
     recipe = make_recipe(
         problem, model, runs, axes, zipped, as_metrics(metrics), options
     )
-    if batch not in (None, "loop", "vmap"):
-        raise ValueError(f"batch: expected 'loop', 'vmap' or None, got {batch!r}.")
     if batch is None:
         batch = "loop" if jax.default_backend() == "cpu" else "vmap"
     if store is not None:
@@ -398,6 +426,14 @@ def make_recipe(
             raise ValueError(f"axes: give the values of {name} as the argument itself.")
         if name in RECORDED or name.startswith(("metric_", "threshold_", "params_")):
             raise ValueError(f"axes: {name!r} is what is recorded; name it otherwise.")
+    if isinstance(problem, AbstractLoss):
+        check_flow(problem)
+    for name, value in (runs | options).items():
+        if any(not is_concrete(leaf) for leaf in jax.tree.leaves(value)):
+            raise ValueError(
+                f"{name}: expected numbers known before tracing; under jit or vmap "
+                "take simulate or descent."
+            )
     if isinstance(problem, GradientFlow):
         if model is None or axes:
             kind = "axes: they are for a function" if axes else "model: expected one"
@@ -447,4 +483,4 @@ def _run(recipe: Recipe, batch: Batch, progress: bool) -> Sweep:
     )
     owned = lanes.owned if lanes.many else ()
     fixed = {k: v for k, v in recipe.fixed.items() if isinstance(v, int | float)}
-    return Sweep(paths, recipe.axes, owned, lanes.causes, fixed)
+    return Sweep(paths, recipe.axes, owned, lanes.causes, fixed, recipe)

@@ -11,6 +11,7 @@ from jax.flatten_util import ravel_pytree
 
 import gradflow as gf
 from gradflow import second_order
+from gradflow._interpolate import even_times
 from gradflow.second_order import backward_differences, inner, Point
 
 KEY = jax.random.key(0)
@@ -155,6 +156,39 @@ def test_the_ratio_is_that_of_the_next_term(studied):
     np.testing.assert_allclose(found, expected, rtol=0.05)
 
 
+def test_the_next_term_inside_the_fast_phase(studied):
+    """What the second order leaves there is λ²q; its end, normal to M, is λ²b(0)."""
+    _, flow, theory, sweep, _ = studied
+    second, path = theory.second, sweep[1]
+    lam, q = float(path.weight_decay), vectors(theory.second.next)
+    flat = lambda model: ravel_pytree(flow.partition(model)[0])[0]
+    i = int(np.argmin(abs(path.t - theory.fast.t[-1] / 10)))
+    t = float(path.t[i])
+    nodes = even_times(np.linspace(0, 1, len(q)), theory.fast.t[-1], theory.fast_scale)
+    expected = [np.interp(t, nodes, column) for column in q.T]
+    left = flat(path[i]) - flat(theory.predict(t, lam, order=2))
+    np.testing.assert_allclose(
+        left / lam**2, expected, atol=0.1 * np.linalg.norm(expected)
+    )
+    term, _ = flow.term(eqx.combine(theory.limit, theory.drift.static))
+    start = jax.tree.map(lambda p: p[0], theory.drift.params)
+    at = Point(term, start, theory.spectrum.form, theory.spectrum.rank)
+    found = np.linalg.norm(q[-1] - at.project(q[-1])) / np.linalg.norm(at.offset)
+    # The ratio at the very start takes a one-sided difference.
+    np.testing.assert_allclose(found, second.ratio[0], rtol=0.1)
+    sizes = [
+        np.linalg.norm(x) / np.linalg.norm(at.w) for x in (second_at(second, 0), q[-1])
+    ]
+    np.testing.assert_allclose(
+        second.fast_ratio[-1], max(sizes[0], sizes[1] ** 0.5), rtol=1e-5
+    )
+
+
+def second_at(second, i):
+    """w₁ + h at node i of the drift."""
+    return vectors(second.tangent)[i] + vectors(second.offset)[i]
+
+
 def test_where_the_solver_of_the_tangent_part_stops(studied, monkeypatch):
     name, flow, theory, _, _ = studied
     if name != "diagonal":
@@ -289,6 +323,15 @@ def test_linear_regression_in_closed_form():
     path = jax.vmap(gf.models.LinearModel)(jnp.asarray(path))
     numerical = inner(term, path, scale, ts, "jacobian", speed)
     np.testing.assert_allclose(numerical, exact, atol=5e-8 * np.abs(exact).max())
+    # θ₂ less its growth ½t²w°'': the coefficient of λ² in g/(k + λ) + … e^{−(k + λ)t}.
+    rest = force / k**3 * (1 - decayed) - force / k**2 * t * decayed
+    rest = rest + (start - force / k) * t**2 / 2 * decayed
+    exact = np.where(inside, rest, 0.0) @ basis.T
+    bend, rise = speed, jnp.zeros_like(speed)
+    numerical2 = second_order.inner_next(
+        term, path, scale, ts, "jacobian", numerical, speed, bend, rise
+    )
+    np.testing.assert_allclose(numerical2, exact, atol=1e-6 * np.abs(exact).max())
     # w₁ vanishes, and h = −(∇²F)⁺w.
     last = gf.models.LinearModel(path.weights[-1])
     rank = jnp.array(5)

@@ -18,6 +18,8 @@ from ..flow import FlatLoss
 
 # Between the last value kept and the first one dropped.
 GAP = 1e3
+# What a force is off by, in roundings of its terms.
+_ROUNDINGS = 32
 
 
 class NormalSpace(eqx.Module):
@@ -26,6 +28,9 @@ class NormalSpace(eqx.Module):
     basis: Float[Array, "d k"]  # orthonormal columns; zero ones where rank is lacking
     step: Float[Array, " d"]  # the displacement to M, to first order: −A⁺ρ or −H⁺∇F
     force: Float[Array, ""]  # ‖ρ‖/‖A‖ or ‖∇F‖/‖∇²F‖, seen by `step` or not; a length
+    # Whether θ would move on along what `step` does not lead back from, by more than
+    # rounding; false where it was not asked.
+    leaving: Bool[Array, ""] | bool = False
 
     def tangential(self, v: Float[Array, " d"]) -> Float[Array, " d"]:
         """P v."""
@@ -97,7 +102,12 @@ def exact_jacobian_normal(
 ) -> NormalSpace:
     """From singular values, the `rank` largest (the numerical rank unless given): P is
     a projection exactly, and the residuals out of reach of J leave no trace in `step`;
-    but neither is smooth in θ."""
+    but neither is smooth in θ.
+
+    Singular values below the gap may be those of directions that are yet to grow, such
+    as 2u of u² at a tiny u: the force Aᵀρ along them, far below that along others, is
+    no rounding if it is more than that of its terms, coordinate by coordinate.
+    """
     a, rho = weighted_jacobian(loss, theta)
     left, values, rows = jnp.linalg.svd(a, full_matrices=False)
     if rank is None:
@@ -107,7 +117,11 @@ def exact_jacobian_normal(
     inverse = jnp.where(kept, 1 / jnp.where(kept, values, 1), 0)
     scale = jnp.linalg.norm(values) + jnp.finfo(a.dtype).tiny
     step = -(basis @ (inverse * (left.T @ rho)))
-    return NormalSpace(basis, step, jnp.linalg.norm(rho) / scale)
+    gradient = a.T @ rho
+    hidden = jnp.abs(gradient - basis @ (basis.T @ gradient))
+    terms = jnp.abs(a).T @ jnp.abs(rho) + jnp.linalg.norm(gradient)
+    leaving = jnp.any(hidden > _ROUNDINGS * jnp.finfo(a.dtype).eps * terms)
+    return NormalSpace(basis, step, jnp.linalg.norm(rho) / scale, leaving)
 
 
 def hessian_normal(
@@ -123,6 +137,9 @@ def hessian_normal(
     At a distance δ from M the kernel of ∇²F is gone: its eigenvalues are O(δ), as is
     μ = `damping` ‖∇F‖/‖θ‖. With the weights κ²/(κ² + μ²) a Newton step leaves these
     directions alone, and its convergence is quadratic all the same.
+
+    Where the curvature is negative the flow leaves, unless it is at rest to rounding:
+    that of θ, moved along the eigenvector.
     """
     eigenvalues, vectors = jnp.linalg.eigh(jax.hessian(loss)(theta))
     order = jnp.argsort(-jnp.abs(eigenvalues))
@@ -135,10 +152,15 @@ def hessian_normal(
     mu = damping * jnp.linalg.norm(gradient) / (jnp.linalg.norm(theta) + tiny)
     weight = jnp.where(kept, 1 / (1 + (mu / jnp.where(kept, eigenvalues, 1)) ** 2), 0)
     inverse = weight / jnp.where(kept, eigenvalues, 1)
+    along = vectors.T @ gradient
+    force = jnp.linalg.norm(gradient)
+    terms = jnp.abs(eigenvalues[0]) * (jnp.abs(vectors).T @ jnp.abs(theta)) + force
+    moving = jnp.abs(along) > _ROUNDINGS * jnp.finfo(theta.dtype).eps * terms
     return NormalSpace(
         vectors * jnp.sqrt(weight)[None, :],
-        -(vectors @ (inverse * (vectors.T @ gradient))),
-        jnp.linalg.norm(gradient) / (jnp.linalg.norm(eigenvalues) + tiny),
+        -(vectors @ (inverse * along)),
+        force / (jnp.linalg.norm(eigenvalues) + tiny),
+        jnp.any(kept & (eigenvalues < 0) & moving),
     )
 
 

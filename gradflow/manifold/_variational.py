@@ -17,10 +17,12 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
+from .._controllers import Relative
 from ..flow import FlatLoss, flatten, FlowTerm
 from ..losses import Loss
 from ..results import RESULTS
 from ..solvers import KKT5
+from ._growth import first_step, FollowGrowth
 from ._normal import exact_jacobian_normal, hessian_normal
 
 # Steps of the linear equation, and the tolerance of the path. The error falls as the
@@ -108,7 +110,7 @@ def _nodes(
     """The lengths of the steps (see `_edges`), and the path at the stages `c` of each,
     landed on."""
     theta, _ = ravel_pytree(params)
-    controller = diffrax.PIDController(_RTOL, _RTOL * jnp.sqrt(jnp.mean(theta**2)))
+    controller = FollowGrowth(Relative(_RTOL), term)
 
     def run(saveat, controller):
         return diffrax.diffeqsolve(
@@ -116,7 +118,7 @@ def _nodes(
             KKT5(),
             t0=jnp.zeros_like(time),
             t1=time,
-            dt0=None,
+            dt0=first_step(term, params, time),
             y0=params,
             args=jnp.zeros_like(time),
             saveat=saveat,

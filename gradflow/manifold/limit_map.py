@@ -9,12 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
-from .._checks import check_tolerance
+from .._checks import check_arguments, check_given
+from .._controllers import Relative
+from .._norms import norm
 from ..flow import FlatLoss, flatten, FlowTerm, GradientFlow, partition
 from ..losses import AbstractCompositeLoss, AbstractLoss
 from ..results import RESULTS
+from ..simulate import flees
 from ..solvers import KKT5
-from ._form import choose_form, Form, likely_form
+from ._form import begin, choose_form, Form, likely_form
+from ._growth import first_step, FollowGrowth
 from ._matrix_free import count_outputs
 from ._normal import close, exact_jacobian_normal, hessian_normal
 from ._separable import limit_direction, smallest_margin
@@ -60,7 +64,7 @@ class Limit(eqx.Module):
 
 
 def limit_map(
-    loss: AbstractLoss,
+    loss: AbstractLoss | GradientFlow,
     model: PyTree,
     *,
     form: Form = "auto",
@@ -87,7 +91,7 @@ def limit_map(
 
     **Arguments:**
 
-    - `loss`: the training loss.
+    - `loss`: the training loss, or a flow of it.
     - `model`: the initial model θ₀.
     - `form`: how the distance to M is measured, `"jacobian"`, `"hessian"` or `"auto"`;
         see [`gradflow.manifold.retract`][].
@@ -117,8 +121,11 @@ def limit_map(
     Source: Li, Wang, Arora, arXiv 2110.06914, definition 4.1 and lemma 4.3; Boursier,
     Pesme, Dragomir, arXiv 2505.20172.
     """
-    term, params = GradientFlow(loss, trainable=trainable).term(model)
-    check_tolerance(rtol)
+    check_arguments(rtol=rtol, t_max=t_max, max_steps=max_steps)
+    check_given(atol=atol, residual_tol=residual_tol, solver=solver)
+    term, params = begin(loss, model, trainable)
+    if isinstance(loss, GradientFlow):
+        loss, trainable = loss.loss, loss.trainable
     first = likely_form(loss, params, term.static) if form == "auto" else form
     first = choose_form(loss, params, term.static, first)
     solver = default_solver(loss, params, term.static) if solver is None else solver
@@ -178,14 +185,15 @@ def _limit(
     theta, loss = flatten(term.loss, params, term.static)
     dtype = theta.dtype
     zero = jnp.zeros((), dtype)
+    t_max = jnp.asarray(t_max, dtype)
     # Decades of time at which parameters and loss are kept, to see how they end.
     decades = t_max * 10.0 ** np.arange(-3, 1).astype(dtype)
     sol = diffrax.diffeqsolve(
         term,
         solver,
         t0=zero,
-        t1=jnp.asarray(t_max, dtype),
-        dt0=None,
+        t1=t_max,
+        dt0=first_step(term, params, t_max),
         y0=params,
         args=zero,
         saveat=diffrax.SaveAt(
@@ -195,10 +203,9 @@ def _limit(
             ]
         ),
         stepsize_controller=diffrax.ClipStepSizeController(
-            diffrax.PIDController(rtol, absolute_tolerance(rtol, atol, theta)),
-            step_ts=decades,
+            FollowGrowth(Relative(rtol, atol), term), step_ts=decades
         ),
-        event=diffrax.Event((_close_to(term, form), _blown_up(term, theta))),
+        event=diffrax.Event(_settled(term, form)),
         max_steps=max_steps,
         throw=False,
         adjoint=diffrax.ForwardMode(),
@@ -206,22 +213,24 @@ def _limit(
     saved_t: Any = sol.ts
     saved_y: Any = sol.ys
     (time,), (thetas, losses) = saved_t[0], saved_y[1]
-    norms = jnp.linalg.norm(thetas, axis=1)
-    end = flatten(term.loss, jax.tree.map(lambda y: y[0], saved_y[0]), term.static)[0]
-    fired: Any = sol.event_mask
-    arrived, blown_up = fired
+    last = jax.tree.map(lambda y: y[0], saved_y[0])
+    end = flatten(term.loss, last, term.static)[0]
+    speed = term.velocity(last, 0.0)
+    sound = jnp.isfinite(norm(end) + norm(speed) + loss(end))
+    arrived = sol.event_mask & sound
     w, residual, on_manifold = jax.lax.cond(
         arrived,
         lambda: _finish(loss, end, form, residual_tol),
-        lambda: (end, _distance(loss, end, form), jnp.array(False)),
+        lambda: (end, _distance(loss, end, form)[0], jnp.array(False)),
     )
-    result = RESULTS.where(
-        arrived,
-        RESULTS.where(on_manifold, RESULTS.successful, RESULTS.not_critical),
-        RESULTS.where(
-            _grows_forever(norms, losses), RESULTS.no_minimiser, RESULTS.not_converged
-        ),
-    )
+    # At rest where J explains nothing, and maybe a saddle: for the other form to tell.
+    resting = (form == "jacobian") & (residual <= close(dtype))
+    resting = resting & (time * norm(speed) <= 10 * close(dtype) * norm(end))
+    endless = _grows_forever(thetas, losses)
+    result = RESULTS.where(resting, RESULTS.not_critical, RESULTS.not_converged)
+    result = RESULTS.where(endless, RESULTS.no_minimiser, result)
+    done = RESULTS.where(on_manifold, RESULTS.successful, RESULTS.not_critical)
+    result = RESULTS.where(arrived, done, result)
     if form == "hessian":
         saddle = arrived & measure(loss, w, form).negative
         result = RESULTS.where(saddle, RESULTS.saddle, result)
@@ -229,23 +238,18 @@ def _limit(
     result = RESULTS.where(ran_out & ~arrived, RESULTS.out_of_steps, result)
     stalled = ~diffrax.is_okay(sol.result) & ~ran_out
     result = RESULTS.where(stalled, RESULTS.stalled, result)
-    lost = blown_up | ~jnp.all(jnp.isfinite(end))
+    # What reaches infinity in finite time stalls on its way there.
+    lost = ~sound | (stalled & flees(last, speed, time))
     result = RESULTS.where(lost, RESULTS.diverged, result)
+    start = norm(term.velocity(params, 0.0)) + loss(theta)
+    result = RESULTS.where(jnp.isfinite(start), result, RESULTS.undefined_start)
     w = jnp.where(result == RESULTS.successful, w, end)
-    # Diffrax fills what it did not reach with infinities.
     endless = result == RESULTS.no_minimiser
-    direction = jnp.where(endless, limit_direction(thetas), jnp.nan)
-    margin = smallest_margin(loss, direction)
+    direction = jnp.where(endless, limit_direction(thetas), 0)
+    margin = jnp.where(endless, smallest_margin(loss, direction), 0)
     model = loss.model(w)
     stats, direction = sol.stats, loss.model(direction)
     return Limit(model, residual, time, result, stats, direction, margin)
-
-
-def absolute_tolerance(
-    rtol: float, atol: float | None, theta: Float[Array, " d"]
-) -> float | Float[Array, ""]:
-    """`atol`, or `rtol` times the root mean square of the parameters."""
-    return rtol * jnp.sqrt(jnp.mean(theta**2)) if atol is None else atol
 
 
 def _flat_and_loss(term: FlowTerm):
@@ -256,60 +260,64 @@ def _flat_and_loss(term: FlowTerm):
     return fn
 
 
-def _distance(loss: FlatLoss, theta: Float[Array, " d"], form: str) -> Float[Array, ""]:
-    """The distance to M, relative to ‖θ‖ and to first order. By the exact rank, so that
-    a flow at rest is seen to be at rest even where it does not interpolate."""
+def _distance(
+    loss: FlatLoss, theta: Float[Array, " d"], form: str
+) -> tuple[Float[Array, ""], Bool[Array, ""]]:
+    """The distance to M, relative to ‖θ‖ and to first order; and whether θ is leaving
+    what it is close to. By the exact rank, so that a flow at rest is seen to be at rest
+    even where it does not interpolate."""
     if form == "jacobian":
         normal = exact_jacobian_normal(loss, theta)
     else:
         normal = hessian_normal(loss, theta)
-    size = jnp.maximum(jnp.linalg.norm(theta), jnp.finfo(theta.dtype).tiny)
-    return jnp.linalg.norm(normal.step) / size
+    size = jnp.maximum(norm(theta), jnp.finfo(theta.dtype).tiny)
+    return norm(normal.step) / size, jnp.asarray(normal.leaving)
 
 
 def _finish(
     loss: FlatLoss, theta: Float[Array, " d"], form: str, rtol: float | None
 ) -> tuple[Float[Array, " d"], Float[Array, ""], Bool[Array, ""]]:
+    """The nearest point of M, its residual, and whether it is on M, and as near as it
+    seemed to be: else it is not the limit."""
     w, residual, _, on_manifold = nearest(loss, theta, form, rtol)
-    return w, residual, on_manifold
+    near = norm(w - theta) <= 10 * close(theta.dtype) * norm(theta)
+    return w, residual, on_manifold & near
 
 
-def _close_to(term: FlowTerm, form: str):
-    """Whether M is within ε‖θ‖."""
+def _settled(term: FlowTerm, form: str):
+    """Whether M is within ε‖θ‖, and not to be left again; or nothing is finite."""
 
     def cond(t, y, args, **kwargs):
         theta, loss = flatten(term.loss, y, term.static)
-        size = close(theta.dtype) * jnp.linalg.norm(theta)
+        force = norm(loss.gradient(theta))
         # Exponential convergence makes t‖∇F‖ small as well; while it is not, the normal
         # space need not be computed.
-        hopeful = t * jnp.linalg.norm(loss.gradient(theta)) <= 10 * size
-        near = lambda: _distance(loss, theta, form) <= close(theta.dtype)
-        return jax.lax.cond(hopeful, near, lambda: jnp.array(False))
+        hopeful = t * force <= 10 * close(theta.dtype) * norm(theta)
 
-    return cond
+        def near():
+            distance, leaving = _distance(loss, theta, form)
+            return (distance <= close(theta.dtype)) & ~leaving
 
-
-def _blown_up(term: FlowTerm, start: Float[Array, " d"]):
-    """Whether the parameters have left all bounds."""
-    bound = (1 + jnp.linalg.norm(start)) / jnp.finfo(start.dtype).eps
-
-    def cond(t, y, args, **kwargs):
-        theta, _ = flatten(term.loss, y, term.static)
-        return ~(jnp.linalg.norm(theta) < bound)
+        settled = jax.lax.cond(hopeful, near, lambda: jnp.array(False))
+        return settled | ~jnp.isfinite(force + norm(theta))
 
     return cond
 
 
 def _grows_forever(
-    norms: Float[Array, " decades"], losses: Float[Array, " decades"]
+    thetas: Float[Array, "decades d"], losses: Float[Array, " decades"]
 ) -> Bool[Array, ""]:
     """Whether ‖θ‖ grew alike in each decade while the loss kept falling.
 
     ‖θ‖ ~ log t gives equal growth and ‖θ‖ ~ t^p a factor of 10^p < 3; an exponential
     that is still relaxing, however slow, gives 10 before its time and 0 after it.
     """
+    # Diffrax fills what it did not reach with infinities.
+    reached = jnp.all(jnp.isfinite(losses)) & jnp.all(jnp.isfinite(thetas))
+    norms = jnp.linalg.norm(jnp.where(reached, thetas, 0), axis=1)
+    losses = jnp.where(reached, losses, 0)
     growth = jnp.diff(norms)
-    ratios = growth[1:] / growth[:-1]
-    alike = jnp.all((growth > 0) & jnp.isfinite(growth))
-    alike = alike & jnp.all((ratios > 1 / 3) & (ratios < 3))
-    return alike & jnp.all(jnp.diff(losses) < 0)
+    growing = jnp.all(growth > 0)
+    ratios = growth[1:] / jnp.where(growing, growth[:-1], 1)
+    alike = growing & jnp.all((ratios > 1 / 3) & (ratios < 3))
+    return reached & alike & jnp.all(jnp.diff(losses) < 0)

@@ -52,6 +52,7 @@ class _State(eqx.Module):
     stale: Bool[Array, ""]  # whether the next step is to renew it
     factor: "_Factor"
     rate: Float[Array, ""]  # contraction of the last iteration
+    lasting: Float[Array, ""]  # see `_lasting`
     work: dict[str, Int[Array, ""]]  # see `AbstractKKT.work`
 
 
@@ -159,6 +160,7 @@ class AbstractKKT(
                 jnp.zeros((), theta.dtype),
             ),
             rate=jnp.asarray(0.5, theta.dtype),
+            lasting=jnp.ones((), theta.dtype),
             work={k: jnp.zeros((), int) for k in ("iterations", "kernels", "sliding")},
         )
 
@@ -184,17 +186,24 @@ class AbstractKKT(
         rho = ravel_pytree(rho)[0] if uneven else jnp.asarray(rho, theta.dtype)
         pull = self._gamma * h * args
 
+        # (1 + cλ∇²R)⁻¹ stands inside the kernel where it is not a number.
+        weights = 1 / (1 + pull * rho) if uneven else None
+        small = _small(loss, theta, solver_state.multiplier)
+        if small:
+            weights = _inverse(
+                loss, theta, solver_state.multiplier, 1 + pull * rho, self._gamma * h
+            )
+
         def attempt(renew: Bool[Array, ""]) -> _Step:
-            # (1 + cλ∇²R)⁻¹ stands inside the kernel where it is not a number.
-            weights = 1 / (1 + pull * rho) if uneven else None
             kernel = jax.lax.cond(
                 renew,
                 lambda: _curved_kernel(loss, theta, weights),
                 lambda: solver_state.kernel,
             )
             return self._stages(
-                term, loss, theta, h, args, rho, solver_state, kernel, renew
-            )
+                term, loss, theta, h, args, rho, solver_state, kernel,
+                weights if small else None, renew,
+            )  # fmt: skip
 
         def retry(carry):
             renew, _, out, tried = carry
@@ -203,8 +212,8 @@ class AbstractKKT(
 
         # A kernel that has served too long is no reason to shorten the step: the second
         # attempt renews it. (Diffrax forgets what a rejected step has learnt.)
-        lasting = not uneven or _only_holds(term.penalty, params)
-        renew = solver_state.stale if lasting else jnp.array(True)
+        reusable = not uneven or _only_holds(term.penalty, params)
+        renew = solver_state.stale if reusable and not small else jnp.array(True)
         stages = len(self.tableau.b_sol) - 1
         no = jnp.array(False)
         none = _Step(
@@ -222,14 +231,16 @@ class AbstractKKT(
         _, _, out, kernels = jax.lax.while_loop(
             lambda carry: ~carry[1], retry, (renew, no, none, 0)
         )
+        lasting = _lasting(theta, out)
         new = dict(iterations=out.iterations, kernels=kernels, sliding=out.slid)
         state = _State(
             slope=out.slopes[-1],
             multiplier=out.multiplier,
-            kernel=out.kernel,
+            kernel=loss.tangent_kernel(theta) if small else out.kernel,
             factor=out.factor,
             stale=out.iterations > _SLOW * stages,
             rate=out.rate,
+            lasting=lasting,
             work={
                 k: n + jnp.asarray(new[k], int) for k, n in solver_state.work.items()
             },
@@ -240,7 +251,7 @@ class AbstractKKT(
             diffrax.RESULTS.promote(optx.RESULTS.nonlinear_divergence),
         )
         y1 = loss.unravel(out.stage)
-        error = out.error * _lasting(theta, out)
+        error = out.error * lasting
         error = loss.unravel(jnp.where(out.ok, error, jnp.inf))
         k = jax.vmap(loss.unravel)(h * out.slopes[np.array([0, -1])])
         if isinstance(term, TrackedFlowTerm):
@@ -265,6 +276,7 @@ class AbstractKKT(
         rho: Scalar | Float[Array, " d"],
         state: _State,
         kernel: Float[Array, "m m"],
+        inverse: Float[Array, "d d"] | None,
         fresh: Bool[Array, ""],
     ) -> _Step:
         a = jnp.asarray(_matrix(self.tableau)[0], y0.dtype)
@@ -272,15 +284,20 @@ class AbstractKKT(
         c = self._gamma * h
         pull = c * weight_decay
         alpha = 1 + pull * rho
-        shift = (alpha if jnp.ndim(alpha) == 0 else 1) / c
+        whole = inverse is not None or jnp.ndim(alpha) > 0
+        damp = lambda v: v / alpha if inverse is None else inverse @ v
+        shift = (1 if whole else alpha) / c
+        definite = inverse is None and loss.outer_curvature is not None
         factor = jax.lax.cond(
             fresh | _drifted(state.factor, shift),
-            lambda: _factorise(loss, shift, kernel),
+            lambda: _factorise(loss, shift, kernel, definite),
             lambda: state.factor,
         )
-        solve = _solver(loss, shift, factor)
+        solve = _solver(loss, shift, factor, definite)
         decay = lambda y: ravel_pytree(term.penalty.gradient(loss.unravel(y)))[0]
         kappa = self.root_finder.kappa  # pyright: ignore[reportAttributeAccessIssue]
+        # What the iteration leaves is part of the error estimate.
+        kappa = jnp.minimum(kappa, 0.3 / state.lasting)
         size_of = lambda v, y: self.root_finder.norm(v / self.root_finder.scale(y0, y))
         most = self.root_find_max_steps
         blur = jnp.maximum(1, SLIDING_RTOL / self.root_finder.rtol)
@@ -291,8 +308,8 @@ class AbstractKKT(
             force = jax.grad(loss.outer)(z)
             lack = base - it.y - pull * decay(it.y) - c * pullback(it.mu)
             off = force - it.mu
-            dmu = solve(push(lack / alpha), off, z)
-            dy = (lack - c * pullback(dmu)) / alpha
+            dmu = solve(push(damp(lack)), off, z)
+            dy = damp(lack - c * pullback(dmu))
             drift = 0.75 * it.drift + 0.25 * dy  # small where iterates go to and fro
             new, drifting = size_of(dy, it.y + dy), size_of(drift, it.y + dy)
             # The first iteration has no rate of its own: the last stage's, never
@@ -402,8 +419,8 @@ class AbstractKKT(
             change = jax.lax.fori_loop(0, 2, polish, mus[-1]) - mus[-1]
             # What is not stiff was exact before.
             change = change - solve(jnp.zeros_like(z), change, z)
-            # Nor is it right where μ changes fast against ℓ'', as it does on the way out
-            # of a steep start: there it stays what ∇ℓ(z) is.
+            # Nor is it right where μ changes fast against ℓ'', as on the way out of a
+            # steep start: there it stays what ∇ℓ(z) is.
             far = norm(change) > 0.01 * norm(mu)
             far = far if loss.outer_curvature is None else jnp.array(False)
             mu = jnp.where(slid | far, mu, mu + change)
@@ -419,7 +436,7 @@ _DRIFT = 0.1  # contraction that a factor made for another shift may cost
 _SLOW = 3  # iterations a stage above which the tangent kernel is renewed
 DENSE_LIMIT = 5000  # parameters up to which the Hessian of an opaque loss is factorised
 SLIDING_RTOL = 1e-3  # what is resolved, relatively, while the flow slides along a kink
-_AGREED = 0.05  # how far μ may be from ∇ℓ(z), relatively, where a stage is solved
+_AGREED = 0.02  # how far μ may be from ∇ℓ(z), relatively, where a stage is solved
 _SLIDE = 0.2  # tolerances by which the mean may still move when a sliding stage ends
 
 
@@ -490,7 +507,7 @@ def _flat(term: FlowTerm, params: PyTree) -> tuple[Float[Array, " d"], FlatLoss]
 _GROWTH = 8.0
 _DECAY = 0.3
 _ONSET = 0.1  # the logarithm of growth or decay, in a step, at which that counts fully
-_MOST = 40.0
+_MOST = 100.0
 
 
 def _lasting(theta: Float[Array, " d"], out: _Step) -> Scalar:
@@ -498,11 +515,12 @@ def _lasting(theta: Float[Array, " d"], out: _Step) -> Scalar:
     it.
 
     Most errors die out, as those towards the critical manifold do. But where the flow
-    leaves a saddle, as e^{μt}, an error along it is a shift in time, which stays however
-    large the mode grows; likewise, relative to θ, where all of θ decays as e^{−λt}. There
-    n ~ 1/z steps of z = μh add up to n errors for each factor of e. So the error e of a
-    step that goes Δ is to be small against Δ too: e·Δ/‖Δ‖² below `rtol`. That also
-    finds what the embedded formulas, made for decay, do not see of growth above z = ½.
+    leaves a saddle, as e^{μt}, an error along it is a shift in time, which stays
+    however large the mode grows; likewise, relative to θ, where all of θ decays as
+    e^{−λt}. There n ~ 1/z steps of z = μh add up to n errors for each factor of e. So
+    the error e of a step that goes Δ is to be small against Δ too: e·Δ/‖Δ‖² below
+    `rtol`. That also finds what the embedded formulas, made for decay, do not see of
+    growth above z = ½.
     """
     gone = out.stage - theta
     length, error = norm(gone), norm(out.error)
@@ -563,10 +581,46 @@ def _jumps(
     return asked & (change > _JUMP * first)
 
 
+# Up to these sizes the curvature of the outputs is part of the matrix, which is made
+# anew in each step.
+_FEW_PARAMETERS = 100
+_FEW_OUTPUTS = 200
+
+
+def _small(
+    loss: FlatLoss, theta: Float[Array, " d"], multiplier: Float[Array, " m"]
+) -> bool:
+    """Whether the Hessian Σ μᵢ∇²zᵢ is cheap. (Of an opaque loss it is zero.)"""
+    opaque = isinstance(loss, FlatOpaqueLoss)
+    few = theta.size <= _FEW_PARAMETERS and multiplier.size <= _FEW_OUTPUTS
+    return few and not opaque
+
+
+def _inverse(
+    loss: FlatLoss,
+    theta: Float[Array, " d"],
+    multiplier: Float[Array, " m"],
+    alpha: Scalar | Float[Array, " d"],
+    c: Scalar,
+) -> Float[Array, "d d"]:
+    """(α + c Σ μᵢ∇²zᵢ)⁻¹: what a change of θ does to a stage, μ being fixed."""
+    weighted = lambda th: jnp.vdot(multiplier, loss.outputs(th))
+    curvature = jax.hessian(weighted)(theta)
+    diagonal = jnp.broadcast_to(alpha, theta.shape)
+    return jnp.linalg.inv(jnp.diag(diagonal) + c * curvature)
+
+
 def _curved_kernel(
-    loss: FlatLoss, theta: Float[Array, " d"], weights: Float[Array, " d"] | None
+    loss: FlatLoss,
+    theta: Float[Array, " d"],
+    weights: Float[Array, " d"] | Float[Array, "d d"] | None,
 ) -> Float[Array, "m m"]:
-    kernel = loss.tangent_kernel(theta, weights)
+    """J W Jᵀ with the diagonal or the whole of W, times ℓ'' unless that is a number."""
+    if weights is not None and weights.ndim == 2:
+        jac = loss.jacobian(theta)
+        kernel = jac @ weights @ jac.T
+    else:
+        kernel = loss.tangent_kernel(theta, weights)
     if loss.outer_curvature is None:
         z = loss.outputs(theta)
         hvp = lambda u: loss.outer_hvp(z, u)
@@ -574,21 +628,23 @@ def _curved_kernel(
     return kernel
 
 
-def _factorise(loss: FlatLoss, shift: Scalar, kernel: Float[Array, "m m"]) -> _Factor:
+def _factorise(
+    loss: FlatLoss, shift: Scalar, kernel: Float[Array, "m m"], definite: bool
+) -> _Factor:
     """The matrix shift I + ℓ''K, or shift/w I + K where ℓ'' = w I."""
     # Rounding may make a singular kernel indefinite; the ridge moves only how fast the
     # multiplier converges where it has no bearing on the parameters.
-    ridge = shift + jnp.finfo(kernel.dtype).eps * jnp.trace(kernel)
+    ridge = shift + jnp.finfo(kernel.dtype).eps * jnp.abs(jnp.trace(kernel))
     eye = jnp.eye(kernel.shape[0], dtype=kernel.dtype)
-    w = loss.outer_curvature
-    if w is not None:
+    w = loss.outer_curvature or 1.0
+    if definite:
         matrix = cho_factor(ridge / w * eye + kernel, lower=True)[0]
         pivots = jnp.zeros(kernel.shape[0], jnp.int32)
         smallest = w * jnp.min(jnp.diag(matrix)) ** 2
         solve = lambda b: cho_solve((matrix, True), b)
     else:
-        matrix, pivots = lu_factor(ridge * eye + kernel)
-        smallest = jnp.min(jnp.abs(jnp.diag(matrix)))
+        matrix, pivots = lu_factor(ridge / w * eye + kernel)
+        smallest = w * jnp.min(jnp.abs(jnp.diag(matrix)))
         solve = lambda b: lu_solve((matrix, pivots), b)
     if len(eye) <= _INVERTED:
         matrix = solve(eye)
@@ -602,12 +658,12 @@ def _drifted(factor: _Factor, shift: Scalar) -> Bool[Array, ""]:
     return ~(jnp.abs(shift - factor.shift) <= _DRIFT * factor.smallest)
 
 
-def _solver(loss: FlatLoss, shift: Scalar, factor: _Factor) -> Callable:
+def _solver(loss: FlatLoss, shift: Scalar, factor: _Factor, definite: bool) -> Callable:
     """A function that solves (shift I + ℓ''K) u = shift (ℓ''p + q), given p, q, z."""
     w = loss.outer_curvature
     if len(factor.matrix) <= _INVERTED:
         apply = lambda b: factor.matrix @ b
-    elif w is not None:
+    elif definite:
         apply = lambda b: cho_solve((factor.matrix, True), b)
     else:
         apply = lambda b: lu_solve((factor.matrix, factor.pivots), b)
