@@ -13,7 +13,14 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree, Scalar
 
 from ._checks import check_init_scale, check_model, is_concrete, word
-from .losses import AbstractCompositeLoss, AbstractLoss
+from .losses import (
+    AbstractCompositeLoss,
+    AbstractLoss,
+    CrossEntropy,
+    Huber,
+    Logistic,
+    SquaredError,
+)
 from .penalties import AbstractPenalty, L2
 
 
@@ -463,6 +470,41 @@ def flatten(
     """The parameters as one vector, and the loss as a function of it."""
     theta, unravel = ravel_pytree(params)
     return theta, FlatLoss(loss, static, unravel)
+
+
+def may_have_kinks(loss: FlatLoss, theta: Float[Array, " d"]) -> bool:
+    """Whether something in the outputs of the model (or in the loss, if it is none of
+    gradflow's own) may have kinks, such as a ReLU, a maximum, an order, or a comparison
+    of numbers. Nothing is computed; it is traced once."""
+    own = isinstance(loss.loss, SquaredError | Huber | Logistic | CrossEntropy)
+    return _kinked(jax.make_jaxpr(loss.outputs if own else loss.__call__)(theta))
+
+
+def _kinked(jaxpr: Any) -> bool:
+    # The maximum in a softmax is one through which no derivative flows.
+    shifts = any(one.primitive.name == "stop_gradient" for one in jaxpr.eqns)
+
+    def kinked(one: Any) -> bool:
+        inner = [p for p in jax.tree.leaves(
+            list(one.params.values()), is_leaf=lambda p: hasattr(p, "eqns")
+        ) if hasattr(p, "eqns")]  # fmt: skip
+        if any(map(_kinked, inner)):
+            return True
+        name = one.primitive.name
+        if name not in _KINKS or (name in ("reduce_max", "max") and shifts):
+            return False
+        # Of numbers; a maximum with −∞ is none.
+        numbers = jnp.issubdtype(one.invars[0].aval.dtype, jnp.floating)
+        bounds = [np.asarray(v.val) for v in one.invars if hasattr(v, "val")]
+        return numbers and bool(np.isfinite(bounds).all())
+
+    return any(map(kinked, jaxpr.eqns))
+
+
+_KINKS = frozenset(
+    "abs argmax argmin ceil clamp cummax cummin floor ge gt le lt max min reduce_max "
+    "reduce_min reduce_window_max rem round sign sort top_k".split()
+)
 
 
 def scaled(

@@ -33,9 +33,10 @@ from ._norms import norm
 from ._parts import FIRST, in_part, Pausing, Solved, strong
 from .flow import (
     check_flow,
+    flatten,
     FlowTerm,
     GradientFlow,
-    operations,
+    may_have_kinks,
     place,
     scaled,
     Sphere,
@@ -162,7 +163,7 @@ def simulate(
     if wrong is not False:  # then nothing is run
         lam, times = (jnp.where(wrong, jnp.zeros_like(x), x) for x in (lam, times))
     kinked = all(map(is_concrete, jax.tree.leaves((term, params, lam, times))))
-    kinked = kinked and may_have_kinks(term, params)
+    kinked = kinked and _kinked(term, params)
     choice = as_choice(solver, size, rtol)
     path = run(choice)
     if choice.trial and bool(wants_another(path.result)):
@@ -177,24 +178,9 @@ def simulate(
 
 
 @eqx.filter_jit
-def may_have_kinks(term: FlowTerm, params: PyTree) -> bool:
-    """Whether something in the outputs of the model (in an opaque loss) may have kinks,
-    such as a ReLU, a maximum or a comparison of numbers. Nothing is computed, and it is
-    traced once."""
-    loss = term.loss
-    outer = loss.outputs if isinstance(loss, AbstractCompositeLoss) else loss
-    made = jax.make_jaxpr(lambda p: outer(term.model(p)))(params)
-
-    def kinked(one: Any) -> bool:
-        numbers = jnp.issubdtype(one.invars[0].aval.dtype, jnp.floating)
-        # A softmax has a maximum with −∞ inside, through which nothing flows.
-        bounds = [np.asarray(v.val) for v in one.invars if hasattr(v, "val")]
-        return numbers and bool(np.isfinite(bounds).all())
-
-    return any(one.primitive.name in _KINKS and kinked(one) for one in operations(made))
-
-
-_KINKS = frozenset("abs clamp ge gt le lt max min reduce_window_max sign".split())
+def _kinked(term: FlowTerm, params: PyTree) -> bool:
+    theta, loss = flatten(term.loss, params, term.static)
+    return may_have_kinks(loss, theta)
 
 
 def solve_watching(*arguments: Any) -> Path:
