@@ -44,8 +44,8 @@ def run_lanes(
     device has as many lanes, and loops over them or runs them in lockstep. While it
     runs the next lanes are made. `tell` is called with the place of a lane, its result,
     and the number of its device; `given_up` with a lane whose solver was only tried,
-    and its path, before it begins anew. With `checkpoints` they run in parts, and go on from
-    the file where there is one.
+    and its path, before it begins anew. With `checkpoints` they run in parts, and go on
+    from the file where there is one.
     """
     alone = batch == "loop" and jax.local_device_count() == 1
     launch: Launch = _alone if alone else functools.partial(_together, batch=batch)

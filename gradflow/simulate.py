@@ -78,6 +78,7 @@ def simulate(
     rtol: float | Scalar = 1e-6,
     atol: float | Scalar | None = None,
     max_steps: int = 100_000,
+    adjoint: diffrax.AbstractAdjoint | None = None,
     throw: bool = True,
     progress: bool = False,
 ) -> Path:
@@ -110,6 +111,10 @@ def simulate(
     - `atol`: absolute tolerance for each coordinate; by default 0.02 · `rtol` · rms(θ)
         of the θ at that time, so that it means the same in every unit.
     - `max_steps`: the budget of steps.
+    - `adjoint`: how the run is differentiated, with Diffrax's own solvers: one of its
+        adjoints, by default `diffrax.RecursiveCheckpointAdjoint()`, for `jax.grad`;
+        `diffrax.ForwardMode()` is for `jax.jvp`. KKT solvers and RKC2 have none: give
+        `solver=diffrax.Tsit5()`, or take `gradflow.manifold.limit_map`, which has one.
     - `throw`: raise if the run fails; otherwise see `path.result`.
     - `progress`: show a progress bar.
 
@@ -141,17 +146,18 @@ def simulate(
 
     def run(choice: Choice) -> Path:
         most = min(max_steps, TRIAL_STEPS) if choice.trial else max_steps
+        given = (term, params, lam, times)
+        if isinstance(choice.solver, (AbstractKKT, RKC2)):
+            given = _underivable(given, type(choice.solver).__name__, adjoint)
         args = solve_arguments(
-            term,
-            params,
-            lam,
-            times,
+            *given,
             watched,
             choice.solver,
             rtol,
             atol,
             most,
             progress,
+            adjoint,
         )
         path = solve_watching(*args) if kinked else solve(*args)
         path.stats["why"] = choice.why
@@ -175,6 +181,30 @@ def simulate(
         path.stats["trial_steps"] = tried
     path = named_wrong(path, wrong)
     return fail_unless_reached(path, path) if throw else path
+
+
+def _underivable(values: PyTree, solver: str, adjoint: Any) -> PyTree:
+    """`values`; who differentiates what comes of them gets an error."""
+    told = (
+        f"adjoint: a run by {solver} has no derivative; give solver=diffrax.Tsit5(), "
+        "and adjoint=diffrax.ForwardMode() for jax.jvp; or take "
+        "gradflow.manifold.limit_map, which has one for jax.grad."
+    )
+    if adjoint is not None:
+        raise ValueError(told)
+    arrays, rest = eqx.partition(values, eqx.is_array)
+    if all(map(is_concrete, jax.tree.leaves(arrays))):
+        return values
+
+    @jax.custom_jvp
+    def same(arrays):
+        return arrays
+
+    @same.defjvp
+    def refuse(primals, tangents):
+        raise ValueError(told)
+
+    return eqx.combine(same(arrays), rest)
 
 
 @eqx.filter_jit
@@ -410,6 +440,7 @@ def solve_arguments(
     atol: float | Scalar | None,
     max_steps: int,
     progress: bool = False,
+    adjoint: diffrax.AbstractAdjoint | None = None,
 ) -> tuple:
     """The arguments of `solve`, of the types for which it is compiled once for all
     tolerances, weight decays and times of the same number."""
@@ -426,6 +457,7 @@ def solve_arguments(
         jnp.asarray(rtol, ts.dtype),
         None if atol is None else jnp.asarray(atol, ts.dtype),
         max_steps,
+        diffrax.RecursiveCheckpointAdjoint() if adjoint is None else adjoint,
         progress,
     )
 
@@ -464,6 +496,7 @@ def _solve(
     rtol: Scalar,
     atol: Scalar | None,
     max_steps: int,
+    adjoint: diffrax.AbstractAdjoint,
     progress: bool,
     before: Solved | None = None,
     steps: Int[Array, ""] | None = None,
@@ -535,6 +568,7 @@ def _solve(
             stepsize_controller=controller,
             max_steps=max_steps,
             throw=False,
+            adjoint=adjoint,
             progress_meter=Bar(name) if progress else diffrax.NoProgressMeter(),
         )
         saved: Any = list(solution.ys)
