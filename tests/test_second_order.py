@@ -356,7 +356,7 @@ def test_orders_that_there_are_not():
     assert theory.second is None and "second order" not in str(theory)
     with pytest.raises(ValueError, match="order: the second was not computed"):
         theory.predict(1.0, 1e-3, order=2)
-    with pytest.raises(ValueError, match="order: expected 1 or 2"):
+    with pytest.raises(ValueError, match="order: expected one of 1, 2"):
         theory.predict(1.0, 1e-3, order=3)
-    with pytest.raises(ValueError, match="order: expected 1 or 2"):
+    with pytest.raises(ValueError, match="order: expected one of 1, 2"):
         gf.two_phase(flow, model, slow_time=0.3, order=0)
