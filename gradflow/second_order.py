@@ -66,7 +66,8 @@ class SecondOrder(eqx.Module):
         ratio = self.ratio
         text = (
             f"second order known to s = {float(self.until):.3g}; its terms fall as "
-            f"{float(ratio[0]):.2g} λ at s = 0, {float(ratio[-1]):.2g} λ at the end"
+            f"{float(ratio[0]):.2g} λ at s = 0, {float(ratio[-1]):.2g} λ at the end, "
+            f"{float(jnp.max(self.fast_ratio)):.2g} λ in the fast phase"
         )
         if float(self.mismatch) > 1e-2:
             text += (
