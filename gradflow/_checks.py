@@ -95,9 +95,7 @@ def check_integer(x: Any, name: str, least: int = 1) -> Wrong:
     """Raises unless `x` is an integer from `least` on, known now."""
     whole = isinstance(x, int | np.integer) and not isinstance(x, bool)
     if not whole or x < least:
-        raise ValueError(
-            f"{name}: expected an integer, {least} or more, got {word(x)}."
-        )
+        raise ValueError(f"{name}: expected an integer >= {least}, got {word(x)}.")
     return False
 
 

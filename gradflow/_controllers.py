@@ -126,16 +126,16 @@ class Relative(diffrax.AbstractAdaptiveStepSizeController):
         return keep, next_t0, next_t1, jump, (state, peak), result
 
 
-_DECAY = 0.3
-"""The errors along a step add up to about 1/0.3 `rtol` for each factor of e."""
+_DECAY = 2.0
+"""The errors along a step add up to about half an `rtol` for each factor of e."""
 _MOST = 100.0
 """By how much an error may count for more: what the iterations of an implicit solver
 leave is a hundredth of a tolerance."""
 
 
 def _fallen(peak: Scalar, params: PyTree) -> Scalar:
-    """From 0 at the largest norm so far to 1 at a third of it."""
-    return jnp.clip(jnp.nan_to_num(jnp.log(peak / norm(params))), 0, 1)
+    """From 0 at a third of the largest norm so far to 1 at a seventh of it."""
+    return jnp.clip(jnp.nan_to_num(jnp.log(peak / norm(params))) - 1, 0, 1)
 
 
 def share_along(before: PyTree, after: PyTree, error: PyTree) -> Scalar:

@@ -30,7 +30,7 @@ def check_batches(
         return None
     if not (is_key(key) or getattr(key, "dtype", None) == jnp.uint32):
         raise ValueError(
-            f"key: expected a random key, to draw minibatches with, got {word(key)}."
+            f"key: expected one, to draw minibatches with, got {word(key)}."
         )
     if not isinstance(loss, SquaredError | Huber | Logistic | CrossEntropy):
         kind = type(loss).__name__

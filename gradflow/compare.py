@@ -208,6 +208,9 @@ def compare(sweep: Sweep, theory: TwoPhase, *, after: float = 0.1) -> Report:
     lams = np.asarray(sweep.weight_decay)
     bare = (dataclasses.replace(path, again=None) for path in sweep)
     found = [jax.tree.map(np.asarray, _errors(theory, path)) for path in bare]
+    if theory.second is None:
+        unknown = lambda each: (*each[:2], *2 * (np.full_like(each[0], np.nan),))
+        found = [unknown(each) for each in found]
     errors, drift_errors, second_errors, second_terms = (
         np.stack(each) for each in zip(*found, strict=True)
     )
@@ -326,10 +329,7 @@ def _errors(theory: TwoPhase, path: Path) -> tuple[Any, Any, Any, Any]:
         second = (minus(params, better), minus(better, composite))
         return tuple(norm(x) / size for x in (off, off_drift, *second))
 
-    off, off_drift, *second = jax.lax.map(lambda tp: at(*tp), (path.t, path.params))
-    if theory.second is None:
-        second = [jnp.full_like(path.t, jnp.nan)] * 2
-    return off, off_drift, second[0], second[1]
+    return jax.lax.map(lambda tp: at(*tp), (path.t, path.params))
 
 
 def _ratio(theory: TwoPhase, slow: np.ndarray) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Rules of thumb for the two phases: widths, onset, radial law, transition time."""
 
+import dataclasses
 import math
 
 import equinox as eqx
@@ -114,7 +115,8 @@ def onset(flow: GradientFlow, path: Path, *, share: float = 0.01) -> Onset:
     check_arguments(share=share)
     if not float(path.weight_decay) > 0:
         raise ValueError("path: expected one with weight decay.")
-    force, decay = (np.asarray(x) for x in _forces(flow, path))
+    bare = dataclasses.replace(path, again=None)  # which is another one each time
+    force, decay = (np.asarray(x) for x in _forces(flow, bare))
     below = lambda values, level: crossing_time(
         path.t, values, Metric(lambda model: model, threshold=level)
     )

@@ -66,7 +66,8 @@ class SecondOrder(eqx.Module):
         ratio = self.ratio
         text = (
             f"second order known to s = {float(self.until):.3g}; its terms fall as "
-            f"{float(ratio[0]):.2g} λ at s = 0, {float(ratio[-1]):.2g} λ at the end"
+            f"{float(ratio[0]):.2g} λ at s = 0, {float(ratio[-1]):.2g} λ at the end, "
+            f"{float(jnp.max(self.fast_ratio)):.2g} λ in the fast phase"
         )
         if float(self.mismatch) > 1e-2:
             text += (
@@ -164,9 +165,10 @@ def _start(
 ) -> tuple[Float[Array, " d"], Float[Array, " d"]]:
     """w°''(0) and a'(0), a = w₁ + h, at the start of the drift."""
     at = Point(term, start, form, rank)
-    zero = jnp.zeros_like(nodes[0])
     h = lambda s: interpolate(offset, place(s, nodes[-1], 1.0, nodes.size))
-    rise = jax.jvp(h, (zero,), (jnp.ones_like(zero),))[1]
+    # At 0 itself the position is clipped, and its derivative halved.
+    beside = 1e-6 * nodes[1]
+    rise = jax.jvp(h, (beside,), (jnp.ones_like(beside),))[1]
     return at.field_jvp(-at.drift), rise + at.tangent_rate(w1)
 
 

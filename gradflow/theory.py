@@ -153,6 +153,11 @@ class TwoPhase(eqx.Module):
         worst = self.fast_shift if second is None else jnp.max(second.fast_ratio)
         return float(np.nan_to_num(weight_decay * worst, nan=np.inf))
 
+    @property
+    def _orders(self) -> tuple[int, ...]:
+        """Those known; 3 with what is known of it."""
+        return (1,) if self.second is None else (1, 2, 3)
+
     def _doubt(self) -> str:
         """Why nothing is claimed, for whatever λ; empty where something is."""
         return "" if _among(self.result, _CLAIMED) else RESULTS[self.result]
@@ -236,7 +241,11 @@ class TwoPhase(eqx.Module):
         """
         check_positive(weight_decay, "weight_decay")
         until = self.valid_until(weight_decay)
-        end = until / float(weight_decay) if until > 0 else np.nan
+        if until <= 0:
+            none = np.full(_TIMES + 1, np.nan)
+            curves = [dict.fromkeys(self.drift.watched, none)] * len(self._orders)
+            return none, _Along(curves, none)
+        end = until / float(weight_decay)
         start = min(0.05 * float(self.fast_scale), 0.1 * end)
         t = np.append(0.0, np.geomspace(start, end, _TIMES))
         return t, self._along(weight_decay, t)
@@ -523,8 +532,7 @@ def _metrics_along(
         off = size * (off + 10 * theory.fast.stats["rtol"])
         return off / jnp.maximum(speed, jnp.finfo(t.dtype).tiny)
 
-    orders = (1,) if theory.second is None else (1, 2, 3)
-    curves = [jax.lax.map(lambda t, k=k: metrics(t, k), t) for k in orders]
+    curves = [jax.lax.map(lambda t, k=k: metrics(t, k), t) for k in theory._orders]
     return _Along(curves, jax.lax.map(delay, t))
 
 

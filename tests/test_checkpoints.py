@@ -271,7 +271,9 @@ def test_a_checkpoint_that_cannot_be_written(tmp_path, monkeypatch, parts):
 
 
 def test_seconds_between_checkpoints(tmp_path):
-    with pytest.raises(ValueError, match="checkpoint: expected seconds"):
+    with pytest.raises(
+        ValueError, match="checkpoint: expected a finite number, 0 or more"
+    ):
         run(tmp_path / "s.zarr", checkpoint=-1.0)
 
 

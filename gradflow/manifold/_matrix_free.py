@@ -92,7 +92,7 @@ def least_squares(
     linear = lx.FunctionLinearOperator(apply, shape)
     # Rounding takes the place of reorthogonalisation: more steps than dimensions.
     most = 10 * min(size, b.size) + 100 if steps is None else steps
-    solver = lx.LSMR(rtol=tol, atol=tol, max_steps=most)
+    solver = lx.LSMR(rtol=tol, atol=0.0, max_steps=most)
     out = lx.linear_solve(linear, b, solver, throw=False)
     # A right-hand side of zero stops before it has begun.
     okay = (out.result == lx.RESULTS.successful) | (jnp.linalg.norm(b) == 0)

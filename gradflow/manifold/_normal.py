@@ -18,7 +18,8 @@ from ..flow import FlatLoss
 
 # Between the last value kept and the first one dropped.
 GAP = 1e3
-# What a force is off by, in roundings of its terms.
+# What a force is off by at the start, in roundings of its terms. Until the flow is
+# close to M that may have grown as much as the distance has shrunk, by 1/`close`.
 _ROUNDINGS = 32
 
 
@@ -120,7 +121,8 @@ def exact_jacobian_normal(
     gradient = a.T @ rho
     hidden = jnp.abs(gradient - basis @ (basis.T @ gradient))
     terms = jnp.abs(a).T @ jnp.abs(rho) + jnp.linalg.norm(gradient)
-    leaving = jnp.any(hidden > _ROUNDINGS * jnp.finfo(a.dtype).eps * terms)
+    noise = _ROUNDINGS * jnp.finfo(a.dtype).eps / close(a.dtype)
+    leaving = jnp.any(hidden > noise * terms)
     return NormalSpace(basis, step, jnp.linalg.norm(rho) / scale, leaving)
 
 
@@ -130,6 +132,7 @@ def hessian_normal(
     rank: Int[Array, ""] | None = None,
     rtol: float | None = None,
     damping: float = 0.0,
+    time: float | Float[Array, ""] = 0.0,
 ) -> NormalSpace:
     """From the eigenvectors of ∇²F whose |eigenvalue| is among the `rank` largest (the
     numerical rank unless given).
@@ -138,8 +141,9 @@ def hessian_normal(
     μ = `damping` ‖∇F‖/‖θ‖. With the weights κ²/(κ² + μ²) a Newton step leaves these
     directions alone, and its convergence is quadratic all the same.
 
-    Where the curvature is negative the flow leaves, unless it is at rest to rounding:
-    that of θ, moved along the eigenvector.
+    Where the curvature κ is negative the flow leaves, unless it is at rest to rounding:
+    that of θ, moved along the eigenvector, and what e^{|κ|t} has made of it in the
+    `time` t since the start.
     """
     eigenvalues, vectors = jnp.linalg.eigh(jax.hessian(loss)(theta))
     order = jnp.argsort(-jnp.abs(eigenvalues))
@@ -155,7 +159,10 @@ def hessian_normal(
     along = vectors.T @ gradient
     force = jnp.linalg.norm(gradient)
     terms = jnp.abs(eigenvalues[0]) * (jnp.abs(vectors).T @ jnp.abs(theta)) + force
-    moving = jnp.abs(along) > _ROUNDINGS * jnp.finfo(theta.dtype).eps * terms
+    noise = _ROUNDINGS * jnp.finfo(theta.dtype).eps
+    most = -math.log(close(theta.dtype))
+    grown = jnp.exp(jnp.minimum(jnp.abs(eigenvalues) * time, most))
+    moving = jnp.abs(along) > noise * grown * terms
     return NormalSpace(
         vectors * jnp.sqrt(weight)[None, :],
         -(vectors @ (inverse * along)),

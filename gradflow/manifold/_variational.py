@@ -22,7 +22,7 @@ from ..flow import FlatLoss, flatten, FlowTerm
 from ..losses import Loss
 from ..results import RESULTS
 from ..solvers import KKT5
-from ._growth import first_step, FollowGrowth
+from ._growth import FollowGrowth, timescale
 from ._normal import exact_jacobian_normal, hessian_normal
 
 # Steps of the linear equation, and the tolerance of the path. The error falls as the
@@ -118,7 +118,7 @@ def _nodes(
             KKT5(),
             t0=jnp.zeros_like(time),
             t1=time,
-            dt0=first_step(term, params, time),
+            dt0=1e-3 * jnp.minimum(timescale(term, params), time),
             y0=params,
             args=jnp.zeros_like(time),
             saveat=saveat,

@@ -21,6 +21,7 @@ from ._matrix_free import (
     frobenius,
     least_squares,
     Method,
+    Operator,
     operator,
     project,
 )
@@ -126,14 +127,18 @@ def _displaced(
     term: FlowTerm, params: PyTree, found: Spectrum, method: str
 ) -> tuple[PyTree, Bool[Array, ""]]:
     """A point of M beside, along a random tangent, if M is what it seems to be here:
-    three Newton steps in `rank` directions take h to h¹⁶. And whether the last one was
+    Newton steps in `rank` directions take h to h¹⁶. And whether the last one was
     small: without, the point tells nothing, for off M the rank is higher anyway."""
     theta, loss = flatten(term.loss, params, term.static)
     v = jr.normal(jr.key(4), theta.shape, theta.dtype)
     if method == "matrix-free":
+        # With the operator at θ throughout: beside θ, and off M, LSMR would invert the
+        # small values too. It converges linearly, by a factor of h or less.
         op = operator(loss, theta, found.form)
         v, _ = project(op, v)
-        newton = lambda th: matrix_free_geometry(loss, th, found.form).step
+        newton = lambda th: least_squares(op.apply, -_force(loss, th, op), op.columns)[
+            0
+        ]
         step = lambda th: jnp.where(found.rank > 0, newton(th), 0)
     else:
         exact = exact_jacobian_normal if found.form == "jacobian" else hessian_normal
@@ -154,7 +159,8 @@ def _displaced(
         return th + change, jnp.linalg.norm(change)
 
     first = (theta + h * v, jnp.zeros((), theta.dtype))
-    theta, last = jax.lax.fori_loop(0, 3, iterate, first)
+    steps = 6 if method == "matrix-free" else 3
+    theta, last = jax.lax.fori_loop(0, steps, iterate, first)
     return loss.unravel(theta), last <= _SETTLED * h * length
 
 
@@ -241,7 +247,7 @@ def matrix_free_geometry(
 ) -> Geometry:
     """From products with A or ∇²F, by LSMR."""
     op = operator(loss, theta, form)
-    force = loss.gradient(theta) if form == "hessian" else outer_root(loss, theta)[1]
+    force = _force(loss, theta, op)
     step, okay = least_squares(op.apply, -force, op.columns)
     scale = frobenius(op, theta) + jnp.finfo(theta.dtype).tiny
     return Geometry(
@@ -252,6 +258,11 @@ def matrix_free_geometry(
         # Residuals of rounding size need not be solved for.
         okay | (jnp.linalg.norm(step) <= _NEAR * jnp.linalg.norm(theta)),
     )
+
+
+def _force(loss: FlatLoss, theta: Float[Array, " d"], op: Operator) -> Array:
+    """∇F, or ρ in the Jacobian form."""
+    return loss.gradient(theta) if op.symmetric else outer_root(loss, theta)[1]
 
 
 def drift_and_bend(

@@ -18,7 +18,7 @@ from ..results import RESULTS
 from ..simulate import flees
 from ..solvers import KKT5
 from ._form import begin, choose_form, Form, likely_form
-from ._growth import first_step, FollowGrowth
+from ._growth import FollowGrowth, timescale
 from ._matrix_free import count_outputs
 from ._normal import close, exact_jacobian_normal, hessian_normal
 from ._separable import limit_direction, smallest_margin
@@ -43,11 +43,12 @@ class Limit(eqx.Module):
     direction: PyTree
     """Where there is no minimiser, the model with the parameters lim θ/‖θ‖ instead, of
     norm one: the direction of what they gained over the last decade of time. Else
-    NaN."""
+    zero."""
     margin: Float[Array, ""]
     """The least margin of `direction` over the samples of a cross-entropy, which for a
     model homogeneous of degree L is the normalised one, minᵢ margin(θ)/‖θ‖ᴸ. It is
-    positive where the direction separates the data. Else NaN."""
+    positive where the direction separates the data. Zero where there is a limit, NaN
+    for other losses."""
 
     def __str__(self) -> str:
         if bool(self.result == RESULTS.successful):
@@ -71,7 +72,7 @@ def limit_map(
     rtol: float = 1e-9,
     atol: float | None = None,
     residual_tol: float | None = None,
-    t_max: float = 1e10,
+    t_max: float | None = None,
     solver: diffrax.AbstractSolver | None = None,
     max_steps: int = 100_000,
     throw: bool = True,
@@ -83,7 +84,8 @@ def limit_map(
     ε‖θ‖, with ε = eps^0.4 = 5e-7 in float64. There DΦ = P up to O(ε), so
     Φ(θ) = θ − J⁺r + O(ε²), and a retraction takes the place of the infinite rest of the
     path at a cost of 1e-12. What is left is the error of the integration, about ten
-    times `rtol`.
+    times `rtol`. Close to a saddle, where J or ∇²F explains too little of the force,
+    the flow goes on as long as some force above rounding leads away.
 
     Convergence is checked, not assumed. At `t_max` the result is `no_minimiser` if the
     norm ‖θ‖ has grown by about as much in each of the last three decades of time while
@@ -95,10 +97,11 @@ def limit_map(
     - `model`: the initial model θ₀.
     - `form`: how the distance to M is measured, `"jacobian"`, `"hessian"` or `"auto"`;
         see [`gradflow.manifold.retract`][].
-    - `rtol`, `atol`: the tolerances of the integration; `atol` is `rtol` times the root
-        mean square of θ₀ unless given.
+    - `rtol`, `atol`: the tolerances of the integration; see [`gradflow.simulate`][].
     - `residual_tol`: the tolerance of the retraction, its `rtol`.
-    - `t_max`: the time at which to give up. Steps grow with t, so it costs little.
+    - `t_max`: the time at which to give up, in units of t: 1e10, or 1e10 times the
+        time in which θ₀ changes if that is longer, unless given. Steps grow with t, so
+        it costs little.
     - `solver`: a gradflow or a Diffrax solver.
     - `max_steps`: the most steps of the solver.
     - `throw`: whether to raise an error where there is no limit.
@@ -178,13 +181,18 @@ def _limit(
     rtol: float,
     atol: float | None,
     residual_tol: float | None,
-    t_max: float,
+    t_max: float | None,
     solver: diffrax.AbstractSolver,
     max_steps: int,
 ) -> Limit:
     theta, loss = flatten(term.loss, params, term.static)
     dtype = theta.dtype
     zero = jnp.zeros((), dtype)
+    pace = timescale(term, params)
+    if t_max is None:
+        t_max = 1e10 * jnp.clip(
+            jnp.where(pace < jnp.inf, pace, 1), 1, jnp.finfo(dtype).max ** 0.5
+        )
     t_max = jnp.asarray(t_max, dtype)
     # Decades of time at which parameters and loss are kept, to see how they end.
     decades = t_max * 10.0 ** np.arange(-3, 1).astype(dtype)
@@ -193,7 +201,7 @@ def _limit(
         solver,
         t0=zero,
         t1=t_max,
-        dt0=first_step(term, params, t_max),
+        dt0=1e-3 * jnp.minimum(pace, 1e-3 * t_max),
         y0=params,
         args=zero,
         saveat=diffrax.SaveAt(
@@ -221,7 +229,7 @@ def _limit(
     w, residual, on_manifold = jax.lax.cond(
         arrived,
         lambda: _finish(loss, end, form, residual_tol),
-        lambda: (end, _distance(loss, end, form)[0], jnp.array(False)),
+        lambda: (end, _distance(loss, end, form, time)[0], jnp.array(False)),
     )
     # At rest where J explains nothing, and maybe a saddle: for the other form to tell.
     resting = (form == "jacobian") & (residual <= close(dtype))
@@ -261,7 +269,7 @@ def _flat_and_loss(term: FlowTerm):
 
 
 def _distance(
-    loss: FlatLoss, theta: Float[Array, " d"], form: str
+    loss: FlatLoss, theta: Float[Array, " d"], form: str, t: Float[Array, ""]
 ) -> tuple[Float[Array, ""], Bool[Array, ""]]:
     """The distance to M, relative to ‖θ‖ and to first order; and whether θ is leaving
     what it is close to. By the exact rank, so that a flow at rest is seen to be at rest
@@ -269,7 +277,7 @@ def _distance(
     if form == "jacobian":
         normal = exact_jacobian_normal(loss, theta)
     else:
-        normal = hessian_normal(loss, theta)
+        normal = hessian_normal(loss, theta, time=t)
     size = jnp.maximum(norm(theta), jnp.finfo(theta.dtype).tiny)
     return norm(normal.step) / size, jnp.asarray(normal.leaving)
 
@@ -295,7 +303,7 @@ def _settled(term: FlowTerm, form: str):
         hopeful = t * force <= 10 * close(theta.dtype) * norm(theta)
 
         def near():
-            distance, leaving = _distance(loss, theta, form)
+            distance, leaving = _distance(loss, theta, form, t)
             return (distance <= close(theta.dtype)) & ~leaving
 
         settled = jax.lax.cond(hopeful, near, lambda: jnp.array(False))

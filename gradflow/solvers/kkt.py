@@ -537,7 +537,7 @@ def _curvature_jumps(term: FlowTerm) -> bool:
 
 
 # By how much an error along the step counts for more while the flow speeds up.
-_GROWTH = 8.0
+_GROWTH = 6.0
 _ONSET = 0.1  # the logarithm of the speed gained in a step at which that counts fully
 _MOST = 100.0
 
