@@ -59,7 +59,7 @@ def test_steps_that_are_short_for_kinks_are_noticed(monkeypatch):
 def test_which_models_may_have_kinks(activation, kinks):
     """Of those without, a run is one program, as long as it may be."""
     flow, model = net(activation)
-    assert SIMULATE.may_have_kinks(*flow.term(model)) is kinks
+    assert SIMULATE._kinked(*flow.term(model)) is kinks
 
 
 def test_pooling_has_kinks():
@@ -67,7 +67,7 @@ def test_pooling_has_kinks():
     loss = gf.SquaredError(jnp.ones((2, 4)), jnp.ones((2, 1, 3)))
     net = eqx.nn.Sequential([eqx.nn.Linear(4, 4, key=jr.key(0))])
     model = eqx.nn.Sequential([*net.layers, eqx.nn.Lambda(lambda z: pool(z[None]))])
-    assert SIMULATE.may_have_kinks(*gf.GradientFlow(loss).term(model))
+    assert SIMULATE._kinked(*gf.GradientFlow(loss).term(model))
 
 
 def test_the_bar_and_the_solver_that_is_given_up_are_named(monkeypatch, capsys):
