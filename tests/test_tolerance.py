@@ -1,5 +1,5 @@
-"""What `rtol` promises: an error relative to the θ that there is, in every unit, where θ
-starts at zero, where it has decayed, and where errors grow; and verdicts without units."""
+"""What `rtol` promises: an error relative to the θ that there is, in every unit, from
+zero, where θ has decayed, and where errors grow; and verdicts without units."""
 
 import equinox as eqx
 import jax
@@ -44,7 +44,7 @@ def apart(path, exact):
     return (off / np.maximum(np.linalg.norm(exact, axis=1), 1e-300)).max()
 
 
-# -- units, zero, decay ------------------------------------------------------------------
+# -- units, zero, decay ---
 
 
 @pytest.mark.parametrize("unit", [1e-200, 1e-7, 1.0, 1e8])
@@ -105,7 +105,7 @@ def test_norms_do_not_underflow():
     assert (tolerance(jnp.zeros(2), 1e-3) > 0).all()
 
 
-# -- growth ------------------------------------------------------------------------------
+# -- growth ---
 
 
 @pytest.mark.parametrize("solver", [gf.KKT4(), gf.KKT5()])
@@ -131,7 +131,7 @@ def test_leaving_saddles(solver):
         assert apart(path, exact) < 5 * rtol
 
 
-# -- verdicts ----------------------------------------------------------------------------
+# -- verdicts ---
 
 
 def test_large_targets_are_no_divergence():
@@ -180,7 +180,7 @@ def test_a_start_that_is_not_defined_takes_no_step():
     assert path.stats["steps"] == 0
 
 
-# -- stages ------------------------------------------------------------------------------
+# -- stages ---
 
 
 class Product(eqx.Module):
@@ -233,8 +233,8 @@ def test_the_multiplier_is_solved_for_too():
 
 
 def test_curvature_that_the_kernel_leaves_out():
-    """An attention layer that cannot fit its data: no more steps than a few hundred, and
-    they are not rejected."""
+    """An attention layer that cannot fit its data: a few hundred steps, of which
+    none slides."""
 
     class Attend(eqx.Module):
         q: jax.Array

@@ -327,8 +327,7 @@ class AbstractKKT(
         kinked = may_have_kinks(loss, y0)
 
         def iterate(base: Array, last: Array, it: _Iterate) -> _Iterate:
-            z, push = jax.linearize(loss.outputs, it.y)
-            pullback = lambda u: jax.linear_transpose(push, it.y)(u)[0]
+            z, push, pullback = loss.linearize(it.y)
             force = jax.grad(loss.outer)(z)
             lack = base - it.y - pull * decay(it.y) - c * pullback(it.mu)
             off = force - it.mu
@@ -432,9 +431,9 @@ class AbstractKKT(
             # θ fixes cμ, and c may be small: μ is less exact than θ. But it also obeys
             # μ' = −ℓ''J(Jᵀμ + λ∇R), to whose stiff part μ' adds little.
             rates = jnp.asarray(_end_slope(self.tableau), y0.dtype) / h
-            z, push = jax.linearize(loss.outputs, y1)
+            z, push, pull_back = loss.linearize(y1)
             free = jnp.where(alpha < HELD**0.5, 1.0, 0.0) if held else 1.0
-            pullback = lambda u: free * jax.linear_transpose(push, y1)(u)[0]
+            pullback = lambda u: free * pull_back(u)
             pulled = push(weight_decay * decay(y1))
             past = rates[:-1] @ mus[:-1]
 
@@ -631,7 +630,7 @@ def _inverse(
 ) -> Float[Array, "d d"]:
     """(α + c Σ μᵢ∇²zᵢ)⁻¹: what a change of θ does to a stage, μ being fixed."""
     weighted = lambda th: jnp.vdot(multiplier, loss.outputs(th))
-    curvature = jax.hessian(weighted)(theta)
+    curvature = jax.jacrev(jax.grad(weighted))(theta)
     diagonal = jnp.broadcast_to(alpha, theta.shape)
     return jnp.linalg.inv(jnp.diag(diagonal) + c * curvature)
 
