@@ -249,3 +249,19 @@ def test_a_forward_product_of_what_has_reverse_ones_only(getkey, wrap):
 def test_outputs_without_a_forward_product_are_refused():
     with pytest.raises(ValueError, match="solver=diffrax.Tsit5"):
         linearized(known_by_its_slope, jnp.ones(3))
+
+
+@pytest.mark.parametrize("solver", [gf.KKT4(), gf.RKC2()])
+def test_a_run_of_a_model_with_reverse_products_only(getkey, solver):
+    x, key = jr.normal(getkey(), (5, 2)), getkey()
+    flow = gf.GradientFlow(gf.SquaredError(x, jnp.sin(x[:, 0])))
+
+    def end(activation):
+        model = eqx.nn.MLP(2, "scalar", 4, 1, activation, key=key)
+        path = gf.simulate(
+            flow, model, weight_decay=0.1, t1=3.0, saves=3, solver=solver
+        )
+        return ravel_pytree(path[-1].layers[0].weight)[0]
+
+    plain = lambda x: x * jnp.exp(x)
+    assert_allclose(end(reverse_only), end(plain), rtol=1e-9)
