@@ -44,7 +44,10 @@ from .second_order import SecondOrder as SecondOrder
 from .theory import two_phase as two_phase, TwoPhase as TwoPhase
 from .landscape import Landscape as Landscape, landscape as landscape
 from .compare import compare as compare, Rate as Rate, Report as Report
-from .grokking import crossing_time as crossing_time
+from .grokking import (
+    crossing_error as crossing_error,
+    crossing_time as crossing_time,
+)
 from .heuristics import (
     onset as onset,
     Onset as Onset,

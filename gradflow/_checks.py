@@ -1,12 +1,23 @@
-"""Checks of the arguments: one line, naming the argument, before any compute."""
+"""Checks of the arguments: one line, naming the argument, before any compute.
+
+Each says what it expected and what it got. Of what is being traced, under `jit` or
+`vmap`, only the kind is known; the checks of numbers then return, as a traced boolean,
+whether it is wrong, for the result of the run to say (`RESULTS.wrong_argument`).
+"""
 
 import warnings
+from collections.abc import Callable
+from typing import Any
 
+import diffrax
 import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Bool, PyTree
+
+Wrong = bool | Bool[Array, ""]
+"""Whether an argument is: False, or traced."""
 
 
 def is_concrete(x) -> bool:
@@ -17,6 +28,113 @@ def is_concrete(x) -> bool:
 def is_key(x) -> bool:
     """Whether it is an array of random keys, which is none of numbers."""
     return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def word(x: Any) -> str:
+    """What `x` is, in one short line."""
+    if isinstance(x, type):
+        return f"the class {x.__name__}"
+    if hasattr(x, "dtype") and np.ndim(x) > 0:
+        return f"an array of shape {x.shape}"
+    if callable(x):
+        name = getattr(x, "__name__", None)
+        return f"a {type(x).__name__}" if name is None else f"the function {name}"
+    text = str(x) if isinstance(x, np.generic | jax.Array) else repr(x)
+    return text if len(text) <= 60 and "\n" not in text else f"a {type(x).__name__}"
+
+
+def _array(x: Any) -> np.ndarray | Array | None:
+    """Real numbers as an array; `None` where `x` is something else."""
+    if is_key(x) or x is None:
+        return None
+    try:
+        array = x if isinstance(x, jax.Array) else np.asarray(x)
+    except (TypeError, ValueError):
+        return None
+    real = jnp.issubdtype(array.dtype, jnp.floating)
+    return array if real or jnp.issubdtype(array.dtype, jnp.integer) else None
+
+
+def check_number(x: Any, name: str, expected: str, okay: Callable[[Any], Any]) -> Wrong:
+    """Raises unless `x` is one finite real number for which `okay` holds.
+
+    **Returns:** False; where `x` is being traced, whether it is wrong.
+    """
+    if np.ndim(x) != 0:
+        raise ValueError(f"{name}: expected {expected}, got {word(x)}.")
+    return check_numbers(x, name, expected, okay)
+
+
+def check_numbers(
+    x: Any, name: str, expected: str, okay: Callable[[Any], Any]
+) -> Wrong:
+    """The same for one number or a vector."""
+    array = _array(x)
+    if array is None or array.ndim > 1:
+        raise ValueError(f"{name}: expected {expected}, got {word(x)}.")
+    if not is_concrete(array):
+        return ~jnp.all(jnp.isfinite(array) & okay(array))
+    if not (np.isfinite(array) & okay(array)).all():
+        raise ValueError(f"{name}: expected {expected}, got {word(x)}.")
+    return False
+
+
+def check_one(x: Any, name: str) -> None:
+    """Raises where a sweep is what is wanted."""
+    if np.ndim(x) != 0:
+        raise ValueError(
+            f"{name}: expected one number, got {word(x)}; sweep takes many."
+        )
+
+
+def check_positive(x: Any, name: str) -> Wrong:
+    return check_number(x, name, "a positive number", lambda v: v > 0)
+
+
+def check_integer(x: Any, name: str, least: int = 1) -> Wrong:
+    """Raises unless `x` is an integer from `least` on, known now."""
+    whole = isinstance(x, int | np.integer) and not isinstance(x, bool)
+    if not whole or x < least:
+        raise ValueError(f"{name}: expected an integer >= {least}, got {word(x)}.")
+    return False
+
+
+def check_choice(x: Any, name: str, among: tuple) -> None:
+    """Raises unless `x` is one of a few values."""
+    if not any(x is one or (type(x) is type(one) and x == one) for one in among):
+        expected = ", ".join(map(repr, among))
+        raise ValueError(f"{name}: expected one of {expected}, got {word(x)}.")
+
+
+def check_callable(x: Any, name: str, of: str = "the model") -> None:
+    if not callable(x) or isinstance(x, type):
+        raise ValueError(f"{name}: expected a function of {of}, got {word(x)}.")
+
+
+def as_level(x: Any, name: str = "threshold") -> float | None:
+    """A number known now, as a plain one; or `None`."""
+    if x is None:
+        return None
+    if not is_concrete(x):
+        raise ValueError(f"{name}: expected a number known before tracing.")
+    array = _array(x)
+    if array is None or array.ndim != 0 or np.isnan(array):
+        raise ValueError(f"{name}: expected one real number, got {word(x)}.")
+    return float(array)
+
+
+def as_data(x: PyTree, name: str) -> PyTree:
+    """`x` with arrays of numbers for leaves.
+
+    **Raises:** `ValueError` where JAX can make none of them.
+    """
+    try:
+        return jax.tree.map(jnp.asarray, x)
+    except (TypeError, ValueError) as error:
+        kind = type(x).__name__
+        raise ValueError(
+            f"{name}: expected arrays of numbers, got a {kind}."
+        ) from error
 
 
 def check_finite(x: PyTree, name: str) -> None:
@@ -38,7 +156,35 @@ def check_loss_data(x: PyTree, y: Array, y_name: str) -> None:
             f"x: its first axis has {sorted(map(str, lengths))} samples, {y_name} has "
             f"{y.shape[0]}."
         )
+    if jnp.issubdtype(y.dtype, jnp.complexfloating):
+        raise ValueError(f"{y_name}: expected real numbers, got {y.dtype}.")
     check_finite(x, "x")
+
+
+def check_labels(labels: Array) -> None:
+    """Raises unless they are a vector of integers from 0 on."""
+    expected = "labels: expected a vector of integers from 0 to k - 1, got"
+    if labels.ndim != 1:
+        raise ValueError(f"{expected} an array of shape {labels.shape}.")
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(f"{expected} {labels.dtype}.")
+    if is_concrete(labels) and np.min(labels) < 0:
+        raise ValueError(f"{expected} some < 0.")
+
+
+def check_logits(labels: Array, shape: tuple[int, ...]) -> None:
+    """Raises unless logits of that shape have a column for each label."""
+    if len(shape) != 2 or shape[0] != labels.shape[0]:
+        raise ValueError(
+            f"labels: the model's logits have shape {shape}, expected "
+            f"({labels.shape[0]}, classes)."
+        )
+    # Of a NumPy array: in a traced function jnp would trace the comparison too.
+    largest = np.asarray(labels).max() if is_concrete(labels) else 0
+    if largest >= shape[1]:
+        raise ValueError(
+            f"labels: the largest is {largest}, but the model gives {shape[1]} logits."
+        )
 
 
 def check_model(params: PyTree) -> None:
@@ -58,26 +204,74 @@ def check_model(params: PyTree) -> None:
     check_finite(params, "model")
 
 
-def check_init_scale(init_scale, name: str = "init_scale") -> None:
-    if is_concrete(init_scale) and not (
-        np.ndim(init_scale) == 0 and 0 < init_scale < np.inf
-    ):
-        raise ValueError(f"{name}: expected one positive number, got {init_scale!r}.")
+def check_init_scale(init_scale: Any, name: str = "init_scale") -> Wrong:
+    return check_number(init_scale, name, "one positive number", lambda v: v > 0)
 
 
-def check_weight_decay(weight_decay) -> None:
-    if not is_concrete(weight_decay):
-        return
-    value = np.asarray(weight_decay)
-    if not np.issubdtype(value.dtype, np.number) or not np.isfinite(value).all():
-        raise ValueError(f"weight_decay: expected a finite number, got {weight_decay}.")
-    if (value < 0).any():
-        raise ValueError(f"weight_decay: expected 0 or more, got {weight_decay}.")
+def check_from_zero(x: Any, name: str) -> Wrong:
+    return check_number(x, name, "a finite number, 0 or more", lambda v: v >= 0)
 
 
-def check_tolerance(rtol) -> None:
-    if is_concrete(rtol) and not 0 < rtol < 1:
-        raise ValueError(f"rtol: expected a number between 0 and 1, got {rtol}.")
+def check_fraction(x: Any, name: str) -> Wrong:
+    between = lambda v: (v > 0) & (v < 1)
+    return check_number(x, name, "a number between 0 and 1", between)
+
+
+def check_solver(solver: Any, name: str = "solver") -> Wrong:
+    """Raises unless it is a solver that estimates its error."""
+    if isinstance(solver, diffrax.AbstractAdaptiveSolver):
+        return False
+    got = word(solver) if isinstance(solver, type | str) else type(solver).__name__
+    if isinstance(solver, diffrax.AbstractSolver):
+        got += ", which has no error estimate to choose steps by"
+    raise ValueError(f"{name}: expected one such as gradflow.KKT4(), got {got}.")
+
+
+def check_rate(rate: Any, name: str) -> Wrong:
+    """A number, or a schedule: a function of the step."""
+    if not callable(rate):
+        return check_positive(rate, name)
+    with jax.numpy_dtype_promotion("standard"):
+        first = rate(0)
+    kind = "a positive number, or a schedule that gives one for each step"
+    return check_number(first, name, kind, lambda v: v >= 0)
+
+
+_ARGUMENTS: dict[str, Callable[[Any, str], Wrong]] = {
+    "after": check_from_zero,
+    "atol": check_from_zero,
+    "checkpoint": check_from_zero,
+    "chunk": check_integer,
+    "init_scale": check_init_scale,
+    "learning_rate": check_rate,
+    "margin": check_positive,
+    "max_steps": check_integer,
+    "residual_tol": check_from_zero,
+    "rtol": check_fraction,
+    "share": check_fraction,
+    "slow_time": check_positive,
+    "solver": check_solver,
+    "t_max": check_positive,
+    "tolerance": check_from_zero,
+    "weight_decay": check_from_zero,
+}
+"""What an argument of that name has to be, wherever there is one."""
+
+
+def check_arguments(**values: Any) -> Wrong:
+    """Raises unless each argument is what its name stands for.
+
+    **Returns:** False; where some are being traced, whether one is wrong.
+    """
+    wrong: Wrong = False
+    for name, value in values.items():
+        wrong = wrong | _ARGUMENTS[name](value, name)
+    return wrong
+
+
+def check_given(**values: Any) -> Wrong:
+    """The same for arguments that may be left out, where they are not `None`."""
+    return check_arguments(**{k: v for k, v in values.items() if v is not None})
 
 
 def resolvable(rtol, params: PyTree):
@@ -96,7 +290,16 @@ def resolvable(rtol, params: PyTree):
     return max(rtol, floor)
 
 
-def check_horizon(weight_decay, slow_time, t1, ts, saves) -> None:
+def check_horizon(
+    weight_decay: Any,
+    slow_time: Any,
+    t1: Any,
+    ts: Any,
+    saves: Any,
+    dtype: Any = np.float64,
+) -> Wrong:
+    """Of when a run ends, and what it saves. Weight decays may be many; `dtype` is that
+    of the parameters, in which times are counted."""
     given = [
         n
         for n, v in (("slow_time", slow_time), ("t1", t1), ("ts", ts))
@@ -104,21 +307,45 @@ def check_horizon(weight_decay, slow_time, t1, ts, saves) -> None:
     ]
     if len(given) != 1:
         raise ValueError(f"slow_time, t1, ts: give exactly one, got {given or 'none'}.")
-    for name, value in (("slow_time", slow_time), ("t1", t1)):
-        if value is not None and is_concrete(value) and not 0 < float(value) < np.inf:
-            raise ValueError(f"{name}: expected a positive number, got {value}.")
-    if slow_time is not None and is_concrete(weight_decay):
-        if (np.asarray(weight_decay) == 0).any():
-            raise ValueError("slow_time: s = λt needs weight_decay > 0; give t1 or ts.")
-    if saves < 3:
-        raise ValueError(f"saves: expected 3 or more, got {saves}.")
-    if ts is not None and is_concrete(ts):
-        check_times(ts, "ts")
+    check_integer(saves, "saves", 3)
+    (name,) = given
+    if ts is not None:
+        wrong, end, unit = check_times(ts, "ts"), ts[-1], 1.0
+    else:
+        end = t1 if slow_time is None else slow_time
+        wrong = check_positive(end, name)
+        unit = 1.0 if slow_time is None else weight_decay
+    if not (is_concrete(end) and is_concrete(weight_decay)):
+        there = jnp.asarray(end, dtype) / jnp.min(jnp.asarray(unit, dtype))
+        return wrong | ~jnp.isfinite(there)
+    number = jnp.finfo(dtype)
+    least = float(np.min(weight_decay))
+    if 0 < least < number.tiny:
+        raise ValueError(f"weight_decay: {least:.3g} is zero in {np.dtype(dtype)}.")
+    if slow_time is not None and least == 0:
+        raise ValueError("slow_time: s = λt needs weight_decay > 0; give t1 or ts.")
+    end = float(end) / float(np.min(unit))
+    if not end < float(number.max):
+        raise ValueError(
+            f"{name}: the run would end at t = {end:.3g}, and the largest number in "
+            f"{np.dtype(dtype)} is {float(number.max):.3g}."
+        )
+    return wrong
 
 
-def check_times(ts, name: str) -> None:
-    values = np.asarray(ts)
-    if values.ndim != 1 or values.size < 2 or not np.isfinite(values).all():
-        raise ValueError(f"{name}: expected a vector of two or more finite times.")
+def check_times(ts: Any, name: str, least: int = 2) -> Wrong:
+    """Of a vector of increasing times, so many at least."""
+    values = _array(ts)
+    if values is None or values.ndim != 1 or values.size < least:
+        got = word(ts if values is None else values)
+        raise ValueError(
+            f"{name}: expected a vector of {least} or more finite numbers, got {got}."
+        )
+    if not is_concrete(values):
+        increasing = jnp.all(jnp.diff(values) > 0) & (values[0] >= 0)
+        return ~(increasing & jnp.isfinite(values[-1]))
+    if not np.isfinite(values).all():
+        raise ValueError(f"{name}: expected finite numbers, got some that are not.")
     if values[0] < 0 or (np.diff(values) <= 0).any():
-        raise ValueError(f"{name}: expected increasing times from 0 on.")
+        raise ValueError(f"{name}: expected increasing numbers from 0 on.")
+    return False

@@ -59,14 +59,16 @@ def _commit(folder: File) -> str:
         return "unknown"
 
 
-def describe(value: Any) -> Any:
+def describe(value: Any, within: tuple[int, ...] = ()) -> Any:
     """Something that JSON can hold, and that tells `value` from others: arrays by their
     shapes and two sums, modules and other objects by their fields, functions by their
     names; those made inside of others also by what they close over, and those without
     a name (lambda) by their code too.
 
     Numbers count to some digits only: on another processor the same seed may give data
-    that differ in the last one."""
+    that differ in the last one. `within` are the ids of the objects that hold it, from
+    the outside in."""
+    inner = functools.partial(describe, within=within)
     if isinstance(value, float | np.floating):
         return float(f"{value:.10g}")
     if value is None or isinstance(value, bool | int | str):
@@ -76,10 +78,10 @@ def describe(value: Any) -> Any:
             value = jax.random.key_data(value)
         array = np.asarray(value)
         if array.ndim == 0:
-            return describe(array.item())
+            return inner(array.item())
         kind = f"{array.dtype}{list(array.shape)}"
         if array.dtype.kind == "O":
-            return [kind, *map(describe, array.ravel())]
+            return [kind, *map(inner, array.ravel())]
         if array.dtype.kind == "f":
             flat = array.astype(float).ravel()
             if missing := int(np.isnan(flat).sum()):
@@ -92,57 +94,51 @@ def describe(value: Any) -> Any:
         digest = hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
         return f"{kind} sha256 {digest[:16]}"
     if isinstance(value, Mapping):
-        return {str(k): describe(v) for k, v in value.items()}
+        return {str(k): inner(v) for k, v in value.items()}
     if isinstance(value, tuple | list | range):
-        return [describe(v) for v in value]
+        return [inner(v) for v in value]
     if isinstance(value, set | frozenset):
-        return sorted((describe(v) for v in value), key=repr)
+        return sorted(map(inner, value), key=repr)
     if isinstance(value, functools.partial):
         parts = {"args": value.args, **value.keywords}
-        return {"function": describe(value.func), **describe(parts)}
-    if id(value) in _describing:  # a function that calls itself
+        return {"function": inner(value.func), **inner(parts)}
+    if id(value) in within:  # a function that calls itself
         return type(value).__qualname__
-    _describing.append(id(value))
-    try:
-        return _describe_object(value)
-    finally:
-        _describing.pop()
+    return _describe_object(value, (*within, id(value)))
 
 
-_describing: list[int] = []
-"""What is being described, from the outside in."""
-
-
-def _describe_object(value: Any) -> Any:
+def _describe_object(value: Any, within: tuple[int, ...]) -> Any:
+    """`within` ends with the object itself."""
+    inner = functools.partial(describe, within=within)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = [f.name for f in dataclasses.fields(value)]
         parts = {k: getattr(value, k) for k in fields if hasattr(value, k)}
-        return {"type": type(value).__qualname__, **describe(parts)}
+        return {"type": type(value).__qualname__, **inner(parts)}
     name = getattr(value, "__qualname__", None)
     if name is None:
         parts = getattr(value, "__dict__", {})
         kind = type(value).__qualname__
-        return {"type": kind, **describe(parts)} if parts else kind
+        return {"type": kind, **inner(parts)} if parts else kind
     name = f"{value.__module__}.{name}"
     if isinstance(value, types.MethodType):
-        return {"function": name, "self": describe(value.__self__)}
-    inner = inspect.unwrap(value) if callable(value) else value
-    if not isinstance(inner, types.FunctionType):
+        return {"function": name, "self": inner(value.__self__)}
+    bare = inspect.unwrap(value) if callable(value) else value
+    if not isinstance(bare, types.FunctionType):
         return name
     # One that is made by another function, or has no name, is told by more than that.
     more: dict[str, Any] = {}
     if "<" in name:
-        given = (*(inner.__defaults__ or ()), *(inner.__kwdefaults__ or {}).values())
+        given = (*(bare.__defaults__ or ()), *(bare.__kwdefaults__ or {}).values())
         more |= {"defaults": given} if given else {}
-        cells = zip(inner.__code__.co_freevars, inner.__closure__ or (), strict=True)
+        cells = zip(bare.__code__.co_freevars, bare.__closure__ or (), strict=True)
         for key, cell in cells:
             with contextlib.suppress(ValueError):  # not there yet
                 more[key] = cell.cell_contents
     out = {"function": name}
     if "<lambda>" in name.rpartition(".")[2]:
-        out["code"] = _code(inner.__code__)
+        out["code"] = _code(bare.__code__)
     if more:
-        out["with"] = describe(more)
+        out["with"] = inner(more)
     return out if len(out) > 1 else name
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree, Scalar
 
-from ._norms import rms
+from ._norms import norm, rms
 
 SHARE = 0.02
 """The part of the root mean square of θ that counts as the least size of a coordinate:
@@ -46,6 +46,10 @@ class Relative(diffrax.AbstractAdaptiveStepSizeController):
     of the θ that there is now: the larger of both ends of a step. So it means the same
     in every unit, from a start at zero, and for what has decayed far below its start.
     With an `atol` it is atol + rtol |θᵢ|, as Diffrax has it.
+
+    Relative to ‖θ‖, errors do not die out where all of θ decays: n ~ 1/z steps, each by
+    a factor of e^{−z}, add up to n of them. So once ‖θ‖ is well below its largest so
+    far, the part of an error along the step counts in proportion to the step too.
 
     A step that is rejected at the resolution of t, where t + h = t, ends the run.
     """
@@ -92,11 +96,13 @@ class Relative(diffrax.AbstractAdaptiveStepSizeController):
     def init(self, terms, t0, t1, y0, dt0, args, func, error_order):
         if dt0 is None:
             raise ValueError("dt0: Relative does not guess the first step; give it.")
-        return self.pid.init(terms, t0, t1, y0, dt0, args, func, error_order)
+        end, state = self.pid.init(terms, t0, t1, y0, dt0, args, func, error_order)
+        return end, (state, norm(self.parts_of(y0)))
 
     def adapt_step_size(
         self, t0, t1, y0, y1_candidate, args, y_error, error_order, controller_state
     ):
+        state, peak = controller_state
         before, after, error = map(self.parts_of, (y0, y1_candidate, y_error))
         # Where a step has left the domain of the flow, the tolerance is that of its
         # start.
@@ -106,16 +112,42 @@ class Relative(diffrax.AbstractAdaptiveStepSizeController):
             lambda a, b: jnp.maximum(jnp.abs(a), jnp.abs(b)), before, after
         )
         scale = tolerance(size, self.rtol, self.atol, self.share)
+        more = 1 + _DECAY * _fallen(peak, before) * share_along(before, after, error)
         scaled = jax.tree.map(
-            lambda e, s: jnp.where(sound, e / s, jnp.inf), error, scale
+            lambda e, s: jnp.where(sound, more * e / s, jnp.inf), error, scale
         )
         keep, next_t0, next_t1, jump, state, result = self.pid.adapt_step_size(
-            t0, t1, before, before, args, scaled, error_order, controller_state
+            t0, t1, before, before, args, scaled, error_order, state
         )
         stuck = ~keep & (next_t1 - next_t0 <= 4 * jnp.finfo(t1.dtype).eps * next_t0)
         stuck = stuck & (result == diffrax.RESULTS.successful)
         result = diffrax.RESULTS.where(stuck, diffrax.RESULTS.dt_min_reached, result)
-        return keep, next_t0, next_t1, jump, state, result
+        peak = jnp.where(keep, jnp.maximum(peak, norm(after)), peak)
+        return keep, next_t0, next_t1, jump, (state, peak), result
+
+
+_DECAY = 2.0
+"""The errors along a step add up to about half an `rtol` for each factor of e."""
+_MOST = 100.0
+"""By how much an error may count for more: what the iterations of an implicit solver
+leave is a hundredth of a tolerance."""
+
+
+def _fallen(peak: Scalar, params: PyTree) -> Scalar:
+    """From 0 at a third of the largest norm so far to 1 at a seventh of it."""
+    return jnp.clip(jnp.nan_to_num(jnp.log(peak / norm(params))) - 1, 0, 1)
+
+
+def share_along(before: PyTree, after: PyTree, error: PyTree) -> Scalar:
+    """‖θ‖/‖Δ‖ times the part of an error that lies along the step Δ; at most 100."""
+    gone = jax.tree.map(lambda a, b: a - b, after, before)
+    length, size = norm(gone), norm(error)
+    products = jax.tree.map(
+        lambda e, g: jnp.sum((e / size) * (g / length)), error, gone
+    )
+    along = jnp.abs(sum(jax.tree.leaves(products)))
+    share = along * jnp.maximum(norm(before), norm(after)) / length
+    return jnp.clip(jnp.nan_to_num(share), 0, _MOST)
 
 
 def tolerance(size: PyTree, rtol: Any, atol: Any = 0.0, share: float = SHARE) -> PyTree:

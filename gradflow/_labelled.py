@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 
 from ._axes import make_axes
 from ._lanes import Ragged, RUN
-from .flow import GradientFlow, place
+from .flow import check_flow, GradientFlow, place
 from .metrics import Metric
 from .path import Path
 from .results import RESULTS
@@ -111,6 +111,8 @@ def as_sweep(
     """
     from .sweep import Sweep
 
+    check_flow(flow)
+    watched = as_metrics(metrics)
     if (results["result"] < 0).any():
         raise ValueError("results: some lanes are yet to be run.")
     config = results.attrs["config"]
@@ -143,7 +145,6 @@ def as_sweep(
         raise ValueError(f"results: {missing} not stored; sweep with parameters=True.")
     numbers = [n for n in results.data_vars if results[n].ndim == len(dims)]
     lams = [at.get("weight_decay", fixed.get("weight_decay")) for at in axes]
-    watched = as_metrics(metrics)
     tolerances = [at.get("rtol", fixed.get("rtol")) for at in axes]
     paths = Path(
         t=flat("t"),

@@ -14,19 +14,22 @@ from jaxtyping import Array, PyTree
 
 from ._axes import Axes
 from ._checks import (
+    check_arguments,
+    check_given,
     check_horizon,
-    check_init_scale,
-    check_tolerance,
-    check_weight_decay,
+    check_integer,
+    is_concrete,
+    is_key,
     resolvable,
 )
-from .descent import check_rate, descend, prepare_descent
+from .descent import descend, prepare_descent
 from .flow import GradientFlow, place, scaled
 from .metrics import Metric
 from .path import Path
 from .results import RESULTS
 from .simulate import (
     as_metrics,
+    check_problem,
     prepare,
     solve,
     solve_arguments,
@@ -81,6 +84,47 @@ class Unlike(ValueError):
     """A lane whose results are not of the shape of the others'."""
 
 
+def placed(tree: PyTree, name: str = "problem") -> PyTree:
+    """With arrays that were put on devices, or shared out among them, free to go
+    wherever a lane is run.
+
+    **Raises:** `ValueError` for an array that other processes hold a part of.
+    """
+
+    def free(x: Any) -> Any:
+        if not _committed(x):
+            return x
+        if not (x.is_fully_addressable or x.is_fully_replicated):
+            raise ValueError(
+                f"{name}: expected arrays of this process, got one of shape {x.shape} "
+                "that is shared out among several; give each process all of it."
+            )
+        if is_key(x):
+            data = jnp.asarray(np.asarray(jax.random.key_data(x)))
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+        return jnp.asarray(np.asarray(x))
+
+    if not any(map(_committed, jax.tree.leaves(tree))):
+        return tree
+    return jax.tree.map(free, tree)
+
+
+def _committed(x: Any) -> bool:
+    return isinstance(x, jax.Array) and is_concrete(x) and x.committed
+
+
+def placed_problem(problem: Problem) -> Problem:
+    """The same, where a metric that is the loss is still the loss."""
+    out = placed(problem)
+    loss = problem.flow.loss
+    same = {k: out.flow.loss for k, m in problem.watched.items() if m.fn is loss}
+    watched = {
+        k: dataclasses.replace(m, fn=same[k]) if k in same else m
+        for k, m in out.watched.items()
+    }
+    return out._replace(watched=watched)
+
+
 @dataclasses.dataclass
 class Recipe:
     """Makes the lanes of a sweep. Problems are made when they are needed, and only the
@@ -113,26 +157,28 @@ class Recipe:
 
     def check(self) -> None:
         """Raises `ValueError` for arguments that make no sense, before any compute."""
-        checks = {
-            "weight_decay": check_weight_decay,
-            "init_scale": check_init_scale,
-            "rtol": check_tolerance,
-            "learning_rate": check_rate,
-        }
-        for name, check in checks.items():
+        for name in RUN:
             for value in self.axes.values.get(name, (self.fixed.get(name),)):
-                if value is not None:
-                    check(value)
+                check_given(**{name: value})
+        check_arguments(max_steps=self.options["max_steps"])
+        check_given(atol=self.options["atol"], solver=self.options["solver"])
         for name in _FLOW_ONLY if self.descends else _DESCENT_ONLY:
             given = self.options | {k: self.value(0, k) for k in RUN}
             if given.get(name) is not None:
                 kind = "descents" if self.descends else "flows; give learning_rate"
                 raise ValueError(f"{name}: has no meaning for {kind}.")
+        if self.descends and callable(self.value(0, "learning_rate")):
+            if self.options["steps"] is None and self.options["at"] is None:
+                raise ValueError(
+                    "steps, at: give one with a schedule of learning rates."
+                )
         told = any(self.options.get(k) is not None for k in _HORIZON)
         if not self.descends and (told or isinstance(self.make, Problem)):
             span = {k: self.options.get(k) for k in _SPAN}
             lams = self.axes.values.get("weight_decay", self.fixed.get("weight_decay"))
             check_horizon(np.asarray(lams), **span, saves=self.options["saves"])
+        else:
+            check_integer(self.options["saves"], "saves", 3)
 
     def problem(self, lane: int) -> Problem:
         """The problem of a lane, made anew unless it is that of the lane before."""
@@ -142,7 +188,8 @@ class Recipe:
         key = self.owner(lane)
         if self._problem[0] != key:
             self._problem = (None, None)  # let go of the last one first
-            self._problem = (key, as_problem(self.make(**values), self.metrics))
+            made = as_problem(self.make(**values), self.metrics)
+            self._problem = (key, placed_problem(made))
         return self._problem[1]
 
     def owner(self, lane: int) -> tuple[int, ...]:
@@ -186,6 +233,7 @@ class Recipe:
             # Thresholds would be part of the compiled program, which is for all.
             bare = {k: Metric(metric.fn) for k, metric in problem.watched.items()}
             self._bare = problem.watched, bare
+            check_problem(*problem.flow.term(problem.model), bare)
         bare = self._bare[1]
         times = {k: self.options[k] for k in _HORIZON if k in self.options}
         if all(v is None for v in times.values()):
@@ -247,7 +295,9 @@ class Recipe:
         rtol = resolvable(self.value(lane, "rtol"), params)
         span = {k: times.get(k) for k in _SPAN}
         saves: Any = self.options["saves"]
-        check_horizon(self.value(lane, "weight_decay"), **span, saves=saves)
+        check_horizon(
+            self.value(lane, "weight_decay"), **span, saves=saves, dtype=dtype
+        )
         ts, _ = prepare(
             term, params, lam, **span, saves=saves, watched=bare, measure=False
         )

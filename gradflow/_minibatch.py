@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Int, PRNGKeyArray
 
+from ._checks import is_key, word
 from .losses import AbstractLoss, CrossEntropy, Huber, Logistic, SquaredError
 
 
@@ -27,8 +28,10 @@ def check_batches(
         if key is not None:
             raise ValueError("key: it is for minibatches; give batch_size too.")
         return None
-    if key is None:
-        raise ValueError("key: expected one, to draw minibatches with.")
+    if not (is_key(key) or getattr(key, "dtype", None) == jnp.uint32):
+        raise ValueError(
+            f"key: expected one, to draw minibatches with, got {word(key)}."
+        )
     if not isinstance(loss, SquaredError | Huber | Logistic | CrossEntropy):
         kind = type(loss).__name__
         raise ValueError(f"batch_size: {kind} has no samples known to draw from.")

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import secrets
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -38,6 +39,12 @@ class Solved(eqx.Module):
     """What was saved so far, at all saved times."""
     counts: Int[Array, " 3"]
     """Steps; those accepted, and rejected."""
+
+
+def in_part() -> Any:
+    """A context in which NaN is no error (`jax_debug_nans`): in the path so far it is
+    what is not reached yet."""
+    return jax.debug_nans(False)
 
 
 def strong(tree: PyTree) -> PyTree:
@@ -117,6 +124,8 @@ class Checkpoints:
         """The least time between two files of a lane, in seconds."""
         self._last: dict[str, float] = {}
         self._steps = FIRST
+        # Of a file that is not whole yet: another run of the same lane has its own.
+        self._own = secrets.token_hex(4)
 
     def count(self, steps: int | None = None) -> Array:
         """Steps for the next part: so many that a file can be written about when one is
@@ -151,7 +160,7 @@ class Checkpoints:
 
     def save(self, name: str, state: PyTree) -> None:
         """Writes where a run is. Where that fails the run goes on without."""
-        aside = self.folder / f"{name}.partial"
+        aside = self.folder / f"{name}.{self._own}.partial"
         try:
             self.folder.mkdir(exist_ok=True)
             with open(aside, "wb") as file:

@@ -1,5 +1,6 @@
 """Lanes as programs: one by one, in loops on all devices, or in lockstep."""
 
+import contextlib
 import dataclasses
 import functools
 import time
@@ -14,7 +15,7 @@ from jaxtyping import Array, PyTree
 
 from ._checks import is_key
 from ._lanes import Lane
-from ._parts import Checkpoints, FIRST
+from ._parts import Checkpoints, FIRST, in_part
 from .descent import descend, descend_part
 from .path import Path
 from .simulate import solve, solve_part, wants_another
@@ -33,6 +34,7 @@ def run_lanes(
     *,
     catch: tuple[type[Exception], ...] = (Exception,),
     checkpoints: Checkpoints | None = None,
+    given_up: Callable[[Lane, Path], None] = lambda *_: None,
 ) -> list[Path | Exception]:
     """Runs lanes; one that fails with an error of those in `catch` gives it instead of
     a path, and leaves the others as they are.
@@ -41,8 +43,9 @@ def run_lanes(
     `size` of them at a time (`None`: all that are alike) are one program, in which each
     device has as many lanes, and loops over them or runs them in lockstep. While it
     runs the next lanes are made. `tell` is called with the place of a lane, its result,
-    and the number of its device. With `checkpoints` they run in parts, and go on from
-    the file where there is one.
+    and the number of its device; `given_up` with a lane whose solver was only tried,
+    and its path, before it begins anew. With `checkpoints` they run in parts, and go on
+    from the file where there is one.
     """
     alone = batch == "loop" and jax.local_device_count() == 1
     launch: Launch = _alone if alone else functools.partial(_together, batch=batch)
@@ -58,7 +61,9 @@ def run_lanes(
                 tell(i, path, k % jax.local_device_count())
 
     for numbers, some, count in _programs(lanes, 1 if alone else size, found, tell):
-        running.append((numbers, _start(some, count, launch, catch, checkpoints)))
+        running.append(
+            (numbers, _start(some, count, launch, catch, checkpoints, given_up))
+        )
         collect(1)
     collect(0)
     return [found[i] for i in sorted(found)]
@@ -113,9 +118,10 @@ def _start(
     launch: Launch,
     catch: tuple[type[Exception], ...],
     checkpoints: Checkpoints | None,
+    given_up: Callable[[Lane, Path], None],
 ) -> Callable[[], list[Path | Exception]]:
     """Starts lanes, without waiting for them; what is returned waits."""
-    begin = lambda lanes: _start(lanes, size, launch, catch, checkpoints)
+    begin = lambda lanes: _start(lanes, size, launch, catch, checkpoints, given_up)
 
     def end(wait: Callable[[], list[Any]] | Exception) -> list[Path | Exception]:
         try:
@@ -135,6 +141,8 @@ def _start(
         tried = [i for i, (lane, _) in pairs if lane.again is not None]
         left = [i for i in tried if bool(wants_another(paths[i].result))]
         others: list[Any] = [lanes[i].again for i in left]
+        for i in left:
+            given_up(lanes[i], paths[i])
         out: list[Path | Exception] = list(paths)
         for i, path in zip(left, begin(others)() if left else [], strict=True):
             out[i] = path
@@ -145,7 +153,8 @@ def _start(
     try:
         whole = checkpoints is None
         first = lanes if whole else [_first_part(lane, checkpoints) for lane in lanes]
-        wait: Any = launch(first, size)
+        with contextlib.nullcontext() if whole else in_part():
+            wait: Any = launch(first, size)
     except catch as error:
         wait = error
     return lambda: end(wait)
@@ -192,7 +201,8 @@ def _go_on(
         # What fills the program up in place of lanes that have ended takes one step.
         filler = parts[-1]._replace(args=(*parts[-1].args[:-1], checkpoints.count(1)))
         begun = time.monotonic()
-        outs = launch(parts + [filler] * (size - len(parts)), size)()
+        with in_part():
+            outs = launch(parts + [filler] * (size - len(parts)), size)()
         for i, out in zip(left, outs[: len(left)], strict=True):
             found[i] = out
         checkpoints.took(time.monotonic() - begun)

@@ -19,6 +19,7 @@ from ._parts import Checkpoints
 from ._programs import Batch, run_lanes
 from .path import Path
 from .results import RESULTS
+from .simulate import given_up, SOLVER
 from .store import open_results, pending, plan, remove_stale, Store
 
 
@@ -68,6 +69,14 @@ class Bars:
             )
         bar.update()
 
+    def given_up(self, lane: Lane, path: Path) -> None:
+        """Says that the solver of a lane, which was only tried, has failed."""
+        if self.bars[0].disable or lane.again is None:
+            return
+        solver = lane.again.args[SOLVER]
+        where = self.axes.words(int(lane.name))
+        tqdm.write(f"{where}: {given_up(path, solver)}", file=sys.stderr)
+
     def under_way(self, name: str, path: Path) -> None:
         """Shows how far a lane is that takes long."""
         bar, now = self.bars[0], time.perf_counter()
@@ -109,7 +118,13 @@ class Runner:
         lanes = self._made(numbers, owned)
         tell = lambda i, path, device: self.bars.tell(numbers[i], path, device)
         found = run_lanes(
-            lanes, self.batch, size, tell, catch=catch, checkpoints=checkpoints
+            lanes,
+            self.batch,
+            size,
+            tell,
+            catch=catch,
+            checkpoints=checkpoints,
+            given_up=self.bars.given_up,
         )
         return Lanes(self.recipe, numbers, found, owned)
 
@@ -195,10 +210,6 @@ def run_stored(
     """The chunks that the store does not have, as far as they are for this process;
     returns the store, opened."""
     axes = recipe.axes
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk: expected a number of lanes from 1 on, got {chunk}.")
-    if not checkpoint >= 0:
-        raise ValueError(f"checkpoint: expected seconds, 0 or more, got {checkpoint}.")
     processes, process = jax.process_count(), jax.process_index()
     store = Store(File(path), process)
     remove_stale(store.path, processes)

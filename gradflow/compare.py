@@ -1,5 +1,6 @@
 """How far theory and simulation are apart, for every weight decay."""
 
+import dataclasses
 from typing import Any
 
 import equinox as eqx
@@ -9,8 +10,9 @@ import numpy as np
 import optax
 from jaxtyping import Bool, Float
 
+from ._checks import check_arguments, word
 from ._interpolate import holds_until
-from .grokking import crossing_time
+from .grokking import landed_crossing_time
 from .path import Path
 from .predicted_time import PredictedTime
 from .results import RESULTS
@@ -176,6 +178,11 @@ def compare(sweep: Sweep, theory: TwoPhase, *, after: float = 0.1) -> Report:
 
     **Raises:** `ValueError` where the two do not belong together.
     """
+    if not isinstance(sweep, Sweep):
+        raise ValueError(f"sweep: expected a gradflow.Sweep, got {word(sweep)}.")
+    if not isinstance(theory, TwoPhase):
+        raise ValueError(f"theory: expected a gradflow.TwoPhase, got {word(theory)}.")
+    check_arguments(after=after)
     same = jax.tree.structure(sweep.paths.params) == jax.tree.structure(
         theory.drift.params
     ) and all(
@@ -199,7 +206,11 @@ def compare(sweep: Sweep, theory: TwoPhase, *, after: float = 0.1) -> Report:
             raise ValueError("theory: made for another initial model than sweep's.")
     until = _regular_until(theory)
     lams = np.asarray(sweep.weight_decay)
-    found = [jax.tree.map(np.asarray, _errors(theory, path)) for path in sweep]
+    bare = (dataclasses.replace(path, again=None) for path in sweep)
+    found = [jax.tree.map(np.asarray, _errors(theory, path)) for path in bare]
+    if theory.second is None:
+        unknown = lambda each: (*each[:2], *2 * (np.full_like(each[0], np.nan),))
+        found = [unknown(each) for each in found]
     errors, drift_errors, second_errors, second_terms = (
         np.stack(each) for each in zip(*found, strict=True)
     )
@@ -210,7 +221,7 @@ def compare(sweep: Sweep, theory: TwoPhase, *, after: float = 0.1) -> Report:
     floor = 10 * max(float(np.max(e)) for e in (*known_to, theory.interpolation_error))
     curvature = np.interp(until, theory.drift.t, theory.smallest_curvature)
     measured = [_times(path, theory) for path in sweep]
-    curves = [theory._predicted_metrics(lam) for lam in lams]
+    curves = [theory._predicted(lam) for lam in lams]
     predicted = [
         {
             name: theory._time_from(lam, name, t, values)
@@ -259,7 +270,7 @@ def compare(sweep: Sweep, theory: TwoPhase, *, after: float = 0.1) -> Report:
         predicted_grokking_error=np.array([p.error for p in get("test")]),
         predicted_t=np.stack([t for t, _ in curves]),
         predicted_metrics={
-            name: np.stack([values[-1][name] for _, values in curves])
+            name: np.stack([found.curves[:2][-1][name] for _, found in curves])
             for name in theory.drift.watched
         },
     )
@@ -318,10 +329,7 @@ def _errors(theory: TwoPhase, path: Path) -> tuple[Any, Any, Any, Any]:
         second = (minus(params, better), minus(better, composite))
         return tuple(norm(x) / size for x in (off, off_drift, *second))
 
-    off, off_drift, *second = jax.lax.map(lambda tp: at(*tp), (path.t, path.params))
-    if theory.second is None:
-        second = [jnp.full_like(path.t, jnp.nan)] * 2
-    return off, off_drift, second[0], second[1]
+    return jax.lax.map(lambda tp: at(*tp), (path.t, path.params))
 
 
 def _ratio(theory: TwoPhase, slow: np.ndarray) -> np.ndarray:
@@ -352,7 +360,7 @@ def _sup_until(errors: np.ndarray, slow: np.ndarray, until: float) -> np.ndarray
 def _times(path: Path, theory: TwoPhase) -> dict[str, float]:
     watched = theory.drift.watched
     return {
-        name: crossing_time(path.t, path.metrics[name], watched[name])
+        name: landed_crossing_time(path, name, watched[name])
         if name in path.metrics and name in watched
         else np.nan
         for name in ("train", "test")

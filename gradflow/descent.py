@@ -11,22 +11,40 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Int, PRNGKeyArray, PyTree, Scalar
 
-from ._checks import check_init_scale, check_weight_decay, is_concrete
+from ._checks import (
+    check_arguments,
+    check_choice,
+    check_integer,
+    check_one,
+    check_positive,
+    is_concrete,
+)
 from ._descent_methods import (
     as_optimiser,
+    check_optimiser,
     check_projection,
+    DescentOptimiser,
     Method,
     Optimiser,
     Projection,
     projection,
+    Schedule,
+    Scheduled,
+    scheduled,
 )
 from ._minibatch import check_batches, epoch_order, minibatch
 from ._parts import strong
-from .flow import FlowTerm, GradientFlow, scaled, Sphere
+from .flow import check_flow, FlowTerm, GradientFlow, scaled, Sphere
 from .metrics import Metric
 from .path import Path
 from .results import RESULTS
-from .simulate import as_metrics, check_scalars, fail_unless_reached
+from .simulate import (
+    as_metrics,
+    check_problem,
+    check_scalars,
+    fail_unless_reached,
+    named_wrong,
+)
 
 
 def descent(
@@ -34,7 +52,7 @@ def descent(
     model: PyTree,
     *,
     weight_decay: float | Scalar,
-    learning_rate: float | Scalar,
+    learning_rate: float | Scalar | Schedule,
     init_scale: float | Scalar = 1.0,
     steps: int | None = None,
     slow_time: float | None = None,
@@ -65,7 +83,8 @@ def descent(
 
     The clock is that of the flow: t = h · steps, and s = λt, for all methods. A plain
     gradient descent follows the flow to O(h); other optimisers follow flows of their
-    own, for which t is a unit of account. (Where the decay is decoupled, R = ½‖θ‖²
+    own, for which t is a unit of account. On a schedule h differs from step to step,
+    and t = Σh. (Where the decay is decoupled, R = ½‖θ‖²
     alone shrinks the parameters by e^{−s}, whatever the optimiser.)
 
     **Arguments:**
@@ -75,7 +94,8 @@ def descent(
         2210.01117); not with `"projected"`.
     - `model`: the initial model θ₀.
     - `weight_decay`: λ ≥ 0.
-    - `learning_rate`: h > 0.
+    - `learning_rate`: h > 0; or a schedule of Optax's, a function of the number of
+        steps taken, with `steps` or `at`.
     - `init_scale`: the factor by which all initial parameters are multiplied. (A flow
         that holds the norm holds that of the scaled ones.)
     - `steps`, `slow_time`, `t1`, `at`: give one. Take so many steps; run to slow time
@@ -86,28 +106,39 @@ def descent(
     - `method`: what is done with the penalty, see above.
     - `optimiser`: an Optax optimiser as a function of its learning rate, `optax.adam`;
         or one that is ready, `optax.adam(1e-3)`, and then `learning_rate` is only what
-        the clock and the penalty step take. `optax.sgd` unless given.
+        the clock and the penalty step take. `optax.sgd` unless given. What some ask
+        for beside the gradient (line searches, Polyak's step, `reduce_on_plateau`) is
+        that of F + λR for `"subgradient"`, and of F for the other methods; of the
+        minibatch, where there is one.
     - `batch_size`: of minibatches, drawn anew each epoch without replacement (the last
         one of an epoch is filled up with its first samples). All samples unless given.
     - `key`: of the minibatches.
     - `metrics`: functions of the model, by name; `Metric` adds a threshold.
-    - `throw`: raise if the descent leaves the finite range; otherwise see
-        `path.result`.
+    - `throw`: raise if the descent overshoots: leaves the finite range, or ends at an
+        F + λR larger by 1/√eps than it began; otherwise see `path.result`.
     - `progress`: show a progress bar.
 
     **Returns:** a `Path`, as `simulate` does. Its `train_loss` is that of all samples.
 
     **Raises:** `ValueError` for arguments that make no sense, before any compute;
     `NotImplementedError` where a proximal map is asked for that is not known;
-    `RuntimeError` if the descent leaves the finite range and `throw`.
+    `RuntimeError` if the descent overshoots and `throw`.
     """
+    check_flow(flow)
+    check_one(weight_decay, "weight_decay")
+    check_one(learning_rate, "learning_rate")
+    wrong = check_arguments(
+        weight_decay=weight_decay, learning_rate=learning_rate, init_scale=init_scale
+    )
     args = prepare_descent(
         flow, model, as_metrics(metrics), weight_decay=weight_decay,
         learning_rate=learning_rate, init_scale=init_scale, steps=steps,
         slow_time=slow_time, t1=t1, at=at, saves=saves, method=method,
         optimiser=optimiser, batch_size=batch_size, key=key, progress=progress,
     )  # fmt: skip
-    path = descend(*args)
+    if wrong is not False:  # then nothing is run
+        args = (*args[:4], jnp.where(wrong, 0, args[4]), *args[5:])
+    path = named_wrong(descend(*args), wrong)
     path.stats["why"] = f"{method} steps were asked for"
     return fail_unless_reached(path, path) if throw else path
 
@@ -126,26 +157,18 @@ def prepare_descent(
     at: Any,
     saves: int,
     method: Any,
-    optimiser: Optimiser | None,
+    optimiser: Any,
     batch_size: Any,
     key: PRNGKeyArray | None,
     progress: bool = False,
 ) -> tuple:
     """The arguments of `descend`, checked."""
-    check_init_scale(init_scale)
+    check_choice(method, "method", get_args(Method))
+    if optimiser is not None:
+        check_optimiser(optimiser)
     model = scaled(model, init_scale, trainable=flow.trainable)
     term, params = flow.term(model)
-    check_weight_decay(weight_decay)
-    check_rate(learning_rate)
-    for name, value in (
-        ("weight_decay", weight_decay),
-        ("learning_rate", learning_rate),
-    ):
-        if np.ndim(value) != 0:
-            raise ValueError(f"{name}: expected one number; sweep takes many.")
-    if method not in get_args(Method):
-        expected = ", ".join(map(repr, get_args(Method)))
-        raise ValueError(f"method: expected one of {expected}, got {method!r}.")
+    check_problem(term, params, watched)
     if method == "projected":
         if flow.hold_norm:
             raise ValueError("method: 'projected' cannot hold the norm as well.")
@@ -154,11 +177,15 @@ def prepare_descent(
     numbers = _saved_steps(steps, slow_time, t1, at, saves, weight_decay, learning_rate)
 
     dtype = jax.tree.leaves(params)[0].dtype
+    if callable(learning_rate):
+        learning_rate = scheduled(learning_rate, numbers, dtype)
+    else:
+        learning_rate = jnp.asarray(learning_rate, dtype)
     return (
         term,
         params,
         jnp.asarray(weight_decay, dtype),
-        jnp.asarray(learning_rate, dtype),
+        learning_rate,
         jnp.asarray(numbers),
         watched,
         method,
@@ -169,12 +196,7 @@ def prepare_descent(
     )
 
 
-def check_rate(learning_rate: Any) -> None:
-    if is_concrete(learning_rate) and np.ndim(learning_rate) == 0:
-        if not 0 < float(learning_rate) < np.inf:
-            raise ValueError(
-                f"learning_rate: expected a positive number, got {learning_rate}."
-            )
+_MOST_STEPS = 2**62  # of an integer of 64 bits
 
 
 def _saved_steps(
@@ -200,23 +222,30 @@ def _saved_steps(
         if numbers[0] < 0 or (np.diff(numbers) <= 0).any():
             raise ValueError("at: expected increasing numbers of steps from 0 on.")
         return numbers
-    if saves < 3:
-        raise ValueError(f"saves: expected 3 or more, got {saves}.")
+    check_integer(saves, "saves", 3)
     for name, value in (("slow_time", slow_time), ("t1", t1)):
         if value is None:
             continue
+        if callable(learning_rate):
+            raise ValueError(
+                f"{name}: give steps or at where learning_rate is a schedule."
+            )
         if not is_concrete(learning_rate) or not is_concrete(weight_decay):
             raise ValueError(
                 f"{name}: give steps where λ or learning_rate is being traced."
             )
-        if not 0 < value < np.inf:
-            raise ValueError(f"{name}: expected a positive number, got {value}.")
-        unit = learning_rate * (weight_decay if name == "slow_time" else 1)
-        if unit == 0:
+        check_positive(value, name)
+        if name == "slow_time" and weight_decay == 0:
             raise ValueError("slow_time: s = λt needs weight_decay > 0; give steps.")
-        steps = max(1, round(value / float(unit)))
-    if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or steps < 1:
-        raise ValueError(f"steps: expected an integer >= 1, got {steps!r}.")
+        unit = float(learning_rate) * float(weight_decay if name == "slow_time" else 1)
+        count = float(value) / unit if unit > 0 else np.inf
+        if not count < _MOST_STEPS:
+            raise ValueError(
+                f"{name}: that would take {count:.3g} steps, more than can be counted; "
+                "raise learning_rate."
+            )
+        steps = max(1, round(count))
+    check_integer(steps, "steps", 1)
     return log_spaced_steps(int(steps), saves)
 
 
@@ -252,8 +281,6 @@ class Descended(eqx.Module):
     state: _State
     place: Int[Array, ""]
     """Of the next to save."""
-    lost: Bool[Array, ""]
-    """Whether it has left the finite range. It does not come back."""
     saved: PyTree
 
 
@@ -276,7 +303,7 @@ def _descend(
     term: FlowTerm,
     params: PyTree,
     weight_decay: Scalar,
-    learning_rate: Scalar,
+    learning_rate: Scalar | Scheduled,
     numbers: Int[Array, " saves"],
     watched: dict[str, Metric],
     method: Method,
@@ -293,11 +320,13 @@ def _descend(
         penalty: Any = term.penalty
         term = FlowTerm(term.loss, penalty.penalty, sphere.static)
     check_scalars(term.loss, watched, term.model(params))
-    optax_one = as_optimiser(optimiser, learning_rate)
+    rate = learning_rate
+    h = rate if isinstance(rate, Scheduled) else lambda _: rate
+    t = rate.times if isinstance(rate, Scheduled) else rate * numbers.astype(rate.dtype)
+    optax_one = as_optimiser(optimiser, rate, params)
     project = projection(term, params) if method == "projected" else None
     order = None if key is None else epoch_order(term.loss, key, jnp.zeros((), int))
-    start = _State(params, optax_one.init(params), order)
-    largest = (1 + optax.tree.norm(params)) / jnp.finfo(weight_decay.dtype).eps ** 0.5
+    start = _State(params, optax_one.made.init(params), order)
     meter = diffrax.TqdmProgressMeter() if progress else diffrax.NoProgressMeter()
     block = jnp.maximum(1, numbers[-1] // 200)
 
@@ -309,51 +338,55 @@ def _descend(
             loss, order = minibatch(term.loss, order, key, i, batch_size)
         state = _step(
             term, loss, _State(state.params, state.optimiser, order),
-            weight_decay, learning_rate, method, optax_one, project,
+            weight_decay, h(i), method, optax_one, project,
         )  # fmt: skip
         if sphere is None:
             return state
         return eqx.tree_at(lambda s: s.params, state, sphere.place(state.params))
 
-    def far(state: _State) -> Array:
-        return ~(optax.tree.norm(state.params) < largest)
+    def lost(state: _State) -> Array:
+        """Whether it has left the finite range, to which no step leads back. (Its norm,
+        a sum of squares, would leave it before.)"""
+        finite = [jnp.all(jnp.isfinite(p)) for p in jax.tree.leaves(state.params)]
+        return ~jnp.all(jnp.stack(finite))
 
     def until(done: Descended, shown: PyTree, end: Array) -> tuple[Descended, PyTree]:
         def block_of_steps(carry):
-            i, state, lost, shown = carry
+            i, state, shown = carry
             # Blocks end at the same steps wherever a part begins.
             stop = jnp.minimum((i // block + 1) * block, end)
-            state = jax.lax.fori_loop(i, jnp.where(lost, i, stop), step, state)
+            stop = jnp.where(lost(state), end, stop)
+            state = jax.lax.fori_loop(
+                jnp.where(lost(state), stop, i), stop, step, state
+            )
             shown = meter.step(shown, stop / numbers[-1])
-            lost = lost | ((stop % block == 0) & far(state))
-            return jnp.where(lost, end, stop), state, lost, shown
+            return stop, state, shown
 
-        carry = (done.steps, done.state, done.lost, shown)
+        carry = (done.steps, done.state, shown)
         unfinished = lambda carry: carry[0] < end
-        i, state, lost, shown = jax.lax.while_loop(unfinished, block_of_steps, carry)
-        return Descended(i, state, done.place, lost, done.saved), shown
+        i, state, shown = jax.lax.while_loop(unfinished, block_of_steps, carry)
+        return Descended(i, state, done.place, done.saved), shown
 
-    def record(state: _State, lost: Array) -> PyTree:
+    def record(state: _State) -> PyTree:
         params = state.params
         model = term.model(params)
         seen = {name: metric(model) for name, metric in watched.items()}
         values = (params, seen, term.loss(model), term.penalty(params))
-        return jax.tree.map(lambda x: jnp.where(lost, jnp.nan, x), values)
+        nothing = lost(state)
+        return jax.tree.map(lambda x: jnp.where(nothing, jnp.nan, x), values)
 
     def until_next_save(carry: tuple) -> tuple:
         done, shown = carry
         done, shown = until(done, shown, numbers[done.place])
-        lost = done.lost | far(done.state)
         put = lambda all, x: all.at[done.place].set(x)
-        saved = jax.tree.map(put, done.saved, record(done.state, lost))
-        return Descended(done.steps, done.state, done.place + 1, lost, saved), shown
+        saved = jax.tree.map(put, done.saved, record(done.state))
+        return Descended(done.steps, done.state, done.place + 1, saved), shown
 
     zero, count = jnp.zeros_like(numbers[0]), numbers.shape[0]
     if before is None:
         empty = lambda x: jnp.full((count, *x.shape), jnp.nan, x.dtype)
-        never = jnp.zeros((), bool)
-        none = jax.tree.map(empty, jax.eval_shape(record, start, never))
-        before = Descended(zero, start, zero, never, none)
+        none = jax.tree.map(empty, jax.eval_shape(record, start))
+        before = Descended(zero, start, zero, none)
     last = numbers[-1]
     if steps is not None:
         last = jnp.minimum(before.steps + steps.astype(last.dtype), last)
@@ -368,13 +401,18 @@ def _descend(
             done, shown = until(done, shown, last)
     meter.close(shown)
     models, seen, train_loss, penalty = done.saved
-    lost = done.lost | ~jnp.isfinite(train_loss[-1])
-    lost = lost | ~jnp.isfinite(optax.tree.norm(done.state.params))
-    result = RESULTS.where(lost, RESULTS.overshot, RESULTS.successful)
+    # The parameters may grow, in any unit, but what is descended on may not.
+    height = train_loss + weight_decay * penalty
+    most = jnp.abs(height[0]) / jnp.finfo(height.dtype).eps ** 0.5
+    up = lost(done.state) | ~(height[-1] - height[0] <= most)
+    up = up | ~jnp.isfinite(train_loss[-1])
+    result = RESULTS.where(up, RESULTS.overshot, RESULTS.successful)
     name = getattr(optimiser, "__name__", "an Optax optimiser")
     words = method if optimiser is optax.sgd else f"{method} with {name}"
+    if isinstance(rate, Scheduled):
+        words += ", on a schedule"
     path = Path(
-        t=learning_rate * numbers.astype(learning_rate.dtype),
+        t=t,
         weight_decay=weight_decay,
         params=models,
         static=term.static,
@@ -384,7 +422,10 @@ def _descend(
         result=result,
         stats={
             "solver": f"descent ({words})",
-            "learning_rate": learning_rate,
+            # On a schedule, its mean.
+            "learning_rate": t[-1] / numbers[-1].astype(t.dtype)
+            if isinstance(rate, Scheduled)
+            else rate,
             "steps": numbers[-1],
         },
         watched=watched,
@@ -399,7 +440,7 @@ def _step(
     weight_decay: Scalar,
     learning_rate: Scalar,
     method: Method,
-    optimiser: optax.GradientTransformation,
+    optimiser: DescentOptimiser,
     project: Projection | None,
 ) -> _State:
     params, penalty = state.params, term.penalty
@@ -408,12 +449,17 @@ def _step(
     if project is not None:
         moved = along(params, decay, penalty.gradient(params))
         return _State(project(moved), state.optimiser, state.order)
-    force = jax.grad(lambda p: loss(term.model(p)))(params)
-    if method == "subgradient":
-        force = along(force, weight_decay, penalty.gradient(params))
-    # Optax counts steps in integers, and mixes them with floats.
-    with jax.numpy_dtype_promotion("standard"):
-        update, memory = optimiser.update(force, state.optimiser, params)
+    both = method == "subgradient"
+
+    def value(p: PyTree) -> Scalar:
+        size = loss(term.model(p))
+        return size + weight_decay * penalty(p) if both else size
+
+    def force(p: PyTree) -> PyTree:
+        slope = jax.grad(lambda p: loss(term.model(p)))(p)
+        return along(slope, weight_decay, penalty.gradient(p)) if both else slope
+
+    update, memory = optimiser.update(value, force, state.optimiser, params)
     moved = optax.apply_updates(params, update)
     if method == "decoupled":
         moved = along(moved, decay, penalty.gradient(params))

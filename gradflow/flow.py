@@ -1,6 +1,6 @@
 """The gradient flow θ' = −∇F(θ) − λ∇R(θ), as a Diffrax term."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import diffrax
@@ -12,8 +12,15 @@ import optax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree, Scalar
 
-from ._checks import check_init_scale, check_model, is_concrete
-from .losses import AbstractCompositeLoss, AbstractLoss
+from ._checks import check_init_scale, check_model, is_concrete, word
+from .losses import (
+    AbstractCompositeLoss,
+    AbstractLoss,
+    CrossEntropy,
+    Huber,
+    Logistic,
+    SquaredError,
+)
 from .penalties import AbstractPenalty, L2
 
 
@@ -49,13 +56,13 @@ class GradientFlow(eqx.Module):
         """
         if not isinstance(loss, AbstractLoss):
             raise ValueError(
-                f"loss: expected a gradflow loss, got {type(loss).__name__}; wrap a "
-                "function of the model as gradflow.Loss(fn)."
+                f"loss: expected a gradflow loss, got {word(loss)}; wrap a function of "
+                "the model as gradflow.Loss(fn)."
             )
         if not (penalty is None or isinstance(penalty, AbstractPenalty)):
             raise ValueError(
-                f"penalty: expected a gradflow penalty, got {type(penalty).__name__}; "
-                "see gradflow.AbstractPenalty for one of your own."
+                f"penalty: expected a gradflow penalty, got {word(penalty)}; see "
+                "gradflow.AbstractPenalty for one of your own."
             )
         self.loss = loss
         self.penalty = L2() if penalty is None else penalty
@@ -102,9 +109,59 @@ def partition(
 ) -> tuple[PyTree, PyTree]:
     """Splits `model` into trainable parameters and the rest; see
     `GradientFlow.partition`."""
-    params, static = eqx.partition(model, trainable)
+    params, static = _split(model, trainable)
     check_model(params)
     return params, static
+
+
+def _split(model: PyTree, trainable: PyTree) -> tuple[PyTree, PyTree]:
+    try:
+        params, static = eqx.partition(model, trainable)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            "trainable: expected a function of a leaf, or booleans in the structure of "
+            f"the model, got {word(trainable)}."
+        ) from error
+    for at, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not eqx.is_inexact_array(leaf):
+            kind = getattr(leaf, "dtype", type(leaf).__name__)
+            raise ValueError(
+                "trainable: expected to choose arrays of floating-point numbers, but "
+                f"model{jax.tree_util.keystr(at)} is of type {kind}."
+            )
+    return params, static
+
+
+def check_flow(flow: Any) -> None:
+    """Raises unless it is a flow. A loss alone does not say which penalty."""
+    if not isinstance(flow, GradientFlow):
+        loss = isinstance(flow, AbstractLoss)
+        remedy = "; make one as gradflow.GradientFlow(loss)" if loss else ""
+        raise ValueError(f"flow: expected a GradientFlow, got {word(flow)}{remedy}.")
+
+
+def flow_of(loss: Any, trainable: PyTree = eqx.is_inexact_array) -> GradientFlow:
+    """The flow of a loss alone, whatever the penalty: from the loss, or from a flow.
+
+    **Raises:** `ValueError` for anything else; for a flow that holds the norm; and
+    where `trainable` is not that of the flow.
+    """
+    if isinstance(loss, GradientFlow):
+        check_free(loss)
+        if trainable not in (eqx.is_inexact_array, loss.trainable):
+            raise ValueError("trainable: the flow says already what is trainable.")
+        loss, trainable = loss.loss, loss.trainable
+    return GradientFlow(loss, trainable=trainable)
+
+
+def check_free(flow: Any) -> None:
+    """Raises unless it is a flow, of parameters whose norm is not held."""
+    check_flow(flow)
+    if flow.hold_norm:
+        raise ValueError(
+            "flow: it holds the norm, for which there is no theory of the critical "
+            "manifold here; give one without hold_norm."
+        )
 
 
 class Sphere(eqx.Module):
@@ -202,6 +259,48 @@ class TrackedFlowTerm(FlowTerm):
         return Tracked(super().vf(t, y.params, args), jnp.zeros_like(y.multiplier))
 
 
+def linearized(fn: Callable, x: PyTree) -> tuple[PyTree, Callable, Callable]:
+    """f(x), and the products u ↦ Ju and v ↦ Jᵀv with J = ∂f/∂x.
+
+    Where f has operations with a reverse derivative only (`jax.custom_vjp`), Ju is the
+    pullback of the pullback v ↦ Jᵀv, which is linear: twice the price.
+
+    **Raises:** `ValueError` where that has no derivative either.
+    """
+    try:
+        out, push = jax.linearize(fn, x)
+        # What has no forward rule is mostly found out when `push` is compiled.
+        linear = operations(jax.make_jaxpr(push)(x))
+        if all(one.primitive.name != "custom_lin" for one in linear):
+            return out, push, lambda v: jax.linear_transpose(push, x)(v)[0]
+    except TypeError as error:
+        if "custom_vjp" not in str(error):
+            raise
+    out, back = jax.vjp(fn, x)
+    pull = lambda v: back(v)[0]
+    try:
+        _, forth = jax.vjp(pull, jax.tree.map(jnp.zeros_like, out))
+        jax.eval_shape(forth, x)
+    except Exception as error:
+        raise ValueError(
+            "model: expected outputs with a forward derivative, or a reverse one that "
+            "can be differentiated, got an operation (jax.custom_vjp) with neither; "
+            "give solver=diffrax.Tsit5(), or inside the model an adjoint such as "
+            "diffrax.DirectAdjoint()."
+        ) from error
+    return out, lambda u: forth(u)[0], pull
+
+
+def operations(jaxpr: Any) -> Iterator[Any]:
+    """All equations of a program, and of those inside of it."""
+    for equation in jaxpr.eqns:
+        yield equation
+        inner = lambda p: hasattr(p, "eqns")
+        for param in jax.tree.leaves(list(equation.params.values()), is_leaf=inner):
+            if inner(param):
+                yield from operations(param)
+
+
 _BLOCK_BYTES = 2**28
 
 
@@ -254,6 +353,12 @@ class FlatLoss(eqx.Module):
     ) -> Float[Array, " m"]:
         """ℓ''(z) u."""
         return jax.jvp(jax.grad(self.outer), (z,), (u,))[1]
+
+    def linearize(
+        self, theta: Float[Array, " d"]
+    ) -> tuple[Float[Array, " m"], Callable, Callable]:
+        """z(θ), and the products u ↦ Ju and v ↦ Jᵀv; see `linearized`."""
+        return linearized(self.outputs, theta)
 
     def residuals(self, theta: Float[Array, " d"]) -> Float[Array, " m"]:
         """∇ℓ(z(θ))."""
@@ -317,9 +422,8 @@ class FlatLoss(eqx.Module):
         self, theta: Float[Array, " d"], weighted: Callable, block: int
     ) -> Float[Array, "m m"]:
         """The same where outputs are not known to split into samples."""
-        z, push = jax.linearize(self.outputs, theta)
-        pull = jax.linear_transpose(push, theta)
-        row = lambda e: push(weighted(pull(e)[0]))
+        z, push, pull = self.linearize(theta)
+        row = lambda e: push(weighted(pull(e)))
         return jax.lax.map(row, jnp.eye(z.size, dtype=z.dtype), batch_size=block)
 
     @property
@@ -368,6 +472,41 @@ def flatten(
     return theta, FlatLoss(loss, static, unravel)
 
 
+def may_have_kinks(loss: FlatLoss, theta: Float[Array, " d"]) -> bool:
+    """Whether something in the outputs of the model (or in the loss, if it is none of
+    gradflow's own) may have kinks, such as a ReLU, a maximum, an order, or a comparison
+    of numbers. Nothing is computed; it is traced once."""
+    own = isinstance(loss.loss, SquaredError | Huber | Logistic | CrossEntropy)
+    return _kinked(jax.make_jaxpr(loss.outputs if own else loss.__call__)(theta))
+
+
+def _kinked(jaxpr: Any) -> bool:
+    # The maximum in a softmax is one through which no derivative flows.
+    shifts = any(one.primitive.name == "stop_gradient" for one in jaxpr.eqns)
+
+    def kinked(one: Any) -> bool:
+        inner = [p for p in jax.tree.leaves(
+            list(one.params.values()), is_leaf=lambda p: hasattr(p, "eqns")
+        ) if hasattr(p, "eqns")]  # fmt: skip
+        if any(map(_kinked, inner)):
+            return True
+        name = one.primitive.name
+        if name not in _KINKS or (name in ("reduce_max", "max") and shifts):
+            return False
+        # Of numbers; a maximum with −∞ is none.
+        numbers = jnp.issubdtype(one.invars[0].aval.dtype, jnp.floating)
+        bounds = [np.asarray(v.val) for v in one.invars if hasattr(v, "val")]
+        return numbers and bool(np.isfinite(bounds).all())
+
+    return any(map(kinked, jaxpr.eqns))
+
+
+_KINKS = frozenset(
+    "abs argmax argmin ceil clamp cummax cummin floor ge gt le lt max min reduce_max "
+    "reduce_min reduce_window_max rem round sign sort top_k".split()
+)
+
+
 def scaled(
     model: PyTree,
     alpha: float | Scalar,
@@ -385,6 +524,6 @@ def scaled(
     **Raises:** `ValueError` where α is not one positive number.
     """
     check_init_scale(alpha, "alpha")
-    params, static = eqx.partition(model, trainable)
+    params, static = _split(model, trainable)
     times = lambda p: jnp.asarray(alpha, p.dtype) * p
     return eqx.combine(jax.tree.map(times, params), static)

@@ -1,5 +1,6 @@
 """Rules of thumb for the two phases: widths, onset, radial law, transition time."""
 
+import dataclasses
 import math
 
 import equinox as eqx
@@ -10,10 +11,11 @@ import optax
 from jaxtyping import Array, Float
 from scipy.interpolate import CubicSpline
 
-from .flow import flatten, GradientFlow
+from ._checks import check_arguments, check_number, check_positive, word
+from .flow import check_flow, check_free, flatten, GradientFlow
 from .grokking import crossing_time
 from .metrics import Metric
-from .path import Path
+from .path import check_path, Path
 from .second_order import Point
 from .theory import TwoPhase
 
@@ -52,6 +54,7 @@ def widths(path: Path, *, train: str = "train", test: str = "test") -> Widths:
     Source: Boursier, Pesme, Dragomir, arXiv 2505.20172, section 4: the drop is not
     sudden, it lasts as long on the logarithmic clock whatever λ.
     """
+    check_path(path)
     for name in (train, test):
         if name not in path.metrics:
             raise ValueError(
@@ -107,9 +110,13 @@ def onset(flow: GradientFlow, path: Path, *, share: float = 0.01) -> Onset:
 
     Source: Boursier, Pesme, Dragomir, arXiv 2505.20172, appendix E.
     """
+    check_flow(flow)
+    check_path(path)
+    check_arguments(share=share)
     if not float(path.weight_decay) > 0:
         raise ValueError("path: expected one with weight decay.")
-    force, decay = (np.asarray(x) for x in _forces(flow, path))
+    bare = dataclasses.replace(path, again=None)  # which is another one each time
+    force, decay = (np.asarray(x) for x in _forces(flow, bare))
     below = lambda values, level: crossing_time(
         path.t, values, Metric(lambda model: model, threshold=level)
     )
@@ -151,6 +158,9 @@ def radial_law(flow: GradientFlow, theory: TwoPhase) -> RadialLaw:
 
     **Returns:** a `RadialLaw` at the nodes of the drift, integrated by a cubic spline.
     """
+    check_free(flow)
+    if not isinstance(theory, TwoPhase):
+        raise ValueError(f"theory: expected a gradflow.TwoPhase, got {word(theory)}.")
     norm, rate = (np.asarray(x) for x in _radial(flow, theory))
     s = np.asarray(theory.drift.t)
     integral = CubicSpline(s, rate).antiderivative()(s)
@@ -185,9 +195,6 @@ def transition_time(scale: float, weight_decay: float) -> float:
 
     Source: Lyu, Jin, Li, Du, Lee, Hu, arXiv 2311.18817, theorems 3.1 and 3.3.
     """
-    if not (scale > 1 and weight_decay > 0):
-        raise ValueError(
-            f"scale, weight_decay: expected α > 1 and λ > 0, got {scale} and "
-            f"{weight_decay}."
-        )
+    check_number(scale, "scale", "a number α > 1", lambda v: v > 1)
+    check_positive(weight_decay, "weight_decay")
     return math.log(scale) / weight_decay

@@ -10,7 +10,9 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from .flow import GradientFlow
+from ._checks import as_level, check_times
+from .flow import check_flow, GradientFlow
+from .losses import AbstractLoss
 from .metrics import Metric
 from .simulate import as_metrics
 from .sweep import sweep
@@ -73,7 +75,8 @@ class Landscape(eqx.Module):
         **Raises:** `ValueError` where there is no threshold.
         """
         values, sign = self._toward_low(name)
-        level = self.watched[name].threshold if threshold is None else threshold
+        own = self.watched[name].threshold
+        level = own if threshold is None else as_level(threshold)
         if level is None:
             raise ValueError(f"threshold: the metric {name!r} has none; give one.")
         out = []
@@ -130,7 +133,7 @@ class Landscape(eqx.Module):
 
 
 def landscape(
-    flow: GradientFlow,
+    flow: GradientFlow | AbstractLoss,
     models: PyTree | Sequence[PyTree],
     *,
     scales: Float[Array | np.ndarray, " n"] | Sequence[float],
@@ -150,7 +153,7 @@ def landscape(
 
     **Arguments:**
 
-    - `flow`: the flow; its penalty plays no part, its norm is held.
+    - `flow`: the flow, or its loss; a penalty plays no part, and the norm is held.
     - `models`: an initial model, or a list of them (seeds).
     - `scales`: α, increasing and positive.
     - `t1`: the time to which the flow runs.
@@ -167,8 +170,12 @@ def landscape(
 
     Source: Liu, Michaud, Tegmark, arXiv 2210.01117, section 2.
     """
+    if isinstance(flow, AbstractLoss):
+        flow = GradientFlow(flow)
+    check_flow(flow)
+    check_times(scales, "scales", 3)
     scales = np.asarray(scales, float)
-    if scales.ndim != 1 or scales.size < 3 or (np.diff(scales, prepend=0) <= 0).any():
+    if not scales[0] > 0:
         raise ValueError("scales: expected three or more increasing positive numbers.")
     if "learning_rate" not in options and t1 is None:
         raise ValueError("t1: give the time to run to, or `learning_rate` and `steps`.")

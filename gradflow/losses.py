@@ -8,14 +8,42 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PyTree, Scalar
+from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
-from ._checks import check_finite, check_loss_data, is_concrete
+from ._checks import (
+    as_data,
+    as_level,
+    check_callable,
+    check_choice,
+    check_finite,
+    check_labels,
+    check_logits,
+    check_loss_data,
+    is_concrete,
+    word,
+)
 
 
 def predict_each(model: Callable, x: PyTree) -> Array:
     """Applies `model` to every sample: `jax.vmap(model)(x)`."""
     return jax.vmap(model)(x)
+
+
+def predicted(predict: Callable[[Any, PyTree], Array], model: Any, x: PyTree) -> Array:
+    """`predict(model, x)`.
+
+    **Raises:** `ValueError` where the model cannot take x.
+    """
+    try:
+        return predict(model, x)
+    except jax.errors.ConcretizationTypeError:
+        raise  # of a model that cannot be traced, whatever x is
+    except (TypeError, ValueError) as error:
+        shapes = ", ".join(f"{a.dtype}{list(a.shape)}" for a in jax.tree.leaves(x))
+        cause = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"x: {type(model).__name__} cannot take {shapes or x}: {cause}"
+        ) from error
 
 
 class AbstractLoss(eqx.Module):
@@ -112,17 +140,16 @@ class _TargetLoss(AbstractCompositeLoss):
         reduction: Literal["mean", "sum"] = "mean",
         predict: Callable[[Any, PyTree], Array] = predict_each,
     ):
-        self.x = jax.tree.map(jnp.asarray, x)
-        self.y = jnp.asarray(y)
+        self.x, self.y = as_data(x, "x"), as_data(y, "y")
         self.reduction = reduction
         self.predict = predict
-        if reduction not in ("mean", "sum"):
-            raise ValueError(f"reduction: expected 'mean' or 'sum', got {reduction!r}.")
+        check_choice(reduction, "reduction", ("mean", "sum"))
+        check_callable(predict, "predict", "the model and x")
         check_loss_data(self.x, self.y, "y")
         check_finite(self.y, "y")
 
     def outputs(self, model: PyTree) -> Float[Array, " m"]:
-        z = self.predict(model, self.x)
+        z = predicted(self.predict, model, self.x)
         if z.shape != self.y.shape:
             raise ValueError(
                 f"y: the model's predictions have shape {z.shape}, the targets "
@@ -208,11 +235,10 @@ class Huber(_TargetLoss):
         **Raises:** `ValueError` as `SquaredError`, and unless δ is such a number.
         """
         super().__init__(x, y, reduction=reduction, predict=predict)
-        if not is_concrete(delta):
-            raise ValueError("delta: expected a number known before tracing.")
-        if not delta > 0:
-            raise ValueError(f"delta: expected a positive number, got {delta}.")
-        self.delta = float(delta)
+        level = as_level(delta, "delta")
+        if level is None or not level > 0:
+            raise ValueError(f"delta: expected a positive number, got {word(delta)}.")
+        self.delta = level
 
     @property
     def outer_curvature(self) -> None:
@@ -253,11 +279,12 @@ class Logistic(_TargetLoss):
 
         **Raises:** `ValueError` as `SquaredError`, and where `y` holds others.
         """
-        if is_concrete(y):  # before JAX has it, which may be tracing
-            targets = np.asarray(y)
+        known = is_concrete(y)  # before JAX has it, which may be tracing
+        targets, y = y, as_data(y, "y")
+        if known:
+            targets = np.asarray(targets)
             if not ((targets >= 0) & (targets <= 1)).all():
                 raise ValueError("y: expected numbers from 0 to 1.")
-        y = jnp.asarray(y)
         y = y if jnp.issubdtype(y.dtype, jnp.inexact) else y.astype(float)
         super().__init__(x, y, reduction=reduction, predict=predict)
 
@@ -266,19 +293,104 @@ class Logistic(_TargetLoss):
         return None
 
     def outer(self, z: Float[Array, " m"]) -> Scalar:
-        return self.scale * jnp.sum(jax.nn.softplus(z) - self.y.reshape(-1) * z)
+        return self.scale * jnp.sum(_logistic(z, self.y.reshape(-1)))
 
     def outer_from(
         self, residuals: Float[Array, " m"], z: Float[Array, " m"]
     ) -> Scalar:
-        # softplus(z) − yz, with 1 + eᶻ = 1/(1 − p) and p = y + n·residual: exact where
-        # y is 0 or 1 and the class is right, where it is −log(1 − |p − y|).
+        # Where y is 0 or 1 it is −log(1 − |p − y|), with p − y = n·residual.
         y = self.y.reshape(-1)
-        miss = jnp.abs(residuals) / self.scale
-        hard = ((y == 0) | (y == 1)) & (miss < 0.5)
-        plain = jax.nn.softplus(z) - y * z
-        exact = -jnp.log1p(-jnp.where(hard, miss, 0))
-        return self.scale * jnp.sum(jnp.where(hard, exact, plain))
+        miss = jnp.where(y == 1, -residuals, residuals) / self.scale
+        hard = (y == 0) | (y == 1)
+        each = _from_miss(jnp.where(hard, miss, 0), _logistic(z, y))
+        return self.scale * jnp.sum(each)
+
+
+# An error p − 1 of a class that is all but certain cannot be told from zero; the sum of
+# the other probabilities can. So the losses below have derivatives of their own, right
+# to all digits, whatever the logits: of the first, the second and the third order.
+
+
+@jax.custom_jvp
+def _sigmoid(z: Array) -> Array:
+    """1/(1 + e⁻ᶻ)."""
+    return jax.nn.sigmoid(z)
+
+
+@_sigmoid.defjvp
+def _sigmoid_jvp(primals, tangents):
+    (z,), (dz,) = primals, tangents
+    p = _sigmoid(z)
+    return p, p * _sigmoid(-z) * dz
+
+
+@jax.custom_jvp
+def _logistic(z: Array, y: Array) -> Array:
+    """log(1 + eᶻ) − yz, for 0 ≤ y ≤ 1, each."""
+    return y * jax.nn.softplus(-z) + (1 - y) * jax.nn.softplus(z)
+
+
+@_logistic.defjvp
+def _logistic_jvp(primals, tangents):
+    (z, y), (dz, dy) = primals, tangents
+    # p − y. Near z = 0 it may be far smaller than p and y are, too.
+    far = (1 - y) * _sigmoid(z) - y * _sigmoid(-z)
+    near = 0.5 * jnp.tanh(0.5 * z) + (0.5 - y)
+    slope = jnp.where(jnp.abs(z) < 1, near, far)
+    return _logistic(z, y), slope * dz - z * dy
+
+
+@jax.custom_jvp
+def _softmax(z: Float[Array, "n k"]) -> Float[Array, "n k"]:
+    return jax.nn.softmax(z)
+
+
+@_softmax.defjvp
+def _softmax_jvp(primals, tangents):
+    (z,), (dz,) = primals, tangents
+    p = _softmax(z)
+    return p, _softmax_change(p, dz)
+
+
+def _softmax_change(p: Float[Array, "n k"], v: Float[Array, "n k"]) -> Array:
+    """(diag p − ppᵀ)v, of each sample. Only differences of v count: those to its value
+    at the largest p leave nothing there that cancels."""
+    first = jnp.argmax(p, axis=1, keepdims=True) == jnp.arange(p.shape[1])[None]
+    v = v - jnp.sum(jnp.where(first, v, 0), axis=1, keepdims=True)
+    return p * (v - jnp.sum(p * v, axis=1, keepdims=True))
+
+
+@jax.custom_jvp
+def _misses(z: Float[Array, "n k"], own: Bool[Array, "n k"]) -> Float[Array, "n k"]:
+    """softmax(z) − 1 at the label, where `own`, and softmax(z) elsewhere."""
+    others = jnp.where(own, 0, _softmax(z))
+    return jnp.where(own, -jnp.sum(others, axis=1, keepdims=True), others)
+
+
+@_misses.defjvp
+def _misses_jvp(primals, tangents):
+    (z, own), (dz, _) = primals, tangents
+    return _misses(z, own), _softmax_change(_softmax(z), dz)
+
+
+@jax.custom_jvp
+def _entropy(z: Float[Array, "n k"], own: Bool[Array, "n k"]) -> Float[Array, " n"]:
+    """log Σⱼ exp(zⱼ − z at the label), of each sample."""
+    label = jnp.sum(jnp.where(own, z, 0), axis=1)
+    others = jax.nn.logsumexp(jnp.where(own, -jnp.inf, z), axis=1)
+    return jax.nn.softplus(others - label)
+
+
+@_entropy.defjvp
+def _entropy_jvp(primals, tangents):
+    (z, own), (dz, _) = primals, tangents
+    return _entropy(z, own), jnp.sum(_misses(z, own) * dz, axis=1)
+
+
+def _from_miss(miss: Float[Array, " n"], plain: Float[Array, " n"]) -> Array:
+    """−log(1 − miss) where the miss of a right class is known, else `plain`."""
+    known = (miss > 0) & (miss < 0.5)
+    return jnp.where(known, -jnp.log1p(-jnp.where(known, miss, 0)), plain)
 
 
 class CrossEntropy(AbstractCompositeLoss):
@@ -306,35 +418,18 @@ class CrossEntropy(AbstractCompositeLoss):
         - `predict`: `predict(model, x)`, the logits for all samples, shape (n, k). The
             default is `jax.vmap(model)(x)`.
 
-        **Raises:** `ValueError` where `labels` are not integers, are negative, or do
-        not match `x` in length.
+        **Raises:** `ValueError` where `labels` are no vector of integers, are negative,
+        or do not match `x` in length.
         """
-        self.x = jax.tree.map(jnp.asarray, x)
-        self.labels = jnp.asarray(labels)
+        self.x, self.labels = as_data(x, "x"), as_data(labels, "labels")
         self.predict = predict
+        check_callable(predict, "predict", "the model and x")
         check_loss_data(self.x, self.labels, "labels")
-        if not jnp.issubdtype(self.labels.dtype, jnp.integer):
-            raise ValueError(
-                f"labels: expected integers from 0 to k - 1, got {self.labels.dtype}."
-            )
-        if is_concrete(self.labels) and np.min(self.labels) < 0:
-            raise ValueError("labels: expected integers from 0 to k - 1, got some < 0.")
+        check_labels(self.labels)
 
     def outputs(self, model: PyTree) -> Float[Array, " m"]:
-        z = self.predict(model, self.x)
-        if z.ndim != 2 or z.shape[0] != self.labels.shape[0]:
-            raise ValueError(
-                f"labels: the model's logits have shape {z.shape}, expected "
-                f"({self.labels.shape[0]}, classes)."
-            )
-        # Of a NumPy array: in a traced function jnp would trace the comparison too.
-        known = is_concrete(self.labels)
-        largest = np.asarray(self.labels).max() if known else 0
-        if largest >= z.shape[1]:
-            raise ValueError(
-                f"labels: the largest is {largest}, but the model gives {z.shape[1]} "
-                "logits."
-            )
+        z = predicted(self.predict, model, self.x)
+        check_logits(self.labels, z.shape)
         return z.reshape(-1)
 
     @property
@@ -345,26 +440,21 @@ class CrossEntropy(AbstractCompositeLoss):
     def outer_curvature(self) -> None:
         return None
 
-    def _each(self, z: Float[Array, " m"]) -> Float[Array, " n"]:
-        """The loss of each sample."""
-        log_p = jax.nn.log_softmax(z.reshape(self.labels.shape[0], -1))
-        return -jnp.take_along_axis(log_p, self.labels[:, None], axis=1)[:, 0]
+    def _own(self, z: Float[Array, " m"]) -> tuple[Array, Array]:
+        """z as (n, k), and where the labels are in it."""
+        z = z.reshape(self.labels.shape[0], -1)
+        return z, jnp.arange(z.shape[1])[None] == self.labels[:, None]
 
     def outer(self, z: Float[Array, " m"]) -> Scalar:
-        return jnp.mean(self._each(z))
+        return jnp.mean(_entropy(*self._own(z)))
 
     def outer_from(
         self, residuals: Float[Array, " m"], z: Float[Array, " m"]
     ) -> Scalar:
         # The residual at the label is (p − 1)/n.
-        n = self.labels.shape[0]
-        own = jnp.take_along_axis(
-            residuals.reshape(n, -1), self.labels[:, None], axis=1
-        )
-        miss = -n * own[:, 0]
-        known = jnp.abs(miss) < 0.5
-        exact = -jnp.log1p(-jnp.where(known, miss, 0))
-        return jnp.mean(jnp.where(known, exact, self._each(z)))
+        r, own = self._own(residuals)
+        miss = -self.labels.shape[0] * jnp.sum(jnp.where(own, r, 0), axis=1)
+        return jnp.mean(_from_miss(miss, _entropy(*self._own(z))))
 
 
 class Loss(AbstractLoss):
@@ -376,6 +466,9 @@ class Loss(AbstractLoss):
     """
 
     fn: Callable[[Any], Scalar]
+
+    def __check_init__(self):
+        check_callable(self.fn, "fn")
 
     def __call__(self, model: PyTree) -> Scalar:
         return self.fn(model)

@@ -4,11 +4,18 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, PyTree, Scalar
+from jaxtyping import Array, Float, Int, PyTree, Scalar
 
-from ._checks import check_loss_data
+from ._checks import (
+    as_data,
+    as_level,
+    check_callable,
+    check_labels,
+    check_logits,
+    check_loss_data,
+)
+from .losses import predict_each, predicted
 
 
 class Metric(eqx.Module):
@@ -20,10 +27,13 @@ class Metric(eqx.Module):
 
     fn: Callable[[Any], Scalar]
     """Of the model."""
-    threshold: float | None = eqx.field(static=True, default=None)
-    """The level that it is to pass; `None` where no level counts."""
+    threshold: float | None = eqx.field(static=True, default=None, converter=as_level)
+    """The level that it is to pass, a number; `None` where no level counts."""
     higher_is_better: bool = eqx.field(static=True, default=False)
     """Whether it passes from below."""
+
+    def __check_init__(self):
+        check_callable(self.fn, "fn")
 
     def __call__(self, model: Any) -> Scalar:
         return self.fn(model)
@@ -42,15 +52,22 @@ class Accuracy(eqx.Module):
         """**Arguments:**
 
         - `x`: inputs, n samples on the first axis.
-        - `labels`: integers from 0 on.
+        - `labels`: integers from 0 to k − 1.
 
-        **Raises:** `ValueError` where they differ in length, or are empty.
+        **Raises:** `ValueError` where they differ in length, are empty, or `labels` is
+        no vector of such integers.
         """
-        self.x = jax.tree.map(jnp.asarray, x)
-        self.labels = jnp.asarray(labels)
+        self.x, self.labels = as_data(x, "x"), as_data(labels, "labels")
         check_loss_data(self.x, self.labels, "labels")
+        check_labels(self.labels)
+
+    def logits(self, model: Any) -> Float[Array, "n k"]:
+        """The logits of all samples."""
+        logits = predicted(predict_each, model, self.x)
+        check_logits(self.labels, logits.shape)
+        return logits
 
     def __call__(self, model: Any) -> Scalar:
-        logits = jax.vmap(model)(self.x)
+        logits = self.logits(model)
         right = jnp.argmax(logits, axis=-1).astype(self.labels.dtype) == self.labels
         return jnp.mean(right, dtype=logits.dtype)

@@ -1,5 +1,6 @@
 """What a run gives: the models along a path in time, and what was watched."""
 
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -9,9 +10,16 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree, Scalar
 
-from .grokking import crossing_time
+from ._checks import word
+from .grokking import landed_crossing_time
 from .metrics import Metric
-from .results import RESULTS
+from .results import in_words, RESULTS
+
+
+def check_path(path: Any) -> None:
+    """Raises unless it is one path."""
+    if not isinstance(path, Path):
+        raise ValueError(f"path: expected a gradflow.Path, got {word(path)}.")
 
 
 class Path(eqx.Module):
@@ -42,6 +50,9 @@ class Path(eqx.Module):
     """The solver, its tolerance, and the steps it took."""
     watched: dict[str, Metric]
     """The metrics themselves, with their thresholds."""
+    again: Callable[[PyTree, Array], "Path"] | None = None
+    """Runs the same flow from given parameters through given times, from 0 on; `None`
+    for a descent, for paths made under `jit`, and where results were read from disk."""
 
     @property
     def slow_time(self) -> Float[Array, "*lanes n"]:
@@ -65,10 +76,17 @@ class Path(eqx.Module):
         """Whether the run reached its last time. (It may have `slid`: see `result`.)"""
         return (self.result == RESULTS.successful) | (self.result == RESULTS.slid)
 
+    @property
+    def verdict(self) -> str:
+        """How the run ended, and what to do about it, in words."""
+        return in_words(self.result, str(self.stats.get("solver", "")), self.t.dtype)
+
     def crossing_time(self, name: str) -> float:
-        """When metric `name` has passed its threshold for good; see
-        `gradflow.crossing_time`."""
-        return crossing_time(self.t, self.metrics[name], self.watched[name])
+        """When metric `name` has passed its threshold for good, to about `rtol`: the
+        flow is run again between the two saved times around the crossing. (Where it
+        can't be, see `again`, it is interpolated: `gradflow.crossing_time`, to about
+        `gradflow.crossing_error`.)"""
+        return landed_crossing_time(self, name, self.watched[name])
 
     @property
     def slow_speed(self) -> Scalar:
@@ -96,7 +114,7 @@ class Path(eqx.Module):
             + "".join(f", {_trend(k, v)}" for k, v in self.metrics.items()),
         ]
         if not bool(self.succeeded):
-            lines.append(f"  FAILED: {RESULTS[self.result]}")
+            lines.append(f"  FAILED: {self.verdict}")
         elif bool(self.result == RESULTS.slid):
             lines.append(f"  WARNING: {RESULTS[self.result]}")
         elif float(self.weight_decay) > 0:

@@ -4,7 +4,7 @@ import equinox as eqx
 import numpy as np
 from jaxtyping import Float
 
-from .grokking import crossing_time
+from .grokking import crossing_error, crossing_time
 from .metrics import Metric
 
 
@@ -27,41 +27,63 @@ class PredictedTime(eqx.Module):
         return f"t = {self.time:.6g}{error} ({self.why})"
 
 
+def bracket(
+    t: Float[np.ndarray, " n"], curves: list[Float[np.ndarray, " n"]], metric: Metric
+) -> tuple[float, float] | None:
+    """From where to where all curves cross for good; `None` where one does not."""
+    times = [crossing_time(t, curve, metric) for curve in curves]
+    if not np.isfinite(times).all() or max(times) <= 0:
+        return None
+    last = np.searchsorted(t, max(times))
+    return float(t[max(np.searchsorted(t, min(times)) - 1, 0)]), float(t[last])
+
+
 def predicted_time(
     t: Float[np.ndarray, " n"],
     curves: list[Float[np.ndarray, " n"]],
     metric: Metric,
     until: float,
     ratio: Float[np.ndarray, " n"],
+    delay: Float[np.ndarray, " n"],
 ) -> PredictedTime:
     """The time at which a predicted metric passes its threshold for good, as far as
     theory goes.
 
-    The error of order 2 is what the second order changes, times the ratio of the next
-    term to the second, and what leaving out every second point would change. That of
-    order 1 is not known.
+    The error of order 2 is the larger of two estimates of what the next term changes:
+    what its part known from the fast phase does; and what the second order changed,
+    times the ratio r of the terms. All further ones are taken for a geometric series,
+    1/(1 − r) times that. To it come the error of the interpolation in t, and that of
+    the paths. The error of order 1 is not known.
 
     **Arguments:**
 
     - `t`: n times, up to where theory holds.
-    - `curves`: the metric at these times, at order 1 and, if known, at order 2.
+    - `curves`: the metric at these times, at order 1 and, if known, at order 2 and with
+        the next term.
     - `metric`: for its threshold.
     - `until`: the slow time up to which theory holds, for the words.
     - `ratio`: of the next term to the second, at these times.
+    - `delay`: the time in which the prediction moves by the error of its paths.
     """
-    order = len(curves)
+    order = min(len(curves), 2)
     nothing = lambda why: PredictedTime(np.nan, np.nan, order, why)
     if metric.threshold is None:
         return nothing("the metric has no threshold")
-    if until <= 0:
-        return nothing("λ is too large for the theory, from the start of the drift on")
     times = [crossing_time(t, curve, metric) for curve in curves]
-    if not np.isfinite(times[-1]):
+    time, best = float(times[order - 1]), curves[order - 1]
+    if not np.isfinite(time):
         return nothing(f"not crossed for good while theory holds, s ≤ {until:.3g}")
-    time = float(times[-1])
-    thin = crossing_time(t[::-2][::-1], curves[-1][::-2][::-1], metric)
-    change = np.nan
-    if order == 2:
-        change = abs(time - times[0]) * ratio[t <= time].max()
     why = f"order {order}, theory holds up to s = {until:.3g}"
-    return PredictedTime(time, float(change + abs(time - thin)), order, why)
+    if order == 1 or time == 0:
+        return PredictedTime(time, np.nan if order == 1 else 0.0, order, why)
+    if not np.isfinite(times).all():
+        return nothing(f"the orders disagree whether it is crossed, s ≤ {until:.3g}")
+    r = float(np.interp(time, t, np.maximum.accumulate(ratio)))
+    if not r < 1:
+        return nothing(f"the terms do not fall until it is crossed, s ≤ {until:.3g}")
+    first, second = abs(time - times[0]), abs(times[2] - time)
+    if second > max(0.5 * first, 0.01 * time):
+        return nothing(f"the terms do not fall until it is crossed, s ≤ {until:.3g}")
+    change = max(second, r * first) / (1 - r)
+    paths = float(np.interp(time, t, delay)) + crossing_error(t, best, metric)
+    return PredictedTime(time, change + paths, order, why)

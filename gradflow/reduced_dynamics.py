@@ -11,7 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Scalar
 
-from ._checks import is_concrete
+from ._checks import (
+    check_arguments,
+    check_integer,
+    check_number,
+    check_positive,
+)
 
 
 class Cliff(eqx.Module):
@@ -39,8 +44,8 @@ class Cliff(eqx.Module):
 
     def __check_init__(self):
         _check_positive(norm=self.norm, height=self.height, softness=self.softness)
-        if is_concrete(self.angle) and not 0 < float(self.angle) < np.pi / 2:
-            raise ValueError(f"angle: expected 0 < θ < π/2, got {self.angle}.")
+        inside = lambda v: (v > 0) & (v < np.pi / 2)
+        check_number(self.angle, "angle", "0 < θ < π/2", inside)
 
     def critical_norm(self, messiness: float | Scalar) -> Scalar:
         """w_c(m)."""
@@ -149,9 +154,10 @@ class ReducedDynamics(eqx.Module):
 
         **Raises:** `ValueError` where an argument makes no sense.
         """
-        _check_positive(norm=norm, weight_decay=weight_decay, t1=t1, rtol=rtol)
-        if saves < 2:
-            raise ValueError(f"saves: expected 2 or more, got {saves}.")
+        _check_positive(norm=norm, weight_decay=weight_decay, t1=t1)
+        check_number(messiness, "messiness", "a number", lambda v: v == v)
+        check_arguments(rtol=rtol, max_steps=max_steps)
+        check_integer(saves, "saves", 2)
 
         def field(t, y, args):
             # Of log w, which cannot become negative.
@@ -230,5 +236,4 @@ class ReducedDynamics(eqx.Module):
 
 def _check_positive(**values: Any) -> None:
     for name, value in values.items():
-        if is_concrete(value) and not 0 < float(value) < np.inf:
-            raise ValueError(f"{name}: expected a positive number, got {value}.")
+        check_positive(value, name)

@@ -1,6 +1,8 @@
 """How a computation ended: every cause with its remedy."""
 
 import diffrax
+import jax.numpy as jnp
+import numpy as np
 
 
 class RESULTS(diffrax.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
@@ -8,10 +10,8 @@ class RESULTS(diffrax.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
 
     successful = ""
     out_of_steps = (
-        "The step budget was exhausted before the final time. If the solver is "
-        "explicit, the problem is stiff: use a KKT solver, or RKC2; or "
-        "it slides along kinks of the loss (ReLUs), which only the KKT solvers "
-        "recognise. Otherwise increase `max_steps`, or loosen `rtol`."
+        "The step budget was exhausted before the final time. Increase `max_steps`, or "
+        "loosen `rtol`."
     )
     slid = (
         "The run reached its end, but slid along kinks of the loss, where ∇F jumps, as "
@@ -22,13 +22,13 @@ class RESULTS(diffrax.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
     unstable = (
         "An explicit solver ran at its stability limit: noise of the size of the "
         "tolerance, in the stiff directions, makes up a drift of its own, and the path "
-        "can be wrong by far more than `rtol`. Use a KKT solver, or RKC2; or `rtol` "
-        "below λ/L, the ratio of weight decay and curvature."
+        "can be wrong by far more than `rtol`. Give `solver` a KKT solver, or RKC2; or "
+        "`rtol` below λ/L, the ratio of weight decay and curvature."
     )
     stalled = (
-        "The solver could make no step, however small: the loss is not smooth here, "
-        "or `rtol` is below what this precision can resolve. Loosen `rtol`, or use "
-        "float64."
+        "The solver could make no step, however small: next to the last time reached "
+        "the loss has a kink, is not finite, or bends more sharply than rounding "
+        "resolves to `rtol`. Loosen `rtol`, or look at the loss around that model."
     )
     diverged = (
         "The loss or the parameters left the finite range: the loss is likely "
@@ -36,8 +36,8 @@ class RESULTS(diffrax.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
         "weight decay."
     )
     overshot = (
-        "The descent left the finite range: the learning rate is likely above 2/L, L "
-        "the largest curvature of the loss. Lower it."
+        "The descent went up instead, or left the finite range: `learning_rate` is "
+        "likely above 2/L, L the largest curvature of the loss. Lower it."
     )
     not_converged = (
         "The flow had not come to rest at the largest time allowed: the loss is nearly "
@@ -67,7 +67,7 @@ class RESULTS(diffrax.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
     unresolved = (
         "The matrix-free iteration did not reach its tolerance: the Jacobian is "
         "ill-conditioned, or too few steps were allowed. Use method='dense' if it "
-        "fits the memory, or allow more steps."
+        "fits the memory, or raise `max_steps`."
     )
     second_order_lost = (
         "The terms of the second order could not be found: the fast phase changes too "
@@ -89,7 +89,46 @@ class RESULTS(diffrax.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
         "own: `causes` of the sweep has its words."
     )
     undefined_start = (
-        "The loss, its gradient or the times are not finite at the start, or the weight "
-        "decay is negative: no step was taken. Look at `flow.velocity(model, λ)`; a "
-        "norm at zero, a logarithm or a root there have no derivative."
+        "The loss, its gradient or the times are not finite at the start: no step was "
+        "taken. Look at `flow.velocity(model, λ)`; a norm at zero, a logarithm or a "
+        "root there have no derivative."
     )
+    wrong_argument = (
+        "An argument makes no sense, so nothing was run. It was being traced, and only "
+        "the result can tell: check that `weight_decay` is finite and 0 or more, that "
+        "times increase and s/λ does not overflow, and that scales and tolerances are "
+        "positive."
+    )
+
+
+def in_words(result: RESULTS, solver: str, dtype: jnp.dtype | np.dtype) -> str:
+    """The message of a result of a run, with what its solver and its precision add."""
+    message = RESULTS[result]
+    if bool(result == RESULTS.out_of_steps):
+        message += f" {_slow(solver)}"
+    if bool(result == RESULTS.stalled) and jnp.finfo(dtype).bits < 64:
+        message += f" Or make the model in float64: this is {jnp.finfo(dtype).dtype}."
+    return message
+
+
+def _slow(solver: str) -> str:
+    """Why a solver may take many steps, and what to do."""
+    kinks = "a smooth activation (softplus, GELU) has none"
+    if "KKT" in solver:
+        return (
+            f"Steps of {solver} are short where the loss bends in ways that its matrix "
+            "leaves out (many are rejected then), and at kinks, as of ReLU or "
+            f"max-pooling: {kinks}."
+        )
+    if solver == "RKC2":
+        return (
+            "Steps of RKC2 are short for a small `rtol`, and at kinks, as of ReLU or "
+            f"max-pooling: {kinks}. Where outputs are some thousands at most, "
+            "solver=gradflow.KKT4() takes fewer."
+        )
+    if issubclass(getattr(diffrax, solver, object), diffrax.AbstractERK):
+        return (
+            f"{solver} is explicit, and needs many steps where the problem is stiff: "
+            "give solver=gradflow.KKT4(), or gradflow.RKC2()."
+        )
+    return ""

@@ -10,6 +10,7 @@ With H = ∇²F, h = −H⁺∇R and D³F[a, b] the derivative of ∇²F(w) a al
 This expands dy/ds = −DΦ(θ_λ)∇R(θ_λ), which y = Φ(θ_λ) obeys exactly, in λ.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import diffrax
@@ -46,17 +47,27 @@ class SecondOrder(eqx.Module):
     ratio: Float[Array, " n"]
     """‖b‖/‖h‖ along the drift, b the part normal to M of the next term, that of λ²: how
     fast the series falls is λ times this."""
+    fast_ratio: Float[Array, " k"]
+    """max(‖a‖/‖Φ‖, (‖q‖/‖Φ‖)^½) along the fast path, at the times of `inner`, for the
+    terms λa and λ²q: how fast the series falls there is λ times this. (By the root, as
+    a may be small by chance, and as what counts is how far λ moves the solution.)"""
+    next: PyTree
+    """q = θ₂ − ½t²w°''(0) − t(w₁ + h)'(0) at these times, the term of order λ² inside
+    the fast phase; its end is that at the start of the drift."""
     until: Float[Array, ""]
     """The slow time up to which w₁ was found."""
     mismatch: Float[Array, ""]
     """How far w₁(0) is off at most, relative to the term of order λ at s = 0: the error
     of the finer of the two grids that it is extrapolated from."""
+    fast_mismatch: Float[Array, ""]
+    """The same for `inner`, the largest along the fast path."""
 
     def __str__(self) -> str:
         ratio = self.ratio
         text = (
             f"second order known to s = {float(self.until):.3g}; its terms fall as "
-            f"{float(ratio[0]):.2g} λ at s = 0, {float(ratio[-1]):.2g} λ at the end"
+            f"{float(ratio[0]):.2g} λ at s = 0, {float(ratio[-1]):.2g} λ at the end, "
+            f"{float(jnp.max(self.fast_ratio)):.2g} λ in the fast phase"
         )
         if float(self.mismatch) > 1e-2:
             text += (
@@ -99,7 +110,8 @@ def second_order(
         w1, *_ = match(term, start, fine[-1] + change[-1], form, rank)
         off, *_ = match(term, start, fine[-1], form, rank)
         mismatch = jnp.linalg.norm(w1 - off) / jnp.linalg.norm(w1 + h)
-        if not bool(mismatch > _MISMATCH) or 2 * count > MOST:
+        inside = _largest_share(change, rough)
+        if not bool(jnp.maximum(mismatch, inside) > _MISMATCH) or 2 * count > MOST:
             break
         count = 2 * count - 1
         rough, fine = fine, theta1(2 * count - 1)
@@ -112,6 +124,13 @@ def second_order(
         return None
     nodes = jax.tree.map(lambda p: p[:n], drift.params)
     offset, ratio = _next(term, nodes, s[:n], tangent[:n], form, rank)
+    bend, rise = _start(term, start, w1, offset, drift.t, form, rank)
+    q = inner_next(
+        term, fast.params, fast_scale, times(2 * count - 1), form, fine, speed, bend,
+        rise,
+    )[::2]  # fmt: skip
+    whole = jnp.linalg.norm(ravel_pytree(start)[0])
+    first, more = (jnp.linalg.norm(x, axis=1) / whole for x in (theta, q))
     e1 = theta - (w1 + h)[None]
     stack = jax.vmap(ravel_pytree(start)[1])
     return SecondOrder(
@@ -119,9 +138,38 @@ def second_order(
         tangent=stack(tangent[:n]),
         offset=stack(offset),
         ratio=ratio,
+        fast_ratio=jnp.maximum(first, jnp.sqrt(more)),
+        next=stack(q),
         until=s[n - 1],
         mismatch=mismatch,
+        fast_mismatch=inside,
     )
+
+
+def _largest_share(part: Float[Array, "n d"], whole: Float[Array, "n d"]) -> Array:
+    """The largest ‖part‖ along a path, of the ‖whole‖ up to there."""
+    part, whole = (jnp.linalg.norm(x, axis=1) for x in (part, whole))
+    whole = jax.lax.cummax(whole)
+    return jnp.max(jnp.where(whole > 0, part / jnp.where(whole > 0, whole, 1.0), 0.0))
+
+
+@eqx.filter_jit
+def _start(
+    term: FlowTerm,
+    start: PyTree,
+    w1: Float[Array, " d"],
+    offset: Float[Array, "n d"],
+    nodes: Float[Array, " nodes"],
+    form: str,
+    rank: Int[Array, ""],
+) -> tuple[Float[Array, " d"], Float[Array, " d"]]:
+    """w°''(0) and a'(0), a = w₁ + h, at the start of the drift."""
+    at = Point(term, start, form, rank)
+    h = lambda s: interpolate(offset, place(s, nodes[-1], 1.0, nodes.size))
+    # At 0 itself the position is clipped, and its derivative halved.
+    beside = 1e-6 * nodes[1]
+    rise = jax.jvp(h, (beside,), (jnp.ones_like(beside),))[1]
+    return at.field_jvp(-at.drift), rise + at.tangent_rate(w1)
 
 
 class Point(eqx.Module):
@@ -196,6 +244,11 @@ class Point(eqx.Module):
         )
         return self.inverse(first) - self.project(second + self.penalty_hvp(v))
 
+    def tangent_rate(self, w1: Float[Array, " d"], bend: float = 1.0) -> Array:
+        """w₁' = Df[w₁] − D²Φ[h, ∇R] − P∇²R h."""
+        source = bend * self.bending() + self.project(self.penalty_hvp(self.offset))
+        return self.field_jvp(w1) - source
+
 
 @eqx.filter_jit
 def match(
@@ -228,9 +281,7 @@ def outer(
 
     def field(s, v, args):
         here = interpolate(path, place(s, nodes[-1], 1.0, nodes.size))
-        at = Point(term, here, form, rank)
-        source = bend * at.bending() + at.project(at.penalty_hvp(at.offset))
-        return at.field_jvp(v) - source
+        return Point(term, here, form, rank).tangent_rate(v, bend)
 
     size = jnp.linalg.norm(w1) + jnp.linalg.norm(ravel_pytree(path)[0])
     scale = size / (w1.size * nodes.size) ** 0.5
@@ -296,7 +347,58 @@ def inner(
     speed: Float[Array, " d"],
 ) -> Float[Array, "n d"]:
     """u = θ₁ + tv at the times `ts`, where v = `speed` = P∇R(Φ): what is left of θ₁
-    without its growth, u' = −H(u − tv) − ∇R + v.
+    without its growth, u' = −H(u − tv) − ∇R + v."""
+
+    def source(t, w, loss):
+        grown = t * jax.jvp(loss.gradient, (w,), (speed,))[1]
+        return grown - _pull(term, w, loss) + speed
+
+    return _march(term, path, scale, ts, form, source)
+
+
+@eqx.filter_jit
+def inner_next(
+    term: FlowTerm,
+    path: PyTree,
+    scale: Float[Array, ""],
+    ts: Float[Array, " n"],
+    form: str,
+    first: Float[Array, "n d"],
+    speed: Float[Array, " d"],
+    bend: Float[Array, " d"],
+    rise: Float[Array, " d"],
+) -> Float[Array, "n d"]:
+    """q = θ₂ − ½t²w°'' − ta', the term of order λ² without its growth, at the times
+    `ts` at which u is `first`: θ₂' = −Hθ₂ − ½D³F[θ₁, θ₁] − ∇²Rθ₁. `bend` is w°''(0),
+    and `rise` is a'(0), a = w₁ + h."""
+
+    def source(t, w, loss):
+        u = interpolate(first, place(t, ts[-1], scale, ts.size))
+        theta1 = u - t * speed
+        hvp = lambda v: lambda x: jax.jvp(loss.gradient, (x,), (v,))[1]
+        third = jax.jvp(hvp(theta1), (w,), (theta1,))[1]
+        grown = hvp(0.5 * t**2 * bend + t * rise)(w)
+        pull = lambda x: _pull(term, x, loss)
+        decay = jax.jvp(pull, (w,), (theta1,))[1]
+        return -0.5 * third - decay - grown - t * bend - rise
+
+    return _march(term, path, scale, ts, form, source)
+
+
+def _pull(term: FlowTerm, w: Float[Array, " d"], loss: FlatLoss) -> Float[Array, " d"]:
+    """∇R."""
+    return ravel_pytree(term.penalty.gradient(loss.unravel(w)))[0]
+
+
+def _march(
+    term: FlowTerm,
+    path: PyTree,
+    scale: Float[Array, ""],
+    ts: Float[Array, " n"],
+    form: str,
+    source: Callable,
+) -> Float[Array, "n d"]:
+    """u' = −H(θ_GF)u + source(t, θ_GF, F), u(0) = 0, at the times `ts`.
 
     The times are even in x = log(1 + t/τ), as are those of the fast path, however many,
     and u is smooth there: the implicit formula of backward differences needs no other
@@ -309,15 +411,13 @@ def inner(
     first = jax.tree.map(lambda p: p[0], path)
     theta, _ = flatten(term.loss, first, term.static)
     dx = jnp.log1p(ts[-1] / scale) / (ts.size - 1)
-    pull = lambda p: ravel_pytree(term.penalty.gradient(p))[0] - speed
 
     def rate(x, u):
         """du/dx, where the problem is not stiff yet."""
         t = scale * jnp.expm1(x)
-        p = at(t)
-        w, loss = flatten(term.loss, p, term.static)
-        hv = jax.jvp(loss.gradient, (w,), (u - t * speed,))[1]
-        return -scale * jnp.exp(x) * (hv + pull(p))
+        w, loss = flatten(term.loss, at(t), term.static)
+        hu = jax.jvp(loss.gradient, (w,), (u,))[1]
+        return scale * jnp.exp(x) * (source(t, w, loss) - hu)
 
     def runge_kutta(v, k):
         x = k * dx
@@ -329,11 +429,9 @@ def inner(
         return v, v
 
     def advance(past, t):
-        p = at(t)
-        w, loss = flatten(term.loss, p, term.static)
+        w, loss = flatten(term.loss, at(t), term.static)
         h = dx * (t + scale)
-        grown = t * jax.jvp(loss.gradient, (w,), (speed,))[1]
-        right = h * (grown - pull(p)) - alpha[1:] @ past
+        right = h * source(t, w, loss) - alpha[1:] @ past
         v = _shifted(loss, w, form, h, alpha[0], right, past[0])
         return jnp.concatenate([v[None], past[:-1]]), v
 

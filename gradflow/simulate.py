@@ -1,29 +1,49 @@
 """One path of the gradient flow."""
 
-from collections.abc import Callable
+import contextlib
+import dataclasses
+import functools
+import sys
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
+from tqdm.auto import tqdm
 
+from ._bar import Bar
 from ._checks import (
+    check_arguments,
+    check_callable,
+    check_given,
     check_horizon,
-    check_init_scale,
-    check_tolerance,
-    check_weight_decay,
+    check_logits,
+    check_one,
     is_concrete,
     resolvable,
+    word,
+    Wrong,
 )
 from ._controllers import Relative
 from ._norms import norm
-from ._parts import Pausing, Solved, strong
-from .flow import FlowTerm, GradientFlow, place, scaled, Sphere, Tracked
-from .losses import AbstractLoss
-from .metrics import Metric
+from ._parts import FIRST, in_part, Pausing, Solved, strong
+from .flow import (
+    check_flow,
+    flatten,
+    FlowTerm,
+    GradientFlow,
+    may_have_kinks,
+    place,
+    scaled,
+    Sphere,
+    Tracked,
+)
+from .losses import AbstractCompositeLoss, AbstractLoss, CrossEntropy
+from .metrics import Accuracy, Metric
 from .path import Path
 from .penalties import AbstractPenalty
 from .results import RESULTS
@@ -55,9 +75,10 @@ def simulate(
     saves: int = 65,
     metrics: dict[str, Callable | Metric] | None = None,
     solver: diffrax.AbstractSolver | None = None,
-    rtol: float = 1e-6,
-    atol: float | None = None,
+    rtol: float | Scalar = 1e-6,
+    atol: float | Scalar | None = None,
     max_steps: int = 100_000,
+    adjoint: diffrax.AbstractAdjoint | None = None,
     throw: bool = True,
     progress: bool = False,
 ) -> Path:
@@ -90,6 +111,10 @@ def simulate(
     - `atol`: absolute tolerance for each coordinate; by default 0.02 · `rtol` · rms(θ)
         of the θ at that time, so that it means the same in every unit.
     - `max_steps`: the budget of steps.
+    - `adjoint`: how the run is differentiated, with Diffrax's own solvers: one of its
+        adjoints, by default `diffrax.RecursiveCheckpointAdjoint()`, for `jax.grad`;
+        `diffrax.ForwardMode()` is for `jax.jvp`. KKT solvers and RKC2 have none: give
+        `solver=diffrax.Tsit5()`, or take `gradflow.manifold.limit_map`, which has one.
     - `throw`: raise if the run fails; otherwise see `path.result`.
     - `progress`: show a progress bar.
 
@@ -97,21 +122,23 @@ def simulate(
     multiplier, to about the relative accuracy of the parameters (but for the time
     between the phases, when it is below the tolerance and not yet on its plateau).
 
-    **Raises:** `ValueError` for arguments that make no sense, before any compute;
+    **Raises:** `ValueError` for arguments that make no sense, before any compute (of
+    what is being traced, the result says so: `wrong_argument`, and nothing is run);
     `RuntimeError` if the run fails and `throw`.
     """
-    check_init_scale(init_scale)
+    check_flow(flow)
+    check_one(weight_decay, "weight_decay")
+    wrong = check_arguments(
+        weight_decay=weight_decay, init_scale=init_scale, rtol=rtol, max_steps=max_steps
+    ) | check_given(atol=atol, solver=solver)
+    watched = as_metrics(metrics)
     model = scaled(model, init_scale, trainable=flow.trainable)
     term, params = flow.term(model)
-    watched = as_metrics(metrics)
-    check_weight_decay(weight_decay)
-    if np.ndim(weight_decay) != 0:
-        raise ValueError("weight_decay: expected one number; sweep takes many.")
-    check_tolerance(rtol)
-    rtol = resolvable(rtol, params)
-    check_horizon(weight_decay, slow_time, t1, ts, saves)
-
     dtype = jax.tree.leaves(params)[0].dtype
+    wrong = wrong | check_horizon(weight_decay, slow_time, t1, ts, saves, dtype)
+    check_problem(term, params, watched)
+    rtol = resolvable(rtol, params)
+
     lam = jnp.asarray(weight_decay, dtype)
     times, size = prepare(
         term, params, lam, slow_time, t1, ts, saves, watched, measure=solver is None
@@ -119,29 +146,104 @@ def simulate(
 
     def run(choice: Choice) -> Path:
         most = min(max_steps, TRIAL_STEPS) if choice.trial else max_steps
+        given = (term, params, lam, times)
+        if isinstance(choice.solver, (AbstractKKT, RKC2)):
+            given = _underivable(given, type(choice.solver).__name__, adjoint)
         args = solve_arguments(
-            term,
-            params,
-            lam,
-            times,
+            *given,
             watched,
             choice.solver,
             rtol,
             atol,
             most,
             progress,
+            adjoint,
         )
-        path = solve(*args)
+        path = solve_watching(*args) if kinked else solve(*args)
         path.stats["why"] = choice.why
+        if is_concrete(path.t):
+            again = functools.partial(run_again, args[:-1])
+            path = dataclasses.replace(path, again=again)
         return path
 
+    if wrong is not False:  # then nothing is run
+        lam, times = (jnp.where(wrong, jnp.zeros_like(x), x) for x in (lam, times))
+    kinked = all(map(is_concrete, jax.tree.leaves((term, params, lam, times))))
+    kinked = kinked and _kinked(term, params)
     choice = as_choice(solver, size, rtol)
     path = run(choice)
     if choice.trial and bool(wants_another(path.result)):
         tried = path.stats["steps"]
-        path = run(second_choice(size, rtol))
+        then = second_choice(size, rtol)
+        if progress:
+            tqdm.write(given_up(path, then.solver), file=sys.stderr)
+        path = run(then)
         path.stats["trial_steps"] = tried
+    path = named_wrong(path, wrong)
     return fail_unless_reached(path, path) if throw else path
+
+
+def _underivable(values: PyTree, solver: str, adjoint: Any) -> PyTree:
+    """`values`; who differentiates what comes of them gets an error."""
+    told = (
+        f"adjoint: a run by {solver} has no derivative; give solver=diffrax.Tsit5(), "
+        "and adjoint=diffrax.ForwardMode() for jax.jvp; or take "
+        "gradflow.manifold.limit_map, which has one for jax.grad."
+    )
+    if adjoint is not None:
+        raise ValueError(told)
+    arrays, rest = eqx.partition(values, eqx.is_array)
+    if all(map(is_concrete, jax.tree.leaves(arrays))):
+        return values
+
+    @jax.custom_jvp
+    def same(arrays):
+        return arrays
+
+    @same.defjvp
+    def refuse(primals, tangents):
+        raise ValueError(told)
+
+    return eqx.combine(same(arrays), rest)
+
+
+@eqx.filter_jit
+def _kinked(term: FlowTerm, params: PyTree) -> bool:
+    theta, loss = flatten(term.loss, params, term.static)
+    return may_have_kinks(loss, theta)
+
+
+def solve_watching(*arguments: Any) -> Path:
+    """`solve`, in two parts: after the first it says where kinks make steps short."""
+    with in_part():
+        path, state, ended = solve_part(*arguments, None, jnp.asarray(FIRST))
+    if bool(ended):
+        return path
+    steps, rejected = int(path.stats["steps"]), int(path.stats["rejected"])
+    slid = path.stats.get("sliding")
+    if (rejected if slid is None else int(slid)) > steps / 4:
+        told = f"{rejected} rejected" if slid is None else f"{int(slid)} along kinks"
+        warnings.warn(
+            f"simulate: after {steps} steps ({told}) t = {float(state.t):.2g} of "
+            f"{float(path.t[-1]):.2g}. Steps are short where the loss has kinks, as of "
+            "ReLU or max-pooling; the run goes on, and may take long. A smooth "
+            "activation (softplus, GELU) has none; or loosen rtol, or give an earlier "
+            "end.",
+            stacklevel=4,
+        )
+    return solve_part(*arguments, state, jnp.asarray(arguments[MAX_STEPS]))[0]
+
+
+SOLVER, MAX_STEPS = 6, 9
+"""The places of `solver` and `max_steps` among the arguments of `solve`."""
+
+
+def given_up(path: Path, then: diffrax.AbstractSolver) -> str:
+    """Says that a solver on trial has failed, and which one follows."""
+    return (
+        f"{path.stats['solver']} is given up after {int(path.stats['steps'])} steps; "
+        f"{type(then).__name__} begins anew."
+    )
 
 
 def wants_another(result: RESULTS) -> Array:
@@ -152,17 +254,102 @@ def wants_another(result: RESULTS) -> Array:
 
 def fail_unless_reached(out: PyTree, path: Path) -> PyTree:
     """Raises unless `path` reached its last time; returns `out`."""
-    if is_concrete(path.result._value) and bool(path.succeeded):
+    if is_concrete(path.result._value):
+        if not bool(path.succeeded):
+            raise RuntimeError(path.verdict)
         return out
     return path.result.error_if(out, ~path.succeeded)
 
 
+def named_wrong(path: Path, wrong: Wrong) -> Path:
+    """`path`, with the result and without the values of one that was not run, where
+    `wrong` says so."""
+    if wrong is False:
+        return path
+    values = lambda p: (p.params, p.metrics, p.train_loss, p.penalty)
+    none = jax.tree.map(lambda x: jnp.where(wrong, jnp.nan, x), values(path))
+    result = RESULTS.where(wrong, RESULTS.wrong_argument, path.result)
+    return eqx.tree_at(lambda p: (*values(p), p.result), path, (*none, result))
+
+
 def as_metrics(metrics: dict[str, Callable | Metric] | None) -> dict[str, Metric]:
-    """Plain functions of the model, as metrics without a threshold."""
+    """Plain functions of the model, as metrics without a threshold.
+
+    **Raises:** `ValueError` where they are no functions by name.
+    """
+    metrics = {} if metrics is None else metrics
+    if not isinstance(metrics, Mapping):
+        raise ValueError(
+            "metrics: expected functions of the model by name, such as "
+            f"{{'test': loss}}, got {word(metrics)}."
+        )
+    for name, fn in metrics.items():
+        if not isinstance(name, str):
+            raise ValueError(f"metrics: expected strings for names, got {word(name)}.")
+        check_callable(fn, f"metrics[{name!r}]")
     return {
         name: fn if isinstance(fn, Metric) else Metric(fn)
-        for name, fn in (metrics or {}).items()
+        for name, fn in metrics.items()
     }
+
+
+def check_problem(
+    term: FlowTerm, params: PyTree, watched: dict[str, Metric] | None = None
+) -> None:
+    """Raises unless loss and metrics are real scalars of the model, in its precision,
+    with a logit for each label. Nothing is computed, and it is traced once only."""
+    watched = {} if watched is None else watched
+    shapes = _look(term, params, watched)
+    for name, fn in _watching(term.loss, watched).items():
+        if name in shapes and is_concrete(fn.labels):
+            with _named(name):
+                check_logits(fn.labels, shapes[name])
+
+
+@eqx.filter_jit
+def _look(
+    term: FlowTerm, params: PyTree, watched: dict[str, Metric]
+) -> dict[str, tuple[int, int]]:
+    """Checks all but labels, which are not known here; and the shapes of the logits
+    that they go with, by the names of loss and metrics."""
+    model = term.model(params)
+    check_scalars(term.loss, watched, model)
+    dtype = jax.tree.leaves(params)[0].dtype
+    composite = isinstance(term.loss, AbstractCompositeLoss)
+    for fn in (term.loss.outputs, term.loss) if composite else ():
+        found = eqx.filter_eval_shape(fn, model).dtype
+        if found != dtype:
+            held = {a.dtype.name for a in jax.tree.leaves(term.loss) if eqx.is_array(a)}
+            raise ValueError(
+                f"model: its parameters are {dtype}, and the loss, with data of "
+                f"{', '.join(sorted(held)) or 'none'}, gives {found}; cast the data to "
+                f"{dtype}, or the model to {found}."
+            )
+    shapes = {}
+    for name, fn in _watching(term.loss, watched).items():
+        if isinstance(fn, CrossEntropy):
+            n = fn.labels.shape[0]
+            shapes[name] = (n, eqx.filter_eval_shape(fn.outputs, model).size // n)
+        elif isinstance(fn, Accuracy):
+            shapes[name] = eqx.filter_eval_shape(fn.logits, model).shape
+    return shapes
+
+
+def _watching(loss: AbstractLoss, watched: dict[str, Metric]) -> dict[str, Any]:
+    """What is evaluated, by the name of its argument."""
+    return {"loss": loss} | {f"metrics[{k!r}]": m.fn for k, m in watched.items()}
+
+
+@contextlib.contextmanager
+def _named(name: str):
+    """Says of which metric an error is."""
+    try:
+        yield
+    except ValueError as error:
+        if name == "loss":
+            raise
+        first = str(error).partition("\n")[0]
+        raise ValueError(f"{name}: {first}") from error
 
 
 def check_scalars(
@@ -170,16 +357,14 @@ def check_scalars(
 ) -> None:
     """Raises unless loss and metrics are real scalars; nothing is computed. Where it is
     called while tracing it costs nothing in later calls."""
-    _check_scalar(loss, model, "loss")
-    for name, metric in watched.items():
-        _check_scalar(metric, model, f"metrics[{name!r}]")
-
-
-def _check_scalar(fn: Callable, model: PyTree, name: str) -> None:
-    out = eqx.filter_eval_shape(fn, model)
-    if getattr(out, "shape", None) != () or not jnp.issubdtype(out.dtype, jnp.floating):
-        kind = f"shape {out.shape}" if hasattr(out, "shape") else type(out).__name__
-        raise ValueError(f"{name}: expected a real scalar, got {kind}.")
+    for name, fn in _watching(loss, watched).items():
+        with _named(name):
+            out = eqx.filter_eval_shape(fn, model)
+        scalar = getattr(out, "shape", None) == ()
+        if not scalar or not jnp.issubdtype(out.dtype, jnp.floating):
+            shape = f"shape {out.shape}" if hasattr(out, "shape") else None
+            kind = (scalar and str(out.dtype)) or shape or type(out).__name__
+            raise ValueError(f"{name}: expected a real scalar, got {kind}.")
 
 
 def prepare(
@@ -255,6 +440,7 @@ def solve_arguments(
     atol: float | Scalar | None,
     max_steps: int,
     progress: bool = False,
+    adjoint: diffrax.AbstractAdjoint | None = None,
 ) -> tuple:
     """The arguments of `solve`, of the types for which it is compiled once for all
     tolerances, weight decays and times of the same number."""
@@ -271,6 +457,7 @@ def solve_arguments(
         jnp.asarray(rtol, ts.dtype),
         None if atol is None else jnp.asarray(atol, ts.dtype),
         max_steps,
+        diffrax.RecursiveCheckpointAdjoint() if adjoint is None else adjoint,
         progress,
     )
 
@@ -279,6 +466,13 @@ def solve_arguments(
 def solve(*arguments: Any) -> Path:
     """`simulate` without its checks and defaults; see `solve_arguments`."""
     return _solve(*arguments)[0]
+
+
+def run_again(args: tuple, params: PyTree, ts: Float[Array, " n"]) -> Path:
+    """`solve` with the arguments of an earlier run, from elsewhere and through other
+    times. It is compiled already if these are as many."""
+    term, _, weight_decay, _, *rest = args
+    return solve(term, params, weight_decay, ts, *rest, False)
 
 
 @eqx.filter_jit
@@ -302,6 +496,7 @@ def _solve(
     rtol: Scalar,
     atol: Scalar | None,
     max_steps: int,
+    adjoint: diffrax.AbstractAdjoint,
     progress: bool,
     before: Solved | None = None,
     steps: Int[Array, ""] | None = None,
@@ -373,9 +568,8 @@ def _solve(
             stepsize_controller=controller,
             max_steps=max_steps,
             throw=False,
-            progress_meter=diffrax.TqdmProgressMeter()
-            if progress
-            else diffrax.NoProgressMeter(),
+            adjoint=adjoint,
+            progress_meter=Bar(name) if progress else diffrax.NoProgressMeter(),
         )
         saved: Any = list(solution.ys)
         ended: Any = solution.ts
@@ -428,7 +622,7 @@ def _solve(
         lost = ~jnp.isfinite(term.loss(term.model(end)) + norm(end) + norm(speed))
         lost = lost & (result != RESULTS.out_of_steps)
         # What reaches infinity in finite time stalls on its way there.
-        fled = (result == RESULTS.stalled) & _flees(end, speed, ended[1][0])
+        fled = (result == RESULTS.stalled) & flees(end, speed, ended[1][0])
         result = RESULTS.where(lost | fled, RESULTS.diverged, result)
         result = RESULTS.where(defined, result, RESULTS.undefined_start)
         work: dict[str, Array] = {}
@@ -518,13 +712,12 @@ def _parameters(y: PyTree) -> PyTree:
 
 
 def _defined(term: FlowTerm, params: PyTree, weight_decay: Scalar) -> Bool[Array, ""]:
-    """Whether loss and velocity are finite at the start, and λ ≥ 0."""
+    """Whether loss and velocity are finite at the start."""
     speed = norm(term.velocity(params, weight_decay))
-    finite = jnp.isfinite(term.loss(term.model(params)) + speed)
-    return finite & (weight_decay >= 0)
+    return jnp.isfinite(term.loss(term.model(params)) + speed)
 
 
-def _flees(params: PyTree, velocity: PyTree, t: Scalar) -> Bool[Array, ""]:
+def flees(params: PyTree, velocity: PyTree, t: Scalar) -> Bool[Array, ""]:
     """Whether θ is about to be infinite: at this speed it would double in far less time
     than has passed."""
     products = jax.tree.map(lambda p, v: jnp.vdot(p, v), params, velocity)

@@ -6,8 +6,8 @@ import glob
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import socket
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path as File
@@ -33,6 +33,28 @@ def zarr() -> Any:
             "pip install 'gradflow[store]'."
         ) from error
     return zarr
+
+
+def _lock(folder: File) -> Any:
+    """A lock of the operating system for a folder, held in a file beside it. It ends
+    with its process, however that ends; and is seen by all threads, processes, and, as
+    far as a shared file system has locks, hosts."""
+    try:
+        import filelock
+    except ImportError as error:
+        raise ImportError(
+            "store: results on disk need filelock: pip install 'gradflow[store]'."
+        ) from error
+    return filelock.FileLock(_lock_file(folder))
+
+
+def _lock_file(folder: File) -> File:
+    return folder.with_name(f"{folder.name}{_LOCK}")
+
+
+_LOCK = ".lock"
+_NO_LOCK = (OSError, NotImplementedError)
+"""What comes of a lock that another holds, or that the file system does not have."""
 
 
 def open_results(path: str | os.PathLike, *, check: bool = True) -> Any:
@@ -66,9 +88,7 @@ def open_results(path: str | os.PathLike, *, check: bool = True) -> Any:
             f"store: {told}. Run the same sweep with this store again, and they are "
             "made anew; or open it with check=False."
         )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        data = xarray().open_zarr(str(path), chunks=None, consolidated=False)
+    data = xarray().open_zarr(str(path), chunks=None, consolidated=False)
     data = data[sorted(map(str, data.data_vars))]
     found.pop("coordinates", None)
     causes: dict[str, str] = {}
@@ -105,8 +125,8 @@ class Store:
 
     def __init__(self, path: File, process: int = 0):
         self.path, self.process = path, process
-        # Named after the process: another run of the same sweep has its own.
-        own = f"{process}-{socket.gethostname()}-{os.getpid()}"
+        # Another run of the same sweep, in this process or another, has its own.
+        own = f"{process}-{secrets.token_hex(8)}"
         self.aside = path.with_name(f"{path.name}.partial-{own}")
         self._known: dict[str, Any] = {}
 
@@ -293,8 +313,12 @@ class Store:
 
     @contextlib.contextmanager
     def _disk(self, what: str) -> Iterator[None]:
-        """Leaves nothing aside, and says what to do where the disk is full."""
+        """Holds the lock of what is written aside, leaves nothing there, and says what
+        to do where the disk is full."""
+        lock = _lock(self.aside)
         try:
+            with contextlib.suppress(*_NO_LOCK):
+                lock.acquire()
             yield
         except FileExistsError:
             raise
@@ -309,7 +333,7 @@ class Store:
                 "same sweep again to go on",
             ) from error
         finally:
-            shutil.rmtree(self.aside, ignore_errors=True)
+            _remove(self.aside, lock)
 
     def _same_array(self, name: str) -> None:
         there, here = self.path / name / "zarr.json", self.aside / name / "zarr.json"
@@ -476,7 +500,10 @@ def _are(names: list[str]) -> str:
 
 
 def _flush(path: File) -> None:
-    handle = os.open(path, os.O_RDONLY)
+    folder = path.is_dir()
+    if folder and os.name == "nt":  # Windows has no way to
+        return
+    handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
     try:
         os.fsync(handle)
     finally:
@@ -501,26 +528,27 @@ def remove_stale(path: File, processes: int) -> None:
 
 def _remove_left(path: File, of: Callable[[int], bool]) -> None:
     """Takes away what was left aside by processes of such numbers, but for that of
-    another run that is at work on this machine."""
-    for folder in path.parent.glob(f"{glob.escape(path.name)}.partial-*"):
-        process, _, rest = folder.name[len(path.name) + 9 :].partition("-")
-        host, _, pid = rest.rpartition("-")
+    another run that is at work."""
+    start = f"{path.name}.partial-"
+    there = path.parent.glob(f"{glob.escape(start)}*")
+    for name in {file.name.removesuffix(_LOCK) for file in there}:
+        process, *_ = name[len(start) :].split("-")
         if not (process.isdigit() and of(int(process))):
             continue
-        if host != socket.gethostname() or not _other_is_alive(pid):
-            shutil.rmtree(folder, ignore_errors=True)
+        lock = _lock(folder := path.with_name(name))
+        try:
+            lock.acquire(timeout=0)
+        except _NO_LOCK:
+            continue
+        _remove(folder, lock)
 
 
-def _other_is_alive(pid: str) -> bool:
-    if not pid.isdigit() or int(pid) == os.getpid():
-        return False
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass
-    return True
+def _remove(folder: File, lock: Any) -> None:
+    """Takes a folder away, and then its lock, which another may be waiting for."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):  # on Windows `release` takes it away
+        _lock_file(folder).unlink()
+    lock.release()
 
 
 def pending(store: Store, numbers: list[int]) -> Iterator[int]:

@@ -1,6 +1,7 @@
 """The same flow for many weight decays, seeds, initial scales: along any axes."""
 
 import dataclasses
+import functools
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,15 +14,26 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from ._axes import Axes, make_axes, short
-from ._descent_methods import Method, Optimiser
-from ._lanes import Owned, Problem, Ragged, Recipe, RECORDED, RUN
+from ._checks import check_arguments, check_choice, check_given, is_concrete, word
+from ._descent_methods import Method, Optimiser, Schedule
+from ._lanes import (
+    Owned,
+    placed,
+    placed_problem,
+    Problem,
+    Ragged,
+    Recipe,
+    RECORDED,
+    RUN,
+)
 from ._programs import Batch
 from ._runs import Bars, fitting, run_stored, Runner
-from .flow import GradientFlow
+from .flow import check_flow, GradientFlow
+from .losses import AbstractLoss
 from .metrics import Metric
 from .path import Path
 from .results import RESULTS
-from .simulate import as_metrics, fail_unless_reached
+from .simulate import as_metrics, fail_unless_reached, run_again
 
 Numbers: TypeAlias = float | int | Array | np.ndarray | Sequence[float]
 
@@ -50,6 +62,9 @@ class Sweep(eqx.Module):
     fixed: dict[str, float] = eqx.field(default_factory=dict)
     """What is the same for all lanes: those of `weight_decay`, `init_scale`, `rtol` and
     `learning_rate` that are no axes."""
+    recipe: Any = None
+    """How to make a lane, to run it again (see `Path.again`); `None` where results were
+    read from disk."""
 
     @property
     def dims(self) -> tuple[str, ...]:
@@ -123,6 +138,9 @@ class Sweep(eqx.Module):
         bare = dataclasses.replace(bare, params=None) if ragged else bare
         lane = jax.tree.map(lambda x: x[i] if eqx.is_array(x) else x, bare)
         static, watched = self.owned[i] if self.owned else (paths.static, paths.watched)
+        again = None
+        if self.recipe is not None and not self.recipe.descends:
+            again = functools.partial(_run_again, self.recipe, i, self._why(i))
         return dataclasses.replace(
             lane,
             params=paths.params.lanes[i] if ragged else lane.params,
@@ -131,14 +149,20 @@ class Sweep(eqx.Module):
             },
             static=static,
             watched=watched,
+            again=again,
         )
+
+    def _why(self, i: int) -> str:
+        """The reason for the solver of lane i."""
+        why = self.stats["why"]
+        return why if isinstance(why, str) else why[i]
 
     def __iter__(self) -> Iterator[Path]:
         return (self[i] for i in range(len(self)))
 
     def crossing_time(self, name: str) -> Float[np.ndarray, "..."]:
         """When metric `name` has passed its threshold for good, in the shape of the
-        dimensions; see `gradflow.crossing_time`."""
+        dimensions; see `Path.crossing_time`."""
         times = [path.crossing_time(name) for path in self]
         return np.array(times).reshape(self.shape)
 
@@ -198,10 +222,10 @@ class Sweep(eqx.Module):
     def _mark(self, i: int) -> str:
         if i in self.causes:
             return f"  RAISED: {self.causes[i].splitlines()[0]}"
-        result = self[i].result
-        if not bool(self.succeeded[i]):
-            return f"  FAILED: {RESULTS[result]}"
-        if bool(result == RESULTS.slid):
+        path = self[i]
+        if not bool(path.succeeded):
+            return f"  FAILED: {path.verdict}"
+        if bool(path.result == RESULTS.slid):
             return f"  slid along kinks in {int(self.stats['sliding'][i])} steps"
         return ""
 
@@ -236,6 +260,16 @@ class Sweep(eqx.Module):
         return plot.sweep(self, **kwargs)
 
 
+def _run_again(
+    recipe: Recipe, i: int, why: str, params: PyTree, ts: Float[Array, " n"]
+) -> Path:
+    """Lane i from elsewhere, by the solver that was chosen for the reason `why`."""
+    lane = recipe.lane(i)
+    if lane.again is not None and lane.why != why:
+        lane = lane.again
+    return run_again(lane.args[:-1], params, ts)
+
+
 def _cell(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)[:9]
 
@@ -251,7 +285,7 @@ def sweep(
     weight_decay: Numbers,
     init_scale: Numbers = 1.0,
     rtol: Numbers | None = None,
-    learning_rate: Numbers | None = None,
+    learning_rate: Numbers | Schedule | None = None,
     axes: Mapping[str, Any] | None = None,
     zipped: Sequence[Sequence[str]] = (),
     slow_time: float | None = None,
@@ -294,7 +328,8 @@ def sweep(
         number that is part of a penalty or a loss is best made an array,
         `jnp.asarray(c) * gf.L1()`: for each plain number a program is compiled.)
     - `weight_decay`, `init_scale`, `rtol`, `learning_rate`: a number, or a vector: an
-        axis of that name. `rtol` is for flows alone, 1e-6 unless given.
+        axis of that name. `rtol` is for flows alone, 1e-6 unless given. (One schedule
+        of learning rates serves all lanes, as for `descent`.)
     - `axes`: values for `problem`, by name: seeds, sample sizes, penalty weights, …
     - `zipped`: groups of names of axes that run together, along the dimension of the
         first, instead of making a product: `[("samples", "weight_decay")]`.
@@ -347,11 +382,14 @@ def sweep(
         solver=solver, atol=atol, max_steps=max_steps, method=method,
         optimiser=optimiser, batch_size=batch_size, key=key,
     )  # fmt: skip
+    check_choice(batch, "batch", ("loop", "vmap", None))
+    check_arguments(checkpoint=checkpoint)
+    check_given(chunk=chunk)
+    if not isinstance(store, str | os.PathLike | None):
+        raise ValueError(f"store: expected the path of a folder, got {word(store)}.")
     recipe = make_recipe(
         problem, model, runs, axes, zipped, as_metrics(metrics), options
     )
-    if batch not in (None, "loop", "vmap"):
-        raise ValueError(f"batch: expected 'loop', 'vmap' or None, got {batch!r}.")
     if batch is None:
         batch = "loop" if jax.default_backend() == "cpu" else "vmap"
     if store is not None:
@@ -388,12 +426,20 @@ def make_recipe(
             raise ValueError(f"axes: give the values of {name} as the argument itself.")
         if name in RECORDED or name.startswith(("metric_", "threshold_", "params_")):
             raise ValueError(f"axes: {name!r} is what is recorded; name it otherwise.")
+    if isinstance(problem, AbstractLoss):
+        check_flow(problem)
+    for name, value in (runs | options).items():
+        if any(not is_concrete(leaf) for leaf in jax.tree.leaves(value)):
+            raise ValueError(
+                f"{name}: expected numbers known before tracing; under jit or vmap "
+                "take simulate or descent."
+            )
     if isinstance(problem, GradientFlow):
         if model is None or axes:
             kind = "axes: they are for a function" if axes else "model: expected one"
             raise ValueError(f"{kind}, where the problem is a flow.")
         problem.term(model)
-        make: Any = Problem(problem, model, metrics)
+        make: Any = placed_problem(Problem(problem, model, metrics))
     elif callable(problem):
         if model is not None:
             raise ValueError("model: the function that makes the problem gives it.")
@@ -407,14 +453,17 @@ def make_recipe(
     for name, v in vectors.items():
         if np.ndim(v) > 1:
             raise ValueError(f"{name}: expected a number or a vector, got {v!r}.")
+        if any(map(callable, v)):
+            raise ValueError(f"{name}: expected numbers, or one schedule for all.")
     fixed = {k: _number(v) for k, v in runs.items() if k not in vectors}
+    options = placed(options, "ts, key")
     recipe = Recipe(make_axes(axes | vectors, zipped), make, metrics, fixed, options)
     recipe.check()
     return recipe
 
 
 def _number(value: Any) -> Any:
-    return value if value is None else np.asarray(value).item()
+    return value if value is None or callable(value) else np.asarray(value).item()
 
 
 def _run(recipe: Recipe, batch: Batch, progress: bool) -> Sweep:
@@ -433,5 +482,5 @@ def _run(recipe: Recipe, batch: Batch, progress: bool) -> Sweep:
         watched=first.watched,
     )
     owned = lanes.owned if lanes.many else ()
-    fixed = {k: v for k, v in recipe.fixed.items() if v is not None}
-    return Sweep(paths, recipe.axes, owned, lanes.causes, fixed)
+    fixed = {k: v for k, v in recipe.fixed.items() if isinstance(v, int | float)}
+    return Sweep(paths, recipe.axes, owned, lanes.causes, fixed, recipe)

@@ -1,8 +1,7 @@
 """The two-phase theory: fast flow to the critical manifold, then a slow drift on it."""
 
-import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -12,30 +11,31 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from ._checks import (
-    check_horizon,
-    check_tolerance,
-    check_weight_decay,
+    check_arguments,
+    check_choice,
+    check_numbers,
+    check_positive,
     resolvable,
 )
 from ._interpolate import DEGREE, even_times, holds_until, interpolate, place
-from ._refine import FEWEST, refined
-from .flow import GradientFlow
+from ._refine import FEWEST, MOST, refined
+from .flow import check_free, FlowTerm, GradientFlow
 from .losses import AbstractCompositeLoss
 from .manifold import Limit, limit_map, riemannian_flow, Spectrum, spectrum
 from .metrics import Metric
 from .path import Path
-from .predicted_time import predicted_time, PredictedTime
+from .predicted_time import bracket, predicted_time, PredictedTime
 from .results import RESULTS
 from .second_order import check_second_order, second_order, SecondOrder
-from .simulate import as_metrics, check_scalars, simulate
+from .simulate import as_metrics, check_problem, simulate
 from .solvers import KKT5, sharpness
 
 _LOOSE = 1e-8  # tolerance of the limit map
 _TIMES = 400  # at which a predicted metric is evaluated
 
 # Where theory is claimed to hold: λ at most a tenth of η, and no term more than a
-# quarter of the one before it. There the estimate of the next term was right to a
-# factor of 2.5 on five tasks.
+# quarter of the one before it, along the drift and along the fast path. There the
+# estimate of the next term was right to a factor of 2.5 on five tasks.
 _CURVATURE_SHARE = 0.1
 _TERM_RATIO = 0.25
 
@@ -67,11 +67,19 @@ class TwoPhase(eqx.Module):
     ‖Φ(θ₀)‖: at most 60 `rtol`, unless 1025 points are too few for that. Where the
     penalty has kinks the drift has at most 257 points, and straight lines between
     them."""
+    drift_interpolation_error: Float[Array, ""]
+    """The part of it that remains when the fast phase has ended."""
+    fast_shift: Float[Array, ""]
+    """An estimate of sup ‖θ₁‖/‖Φ(θ₀)‖ over the fast phase, θ_λ = θ_GF + λθ₁ there. Near
+    a saddle weight decay delays the escape by λc, c = ∫|⟨∇R, θ'⟩|/‖θ'‖² dt, and
+    θ₁ = −cθ'."""
     second: SecondOrder | None
     """The terms of order λ, for predictions of order 2; `None` where not asked for."""
     result: RESULTS
     drift_degree: int = eqx.field(static=True, default=DEGREE)
     """The degree of the interpolation of the drift: 1 where the penalty has kinks."""
+    where: str = ""
+    """Where it failed: the phase, how far that came, and the curvatures there."""
 
     @property
     def smallest_curvature(self) -> Float[Array, " n"]:
@@ -102,7 +110,8 @@ class TwoPhase(eqx.Module):
         **Raises:** `ValueError` for another order, or one that was not computed.
         """
         self._check_order(order)
-        check_weight_decay(weight_decay)
+        check_arguments(weight_decay=weight_decay)
+        check_numbers(t, "t", "one time from 0 on, or a vector", lambda v: v >= 0)
         dtype = self.fast.t.dtype
         t, lam = jnp.asarray(t, dtype), jnp.asarray(weight_decay, dtype)
         at_once = lambda x: self._predict_params(x, lam, order=order)
@@ -114,15 +123,18 @@ class TwoPhase(eqx.Module):
 
         That is where λ ≤ η(s)/10 for the smallest normal curvature η; where λρ(s) ≤ 1/4
         for the estimated ratio ρ of the terms of order λ² and λ; and where all terms
-        are known.
+        are known. The fast phase comes first: no λ for which the ratio of the terms is
+        larger than 1/4 anywhere on its path (at order 1, where that is not known, λθ₁
+        against the solution: `fast_shift`) has any validity. Near saddles, which weight
+        decay leaves later, that asks for far smaller λ than the drift does.
 
-        **Returns:** s; 0 where λ is too large from the start, the rank is a guess, or a
-        path slid along kinks.
+        **Returns:** s; 0 where λ is too large for the fast phase or from the start of
+        the drift, the rank is a guess, or a path slid along kinks.
 
         **Raises:** `ValueError` unless λ > 0.
         """
-        _check_positive(weight_decay)
-        if self._doubt():
+        check_positive(weight_decay, "weight_decay")
+        if self._doubt() or self._fast_ratio(weight_decay) > _TERM_RATIO:
             return 0.0
         s, lam = np.asarray(self.drift.t), float(weight_decay)
         share = _CURVATURE_SHARE * np.asarray(self.smallest_curvature) / lam
@@ -134,6 +146,17 @@ class TwoPhase(eqx.Module):
             _TERM_RATIO / lam, ratio, out=np.full_like(ratio, np.inf), where=ratio != 0
         )
         return min(end, holds_until(s[: ratio.size], fall))
+
+    def _fast_ratio(self, weight_decay: float) -> float:
+        """The largest ratio of the terms along the fast path."""
+        second = self.second
+        worst = self.fast_shift if second is None else jnp.max(second.fast_ratio)
+        return float(np.nan_to_num(weight_decay * worst, nan=np.inf))
+
+    @property
+    def _orders(self) -> tuple[int, ...]:
+        """Those known; 3 with what is known of it."""
+        return (1,) if self.second is None else (1, 2, 3)
 
     def _doubt(self) -> str:
         """Why nothing is claimed, for whatever λ; empty where something is."""
@@ -167,48 +190,75 @@ class TwoPhase(eqx.Module):
                 f"name: no metric is named {name!r}; two_phase was given "
                 f"{list(watched) or 'none'}."
             )
-        t, curves = self._predicted_metrics(weight_decay)
-        return self._time_from(weight_decay, name, t, curves)
+        return self._time_from(weight_decay, name, *self._predicted(weight_decay))
 
     def _time_from(
-        self,
-        weight_decay: float,
-        name: str,
-        t: np.ndarray,
-        curves: list[dict[str, np.ndarray]],
+        self, weight_decay: float, name: str, t: np.ndarray, found: "_Along"
     ) -> PredictedTime:
-        """`crossing_time` from what `_predicted_metrics` gave."""
-        ratio = np.full_like(t, np.nan)
-        if self.second is not None:
-            known = np.asarray(self.second.ratio)
-            nodes = np.asarray(self.drift.t)[: known.size]
-            ratio = weight_decay * np.interp(weight_decay * t, nodes, known)
-            ratio = ratio + float(self.second.mismatch)
-        values = [curve[name] for curve in curves]
+        """`crossing_time` from what `_predicted` gave."""
+        metric = self.drift.watched[name]
+        curves = [curve[name] for curve in found.curves]
         until = self.valid_until(weight_decay)
-        out = predicted_time(t, values, self.drift.watched[name], until, ratio)
         doubt = self._doubt()
-        return dataclasses.replace(out, why=doubt) if doubt else out
+        if not doubt and until <= 0:
+            doubt = "λ is too large for the theory, " + (
+                "in the fast phase: its terms do not fall"
+                if self._fast_ratio(weight_decay) > _TERM_RATIO
+                else "from the start of the drift on"
+            )
+        if doubt:
+            return PredictedTime(np.nan, np.nan, 1 if self.second is None else 2, doubt)
+        if (near := bracket(t, curves, metric)) is not None:
+            # Once more in between, where they cross.
+            t = np.linspace(*near, t.size)
+            found = self._along(weight_decay, t)
+            curves = [curve[name] for curve in found.curves]
+        return predicted_time(
+            t, curves, metric, until, self._ratio(weight_decay, t), found.delay
+        )
 
-    def _predicted_metrics(
-        self, weight_decay: float
-    ) -> tuple[np.ndarray, list[dict[str, np.ndarray]]]:
+    def _ratio(self, weight_decay: float, t: np.ndarray) -> np.ndarray:
+        """The ratio of the next term to that of order λ at times t, the largest so
+        far; NaN where it is not known."""
+        if self.second is None:
+            return np.full_like(t, np.nan)
+        second, drift = self.second, np.asarray(self.drift.t)
+        known = np.asarray(second.ratio)
+        along = np.maximum.accumulate(known)
+        slow = np.interp(weight_decay * t, drift[: known.size], along)
+        fast = np.maximum.accumulate(np.asarray(second.fast_ratio))
+        x = np.linspace(0, 1, fast.size)
+        nodes = np.asarray(even_times(x, self.fast.t[-1], self.fast_scale))
+        ratio = weight_decay * np.maximum(slow, np.interp(t, nodes, fast))
+        inside = max(float(second.fast_mismatch), float(second.mismatch))
+        return ratio + np.where(t < nodes[-1], inside, float(second.mismatch))
+
+    def _predicted(self, weight_decay: float) -> "tuple[np.ndarray, _Along]":
         """The metrics along the prediction, as far as theory holds.
 
         **Returns:** times t, zero and evenly spaced in log t up to `valid_until`; and
-        the metrics by name, at order 1 and, if known, at order 2. NaN where λ is too
-        large from the start.
+        what is there. NaN where λ is too large from the start.
         """
-        _check_positive(weight_decay)
-        lam = jnp.asarray(weight_decay, self.fast.t.dtype)
+        check_positive(weight_decay, "weight_decay")
         until = self.valid_until(weight_decay)
-        end = until / lam if until > 0 else jnp.full_like(lam, jnp.nan)
-        t, curves = _metrics_along(self, lam, end)
-        return np.asarray(t), [jax.tree.map(np.asarray, c) for c in curves]
+        if until <= 0:
+            none = np.full(_TIMES + 1, np.nan)
+            curves = [dict.fromkeys(self.drift.watched, none)] * len(self._orders)
+            return none, _Along(curves, none)
+        end = until / float(weight_decay)
+        start = min(0.05 * float(self.fast_scale), 0.1 * end)
+        t = np.append(0.0, np.geomspace(start, end, _TIMES))
+        return t, self._along(weight_decay, t)
+
+    def _along(self, weight_decay: float, t: np.ndarray) -> "_Along":
+        dtype = self.fast.t.dtype
+        found = _metrics_along(
+            self, jnp.asarray(weight_decay, dtype), jnp.asarray(t, dtype)
+        )
+        return jax.tree.map(np.asarray, found)
 
     def _check_order(self, order: int) -> None:
-        if order not in (1, 2):
-            raise ValueError(f"order: expected 1 or 2, got {order}.")
+        check_choice(order, "order", (1, 2))
         if order == 2 and self.second is None:
             raise ValueError(
                 "order: the second was not computed; call two_phase with order=2"
@@ -218,7 +268,8 @@ class TwoPhase(eqx.Module):
     def _predict_params(
         self, t: Float[Array, ""], lam: Float[Array, ""], *, order: int = 1
     ) -> PyTree:
-        """As `predict`, for one time: the trainable parameters alone."""
+        """As `predict`, for one time: the trainable parameters alone. Order 3 is what
+        is known of it: the term of order λ² as it is at the end of the fast phase."""
         end_s = self.drift.t[-1]
         s = lam * t
         # Beyond its last time the fast path has arrived.
@@ -230,9 +281,12 @@ class TwoPhase(eqx.Module):
             fast,
             self.fast.params,
         )
-        if order == 2 and self.second is not None:
+        if order > 1 and self.second is not None:
             end_s = self.second.until
             change = self._second_term(t, s)
+            if order == 3:
+                more = self._along_fast(self.second.next, t)
+                change = jax.tree.map(lambda c, m: c + lam * m, change, more)
             out = jax.tree.map(lambda w, c: w + lam * c, out, change)
         known = s <= end_s * (1 + 8 * jnp.finfo(s.dtype).eps)
         return jax.tree.map(lambda w: jnp.where(known, w, jnp.nan), out)
@@ -277,7 +331,7 @@ class TwoPhase(eqx.Module):
             )
         if not bool(self.result == RESULTS.successful):
             word = "WARNING" if _among(self.result, _STANDING) else "FAILED"
-            lines.append(f"  {word}: {RESULTS[self.result]}")
+            lines.append(f"  {word}: {self.where}{RESULTS[self.result]}")
         return "\n".join(lines)
 
 
@@ -289,6 +343,7 @@ def two_phase(
     metrics: dict[str, Callable | Metric] | None = None,
     order: int = 1,
     rtol: float = 1e-9,
+    t_max: float = 1e10,
     max_steps: int = 100_000,
     throw: bool = True,
 ) -> TwoPhase:
@@ -311,31 +366,42 @@ def two_phase(
         estimates come from; these need a loss and a penalty that are smooth, and in the
         Hessian form at most 5000 parameters.
     - `rtol`: the tolerance of the runs.
+    - `t_max`: the time at which to give up the search for the limit.
     - `max_steps`: the budget of steps of each.
     - `throw`: raise where theory does not apply; otherwise see `result`.
 
     **Returns:** a `TwoPhase`.
 
     **Raises:** `ValueError` for arguments that make no sense; `RuntimeError` if `throw`
-    and there is no limit (the loss has no minimiser, say) or the drift fails.
+    and there is no limit (the loss has no minimiser, say) or the drift fails: it names
+    the phase, the time that was reached, and the smallest curvatures of F there.
     """
+    check_free(flow)
+    check_arguments(slow_time=slow_time, rtol=rtol, max_steps=max_steps)
+    check_choice(order, "order", (1, 2))
+    watched = as_metrics(metrics)
     term, params = flow.term(model)
-    check_tolerance(rtol)
+    check_problem(term, params, watched)
     rtol = resolvable(rtol, params)
-    check_horizon(1.0, slow_time, None, None, FEWEST)
-    if order not in (1, 2):
-        raise ValueError(f"order: expected 1 or 2, got {order}.")
-    check_scalars(flow.loss, as_metrics(metrics), model)
     # It says whether there is a limit, when, and how curved F is there: a loose one
     # will do. The limit itself is the end of the fast path.
     limit = limit_map(
         flow.loss,
         model,
         rtol=max(rtol, _LOOSE),
+        t_max=t_max,
         max_steps=max_steps,
-        throw=throw,
+        throw=False,
         trainable=flow.trainable,
     )
+    found = bool(limit.result == RESULTS.successful)
+    where = ""
+    if not found:
+        where = _place(flow, "limit", f"t = {float(limit.time):.3g}", limit.model)
+        if throw:
+            raise RuntimeError(where + RESULTS[limit.result])
+    # Where there is no limit, the paths are to look at: as they come.
+    most = MOST if found else FEWEST
     at_limit = spectrum(flow.loss, limit.model, trainable=flow.trainable)
     if order == 2:
         check_second_order(at_limit, flow.penalty)
@@ -352,7 +418,12 @@ def two_phase(
             **options,
         ),
         target,
+        most=most,
     )
+    if found and not bool(fast.succeeded):
+        where = _end_of(flow, "fast", "t", fast)
+        if throw:
+            raise RuntimeError(where + RESULTS[fast.result])
     # A failed run ends in NaN: there the limit, wherever it got to, stands in.
     last = fast[-1] if bool(fast.succeeded) else limit.model
     degree = DEGREE if flow.penalty.smooth else 1
@@ -365,11 +436,13 @@ def two_phase(
             **options,
         ),
         target,
+        most=most,
         degree=degree,
     )
     # Retracted, so that the two phases meet to all digits.
     end = drift[0]
-    error = (error + more) / optax.tree.norm(flow.partition(end)[0])
+    size = optax.tree.norm(flow.partition(end)[0])
+    errors = (error + more) / size, more / size
     result = _first_failure(limit.result, fast.result, drift.result)
     if bool(drift.succeeded):
         at_limit = spectrum(flow.loss, end, trainable=flow.trainable)
@@ -377,14 +450,42 @@ def two_phase(
     if bool(result == RESULTS.successful) and bool(at_limit.ambiguous):
         result = RESULTS.ambiguous_rank
     fatal = not _among(result, _STANDING)
+    if fatal and not where:
+        where = _end_of(flow, "drift", "s", drift)
+    if fatal and throw:
+        raise RuntimeError(where + RESULTS[result])
     terms = None
     # Along kinks there are no second derivatives to go by.
     if order == 2 and not fatal and not bool(result == RESULTS.slid):
         terms = second_order(term, fast, drift, at_limit, tau)
         if terms is None and bool(result == RESULTS.successful):
             result = RESULTS.second_order_lost
-    out = TwoPhase(end, fast, drift, at_limit, tau, error, terms, result, degree)
-    return result.error_if(out, fatal) if throw else out
+    shift = _fast_shift(term, fast.t, fast.params)
+    return TwoPhase(
+        end, fast, drift, at_limit, tau, *errors, shift, terms, result, degree, where
+    )
+
+
+def _end_of(flow: GradientFlow, phase: str, unit: str, path: Path) -> str:
+    """`_place` of where a run ended."""
+    reached = np.flatnonzero(np.isfinite(np.asarray(path.train_loss)))
+    last = int(reached[-1]) if reached.size else 0
+    return _place(flow, phase, f"{unit} = {float(path.t[last]):.3g}", path[last])
+
+
+def _place(flow: GradientFlow, phase: str, reached: str, model: PyTree) -> str:
+    """The phase in which a prediction failed, where, and the spectrum there."""
+    text = f"{phase} phase, reached {reached}"
+    leaves = jax.tree.leaves(flow.partition(model)[0])
+    if all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in leaves):
+        at = spectrum(flow.loss, model, trainable=flow.trainable)
+        values = np.asarray(at.curvatures)[: max(int(at.rank), 1)]
+        smallest = ", ".join(f"{value:.2g}" for value in values[-3:])
+        text += (
+            f", rank {int(at.rank)}, smallest normal curvatures {smallest} (largest "
+            f"{values[0]:.2g})"
+        )
+    return text + ": "
 
 
 def _solver(flow: GradientFlow) -> KKT5 | None:
@@ -403,30 +504,65 @@ def _fast_scales(
     return tau, jnp.maximum(end, 10 * tau)
 
 
+class _Along(NamedTuple):
+    """What a prediction is at n times."""
+
+    curves: list[dict[str, Any]]
+    """The metrics by name, at order 1 and, if known, at 2 and with the next term."""
+    delay: Any
+    """The time in which it moves by what its runs and the interpolation are off."""
+
+
 @eqx.filter_jit
 def _metrics_along(
-    theory: TwoPhase, lam: Float[Array, ""], end: Float[Array, ""]
-) -> tuple[Array, list[dict[str, Array]]]:
-    start = jnp.minimum(0.05 * theory.fast_scale, 0.1 * end)
-    t = jnp.concatenate([jnp.zeros_like(end)[None], jnp.geomspace(start, end, _TIMES)])
+    theory: TwoPhase, lam: Float[Array, ""], t: Float[Array, " n"]
+) -> _Along:
+    size = optax.tree.norm(jax.tree.map(lambda w: w[0], theory.drift.params))
 
-    def at(t, order):
+    def metrics(t, order):
         params = theory._predict_params(t, lam, order=order)
         model = eqx.combine(params, theory.drift.static)
         return {name: metric(model) for name, metric in theory.drift.watched.items()}
 
-    orders = (1,) if theory.second is None else (1, 2)
-    return t, [jax.lax.map(lambda t, k=k: at(t, k), t) for k in orders]
+    def delay(t):
+        at = lambda t: theory._predict_params(t, lam)
+        speed = optax.tree.norm(jax.jvp(at, (t,), (jnp.ones_like(t),))[1])
+        both, one = theory.interpolation_error, theory.drift_interpolation_error
+        off = jnp.where(t < theory.fast.t[-1], both, one)
+        off = size * (off + 10 * theory.fast.stats["rtol"])
+        return off / jnp.maximum(speed, jnp.finfo(t.dtype).tiny)
+
+    curves = [jax.lax.map(lambda t, k=k: metrics(t, k), t) for k in theory._orders]
+    return _Along(curves, jax.lax.map(delay, t))
+
+
+@eqx.filter_jit
+def _fast_shift(
+    term: FlowTerm, t: Float[Array, " n"], path: PyTree
+) -> Float[Array, ""]:
+    """sup c‖θ'‖/‖Φ‖, c = ∫|⟨∇R, θ'⟩|/‖θ'‖² dt: see `TwoPhase.fast_shift`. θ' itself
+    solves v' = −∇²F v, so −cθ' is the part along the path of what
+    θ₁' = −∇²F θ₁ − ∇R makes."""
+    end = jax.tree.map(lambda p: p[-1], path)
+    size = optax.tree.norm(end)
+
+    def at(p):
+        speed = term.vf(0.0, p, 0.0)
+        left = optax.tree.norm(jax.tree.map(jnp.subtract, p, end))
+        along = optax.tree.vdot(term.penalty.gradient(p), speed)
+        return optax.tree.norm(speed), jnp.abs(along), left
+
+    speed, along, left = jax.lax.map(at, path)
+    # Near its end what is left of the speed is rounding.
+    moving = (left > 1e-6 * size) & (speed > 0)
+    rate = jnp.where(moving, along / jnp.where(moving, speed, 1.0) ** 2, 0.0)
+    steps = 0.5 * (rate[1:] + rate[:-1]) * jnp.diff(t)
+    shift = jnp.cumsum(steps) * jnp.where(moving, speed, 0.0)[1:]
+    return jnp.max(shift) / size
 
 
 def _among(result: RESULTS, results: tuple[RESULTS, ...]) -> bool:
     return any(bool(result == r) for r in results)
-
-
-def _check_positive(weight_decay: float) -> None:
-    check_weight_decay(weight_decay)
-    if not float(weight_decay) > 0:
-        raise ValueError("weight_decay: expected a positive number, got 0.")
 
 
 def _first_failure(*results: RESULTS) -> RESULTS:

@@ -14,6 +14,7 @@ from helpers import flat_paths, Linear, linear_problem, sup_error
 from numpy.testing import assert_allclose
 
 import gradflow as gf
+from gradflow._descent_methods import scheduled
 
 ALPHA, LAM = 0.1, 1e-2
 
@@ -216,9 +217,160 @@ def test_what_leaves_the_finite_range_is_named(linear):
     assert path.result == gf.RESULTS.overshot and not path.succeeded
     lost = np.isnan(np.asarray(path.train_loss))
     assert lost[-1] and not lost[:2].any() and (np.diff(lost) >= 0).all()
-    assert "FAILED: The descent left the finite range" in str(path)
-    with pytest.raises(RuntimeError, match="learning rate is likely above 2/L"):
+    assert "FAILED: The descent went up instead" in str(path)
+    with pytest.raises(RuntimeError, match="learning_rate` is likely above 2/L"):
         run(True)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_large_numbers_are_in_the_finite_range(dtype):
+    """What is large is no failure: it may be the unit, or growth that is exact."""
+    x = jnp.linspace(-1.0, 1.0, 7, dtype=dtype)
+    fit = gf.SquaredError(x, 3e6 * x)
+    rule = dict(weight_decay=0.0, learning_rate=0.5, saves=3)
+    start = Linear1(jnp.zeros((), dtype))
+    path = gf.descent(gf.GradientFlow(fit), start, steps=200, **rule)
+    assert path.result == gf.RESULTS.successful
+    assert_allclose(path[-1].w, 3e6, rtol=1e-5)
+    # A loss without a minimiser, F = −10⁸w: a straight line.
+    down = gf.GradientFlow(gf.Loss(lambda m: -1e8 * m.w))
+    path = gf.descent(down, start, steps=1000, **rule)
+    assert path.result == gf.RESULTS.successful
+    assert_allclose(path[-1].w, 5e10, rtol=1e-4 if dtype == jnp.float32 else 1e-12)
+    # One that is left in three steps.
+    up = gf.GradientFlow(gf.Loss(lambda m: 1e30 * m.w**2 / 2))
+    far = dtype(1e20) if dtype == jnp.float32 else dtype(1e290)
+    path = gf.descent(up, Linear1(jnp.asarray(far)), steps=3, throw=False, **rule)
+    assert path.result == gf.RESULTS.overshot
+
+
+def test_what_goes_up_is_named_in_any_unit():
+    """1.2 times as far from the minimum in each step; and at a lower rate, down."""
+    for unit in (1e-9, 1.0, 1e9):
+        flow = gf.GradientFlow(gf.Loss(lambda m, u=unit: 0.5 * jnp.sum((m.w / u) ** 2)))
+        run = lambda h, flow=flow, u=unit: gf.descent(
+            flow, Linear1(jnp.array(0.3 * u)), weight_decay=0.0,
+            learning_rate=h * u**2, steps=60, saves=3, throw=False,
+        )  # fmt: skip
+        up = run(2.2)
+        assert_allclose(up[-1].w, 0.3 * unit * 1.2**60, rtol=1e-9)
+        assert up.result == gf.RESULTS.overshot
+        assert run(1.8).result == gf.RESULTS.successful
+
+
+class Linear1(eqx.Module):
+    w: jax.Array
+
+    def __call__(self, x):
+        return self.w * x
+
+
+def quadratic():
+    """F = ½ Σ aᵢwᵢ², and where from."""
+    a = jnp.array([1.0, 3.0, 10.0])
+    loss = gf.Loss(lambda m: 0.5 * jnp.sum(a * m.w**2))
+    return gf.GradientFlow(loss), Linear(jnp.array([1.0, -2.0, 0.5])), np.asarray(a)
+
+
+def test_optimisers_that_ask_for_the_value():
+    flow, model, a = quadratic()
+    lam = 0.2
+    rule = dict(weight_decay=lam, learning_rate=0.3, steps=6, saves=3)
+    value = lambda w: 0.5 * ((a + lam) * w**2).sum()
+    # Polyak's step, F/‖∇F‖², at most h.
+    w = np.asarray(model.w)
+    for _ in range(6):
+        g = (a + lam) * w
+        w = w - min(value(w) / (g @ g), 0.3) * g
+    path = gf.descent(flow, model, optimiser=optax.polyak_sgd, **rule)
+    assert_allclose(path[-1].w, w, rtol=1e-10)
+    # With the decay apart, it is that of F alone.
+    w = np.asarray(model.w)
+    for _ in range(6):
+        g = a * w
+        step = min((w @ g) / 2 / (g @ g), 0.3)
+        w = w - step * g - 0.3 * lam * w
+    apart = dict(method="decoupled", optimiser=optax.polyak_sgd)
+    assert_allclose(gf.descent(flow, model, **apart, **rule)[-1].w, w, rtol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "optimiser",
+    [
+        optax.lbfgs(),
+        optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(20)),
+    ],
+    ids=["zoom", "backtracking"],
+)
+def test_line_searches_come_down(optimiser):
+    flow, model, a = quadratic()
+    path = gf.descent(
+        flow, model, weight_decay=0.2, learning_rate=0.3, steps=60, saves=3,
+        optimiser=optimiser,
+    )  # fmt: skip
+    assert abs(path[-1].w).max() < 1e-3 * abs(model.w).max()
+
+
+def test_the_rate_falls_on_a_plateau():
+    """From ±h to ∓h and back: F stays, so the rate is halved after two steps each."""
+    slow = optax.contrib.reduce_on_plateau(factor=0.5, patience=2, cooldown=0)
+    path = gf.descent(
+        gf.GradientFlow(gf.Loss(lambda m: jnp.abs(m.w))), Linear1(jnp.array(0.05)),
+        weight_decay=0.0, learning_rate=0.1, at=list(range(7)),
+        optimiser=optax.chain(optax.sgd(0.1), slow),
+    )  # fmt: skip
+    moves = abs(np.diff(np.asarray(path.params.w)))
+    assert moves[0] == pytest.approx(0.1) and (np.diff(moves) <= 1e-12).all()
+    assert moves[-1] <= 0.025 * (1 + 1e-9)
+
+
+RATES = optax.linear_schedule(0.2, 0.05, 8)
+
+
+def test_schedules_of_learning_rates(linear):
+    flow, model = linear
+    run = lambda **kwargs: gf.descent(
+        flow, model, weight_decay=0.3, learning_rate=RATES, **kwargs
+    )
+    rates = [float(RATES(k)) for k in range(12)]
+    assert rates[0] == 0.2 and rates[-1] == 0.05
+    w, apart, saved = np.asarray(model.w), np.asarray(model.w), [0, 3, 12]
+    x, y = np.asarray(flow.loss.x), np.asarray(flow.loss.y)
+    slope = lambda w: x.T @ (x @ w - y) / len(y)
+    path = run(at=saved)
+    other = run(at=saved, method="decoupled", optimiser=optax.sgd(0.1))
+    for k, rate in enumerate(rates):
+        if k in saved:
+            assert_allclose(path[saved.index(k)].w, w, rtol=1e-10)
+        w = w - rate * (slope(w) + 0.3 * w)
+        apart = apart - 0.1 * slope(apart) - rate * 0.3 * apart
+    assert_allclose(path[-1].w, w, rtol=1e-10)
+    assert_allclose(other[-1].w, apart, rtol=1e-10)
+    assert_allclose(path.t, [0, sum(rates[:3]), sum(rates)], rtol=1e-12)
+    assert "descent (subgradient, on a schedule), 12 steps of 0.106" in str(path)
+
+
+def test_a_long_schedule_has_exact_times():
+    decay = optax.exponential_decay(1e-2, 1000, 0.99)
+    numbers = np.array([0, 1, 65536, 65537, 200_000])
+    times = scheduled(decay, numbers, jnp.float64).times
+    q = 0.99**1e-3
+    assert_allclose(times, 1e-2 * (1 - q**numbers) / (1 - q), rtol=1e-9)
+
+
+def test_a_sweep_on_a_schedule(linear):
+    flow, model = linear
+    lanes = gf.sweep(
+        flow, model, weight_decay=[0.1, 0.3], learning_rate=RATES, steps=12, saves=4
+    )
+    one = gf.descent(
+        flow, model, weight_decay=0.3, learning_rate=RATES, steps=12, saves=4
+    )
+    assert_allclose(lanes[1].params.w, one.params.w, rtol=1e-12)
+    assert_allclose(lanes[1].t, one.t)
+    lanes.to_xarray()
+    with pytest.raises(ValueError, match="steps, at: give one with a schedule"):
+        gf.sweep(flow, model, weight_decay=[0.1], learning_rate=RATES, t1=1.0)
 
 
 def test_what_is_frozen_stays_and_it_can_be_drawn(sparse):
@@ -268,14 +420,31 @@ BAD = {
     "no decay": (dict(slow_time=1.0, weight_decay=0.0), "needs weight_decay > 0"),
     "at": (dict(at=[0, 3, 3]), "at: expected increasing"),
     "at of times": (dict(at=[0.0, 1.0]), "at: expected a vector of two or more integ"),
-    "saves": (dict(steps=9, saves=2), "saves: expected 3"),
+    "saves": (dict(steps=9, saves=2), "saves: expected an integer >= 3"),
     "rate": (dict(steps=3, learning_rate=0.0), "learning_rate: expected a positive"),
     "rates": (dict(steps=3, learning_rate=np.ones(2)), "learning_rate: expected one"),
-    "decay": (dict(steps=3, weight_decay=-1.0), "weight_decay: expected 0 or more"),
+    "decay": (dict(steps=3, weight_decay=-1.0), "weight_decay: expected a finite"),
     "method": (dict(steps=3, method="mirror"), "method: expected one of 'subgradient'"),
     "key": (dict(steps=3, batch_size=2), "key: expected one"),
     "no batches": (dict(steps=3, key=jr.key(0)), "key: it is for minibatches"),
     "batch": (dict(steps=3, batch_size=9, key=jr.key(0)), "from 1 to 3, got 9"),
+    "schedule": (dict(t1=1.0, learning_rate=RATES), "t1: give steps or at where"),
+    "no schedule": (dict(steps=3, learning_rate=optax.sgd), "got one that gives Gra"),
+    "negative": (dict(steps=3, learning_rate=lambda k: -1.0), "got one that gives -1"),
+    "optimiser": (dict(steps=3, optimiser="adam"), "optimiser: expected .* got str"),
+    "no rate": (
+        dict(steps=3, optimiser=optax.scale_by_zoom_linesearch),
+        "optimiser: optax.scale_by_zoom_linesearch is no function of a learning rate",
+    ),
+    "asks for more": (
+        dict(
+            steps=3,
+            optimiser=optax.contrib.differentially_private_aggregate(
+                1.0, 1.0, key=jr.key(0)
+            ),
+        ),
+        "optimiser: expected one that makes updates",
+    ),
     "projected": (
         dict(steps=3, method="projected", optimiser=optax.adam),
         "takes no optimiser",

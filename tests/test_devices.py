@@ -109,3 +109,32 @@ def test_many_processes_share_a_store(one, tmp_path, processes):
         np.testing.assert_array_equal(data[name], values, err_msg=name)
     assert len(data.attrs["causes"]) == 6
     assert [f.name for f in tmp_path.iterdir()] == ["sweep.zarr"]
+
+
+PLACED = """
+devices = jax.devices()
+mesh = jax.sharding.Mesh(np.array(devices), ("i",))
+rows = jax.sharding.NamedSharding(mesh, jax.P("i"))
+x = jr.normal(jr.key(2), (4, 3))
+model = gf.models.LinearModel(jnp.ones(3))
+
+def train(put, model, **how):
+    loss = gf.SquaredError(put(x), put(x[:, 1]))
+    lanes = gf.sweep(gf.GradientFlow(loss), model, weight_decay=[0.1, 0.3], saves=4,
+                     progress=False, metrics={"loss": loss}, **how)
+    assert (lanes.metrics["loss"] == lanes.train_loss).all()
+    return np.asarray(lanes.train_loss)
+
+on = lambda k: lambda a: jax.device_put(a, devices[k])
+flow, steps = dict(ts=jnp.arange(3.0)), dict(learning_rate=0.1, steps=5)
+plain = train(lambda a: a, model, **flow)
+split = train(lambda a: jax.device_put(a, rows), on(1)(model), **flow)
+far = train(on(1), on(0)(model), **steps)
+print(json.dumps([(plain == split).all().item(),
+                  (far == train(lambda a: a, model, **steps)).all().item()]))
+"""
+
+
+def test_data_on_other_devices_are_placed(tmp_path):
+    told, _ = ended(start(PLACED, tmp_path / "no.npz", devices=2))
+    assert told == [True, True]

@@ -13,7 +13,7 @@ from numpy.testing import assert_allclose
 
 import gradflow as gf
 import gradflow.flow
-from gradflow.flow import flatten, partition
+from gradflow.flow import flatten, linearized, partition
 from gradflow.models import LinearModel, TwoLayer
 
 
@@ -197,3 +197,55 @@ def test_tangent_kernel_fits_into_memory():
     assert theta.size > 99_000
     compiled = jax.jit(lambda th: flat.tangent_kernel(th)).lower(theta).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 2e9
+
+
+@jax.custom_vjp
+def reverse_only(x):
+    return x * jnp.exp(x)
+
+
+reverse_only.defvjp(
+    lambda x: (x * jnp.exp(x), x), lambda x, g: (g * (1 + x) * jnp.exp(x),)
+)
+
+
+@jax.custom_vjp
+def known_by_its_slope(x):
+    return jnp.sin(x)
+
+
+known_by_its_slope.defvjp(
+    lambda x: (jnp.sin(x), x),
+    lambda x, g: (
+        jax.pure_callback(
+            lambda x, g: np.asarray(g) * np.cos(x),
+            jax.ShapeDtypeStruct(x.shape, x.dtype),
+            x,
+            g,
+        ),
+    ),
+)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.vmap, jax.checkpoint])
+def test_a_forward_product_of_what_has_reverse_ones_only(getkey, wrap):
+    weights = jr.normal(getkey(), (4, 6))
+    outputs = lambda fn: lambda x: jnp.tanh(weights @ wrap(fn)(x) ** 2)
+    x, u = jr.normal(getkey(), (6,)), jr.normal(getkey(), (6,))
+    v = jr.normal(getkey(), (4,))
+
+    @jax.jit
+    def products(x, u, v):
+        z, push, pull = linearized(outputs(reverse_only), x)
+        return z, push(u), pull(v)
+
+    plain = outputs(lambda x: x * jnp.exp(x))
+    jac = jax.jacfwd(plain)(x)
+    right = plain(x), jac @ u, v @ jac
+    for got, want in zip(products(x, u, v), right, strict=True):
+        assert_allclose(got, want, rtol=1e-12)
+
+
+def test_outputs_without_a_forward_product_are_refused():
+    with pytest.raises(ValueError, match="solver=diffrax.Tsit5"):
+        linearized(known_by_its_slope, jnp.ones(3))

@@ -2,11 +2,14 @@
 thumb beside them."""
 
 import dataclasses
+import functools
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.integrate import quad
 
 import gradflow as gf
 
@@ -146,3 +149,141 @@ def test_transition_time_of_large_scales():
         times.append(theory.grokking_time(1e-3).time)
     expected = gf.transition_time(100.0, 1e-3)
     np.testing.assert_allclose(times[1] - times[0], expected, rtol=1e-2)
+
+
+# Saddles: a fast phase that is slow
+
+
+class Cube(eqx.Module):
+    """x ↦ u³x, which leaves u = 0 after t ≈ 1/3u₀; and a parameter that does nothing,
+    so that there is a drift."""
+
+    u: jax.Array
+    idle: jax.Array
+
+    def __call__(self, x):
+        return self.u**3 * x
+
+
+@pytest.fixture(scope="module")
+def cube():
+    """Theory at both orders, of F = ½(u³ − 1)² from u₀ = 0.03, and the time at which
+    u³ = ½, by quadrature of u' = 3u²(1 − u³) − λu."""
+    flow = gf.GradientFlow(gf.SquaredError(jnp.ones(1), jnp.ones(1)))
+    model = Cube(jnp.asarray(0.03), jnp.asarray(1.0))
+    watch = {"test": gf.Metric(lambda m: 1 - m.u**3, threshold=0.5)}
+    run = functools.partial(gf.two_phase, flow, model, slow_time=2.0, metrics=watch)
+
+    def exact(lam):
+        slowness = lambda u: 1 / (3 * u**2 * (1 - u**3) - lam * u)
+        return quad(slowness, 0.03, 0.5 ** (1 / 3), epsabs=0, epsrel=1e-11)[0]
+
+    return run(), run(order=2), exact
+
+
+def test_times_inside_a_slow_fast_phase(cube):
+    _, theory, exact = cube
+    lams = np.geomspace(1e-6, 8e-2, 16)  # beyond 0.09 it never leaves
+    told = [theory.grokking_time(lam) for lam in lams]
+    given = np.array([np.isfinite(x.time) for x in told])
+    assert given[lams < 1e-3].all() and not given[lams > 2e-2].any()
+    for lam, time in zip(lams[given], np.array(told)[given], strict=True):
+        assert abs(time.time - exact(lam)) < 2 * time.error, lam
+        assert time.error < 0.05 * time.time
+    # From the smallest on it is the error of the paths.
+    assert told[0].error < 1e-5 * told[0].time
+
+
+def test_a_slow_fast_phase_limits_the_validity(cube):
+    first, second, exact = cube
+    for theory in (first, second):
+        until = [theory.valid_until(lam) for lam in (1e-5, 2e-2)]
+        # η = 9, and the drift alone would have it hold for the larger one too.
+        assert until == [2.0, 0.0] and theory.smallest_curvature.min() > 8.9
+        why = theory.grokking_time(2e-2).why
+        assert "too large" in why and "fast phase" in why
+    # By the delay, (T²/2)θ', which is what λ does to first order.
+    step = 1e-6
+    slope = (exact(step) - exact(0.0)) / step
+    u = 0.5 ** (1 / 3)
+    least = slope * 3 * u**2 * (1 - u**3) / 2**0.5  # at u³ = ½, where ‖Φ‖² = 2
+    assert least < first.fast_shift < 3 * least
+
+
+# Measured times: landed on
+
+
+class Pair(eqx.Module):
+    """x ↦ ⟨w, x⟩; on data that see one coordinate alone, the other is e^{−λt}."""
+
+    w: jax.Array
+
+    def __call__(self, x):
+        return x @ self.w
+
+
+def decaying(threshold=1e-3):
+    """A flow, a model, and a metric that crosses at t = −ln(threshold)/2λ."""
+    flow = gf.GradientFlow(gf.SquaredError(jnp.eye(2)[:1], jnp.full(1, 0.3)))
+    traced = []
+
+    def square(model):
+        traced.append(None)
+        return model.w[1] ** 2
+
+    watch = {"test": gf.Metric(square, threshold=threshold)}
+    exact = lambda lam: -np.log(threshold) / 2 / np.asarray(lam)
+    return flow, Pair(jnp.ones(2)), watch, exact, traced
+
+
+def test_measured_times_are_landed_on():
+    flow, model, watch, exact, traced = decaying()
+    run = functools.partial(gf.simulate, flow, model, weight_decay=0.02, rtol=1e-8)
+    path = run(t1=1e3, metrics=watch, saves=33)
+    rough = gf.crossing_time(path.t, path.metrics["test"], watch["test"])
+    stated = gf.crossing_error(path.t, path.metrics["test"], watch["test"])
+    compiled = len(traced)
+    off, rough_off = (abs(t - exact(0.02)) for t in (path.crossing_time("test"), rough))
+    assert off < 1e-7 * exact(0.02) and rough_off > 20 * off
+    assert rough_off < stated < 100 * rough_off
+    assert len(traced) == compiled  # it is the same program
+    # Saved times so few that one pass is not enough; and what jumps.
+    few = run(ts=jnp.array([0.0, 9e2, 1e3]), metrics=watch)
+    assert abs(few.crossing_time("test") - exact(0.02)) < 1e-7 * exact(0.02)
+    step = gf.Metric(lambda m: jnp.sign(m.w[1] - 0.2), threshold=0.0)
+    jump = run(t1=1e3, metrics={"jump": step})
+    at = -np.log(0.2) / 0.02
+    assert abs(jump.crossing_time("jump") - at) < 1e-7 * at
+
+
+def test_each_lane_of_a_sweep_is_landed_on():
+    flow, model, watch, exact, traced = decaying()
+    # The last one ends before it crosses, and the first is made to have failed.
+    lams = jnp.array([1.0, 0.1, 0.02, 1e-3])
+    lanes = gf.sweep(
+        flow, model, weight_decay=lams, t1=1e3, metrics=watch, saves=17,
+        solver=gf.KKT4(), rtol=1e-8, progress=False,
+    )  # fmt: skip
+    bad = jax.tree.map(lambda v: v.at[0].set(jnp.nan), lanes.paths.metrics)
+    lanes = dataclasses.replace(
+        lanes, paths=dataclasses.replace(lanes.paths, metrics=bad)
+    )
+    lanes.crossing_time("test")
+    compiled = len(traced)
+    times = lanes.crossing_time("test")
+    assert len(traced) == compiled
+    assert np.isnan(times[[0, 3]]).all()
+    np.testing.assert_allclose(times[1:3], exact(lams[1:3]), rtol=1e-7)
+    theory = gf.two_phase(flow, model, slow_time=5.0, metrics=watch)
+    report = gf.compare(lanes, theory)
+    np.testing.assert_allclose(report.grokking_time, times, rtol=1e-9)
+
+
+def test_times_of_a_descent_are_interpolated():
+    flow, model, watch, exact, _ = decaying()
+    path = gf.descent(
+        flow, model, weight_decay=0.02, learning_rate=0.1, t1=1e3, metrics=watch
+    )
+    assert path.again is None
+    rough = gf.crossing_time(path.t, path.metrics["test"], watch["test"])
+    assert path.crossing_time("test") == rough

@@ -1,6 +1,7 @@
 """No run passes for right that is not: every way to fail, or to be inexact, has a name.
 (Divergence, stalling, running out of steps and bad input are in test_simulate.)"""
 
+import dataclasses
 from types import SimpleNamespace
 
 import diffrax
@@ -13,8 +14,10 @@ import pytest
 from helpers import flat_paths, sup_error
 
 import gradflow as gf
-from gradflow import tasks
+from gradflow import tasks, theory
+from gradflow._refine import refined
 from gradflow.models import LinearModel
+from gradflow.second_order import second_order
 from gradflow.tasks.linear_regression import LinearTruth
 
 
@@ -181,3 +184,82 @@ def test_train_loss_is_as_exact_as_the_parameters(name):
     if name == "squared error":
         computed = jnp.stack([loss(path[i]) for i in range(len(path))])
         assert relative(computed) > 20 * error
+
+
+# A failure of the theory names the phase, the place, and the curvatures there
+
+
+def test_a_failure_names_phase_place_and_spectrum(monkeypatch):
+    # The flow of a quartic comes to rest as t^{−1/2}: never, up to t_max.
+    quartic = gf.Loss(lambda model: (model.weights[0] ** 2) ** 2 / 4)
+    slow = LinearModel(jnp.array([1.0, 2.0]))
+    predict = gf.two_phase
+    with pytest.raises(RuntimeError, match=r"^limit phase, reached t = 100.*curvature"):
+        predict(gf.GradientFlow(quartic), slow, slow_time=1.0, t_max=100.0)
+    task = tasks.linear_regression(jr.key(3), samples=3, dim=6)
+    flow, model = task.flow, task.model
+    # A fast path is saved at 65 times: these do not suffice, but for the limit.
+    with pytest.raises(RuntimeError, match=r"^fast phase, reached t = .*step budget"):
+        predict(flow, model, slow_time=1.0, max_steps=55)
+    whole = theory.riemannian_flow
+    short = lambda *args, **options: whole(*args, **(options | {"max_steps": 20}))
+    monkeypatch.setattr(theory, "riemannian_flow", short)
+    with pytest.raises(RuntimeError) as caught:
+        predict(flow, model, slow_time=1.0)
+    text = str(caught.value)
+    assert text.startswith("drift phase, reached s = ") and "\n" not in text
+    eta = np.linalg.svd(np.asarray(task.loss.x), compute_uv=False)[-1] ** 2 / 3
+    assert "rank 3, smallest normal curvatures" in text and f"{eta:.2g}" in text
+    told = predict(flow, model, slow_time=1.0, throw=False)
+    assert told.where and f"FAILED: {told.where}" in str(told)
+    assert told.result == gf.RESULTS.out_of_steps and told.valid_until(1e-6) == 0.0
+
+
+def bumpy(x, last=0.0):
+    """A path of one parameter that 65 places do not resolve."""
+    x = jnp.asarray(x)
+    values = jnp.tanh(200 * (x - 0.6)) + jnp.where(x == 1, last, 0.0)
+    return gf.Path(
+        t=x, weight_decay=jnp.ones(()), params={"w": values[:, None]}, static=None,
+        metrics={}, train_loss=values, penalty=values, result=gf.RESULTS.successful,
+        stats={"smallest_curvature": jnp.ones_like(x)}, watched={},
+    )  # fmt: skip
+
+
+def test_refinement_ends_where_a_run_fails_or_theory_has_ended():
+    runs = []
+
+    def run(x, failing=False):
+        runs.append(x)
+        return bumpy(x, jnp.nan if failing and len(runs) == 4 else 0.0)
+
+    path, error = refined(run, 1e-7)
+    assert len(path) == 1025 and len(runs) == 16 and error < 1e-3
+    runs.clear()
+    # The second of two runs for 257 places fails: what there was stays as it is.
+    path, error = refined(lambda x: run(x, True), 1e-7)
+    assert len(runs) == 4 and len(path) == 129 and jnp.isfinite(path.train_loss).all()
+    # What changes abruptly after the rank is lost does not count.
+    runs.clear()
+
+    def lost(x):
+        path = run(x)
+        eta = jnp.where(path.t < 0.3, 1.0, 1e-12)
+        return dataclasses.replace(path, stats={"smallest_curvature": eta})
+
+    path, error = refined(lost, 1e-7)
+    assert len(runs) == 1 and error < 1e-7
+
+
+def test_theory_where_infinities_and_nan_raise():
+    task = tasks.diagonal_network(jr.key(2), samples=3, dim=6, sparsity=1)
+    found = gf.two_phase(
+        task.flow, task.model, slow_time=1.0, metrics=task.metrics, order=2
+    )
+    term, _ = task.flow.term(task.model)
+    with jax.debug_nans(True), jax.debug_infs(True):
+        paths = found.fast, found.drift
+        again = second_order(term, *paths, found.spectrum, found.fast_scale)
+        np.testing.assert_allclose(again.ratio, found.second.ratio)
+        assert np.isfinite(found.memorisation_time(1e-4).time)
+        assert "too large" in found.memorisation_time(50.0).why

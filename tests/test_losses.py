@@ -1,5 +1,7 @@
 """Losses and penalties against NumPy, and their derivatives against dense Jacobians."""
 
+import functools
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -119,6 +121,125 @@ def test_logistic(setting, whole):
     slope = (p - target).reshape(-1) / SAMPLES
     assert_allclose(loss.residuals(model), slope, atol=1e-15)
     assert_allclose(gf.Logistic(x, y, reduction="sum")(model), each.sum())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", range(1, 41))
+def test_each_loss_is_a_plain_sum(n):
+    """Of every length, with each reduction; and so are its residuals."""
+    r = np.random.default_rng(n)
+    z, y = r.normal(size=(2, n, 3)) * 2
+    labels, soft = r.integers(0, 3, n), 1 / (1 + np.exp(-y))
+    inside = np.clip(z - y, -0.7, 0.7)
+    p, q = 1 / (1 + np.exp(-z)), softmax(z)
+    hits = q[np.arange(n), labels]
+    plain = [  # the values, and their derivatives
+        (0.5 * (z - y) ** 2, z - y),
+        (inside * (z - y - inside / 2), inside),
+        (-soft * np.log(p) - (1 - soft) * np.log(1 - p), p - soft),
+    ]
+    expected = [
+        (c * a.sum(), c * b.ravel()) for a, b in plain for c in (1 / n, 1.0)
+    ] + [(-np.log(hits).mean(), (q - np.eye(3)[labels]).ravel() / n)]
+
+    @jax.jit
+    def all_losses(z, y, soft, labels):
+        kinds = ((gf.SquaredError, y), (HUBER, y), (gf.Logistic, soft))
+        losses = [
+            make(z, target, reduction=reduction, predict=lambda model, x: x)
+            for make, target in kinds
+            for reduction in ("mean", "sum")
+        ] + [gf.CrossEntropy(z, labels, predict=lambda model, x: x)]
+        return [(loss(None), loss.residuals(None)) for loss in losses]
+
+    found = all_losses(*map(jnp.asarray, (z, y, soft, labels)))
+    for (value, slope), (right, its) in zip(found, expected, strict=True):
+        assert_allclose(value, right, rtol=1e-12)
+        assert_allclose(slope, its, rtol=1e-9, atol=1e-15)
+
+
+HUBER = functools.partial(gf.Huber, delta=0.7)
+
+
+def derivatives(outer, z, u):
+    """∇ℓ, ℓ''u forward and in reverse, and the third derivative along u, u."""
+    slope = jax.grad(outer)
+    along = lambda fn: lambda z: jax.jvp(fn, (z,), (u,))[1]
+    back = jax.grad(lambda z: jnp.vdot(slope(z), u))
+    return slope(z), along(slope)(z), back(z), along(along(slope))(z)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("y", [0.0, 1.0, 0.5, 0.3])
+def test_logistic_does_not_cancel(y, dtype):
+    """Its derivatives have all digits, wherever the logit is: also where p − y is far
+    below the distance of two numbers near one, or p near a soft y."""
+    z = np.array([-70, -31, -18, -3, -0.9, -1e-5, 1e-6, 0.4, 2, 16, 23, 60], dtype)
+    u = np.linspace(1, 2, z.size, dtype=dtype)
+    loss = gf.Logistic(jnp.asarray(z), jnp.full_like(z, y), reduction="sum")
+    big, target = z.astype(np.longdouble), np.longdouble(np.asarray(y, dtype))
+    p, q = 1 / (1 + np.exp(-big)), 1 / (1 + np.exp(big))
+    slope = (1 - target) * p - target * q
+    if y == 0.5:
+        slope = np.tanh(big / 2) / 2
+    expected = (slope, p * q * u, p * q * u, p * q * (q - p) * u * u)
+    eps = np.finfo(dtype).eps
+    found = derivatives(loss.outer, jnp.asarray(z), jnp.asarray(u))
+    for a, b in zip(found, expected, strict=True):
+        # (The third derivative has a zero at z = 0.)
+        assert_allclose(a, b.astype(float), rtol=30 * eps, atol=eps * float(u[6]) ** 2)
+        far = np.abs(z) > 15
+        assert_allclose(a[far], b[far].astype(float), rtol=30 * eps)
+    value = target * np.log1p(np.exp(-big)) + (1 - target) * np.log1p(np.exp(big))
+    for i in range(z.size):
+        one = gf.Logistic(jnp.zeros(1), jnp.full(1, y, dtype)).outer(
+            jnp.asarray(z[i : i + 1])
+        )
+        assert_allclose(one, float(value[i]), rtol=4 * eps)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_cross_entropy_does_not_cancel(dtype):
+    """The same for a class of three; right, wrong, and undecided."""
+    size = np.array([1e-3, 0.5, 3, 14, 19, 33, 60, 14, 19, 33])
+    z = (size[:, None] * np.array([[1.0, -0.2, -0.6]])).astype(dtype)
+    labels = np.array([0, 1, 2, 0, 0, 0, 0, 1, 2, 1])
+    n, own = len(z), np.eye(3, dtype=bool)[labels]
+    u = np.tile(np.array([0.7, -1.1, 0.4], dtype), (n, 1))
+    loss = gf.CrossEntropy(jnp.asarray(z), jnp.asarray(labels))
+
+    big = z.astype(np.longdouble)
+    weights = np.exp(big - big.max(axis=1, keepdims=True))
+    p = weights / weights.sum(axis=1, keepdims=True)
+    slope = np.where(own, -np.where(own, 0, p).sum(axis=1, keepdims=True), p)
+    # (diag p − ppᵀ)u as Σⱼ pᵢpⱼ(uᵢ − uⱼ), and the same of what p changes by.
+    apart = u[:, :, None] - u[:, None, :]
+    change = p * (apart * p[:, None, :]).sum(axis=2)
+    third = change * (apart * p[:, None, :]).sum(axis=2)
+    third = third + p * (apart * change[:, None, :]).sum(axis=2)
+    eps = np.finfo(dtype).eps
+    found = derivatives(loss.outer, jnp.asarray(z.ravel()), jnp.asarray(u.ravel()))
+    for a, b in zip(found, (slope, change, change, third), strict=True):
+        b = (b / n).astype(float).ravel()
+        assert_allclose(a, b, rtol=100 * eps, atol=1e-37)
+    others = np.where(own, 0, np.exp(big - big[own][:, None])).sum(axis=1)
+    for i in range(n):
+        one = gf.CrossEntropy(jnp.zeros(1), jnp.asarray(labels[i : i + 1])).outer(
+            jnp.asarray(z[i])
+        )
+        assert_allclose(one, float(np.log1p(others[i])), rtol=60 * eps)
+
+
+def test_miss_of_the_wrong_sign_is_not_believed():
+    """A multiplier that is off by more than it is large gives no negative loss."""
+    x, z = jnp.zeros(2), jnp.array([12.0, -12.0])
+    for sign in (1, -1):
+        r = sign * jnp.array([-1e-9, 1e-9])
+        logistic = gf.Logistic(x, jnp.array([1.0, 0.0]))
+        entropy = gf.CrossEntropy(x[:1], jnp.array([0]))
+        found = (logistic.outer_from(r, z), entropy.outer_from(r, z))
+        exact = (2e-9, 1e-9) if sign > 0 else (np.log1p(np.exp(-12)), np.exp(-24))
+        assert_allclose(found, exact, rtol=1e-6)
 
 
 @pytest.mark.parametrize("size", [1.0, 1e-9])

@@ -118,7 +118,7 @@ def test_what_makes_no_sense():
         gf.ReducedDynamics(gf.Cliff(1.0, 0.8), decoder_rate=0.0)
     with pytest.raises(ValueError, match="norm: expected a positive"):
         dynamics.simulate(-1.0, 0.5, weight_decay=0.1, t1=1.0)
-    with pytest.raises(ValueError, match="saves: expected 2"):
+    with pytest.raises(ValueError, match="saves: expected an integer >= 2"):
         dynamics.simulate(1.0, 0.5, weight_decay=0.1, t1=1.0, saves=1)
     law = lambda w, m: dynamics.time_law(w, m, 0.1, weight_decay=0.1)
     with pytest.raises(ValueError, match="the critical norm, or more, got 1.0"):

@@ -155,6 +155,35 @@ def test_the_ratio_is_that_of_the_next_term(studied):
     np.testing.assert_allclose(found, expected, rtol=0.05)
 
 
+def test_the_next_term_inside_the_fast_phase(studied):
+    """What the second order leaves at its end is λ²q; normal to M, that is λ²b(0)."""
+    _, flow, theory, sweep, _ = studied
+    second, path = theory.second, sweep[1]
+    lam, q = float(path.weight_decay), vectors(theory.second.next)
+    flat = lambda model: ravel_pytree(flow.partition(model)[0])[0]
+    i = int(np.argmin(abs(path.t - theory.fast.t[-1])))
+    left = flat(path[i]) - flat(theory.predict(float(path.t[i]), lam, order=2))
+    size = np.linalg.norm(q[-1])
+    assert np.linalg.norm(left / lam**2 - q[-1]) < 0.1 * size
+    term, _ = flow.term(eqx.combine(theory.limit, theory.drift.static))
+    start = jax.tree.map(lambda p: p[0], theory.drift.params)
+    at = Point(term, start, theory.spectrum.form, theory.spectrum.rank)
+    found = np.linalg.norm(q[-1] - at.project(q[-1])) / np.linalg.norm(at.offset)
+    # The ratio at the very start takes a one-sided difference.
+    np.testing.assert_allclose(found, second.ratio[0], rtol=0.1)
+    sizes = [
+        np.linalg.norm(x) / np.linalg.norm(at.w) for x in (second_at(second, 0), q[-1])
+    ]
+    np.testing.assert_allclose(
+        second.fast_ratio[-1], max(sizes[0], sizes[1] ** 0.5), rtol=1e-5
+    )
+
+
+def second_at(second, i):
+    """w₁ + h at node i of the drift."""
+    return vectors(second.tangent)[i] + vectors(second.offset)[i]
+
+
 def test_where_the_solver_of_the_tangent_part_stops(studied, monkeypatch):
     name, flow, theory, _, _ = studied
     if name != "diagonal":
@@ -289,6 +318,15 @@ def test_linear_regression_in_closed_form():
     path = jax.vmap(gf.models.LinearModel)(jnp.asarray(path))
     numerical = inner(term, path, scale, ts, "jacobian", speed)
     np.testing.assert_allclose(numerical, exact, atol=5e-8 * np.abs(exact).max())
+    # θ₂ less its growth ½t²w°'': the coefficient of λ² in g/(k + λ) + … e^{−(k + λ)t}.
+    rest = force / k**3 * (1 - decayed) - force / k**2 * t * decayed
+    rest = rest + (start - force / k) * t**2 / 2 * decayed
+    exact = np.where(inside, rest, 0.0) @ basis.T
+    bend, rise = speed, jnp.zeros_like(speed)
+    numerical2 = second_order.inner_next(
+        term, path, scale, ts, "jacobian", numerical, speed, bend, rise
+    )
+    np.testing.assert_allclose(numerical2, exact, atol=1e-6 * np.abs(exact).max())
     # w₁ vanishes, and h = −(∇²F)⁺w.
     last = gf.models.LinearModel(path.weights[-1])
     rank = jnp.array(5)
@@ -313,7 +351,7 @@ def test_orders_that_there_are_not():
     assert theory.second is None and "second order" not in str(theory)
     with pytest.raises(ValueError, match="order: the second was not computed"):
         theory.predict(1.0, 1e-3, order=2)
-    with pytest.raises(ValueError, match="order: expected 1 or 2"):
+    with pytest.raises(ValueError, match="order: expected one of 1, 2"):
         theory.predict(1.0, 1e-3, order=3)
-    with pytest.raises(ValueError, match="order: expected 1 or 2"):
+    with pytest.raises(ValueError, match="order: expected one of 1, 2"):
         gf.two_phase(flow, model, slow_time=0.3, order=0)

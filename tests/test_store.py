@@ -1,14 +1,16 @@
 """Sweeps on disk: whole chunks only, gone on with, and nothing mixed or lost."""
 
+import concurrent.futures
 import errno
+import functools
 import hashlib
 import json
 import os
 import pathlib
 import shutil
-import socket
 import subprocess
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -443,19 +445,105 @@ def test_another_process_may_make_it_first(copy, tmp_path, monkeypatch):
     assert contents(path) == contents(copy)
 
 
+HOLD = """
+import pathlib, sys, time
+from gradflow.store import _lock
+folder = pathlib.Path(sys.argv[1])
+lock = _lock(folder)
+lock.acquire()
+folder.mkdir()
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+def held_by_another(folder):
+    """A process that is writing a folder aside."""
+    command = [sys.executable, "-c", HOLD, str(folder)]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
 def test_what_others_have_left_aside(tmp_path):
-    path, host = tmp_path / "a[1].zarr", socket.gethostname()
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    names = [f"0-{host}-{os.getppid()}", f"0-{host}-{gone.pid}", "0-else-where-1"]
-    names += [f"1-{host}-{gone.pid}"]
-    for name in names:
-        path.with_name(f"{path.name}.partial-{name}").mkdir()
-    remove_stale(path, 1)
-    assert len(leftovers(path)) == 3
+    path = tmp_path / "a[1].zarr"
+    aside = lambda name: path.with_name(f"{path.name}.partial-{name}")
+    for name in ("0-left", "1-left", "0-else-where-1"):  # the last as it once was
+        aside(name).mkdir()
+    aside("0-gone.lock").touch()
+    other, dead = map(held_by_another, (aside("0-other"), aside("0-dead")))
+    try:
+        dead.kill()
+        dead.communicate()
+        remove_stale(path, 1)
+        assert not aside("1-left").exists() and aside("0-left").exists()
+        # That of another run that is at work is its own: it is neither taken away
+        # nor is the other run ended.
+        run(path, steps=3)
+        assert sorted(leftovers(path)) == [
+            f"{aside('0-other').name}{x}" for x in ("", ".lock")
+        ]
+        assert other.poll() is None
+    finally:
+        other.kill()
+        other.communicate()
     run(path, steps=3)
-    # That of another run that is at work here is its own.
-    assert leftovers(path) == [f"{path.name}.partial-{names[0]}"]
+    assert leftovers(path) == []
+
+
+def in_threads(*calls):
+    """What each call gives, all at the same time."""
+    with concurrent.futures.ThreadPoolExecutor(len(calls)) as pool:
+        barrier = threading.Barrier(len(calls))
+        begin = lambda call: (barrier.wait(), call())[1]
+        return [future.result() for future in [pool.submit(begin, c) for c in calls]]
+
+
+class Meets:
+    """Is described only while another thread describes it too."""
+
+    barrier = threading.Barrier(2, timeout=20)
+
+    @property
+    def __dict__(self):
+        self.barrier.wait()
+        return {}
+
+
+def test_what_two_threads_describe_at_a_time():
+    shared = Norm({"p": 3, "q": Meets()})
+    found = in_threads(lambda: describe(shared), lambda: describe([shared]))
+    assert found[0] == {"type": "Norm", "p": {"p": 3, "q": "Meets"}}
+    assert found[1] == [found[0]]
+
+
+def test_sweeps_in_threads_have_stores_of_their_own(tmp_path):
+    """Three at a time; then the same again, and with other data; and two of one."""
+
+    def call(name, factor):
+        x = jr.normal(jr.key(3), (5000, 6))
+        flow = gf.GradientFlow(gf.SquaredError(x, factor * x[:, 1]))
+        return gf.sweep(
+            flow, gf.models.LinearModel(jnp.ones(6)), weight_decay=[0.1, 0.01], steps=4,
+            learning_rate=0.1, saves=3, progress=False, store=tmp_path / name,
+        )  # fmt: skip
+
+    names = ("a", "b", "c")
+    calls = lambda factor: [functools.partial(call, n, factor) for n in names]
+    first = in_threads(*calls(1.0))
+    for one, two in zip(first, in_threads(*calls(1.0)), strict=True):
+        assert one.equals(two)
+    for refused in calls(2.0):
+        with pytest.raises(ValueError, match="holds another sweep"):
+            refused()
+    with pytest.raises(ValueError, match="holds another sweep"):
+        in_threads(*calls(2.0))
+    same = in_threads(*[functools.partial(call, "d", 1.0)] * 3)
+    assert all(one.equals(first[0]) for one in same)
+    assert leftovers(tmp_path / "d") == []
 
 
 def test_a_sweep_from_a_selection(tmp_path):

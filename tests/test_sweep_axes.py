@@ -158,7 +158,7 @@ def test_descents_by_step_size():
     alone = single(2, 0.1, 1.0, gf.descent, DESCENT, learning_rate=1e-2)
     same(lanes[1, 1], alone)
     assert bool(lanes[1, 2].result == gf.RESULTS.overshot)
-    assert "learning rate is likely above" in str(lanes)
+    assert "`learning_rate` is likely above" in str(lanes)
     stochastic = gf.sweep(
         make, axes={"seed": [1]}, weight_decay=LAMS, batch_size=2, key=jr.key(4),
         **DESCENT,
@@ -235,7 +235,7 @@ def test_many_lanes_are_summed_up():
     assert len(text.splitlines()) < 12
     failed = int((~np.asarray(lanes.succeeded)).sum())
     assert 0 < failed < 40 and f"{failed} failed" in text
-    assert f"{failed} × FAILED: The descent left the finite range" in text
+    assert f"{failed} × FAILED: The descent went up instead" in text
     assert "most, at h" in text
 
 

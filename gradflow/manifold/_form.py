@@ -7,21 +7,29 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, PyTree
 
-from .._checks import is_concrete
-from ..flow import flatten
+from .._checks import check_choice, is_concrete
+from ..flow import flatten, flow_of, FlowTerm, GradientFlow
 from ..losses import AbstractCompositeLoss, AbstractLoss
+from ..simulate import check_problem
 from ._matrix_free import choose_method, count_outputs, frobenius, operator
 from ._normal import close, outer_root, weighted_jacobian
 
 Form = Literal["auto", "jacobian", "hessian"]
 
 
+def begin(
+    loss: AbstractLoss | GradientFlow, model: PyTree, trainable: PyTree
+) -> tuple[FlowTerm, PyTree]:
+    """The flow of the loss as a term, and its parameters, checked: of the functions
+    that take the loss, or a flow of it."""
+    term, params = flow_of(loss, trainable).term(model)
+    check_problem(term, params)
+    return term, params
+
+
 def choose_form(loss: AbstractLoss, params: PyTree, static: PyTree, form: str) -> str:
     """Resolves `form="auto"` at a point: the Jacobian form where it is exact."""
-    if form not in ("auto", "jacobian", "hessian"):
-        raise ValueError(
-            f"form: expected 'auto', 'jacobian' or 'hessian', got {form!r}."
-        )
+    check_choice(form, "form", ("auto", "jacobian", "hessian"))
     composite = isinstance(loss, AbstractCompositeLoss)
     if form == "jacobian" and not composite:
         raise ValueError(

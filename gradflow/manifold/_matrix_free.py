@@ -15,6 +15,7 @@ import jax.random as jr
 import lineax as lx
 from jaxtyping import Array, Bool, Float, PyTree
 
+from .._checks import check_choice
 from ..flow import FlatLoss
 from ..losses import AbstractCompositeLoss, AbstractLoss
 from ._normal import outer_root
@@ -44,10 +45,7 @@ def choose_method(
     method: Method, loss: AbstractLoss, params: PyTree, static: PyTree, form: str
 ) -> str:
     """Resolves `None`: dense while the matrix is small."""
-    if method not in (None, "dense", "matrix-free"):
-        raise ValueError(
-            f"method: expected 'dense', 'matrix-free' or None, got {method!r}."
-        )
+    check_choice(method, "method", (None, "dense", "matrix-free"))
     if method is not None:
         return method
     d = sum(p.size for p in jax.tree.leaves(params))

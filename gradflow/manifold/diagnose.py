@@ -10,8 +10,10 @@ import jax.random as jr
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ..flow import FlatLoss, flatten, FlowTerm, GradientFlow
+from .._checks import check_given
+from ..flow import check_free, FlatLoss, flatten, FlowTerm, GradientFlow
 from ..results import RESULTS
+from ..simulate import check_problem
 from ._form import choose_form, Form
 from ._matrix_free import (
     choose_method,
@@ -105,7 +107,10 @@ def diagnose(
 
     Source: the formula is D of P∇F = 0 along M; do Carmo, Riemannian Geometry, ch. 6.
     """
+    check_free(flow)
+    check_given(rtol=rtol, max_steps=max_steps)
     term, params = flow.term(model)
+    check_problem(term, params)
     form = choose_form(flow.loss, params, term.static, form)
     method = choose_method(method, flow.loss, params, term.static, form)
     spectrum = lambda p: _spectrum(

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from ..path import Path
+from .._checks import check_arguments, check_callable
+from ..path import check_path, Path
 
 
 class KinkCrossings(eqx.Module):
@@ -68,6 +69,9 @@ def kink_crossings(
 
     **Raises:** `ValueError` where the path did not reach its end.
     """
+    check_path(path)
+    check_callable(preactivations, "preactivations")
+    check_arguments(tolerance=tolerance)
     values = np.asarray(
         eqx.filter_jit(
             lambda params: jax.lax.map(

@@ -9,15 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
-from .._checks import check_tolerance
+from .._checks import check_arguments, check_given
 from .._controllers import Relative
 from .._norms import norm
 from ..flow import FlatLoss, flatten, FlowTerm, GradientFlow, partition
 from ..losses import AbstractCompositeLoss, AbstractLoss
 from ..results import RESULTS
-from ..simulate import _flees
+from ..simulate import flees
 from ..solvers import KKT5
-from ._form import choose_form, Form, likely_form
+from ._form import begin, choose_form, Form, likely_form
 from ._growth import FollowGrowth, timescale
 from ._matrix_free import count_outputs
 from ._normal import close, exact_jacobian_normal, hessian_normal
@@ -65,7 +65,7 @@ class Limit(eqx.Module):
 
 
 def limit_map(
-    loss: AbstractLoss,
+    loss: AbstractLoss | GradientFlow,
     model: PyTree,
     *,
     form: Form = "auto",
@@ -93,7 +93,7 @@ def limit_map(
 
     **Arguments:**
 
-    - `loss`: the training loss.
+    - `loss`: the training loss, or a flow of it.
     - `model`: the initial model θ₀.
     - `form`: how the distance to M is measured, `"jacobian"`, `"hessian"` or `"auto"`;
         see [`gradflow.manifold.retract`][].
@@ -124,8 +124,11 @@ def limit_map(
     Source: Li, Wang, Arora, arXiv 2110.06914, definition 4.1 and lemma 4.3; Boursier,
     Pesme, Dragomir, arXiv 2505.20172.
     """
-    term, params = GradientFlow(loss, trainable=trainable).term(model)
-    check_tolerance(rtol)
+    check_arguments(rtol=rtol, t_max=t_max, max_steps=max_steps)
+    check_given(atol=atol, residual_tol=residual_tol, solver=solver)
+    term, params = begin(loss, model, trainable)
+    if isinstance(loss, GradientFlow):
+        loss, trainable = loss.loss, loss.trainable
     first = likely_form(loss, params, term.static) if form == "auto" else form
     first = choose_form(loss, params, term.static, first)
     solver = default_solver(loss, params, term.static) if solver is None else solver
@@ -244,7 +247,7 @@ def _limit(
     stalled = ~diffrax.is_okay(sol.result) & ~ran_out
     result = RESULTS.where(stalled, RESULTS.stalled, result)
     # What reaches infinity in finite time stalls on its way there.
-    lost = ~sound | (stalled & _flees(last, speed, time))
+    lost = ~sound | (stalled & flees(last, speed, time))
     result = RESULTS.where(lost, RESULTS.diverged, result)
     start = norm(term.velocity(params, 0.0)) + loss(theta)
     result = RESULTS.where(jnp.isfinite(start), result, RESULTS.undefined_start)

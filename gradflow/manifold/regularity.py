@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from .._checks import check_weight_decay, is_concrete
+from .._checks import check_arguments, check_given, check_positive, is_concrete
 from .._interpolate import holds_until
-from ..flow import flatten, FlowTerm, GradientFlow
-from ..path import Path
+from ..flow import flatten, flow_of, FlowTerm, GradientFlow
+from ..losses import AbstractLoss
+from ..path import check_path, Path
 from ..results import RESULTS
 from ._form import choose_form, Form
 from .diagnose import dense_geometry, drift_and_bend
@@ -64,9 +65,8 @@ class Regularity(eqx.Module):
 
         **Raises:** `ValueError` unless λ is a positive number.
         """
-        check_weight_decay(weight_decay)
-        if weight_decay == 0:
-            raise ValueError("weight_decay: expected a positive number, got 0.")
+        check_positive(weight_decay, "weight_decay")
+        check_arguments(margin=margin)
         if np.isnan(self.regular_until):
             return 0.0
         share = np.asarray(self.smallest_curvature) / (margin * weight_decay)
@@ -95,7 +95,7 @@ class Regularity(eqx.Module):
 
 
 def regularity(
-    flow: GradientFlow,
+    flow: GradientFlow | AbstractLoss,
     path: Path,
     *,
     form: Form = "auto",
@@ -105,7 +105,7 @@ def regularity(
 
     **Arguments:**
 
-    - `flow`: the flow whose drift `path` is.
+    - `flow`: the flow whose drift `path` is, or its loss, if all is trainable.
     - `path`: from [`gradflow.manifold.riemannian_flow`][].
     - `form`, `rtol`: as for [`gradflow.manifold.spectrum`][]; one form for all points,
         chosen at the first. Dense: one decomposition for each point.
@@ -117,6 +117,9 @@ def regularity(
 
     Source: assumption 2 of Boursier, Pesme, Dragomir, arXiv 2505.20172.
     """
+    flow = flow_of(flow)
+    check_given(rtol=rtol)
+    check_path(path)
     for leaf in jax.tree.leaves(path.params):
         if is_concrete(leaf) and not np.isfinite(leaf).all():
             raise ValueError(

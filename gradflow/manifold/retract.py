@@ -5,11 +5,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from .._checks import is_concrete
-from ..flow import FlatLoss, flatten, partition
+from .._checks import check_arguments, check_given, is_concrete
+from ..flow import FlatLoss, flatten, GradientFlow
 from ..losses import AbstractLoss
 from ..results import RESULTS
-from ._form import choose_form, Form, likely_form
+from ._form import begin, choose_form, Form, likely_form
 from ._normal import normal_space
 
 # Of the Hessian form, while it is away from M; see `hessian_normal`.
@@ -28,7 +28,7 @@ class Retraction(eqx.Module):
 
 
 def retract(
-    loss: AbstractLoss,
+    loss: AbstractLoss | GradientFlow,
     model: PyTree,
     *,
     form: Form = "auto",
@@ -47,7 +47,7 @@ def retract(
 
     **Arguments:**
 
-    - `loss`: the training loss.
+    - `loss`: the training loss, or a flow of it.
     - `model`: where to start.
     - `form`: `"jacobian"`, `"hessian"`, or `"auto"`: Jacobian where the loss is
         composite and has no more outputs m than parameters d, so that interpolation is
@@ -64,8 +64,10 @@ def retract(
     **Raises:** `ValueError` for a Jacobian form of a loss that is not composite; a
     runtime error where `throw` and M is not reached.
     """
-    params, static = partition(model, trainable)
-    _, out = retract_in_form(loss, params, static, form, rtol, max_steps)
+    check_arguments(max_steps=max_steps)
+    check_given(rtol=rtol)
+    term, params = begin(loss, model, trainable)
+    _, out = retract_in_form(term.loss, params, term.static, form, rtol, max_steps)
     if throw:
         out = out.result.error_if(out, out.result != RESULTS.successful)
     return out

@@ -10,15 +10,21 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from .._checks import check_tolerance, is_concrete, resolvable
+from .._checks import (
+    check_arguments,
+    check_given,
+    check_times,
+    is_concrete,
+    resolvable,
+)
 from .._controllers import Relative
 from .._norms import norm
-from ..flow import FlatLoss, flatten, FlowTerm, GradientFlow
+from ..flow import check_free, FlatLoss, flatten, FlowTerm, GradientFlow
 from ..metrics import Metric
 from ..path import Path
 from ..results import RESULTS
-from ..simulate import as_metrics, solve, solve_arguments
-from ..solvers import KKT5
+from ..simulate import as_metrics, check_problem, solve, solve_arguments
+from ..solvers import AbstractKKT, KKT5
 from ._form import Form
 from ._normal import GAP, normal_space, ridge, weighted_jacobian
 from .retract import retract_in_form
@@ -88,13 +94,21 @@ def riemannian_flow(
 
     Source: equation 6 of Boursier, Pesme, Dragomir, arXiv 2505.20172.
     """
+    check_free(flow)
+    check_arguments(slow_time=slow_time, rtol=rtol, max_steps=max_steps)
+    check_given(atol=atol, solver=solver)
+    if isinstance(solver, AbstractKKT):
+        raise ValueError(
+            "solver: KKT solvers are for the flow of a loss, not for the equation of "
+            "the drift; leave it out, or give one of Diffrax's."
+        )
+    watched = as_metrics(metrics)
     term, params = flow.term(model)
-    check_tolerance(rtol)
+    check_problem(term, params, watched)
     rtol = resolvable(rtol, params)
     times = _save_times(ts, slow_time, params)
     form, start = retract_in_form(term.loss, params, term.static, form)
     params, _ = flow.partition(start.model)
-    watched = as_metrics(metrics)
     if solver is None and form == "jacobian":
         out = _vanishing_decay(
             term, params, start.result, times, watched, rtol, atol, max_steps
@@ -122,12 +136,11 @@ def _save_times(
     ts: Float[Array, " n"] | None, slow_time: float, params: PyTree
 ) -> Float[Array, " n"]:
     dtype = jax.tree.leaves(params)[0].dtype
-    if is_concrete(slow_time) and not (np.isfinite(slow_time) and slow_time > 0):
-        raise ValueError(f"slow_time: expected a positive number, got {slow_time}.")
     if ts is None:
         last = jnp.asarray(slow_time, dtype)
         times = jnp.expm1(jnp.linspace(0, 1, 257, dtype=dtype) * jnp.log1p(last))
         return times.at[-1].set(last)
+    check_times(ts, "ts", 1)
     ts = jnp.asarray(ts, dtype)
     if is_concrete(ts) and is_concrete(slow_time):
         increasing = ts.size > 0 and (np.diff(ts) > 0).all()

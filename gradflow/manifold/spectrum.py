@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from .._checks import is_concrete
-from ..flow import FlatLoss, flatten, partition
+from .._checks import check_given, is_concrete
+from ..flow import FlatLoss, flatten, GradientFlow
 from ..losses import AbstractLoss
 from ..results import RESULTS
-from ._form import choose_form, Form
+from ._form import begin, choose_form, Form
 from ._matrix_free import choose_method, extremes, Method, operator
 from ._normal import GAP, numerical_rank, weighted_jacobian
 
@@ -89,7 +89,7 @@ class Spectrum(eqx.Module):
 
 
 def spectrum(
-    loss: AbstractLoss,
+    loss: AbstractLoss | GradientFlow,
     model: PyTree,
     *,
     form: Form = "auto",
@@ -116,7 +116,7 @@ def spectrum(
 
     **Arguments:**
 
-    - `loss`: the training loss.
+    - `loss`: the training loss, or a flow of it.
     - `model`: a model on M, or near it.
     - `form`: `"jacobian"`, `"hessian"`, or `"auto"`: the Jacobian form where the loss
         is composite and the residuals are negligible, ‖ρ‖ ≤ eps^0.4 ‖A‖‖θ‖ with
@@ -137,7 +137,9 @@ def spectrum(
     Source: assumption 2 (Morse–Bott) of Boursier, Pesme, Dragomir, arXiv 2505.20172:
     the rank is constant along M, and η > 0.
     """
-    params, static = partition(model, trainable)
+    check_given(rtol=rtol, max_steps=max_steps)
+    term, params = begin(loss, model, trainable)
+    loss, static = term.loss, term.static
     form = choose_form(loss, params, static, form)
     method = choose_method(method, loss, params, static, form)
     return _spectrum(loss, params, static, form, rtol, method, max_steps)

@@ -6,16 +6,17 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, PyTree
 
-from ..flow import flatten, partition
+from .._checks import check_given
+from ..flow import flatten, GradientFlow
 from ..losses import AbstractLoss
 from ..results import RESULTS
-from ._form import choose_form, Form
+from ._form import begin, choose_form, Form
 from ._matrix_free import choose_method, Method, operator, project
 from ._normal import exact_jacobian_normal, hessian_normal
 
 
 def tangent_projection(
-    loss: AbstractLoss,
+    loss: AbstractLoss | GradientFlow,
     model: PyTree,
     v: PyTree,
     *,
@@ -38,7 +39,7 @@ def tangent_projection(
 
     **Arguments:**
 
-    - `loss`: the training loss.
+    - `loss`: the training loss, or a flow of it.
     - `model`: a model on M.
     - `v`: a pytree like the parameters: with the structure of `model`, or with `None`
         in place of what is not trained.
@@ -62,7 +63,9 @@ def tangent_projection(
 
     Source: DΦ = P on M is lemma 4.3 of Li, Wang, Arora, arXiv 2110.06914.
     """
-    params, static = partition(model, trainable)
+    check_given(rtol=rtol, max_steps=max_steps)
+    term, params = begin(loss, model, trainable)
+    loss, static = term.loss, term.static
     v = _like(v, params)
     form = choose_form(loss, params, static, form)
     if choose_method(method, loss, params, static, form) == "dense":

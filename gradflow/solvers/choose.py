@@ -12,7 +12,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree, Scalar
 
 from .._checks import is_concrete
-from ..flow import FlowTerm
+from ..flow import FlowTerm, linearized
 from ..losses import AbstractCompositeLoss
 from ..penalties import Moreau
 from .kkt import DENSE_LIMIT, KKT4, KKT5
@@ -167,7 +167,7 @@ def sharpness(term: FlowTerm, params: PyTree) -> Float[Array, ""]:
     20 times at most."""
     theta, unravel = ravel_pytree(params)
     gradient = jax.grad(lambda th: term.loss(term.model(unravel(th))))
-    _, hvp = jax.linearize(gradient, theta)
+    _, hvp, _ = linearized(gradient, theta)
 
     def iterate(carry):
         v, last, _, count = carry

@@ -12,6 +12,8 @@ import jax.random as jr
 from diffrax import AbstractTerm, ThirdOrderHermitePolynomialInterpolation
 from jaxtyping import Array, Float, Int, PyTree, Scalar
 
+from ..flow import linearized
+
 _DAMPING = 2 / 13  # ε; inside the stability interval |P| stays below 1 − ε/3
 _INTERVAL = 0.653  # s stages are stable for h ρ ≤ 0.653 (s² − 1)
 _CAUTION = 6  # by which the error estimate is taken larger than it is
@@ -94,7 +96,7 @@ class RKC2(diffrax.AbstractAdaptiveSolver[_State]):
         self, terms: AbstractTerm, t0: Any, t1: Any, y0: PyTree, args: Any
     ) -> _State:
         dtype = jnp.asarray(terms.contr(t0, t1)).dtype
-        slope, push = jax.linearize(lambda y: terms.vf(t0, y, args), y0)
+        slope, push, _ = linearized(lambda y: terms.vf(t0, y, args), y0)
         # Stiff components stand out in the slope; noise has something of all.
         start = jax.tree.map(jnp.add, _unit(_noise(y0), dtype), _unit(slope, dtype))
         none = jnp.zeros((), dtype)
@@ -143,7 +145,7 @@ class RKC2(diffrax.AbstractAdaptiveSolver[_State]):
         )
         move = _combine((scheme.b(stages), z))
         y1 = jax.tree.map(jnp.add, y0, move)
-        f1, push = jax.linearize(lambda y: terms.vf(t1, y, args), y1)
+        f1, push, _ = linearized(lambda y: terms.vf(t1, y, args), y1)
         error = _combine(
             (-0.8 * _CAUTION, move), (0.4 * _CAUTION * h, f0), (0.4 * _CAUTION * h, f1)
         )

@@ -1,0 +1,114 @@
+"""What a run says while it is under way: where it is slow, and which solver runs."""
+
+import sys
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+import gradflow as gf
+from gradflow.results import in_words
+from gradflow.solvers import Choice
+
+SIMULATE = sys.modules["gradflow.simulate"]  # the function has the module's name
+
+
+def net(activation, width=12):
+    x = jr.normal(jr.key(5), (16, 3))
+    loss = gf.SquaredError(x, jnp.sin(2 * x[:, 0]) + 0.3 * x[:, 1])
+    model = eqx.nn.MLP(3, "scalar", width, 1, activation, key=jr.key(2))
+    return gf.GradientFlow(loss), model
+
+
+def test_steps_that_are_short_for_kinks_are_noticed(monkeypatch):
+    flow, model = net(jax.nn.leaky_relu)
+    monkeypatch.setattr(SIMULATE, "FIRST", 60)
+    run = lambda **more: gf.simulate(
+        flow, model, weight_decay=1e-3, slow_time=1.0, rtol=1e-5, saves=17,
+        solver=gf.KKT4(), max_steps=90, **more,
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="after 60 steps .* along kinks"):
+        path = run(throw=False)
+    assert path.result == gf.RESULTS.out_of_steps and int(path.stats["steps"]) == 90
+    assert "max-pooling" in path.verdict and "explicit" not in path.verdict
+    assert f"FAILED: {path.verdict}" in str(path)
+    with pytest.warns(UserWarning), pytest.raises(RuntimeError, match="Steps of KKT4"):
+        run()
+
+
+@pytest.mark.parametrize(
+    "activation, kinks",
+    [
+        (jax.nn.relu, True),
+        (jax.nn.leaky_relu, True),
+        (jax.nn.relu6, True),
+        (jax.nn.hard_tanh, True),
+        (lambda x: jnp.maximum(x, -2 * x), True),
+        (jnp.abs, True),
+        (jnp.tanh, False),
+        (jax.nn.silu, False),
+        (jax.nn.gelu, False),
+        (lambda x: jax.nn.softmax(jnp.stack([x, -x]))[0], False),
+        (lambda x: jnp.where(jnp.arange(3) > 1, x, 0.0).sum(), False),  # a mask
+    ],
+)
+def test_which_models_may_have_kinks(activation, kinks):
+    """Of those without, a run is one program, as long as it may be."""
+    flow, model = net(activation)
+    assert SIMULATE._kinked(*flow.term(model)) is kinks
+
+
+def test_pooling_has_kinks():
+    pool = eqx.nn.MaxPool1d(2)
+    loss = gf.SquaredError(jnp.ones((2, 4)), jnp.ones((2, 1, 3)))
+    net = eqx.nn.Sequential([eqx.nn.Linear(4, 4, key=jr.key(0))])
+    model = eqx.nn.Sequential([*net.layers, eqx.nn.Lambda(lambda z: pool(z[None]))])
+    assert SIMULATE._kinked(*gf.GradientFlow(loss).term(model))
+
+
+def test_the_bar_and_the_solver_that_is_given_up_are_named(monkeypatch, capsys):
+    flow, model = net(jnp.tanh, width=3)
+    monkeypatch.setattr(SIMULATE, "TRIAL_STEPS", 30)
+    tried = lambda *_: Choice(diffrax.Tsit5(), "to be tried", True)
+    monkeypatch.setattr(SIMULATE, "as_choice", tried)
+    then = Choice(diffrax.Bosh3(), "next")
+    monkeypatch.setattr(SIMULATE, "second_choice", lambda *_: then)
+    path = gf.simulate(
+        flow, model, weight_decay=1e-2, slow_time=1.0, saves=5, progress=True
+    )
+    told = capsys.readouterr().err
+    first, given_up, second = (
+        told.index(words)
+        for words in ("Tsit5: ", "Tsit5 is given up after 30 steps; Bosh3", "Bosh3: ")
+    )
+    assert first < given_up < second and "20 steps" in told
+    assert "Tsit5: 100" not in told and path.stats["trial_steps"] == 30
+
+
+def test_what_runs_out_of_steps_is_advised_by_its_solver():
+    said = lambda solver: in_words(gf.RESULTS.out_of_steps, solver, np.dtype("float64"))
+    assert "Steps of RKC2 are short" in said("RKC2")
+    assert "Dopri5 is explicit" in said("Dopri5")
+    for solver in ("KKT4", "KKT5", "RKC2", "Kvaerno5"):
+        assert "explicit" not in said(solver) and "`max_steps`" in said(solver)
+    stalled = lambda dtype: in_words(gf.RESULTS.stalled, "KKT4", np.dtype(dtype))
+    assert "in float64" in stalled("float32") and "float64" not in stalled("float64")
+
+
+def test_a_lane_whose_solver_is_given_up_is_named(monkeypatch, capsys):
+    flow, model = net(jnp.tanh, width=3)
+    lanes = sys.modules["gradflow._lanes"]
+    monkeypatch.setattr(lanes, "TRIAL_STEPS", 30)
+    tried = Choice(diffrax.Tsit5(), "to be tried", True)
+    monkeypatch.setattr(lanes, "as_choice", lambda *_: tried)
+    then = Choice(diffrax.Bosh3(), "next")
+    monkeypatch.setattr(lanes, "second_choice", lambda *_: then)
+    sweep = gf.sweep(flow, model, weight_decay=[0.02, 0.5], slow_time=0.5, saves=4)
+    assert sweep.stats["trial_steps"].tolist() == [30, 0]
+    told = capsys.readouterr().err
+    assert "λ 0.02: Tsit5 is given up after 30 steps; Bosh3 begins anew." in told
+    assert "λ 0.5: Tsit5" not in told

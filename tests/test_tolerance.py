@@ -1,0 +1,256 @@
+"""What `rtol` promises: an error relative to the θ that there is, in every unit, from
+zero, where θ has decayed, and where errors grow; and verdicts without units."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+from scipy.integrate import solve_ivp
+from scipy.special import expit
+
+import gradflow as gf
+from gradflow._controllers import SHARE, tolerance
+from gradflow._norms import norm, rms
+
+
+class Weights(eqx.Module):
+    w: jax.Array
+
+    def __call__(self, x):
+        return x @ self.w
+
+
+class Chain(eqx.Module):
+    """A product of matrices."""
+
+    matrices: list
+
+    def __call__(self, x):
+        for m in self.matrices:
+            x = m @ x
+        return x
+
+
+def flat(path):
+    return np.stack([np.asarray(ravel_pytree(path[i])[0]) for i in range(len(path))])
+
+
+def apart(path, exact):
+    """The largest relative error over the saved times."""
+    off = np.linalg.norm(flat(path) - exact, axis=1)
+    return (off / np.maximum(np.linalg.norm(exact, axis=1), 1e-300)).max()
+
+
+# -- units, zero, decay ---
+
+
+@pytest.mark.parametrize("unit", [1e-200, 1e-7, 1.0, 1e8])
+def test_from_zero_in_every_unit(getkey, unit):
+    x = jr.normal(getkey(), (9, 4))
+    y = unit * (x @ jnp.array([1.0, -2.0, 0.5, 0.0]))
+    ts = np.array([0.0, 0.3, 4.0, 40.0])
+    path = gf.simulate(
+        gf.GradientFlow(gf.SquaredError(x, y)),
+        Weights(jnp.zeros(4)),
+        weight_decay=1e-2,
+        ts=jnp.asarray(ts),
+    )
+    rates, modes = np.linalg.eigh(np.asarray(x.T @ x) / 9)
+    pull = modes.T @ np.asarray(x.T @ (y / unit)) / 9
+    rates = rates + 1e-2
+    exact = [modes @ (-np.expm1(-rates * t) / rates * pull) for t in ts]
+    assert apart(path, unit * np.stack(exact)) < 5e-6
+    assert path.stats["steps"] < 400
+
+
+def test_units_change_no_step(getkey):
+    """θ in a unit of 1e-12, with time to match: the same steps."""
+    x, key = jr.normal(getkey(), (5, 8)), getkey()
+
+    def steps(unit):
+        flow = gf.GradientFlow(gf.SquaredError(x, unit * x[:, 0]))
+        model = Weights(unit * jr.normal(key, (8,)))
+        path = gf.simulate(flow, model, weight_decay=1e-3, slow_time=2.0, saves=9)
+        return int(path.stats["steps"]), flat(path) / unit
+
+    (one, exact), (other, found) = steps(1.0), steps(2.0**-40)
+    assert one == other
+    np.testing.assert_allclose(found, exact, rtol=1e-9, atol=1e-12)
+
+
+def test_what_has_decayed_stays_exact():
+    """A weight that nothing but decay moves, beside one that is fitted at zero."""
+    flow = gf.GradientFlow(gf.SquaredError(jnp.eye(3)[:1], jnp.zeros(1)))
+    for solver in (gf.KKT4(), gf.KKT5()):
+        path = gf.simulate(
+            flow, Weights(jnp.array([1.0, 2.0, -1.0])), weight_decay=1e-3,
+            ts=jnp.array([0.0, 1.8e4]), solver=solver,
+        )  # fmt: skip
+        exact = np.array([2.0, -1.0]) * np.exp(-18.0)
+        np.testing.assert_allclose(flat(path)[-1, 1:], exact, rtol=5e-5)
+
+
+def test_norms_do_not_underflow():
+    tree = {"a": jnp.array([3e-200, 0.0]), "b": jnp.array([[4e-200]])}
+    np.testing.assert_allclose(norm(tree), 5e-200)
+    np.testing.assert_allclose(rms(tree), 5e-200 / 3**0.5)
+    np.testing.assert_allclose(norm({"a": jnp.full(2, 1e200)}), 2**0.5 * 1e200)
+    assert norm({"a": jnp.zeros(3)}) == 0
+    assert jnp.isinf(norm({"a": jnp.array([1.0, jnp.inf])}))
+    size = tolerance(jnp.array([0.0, 1.0]), 1e-3)
+    np.testing.assert_allclose(size, 1e-3 * (np.array([0, 1]) + SHARE * 0.5**0.5))
+    assert (tolerance(jnp.zeros(2), 1e-3) > 0).all()
+
+
+# -- growth ---
+
+
+@pytest.mark.parametrize("solver", [gf.KKT4(), gf.KKT5()])
+def test_leaving_saddles(solver):
+    """Two layers from 1e-3: each factor of e of growth is a few steps, whose errors add
+    up. Measured 40 and 15 rtol before they counted for more."""
+    keys = jr.split(jr.key(7), 2)
+    start = Chain([2e-3 * jr.normal(k, (3, 3)) for k in keys])
+    loss = gf.SquaredError(jnp.eye(3), jnp.diag(jnp.array([1.0, 0.6, 0.3])))
+    flow = gf.GradientFlow(loss)
+    term, params = flow.term(start)
+    theta, back = ravel_pytree(params)
+    slope = lambda t, y: ravel_pytree(term.velocity(back(jnp.asarray(y)), 1e-3))[0]
+    ts = np.concatenate([[0.0], np.geomspace(0.5, 400, 33)])
+    exact = solve_ivp(
+        jax.jit(slope), (0, 400), theta, method="DOP853", t_eval=ts, rtol=1e-12,
+        atol=1e-16,
+    ).y.T  # fmt: skip
+    for rtol in (1e-4, 1e-6, 1e-8):
+        path = gf.simulate(
+            flow, start, weight_decay=1e-3, ts=jnp.asarray(ts), rtol=rtol, solver=solver
+        )
+        assert apart(path, exact) < 5 * rtol
+
+
+# -- verdicts ---
+
+
+def test_large_targets_are_no_divergence():
+    x = jr.normal(jr.key(3), (30, 5), jnp.float32)
+    y = 1e6 + 3e5 * x[:, 1]
+    model = eqx.nn.Linear(5, "scalar", key=jr.key(0), dtype=jnp.float32)
+    path = gf.simulate(
+        gf.GradientFlow(gf.SquaredError(x, y)), model, weight_decay=1e-2, t1=50.0,
+        rtol=1e-4,
+    )  # fmt: skip
+    assert bool(path.succeeded)
+
+
+def test_exact_growth_is_no_divergence():
+    """A linear loss has no minimiser; its flow is θ₀ + t."""
+    flow = gf.GradientFlow(gf.Loss(lambda m: -jnp.sum(m.w)))
+    path = gf.simulate(flow, Weights(jnp.ones(2)), weight_decay=0.0, t1=1e12)
+    np.testing.assert_allclose(flat(path)[-1], 1 + 1e12, rtol=1e-6)
+
+
+@pytest.mark.parametrize("power", [3, 4])
+def test_finite_time_blow_up_is_divergence(power):
+    """w' = w² or w³ reaches infinity at t = 1 or ½."""
+    flow = gf.GradientFlow(gf.Loss(lambda m: -jnp.sum(m.w**power) / power))
+    path = gf.simulate(
+        flow, Weights(jnp.ones(1)), weight_decay=0.0, t1=3.0, throw=False
+    )
+    assert bool(path.result == gf.RESULTS.diverged)
+    assert np.isnan(flat(path)[-1]).all()
+
+
+def test_a_start_that_is_not_defined_takes_no_step():
+    flow = gf.GradientFlow(gf.Loss(lambda m: (jnp.linalg.norm(m.w) - 1) ** 2))
+    run = lambda lam, w: gf.simulate(
+        flow, Weights(w), weight_decay=lam, t1=10.0, throw=False, saves=5,
+        solver=gf.KKT4(),
+    )  # fmt: skip
+    path = run(1e-3, jnp.zeros(2))
+    assert bool(path.result == gf.RESULTS.undefined_start)
+    assert path.stats["steps"] == 0
+    with pytest.raises(RuntimeError, match="not finite at the start"):
+        gf.simulate(flow, Weights(jnp.zeros(2)), weight_decay=1e-3, t1=10.0)
+    # Under `jit` a negative λ is only known when it runs.
+    path = eqx.filter_jit(run)(jnp.array(-1.0), jnp.ones(2))
+    assert bool(path.result == gf.RESULTS.wrong_argument)
+    assert path.stats["steps"] == 0
+
+
+# -- stages ---
+
+
+class Product(eqx.Module):
+    """Σⱼ xⱼ Πᵢ uᵢⱼ, analytic, and steep from a large start."""
+
+    u: jax.Array
+
+    def __call__(self, x):
+        return jnp.prod(self.u, 0) @ x
+
+
+@pytest.mark.parametrize("solver", [gf.KKT4(), gf.KKT5()])
+def test_smooth_losses_never_slide(solver):
+    x, y = jr.normal(jr.key(4), (30, 9)), jr.uniform(jr.key(5), (30,))
+    path = gf.simulate(
+        gf.GradientFlow(gf.Logistic(x, y)), Product(8 * jr.normal(jr.key(6), (4, 9))),
+        weight_decay=0.0, t1=100.0, saves=9, solver=solver,
+    )  # fmt: skip
+    assert path.stats["sliding"] == 0
+
+
+def test_the_multiplier_is_solved_for_too():
+    """From α = 3e3 a logit changes by far more than θ's tolerance of it: μ, the force,
+    may not lag behind."""
+    rng = np.random.default_rng(2)
+    dim, n, lam, alpha = 12, 5, 1e-3, 3e3
+    x = rng.integers(0, 2, (n, dim)) * 2.0 - 1
+    y = (x[:, 1] > 0) * 1.0
+    sign = 2 * y - 1
+
+    def slope(t, th):
+        u, v = np.split(th, 2)
+        g = x.T @ (-sign * expit(-sign * (x @ (u * u - v * v)))) / n
+        return np.concatenate([-2 * u * g - lam * u, 2 * v * g - lam * v])
+
+    ts = np.concatenate([[0.0], np.geomspace(1e-9, 5e3, 33)])
+    start = np.full(dim, alpha / np.sqrt(2 * dim))
+    exact = solve_ivp(
+        slope, (0, ts[-1]), np.tile(start, 2), method="LSODA", rtol=1e-11,
+        atol=1e-13 * alpha, t_eval=ts,
+    ).y.T  # fmt: skip
+    loss = gf.Logistic(jnp.asarray(x), jnp.asarray(y))
+    path = gf.simulate(
+        gf.GradientFlow(loss),
+        gf.models.DifferenceNetwork(jnp.asarray(start), jnp.asarray(start)),
+        weight_decay=lam, ts=jnp.asarray(ts), solver=gf.KKT4(),
+    )  # fmt: skip
+    assert apart(path, exact) < 2e-5
+    np.testing.assert_allclose(path.train_loss, jax.vmap(loss)(path.models), rtol=0.02)
+
+
+def test_curvature_that_the_kernel_leaves_out():
+    """An attention layer that cannot fit its data: a few hundred steps, of which
+    none slides."""
+
+    class Attend(eqx.Module):
+        q: jax.Array
+        v: jax.Array
+
+        def __call__(self, x):
+            scores = jax.nn.softmax(x @ self.q @ x.T, axis=-1)
+            return scores[0] @ (x @ self.v)
+
+    keys = jr.split(jr.key(11), 4)
+    x = jr.normal(keys[0], (14, 3, 3))
+    y = jnp.cos(x[:, 0, 1]) + 0.3 * jr.normal(keys[1], (14,))
+    model = Attend(jr.normal(keys[2], (3, 3)), jr.normal(keys[3], (3,)))
+    path = gf.simulate(
+        gf.GradientFlow(gf.SquaredError(x, y)), model, weight_decay=1e-5,
+        slow_time=2.0, saves=17, rtol=1e-5, solver=gf.KKT4(),
+    )  # fmt: skip
+    assert path.stats["steps"] < 350
+    assert path.stats["sliding"] == 0
