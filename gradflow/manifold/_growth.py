@@ -42,16 +42,18 @@ class FollowGrowth(AbstractWrapped):
 
 
 def _growth(term: FlowTerm, params: PyTree) -> Float[Array, ""]:
-    """d ln‖θ'‖/dt or zero; or d ln‖θ'/θ‖/dt with each θᵢ held, where that is larger: it
-    sees coordinates that are smaller than the rounding of others."""
-    v, change, _ = change_of_speed(term, params)
+    """μ = d ln‖θ'‖/dt, or zero. Where all but rounding is at rest it is that of θ'/θ, to
+    see what grows and is smaller than the rounding of other coordinates."""
+    v, change, speed = change_of_speed(term, params)
     theta = jnp.abs(_flat(params))
     parts = jnp.where(theta > 0, v / jnp.where(theta > 0, theta, 1), 0)
     # Of norm one, so that no square underflows.
     parts = parts / jnp.maximum(norm(parts), jnp.finfo(v.dtype).tiny)
     weight = jnp.where(v != 0, parts / jnp.where(v != 0, v, 1), 0)
-    rates = jnp.vdot(v, change), jnp.vdot(parts, weight * change)
-    return jnp.maximum(jnp.maximum(*rates), 0)
+    rounding = 1000 * jnp.finfo(v.dtype).eps * norm(theta)
+    resting = speed <= rounding * norm(change)
+    hidden = jnp.where(resting, jnp.vdot(parts, weight * change), 0)
+    return jnp.maximum(jnp.maximum(jnp.vdot(v, change), hidden), 0)
 
 
 def _flat(tree: PyTree) -> Float[Array, " d"]:

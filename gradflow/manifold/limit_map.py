@@ -124,8 +124,8 @@ def limit_map(
     Source: Li, Wang, Arora, arXiv 2110.06914, definition 4.1 and lemma 4.3; Boursier,
     Pesme, Dragomir, arXiv 2505.20172.
     """
-    check_arguments(rtol=rtol, t_max=t_max, max_steps=max_steps)
-    check_given(atol=atol, residual_tol=residual_tol, solver=solver)
+    check_arguments(rtol=rtol, max_steps=max_steps)
+    check_given(atol=atol, residual_tol=residual_tol, t_max=t_max, solver=solver)
     term, params = begin(loss, model, trainable)
     if isinstance(loss, GradientFlow):
         loss, trainable = loss.loss, loss.trainable
