@@ -443,7 +443,7 @@ class CrossEntropy(AbstractCompositeLoss):
     def _own(self, z: Float[Array, " m"]) -> tuple[Array, Array]:
         """z as (n, k), and where the labels are in it."""
         z = z.reshape(self.labels.shape[0], -1)
-        return z, jnp.arange(z.shape[1])[None] == self.labels[:, None]
+        return z, jnp.arange(z.shape[1])[None] == self.labels.astype(int)[:, None]
 
     def outer(self, z: Float[Array, " m"]) -> Scalar:
         return jnp.mean(_entropy(*self._own(z)))

@@ -389,3 +389,14 @@ def test_shapes_that_do_not_fit_the_model(setting):
     flat = gf.CrossEntropy(x, labels, predict=lambda m, x: x[:, 0])
     with pytest.raises(ValueError, match=r"^labels: .*shape \(7,\)"):
         flat(model)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int32", "int64"])
+def test_cross_entropy_takes_labels_of_every_integer_type(kind, getkey):
+    z = jr.normal(getkey(), (4, 300))
+    labels = np.array([0, 44, 2, 1])
+    loss = gf.CrossEntropy(
+        None, jnp.asarray(labels, kind), predict=lambda model, x: model
+    )
+    right = np.mean(np.log(np.exp(z).sum(axis=1)) - np.asarray(z)[range(4), labels])
+    np.testing.assert_allclose(loss(z), right, rtol=1e-12)
