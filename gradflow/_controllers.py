@@ -47,9 +47,10 @@ class Relative(diffrax.AbstractAdaptiveStepSizeController):
     in every unit, from a start at zero, and for what has decayed far below its start.
     With an `atol` it is atol + rtol |θᵢ|, as Diffrax has it.
 
-    Relative to ‖θ‖, errors do not die out where all of θ decays: n ~ 1/z steps, each by
-    a factor of e^{−z}, add up to n of them. So once ‖θ‖ is well below its largest so
-    far, the part of an error along the step counts in proportion to the step too.
+    Relative to ‖θ‖, errors do not die out where all of θ decays, or grows from a small
+    start: n ~ 1/z steps, each by a factor of e^{∓z}, add up to n of them. So once ‖θ‖
+    is far below its largest so far (or above its smallest), the part of an error along
+    the step counts in proportion to the step too.
 
     A step that is rejected at the resolution of t, where t + h = t, ends the run.
     """
@@ -59,6 +60,7 @@ class Relative(diffrax.AbstractAdaptiveStepSizeController):
     """0 unless one was given."""
     parts_of: Callable[[PyTree], PyTree] = eqx.field(static=True)
     share: float = eqx.field(static=True)
+    growth: bool = eqx.field(static=True)
     pid: diffrax.PIDController
 
     def __init__(
@@ -69,6 +71,7 @@ class Relative(diffrax.AbstractAdaptiveStepSizeController):
         dtmin: Scalar | float | None = None,
         factormax: float = 10.0,
         parts_of: Callable[[PyTree], PyTree] = lambda y: y,
+        growth: bool = True,
     ):
         """**Arguments:**
 
@@ -76,11 +79,14 @@ class Relative(diffrax.AbstractAdaptiveStepSizeController):
         - `dtmin`: the shortest step: a shorter one ends the run.
         - `factormax`: by how much a step may be longer than the one before.
         - `parts_of`: the parameters in a state.
+        - `growth`: whether errors of growth count for more; False for a solver that
+            sees to it itself.
         """
         self.rtol = rtol
         self.atol = 0.0 if atol is None else atol
         self.parts_of = parts_of
         self.share = SHARE if atol is None else 0.0
+        self.growth = growth
         self.pid = diffrax.PIDController(
             rtol=0.0, atol=1.0, dtmin=dtmin, force_dtmin=False, factormax=factormax,
             norm=rms,
@@ -97,22 +103,27 @@ class Relative(diffrax.AbstractAdaptiveStepSizeController):
         if dt0 is None:
             raise ValueError("dt0: Relative does not guess the first step; give it.")
         end, state = self.pid.init(terms, t0, t1, y0, dt0, args, func, error_order)
-        return end, (state, norm(self.parts_of(y0)))
+        size = norm(self.parts_of(y0))
+        return end, (state, size, size)
 
     def adapt_step_size(
         self, t0, t1, y0, y1_candidate, args, y_error, error_order, controller_state
     ):
-        state, peak = controller_state
+        state, low, high = controller_state
         before, after, error = map(self.parts_of, (y0, y1_candidate, y_error))
         # Where a step has left the domain of the flow, the tolerance is that of its
         # start.
         sound = jnp.isfinite(rms(after))
         after = jax.tree.map(lambda a, b: jnp.where(sound, a, b), after, before)
-        size = jax.tree.map(
+        largest = jax.tree.map(
             lambda a, b: jnp.maximum(jnp.abs(a), jnp.abs(b)), before, after
         )
-        scale = tolerance(size, self.rtol, self.atol, self.share)
-        more = 1 + _DECAY * _fallen(peak, before) * share_along(before, after, error)
+        scale = tolerance(largest, self.rtol, self.atol, self.share)
+        size = norm(before)
+        far = _far(high, size)
+        if self.growth:
+            far = jnp.maximum(far, _far(size, low))
+        more = 1 + _LASTING * far * share_along(before, after, error)
         scaled = jax.tree.map(
             lambda e, s: jnp.where(sound, more * e / s, jnp.inf), error, scale
         )
@@ -122,20 +133,22 @@ class Relative(diffrax.AbstractAdaptiveStepSizeController):
         stuck = ~keep & (next_t1 - next_t0 <= 4 * jnp.finfo(t1.dtype).eps * next_t0)
         stuck = stuck & (result == diffrax.RESULTS.successful)
         result = diffrax.RESULTS.where(stuck, diffrax.RESULTS.dt_min_reached, result)
-        peak = jnp.where(keep, jnp.maximum(peak, norm(after)), peak)
-        return keep, next_t0, next_t1, jump, (state, peak), result
+        end = jnp.where(keep, norm(after), size)
+        state = (state, jnp.minimum(low, end), jnp.maximum(high, end))
+        return keep, next_t0, next_t1, jump, state, result
 
 
-_DECAY = 2.0
+_LASTING = 2.0
 """The errors along a step add up to about half an `rtol` for each factor of e."""
 _MOST = 100.0
 """By how much an error may count for more: what the iterations of an implicit solver
 leave is a hundredth of a tolerance."""
 
 
-def _fallen(peak: Scalar, params: PyTree) -> Scalar:
-    """From 0 at a third of the largest norm so far to 1 at a seventh of it."""
-    return jnp.clip(jnp.nan_to_num(jnp.log(peak / norm(params))) - 1, 0, 1)
+def _far(large: Scalar, small: Scalar) -> Scalar:
+    """From 0 where one size is three times the other to 1 at seven times. A start at
+    zero has no size."""
+    return jnp.where(small > 0, jnp.clip(jnp.log(large / small) - 1, 0, 1), 0)
 
 
 def share_along(before: PyTree, after: PyTree, error: PyTree) -> Scalar:

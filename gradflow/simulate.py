@@ -518,6 +518,7 @@ def _solve(
             dtmin=1e-12 * scale,
             factormax=6.0,
             parts_of=_parameters,
+            growth=not isinstance(solver, AbstractKKT),
         ),
         step_ts=ts,
     )

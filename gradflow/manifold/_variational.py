@@ -110,7 +110,7 @@ def _nodes(
     """The lengths of the steps (see `_edges`), and the path at the stages `c` of each,
     landed on."""
     theta, _ = ravel_pytree(params)
-    controller = FollowGrowth(Relative(_RTOL), term)
+    controller = FollowGrowth(Relative(_RTOL, growth=False), term)
 
     def run(saveat, controller):
         return diffrax.diffeqsolve(

@@ -211,7 +211,7 @@ def _limit(
             ]
         ),
         stepsize_controller=diffrax.ClipStepSizeController(
-            FollowGrowth(Relative(rtol, atol), term), step_ts=decades
+            FollowGrowth(Relative(rtol, atol, growth=False), term), step_ts=decades
         ),
         event=diffrax.Event(_settled(term, form)),
         max_steps=max_steps,

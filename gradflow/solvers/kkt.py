@@ -318,8 +318,9 @@ class AbstractKKT(
         solve = _solver(loss, shift, factor, definite)
         decay = lambda y: ravel_pytree(term.penalty.gradient(loss.unravel(y)))[0]
         kappa = self.root_finder.kappa  # pyright: ignore[reportAttributeAccessIssue]
-        # What the iteration leaves is part of the error estimate.
-        kappa = jnp.minimum(kappa, 0.3 / state.lasting)
+        # What the iteration leaves is part of the error estimate. (Rounding stays.)
+        rounding = 4 * jnp.finfo(y0.dtype).eps / self.root_finder.rtol
+        kappa = jnp.minimum(kappa, jnp.maximum(0.3 / state.lasting, rounding))
         size_of = lambda v, y: self.root_finder.norm(v / self.root_finder.scale(y0, y))
         most = self.root_find_max_steps
         blur = jnp.maximum(1, SLIDING_RTOL / self.root_finder.rtol)
