@@ -49,11 +49,11 @@ def predicted_time(
     """The time at which a predicted metric passes its threshold for good, as far as
     theory goes.
 
-    The error of order 2 is the larger of two estimates of what the next term changes:
-    what its part known from the fast phase does; and what the second order changed,
-    times the ratio r of the terms. All further ones are taken for a geometric series,
-    1/(1 − r) times that. To it come the error of the interpolation in t, and that of
-    the paths. The error of order 1 is not known.
+    The error of order 2 is what the next term changes: as far as it comes from the fast
+    phase, where it is known, and what the second order changed, times the ratio r of
+    the terms, for what the drift adds. All further ones are taken for a geometric
+    series, 1/(1 − r) times that. To it come the error of the interpolation in t, and
+    that of the paths. The error of order 1 is not known.
 
     **Arguments:**
 
@@ -84,6 +84,6 @@ def predicted_time(
     first, second = abs(time - times[0]), abs(times[2] - time)
     if second > max(0.5 * first, 0.01 * time):
         return nothing(f"the terms do not fall until it is crossed, s ≤ {until:.3g}")
-    change = max(second, r * first) / (1 - r)
+    change = (second + r * first) / (1 - r)
     paths = float(np.interp(time, t, delay)) + crossing_error(t, best, metric)
     return PredictedTime(time, change + paths, order, why)
