@@ -239,7 +239,7 @@ class AbstractKKT(
         _, _, out, kernels = jax.lax.while_loop(
             lambda carry: ~carry[1], retry, (renew, no, none, 0)
         )
-        lasting = _lasting(theta, out)
+        lasting = jnp.minimum(_lasting(theta, out), 10 * solver_state.lasting)
         new = dict(iterations=out.iterations, kernels=kernels, sliding=out.slid)
         state = _State(
             slope=out.slopes[-1],
@@ -318,9 +318,10 @@ class AbstractKKT(
         solve = _solver(loss, shift, factor, definite)
         decay = lambda y: ravel_pytree(term.penalty.gradient(loss.unravel(y)))[0]
         kappa = self.root_finder.kappa  # pyright: ignore[reportAttributeAccessIssue]
-        # What the iteration leaves is part of the error estimate. (Rounding stays.)
+        # What the iteration leaves is part of the error estimate, see `_lasting`; but
+        # rounding stays.
         rounding = 4 * jnp.finfo(y0.dtype).eps / self.root_finder.rtol
-        kappa = jnp.minimum(kappa, jnp.maximum(0.3 / state.lasting, rounding))
+        kappa = jnp.minimum(kappa, jnp.maximum(kappa / state.lasting, rounding))
         size_of = lambda v, y: self.root_finder.norm(v / self.root_finder.scale(y0, y))
         most = self.root_find_max_steps
         blur = jnp.maximum(1, SLIDING_RTOL / self.root_finder.rtol)
@@ -551,7 +552,8 @@ def _lasting(theta: Float[Array, " d"], out: _Step) -> Scalar:
     however large the mode grows. There n ~ 1/z steps of z = μh add up to n errors for
     each factor of e. So the error e of a step that goes Δ is to be small against Δ too:
     e·Δ/‖Δ‖² below `rtol`. That also finds what the embedded formulas, made for decay,
-    do not see of growth above z = ½.
+    do not see of growth above z = ½. (It may rise tenfold in a step: the iteration of
+    the next is then as much more exact, so that what it leaves is not taken for e.)
     """
     growth = jnp.log(norm(out.slopes[-1]) / norm(out.slopes[0]))
     weight = jnp.clip(jnp.nan_to_num(growth) / _ONSET, 0, 1)
