@@ -42,8 +42,8 @@ class FollowGrowth(AbstractWrapped):
 
 
 def _growth(term: FlowTerm, params: PyTree) -> Float[Array, ""]:
-    """μ = d ln‖θ'‖/dt, or zero. Where all but rounding is at rest it is that of θ'/θ, to
-    see what grows and is smaller than the rounding of other coordinates."""
+    """μ = d ln‖θ'‖/dt, or zero. Where all but rounding is at rest it is that of θ'/θ,
+    to see what grows and is smaller than the rounding of other coordinates."""
     v, change, speed = change_of_speed(term, params)
     theta = jnp.abs(_flat(params))
     parts = jnp.where(theta > 0, v / jnp.where(theta > 0, theta, 1), 0)
