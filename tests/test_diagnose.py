@@ -150,6 +150,18 @@ def test_matrix_free_is_dense(form, tanh_net):
     np.testing.assert_allclose(two.bending, one.bending, rtol=1e-8)
 
 
+def test_least_squares_in_any_unit():
+    """Without an absolute tolerance: one of 4e-11 left the point beside a regular one
+    off M, where the rank is higher."""
+    a = jr.normal(jr.key(0), (5, 7))
+    b = jr.normal(jr.key(1), (5,))
+    exact = jnp.linalg.pinv(a) @ b
+    for unit in (1.0, 1e-14, 1e14):
+        x, okay = _matrix_free.least_squares(lambda v: a @ v, unit * b, 7)
+        assert okay
+        np.testing.assert_allclose(x / unit, exact, atol=1e-8)
+
+
 def test_matrix_free_with_a_curved_outer_loss(tanh_net):
     """ℓ'' is not a multiple of I: the singular values are those of (ℓ'')^½J."""
     loss, on = tanh_net

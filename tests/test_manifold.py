@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 from helpers import Diagonal, diagonal_problem, Linear, linear_problem, Product
 from jax.flatten_util import ravel_pytree
+from scipy.integrate import solve_ivp
 
 import gradflow as gf
 from gradflow import manifold
+from gradflow.flow import flatten
+from gradflow.manifold.limit_map import _finish
 
 
 def flat(tree):
@@ -296,6 +299,122 @@ def test_limit_where_the_data_cannot_be_fitted():
     np.testing.assert_allclose(out.model.u**2 - out.model.v**2, 3.99, rtol=1e-8)
     found = manifold.spectrum(loss, out.model)
     assert found.form == "hessian" and found.dimension == 1
+
+
+class Squares(eqx.Module):
+    """f(x) = ⟨u⊙u, x⟩."""
+
+    u: jax.Array
+
+    def __call__(self, x):
+        return x @ self.u**2
+
+
+def lsoda_limit(loss, model, end):
+    """Where SciPy is at time `end`, tolerances far below any size on the way."""
+    theta, unravel = ravel_pytree(model)
+    force = jax.grad(lambda th: loss(unravel(th)))
+    field, slope = jax.jit(force), jax.jit(jax.jacfwd(force))
+    out = solve_ivp(
+        lambda t, th: -np.asarray(field(th)),
+        (0.0, end),
+        np.asarray(theta),
+        method="LSODA",
+        jac=lambda t, th: -np.asarray(slope(th)),
+        rtol=1e-12,
+        atol=1e-30,
+    )
+    assert out.success
+    return out.y[:, -1]
+
+
+@pytest.mark.parametrize("form", ["jacobian", "hessian"])
+def test_limit_past_a_saddle(form):
+    """From tiny starts one coordinate has arrived, to ten digits and more, before the
+    others begin to grow; J explains nothing of their residuals, and their force is far
+    below any tolerance."""
+    x = jnp.array([[2.0, 0, 0, 0], [0, 0.3, 0.5, 0.2], [0, 0.4, 0, 0.6]])
+    loss = gf.SquaredError(x, jnp.array([3.0, 0.25, 0.15]))
+    for start in (1e-5, 1e-11, 1e-18):
+        model = Squares(start * jnp.array([1.0, 0.7, 1.2, 0.5]))
+        out = manifold.limit_map(loss, model, form=form)
+        right = lsoda_limit(loss, model, 1e5)
+        np.testing.assert_allclose(out.model.u, right, atol=1e-7)
+        assert right[1:].max() > 0.5
+
+
+def test_limit_of_a_network_from_a_tiny_start():
+    x = jnp.linspace(-1.0, 1.2, 3)
+    loss = gf.SquaredError(x, jnp.array([0.4, -0.2, 0.5]))
+    keys = jr.split(jr.key(3), 3)
+    shapes = (4, 1), (4,), (4,)
+    start = [1e-6 * jr.normal(k, s) for k, s in zip(keys, shapes, strict=True)]
+    model = gf.models.TwoLayer(*start)
+    out = manifold.limit_map(loss, model)
+    right = lsoda_limit(loss, model, 1e5)
+    error = np.linalg.norm(flat(out.model) - right) / np.linalg.norm(right)
+    assert error < 1e-7 and loss(out.model) < 1e-20
+
+
+def test_the_last_move_is_as_short_as_it_seemed():
+    """Beside the saddle u = (1, 1e-10), whence Gauss–Newton goes to (1, 1/2)."""
+    loss = gf.SquaredError(jnp.eye(2), jnp.array([1.0, 0.25]))
+    params, static = eqx.partition(Squares(jnp.array([1.0, 1e-10])), eqx.is_array)
+    theta, flat_loss = flatten(loss, params, static)
+    end, residual, found = _finish(flat_loss, theta, "jacobian", None)
+    assert residual < 1e-10 and jnp.abs(end[1]) > 0.1 and not found
+    _, _, found = _finish(flat_loss, jnp.array([1 + 1e-8, 0.5]), "jacobian", None)
+    assert found
+
+
+def test_limit_from_zero(getkey):
+    """The solution of least norm, in any unit of the targets."""
+    loss, _ = linear_problem(getkey(), samples=3, features=5)
+    least = jnp.linalg.pinv(loss.x) @ loss.y
+    for unit in (1.0, 1e-9, 1e9):
+        scaled = gf.SquaredError(loss.x, unit * loss.y)
+        out = manifold.limit_map(scaled, Linear(jnp.zeros(5)))
+        np.testing.assert_allclose(out.model.w / unit, least, atol=1e-10)
+
+
+def test_limit_in_other_units():
+    """θ in units of c, outputs in units of b: t is in units of c²/b²."""
+    x, y = jr.normal(jr.key(0), (3, 5)), jnp.array([1.0, -2.0, 0.5])
+    u = jr.normal(jr.key(1), (5,))
+
+    def limit(c, b):
+        loss = gf.SquaredError(b / c**2 * x, b * y)
+        return manifold.limit_map(loss, Squares(c * u))
+
+    one = limit(1.0, 1.0)
+    for c, b in ((1e-9, 1e9), (1e9, 1.0)):
+        out = limit(c, b)
+        np.testing.assert_allclose(out.model.u / c, one.model.u, atol=1e-11)
+        np.testing.assert_allclose(out.time * (b / c) ** 2, one.time, rtol=1e-3)
+        assert out.stats["num_steps"] < 1.2 * one.stats["num_steps"]
+
+
+def test_undefined_start():
+    """The gradient of a norm at zero."""
+    loss = gf.Loss(lambda m: (jnp.linalg.norm(m.w) - 1) ** 2)
+    out = manifold.limit_map(loss, Linear(jnp.zeros(3)), throw=False)
+    assert out.result == gf.RESULTS.undefined_start and out.stats["num_steps"] < 10
+
+
+def test_healthy_problems_make_no_nans(getkey):
+    loss, model = diagonal_problem(getkey(), samples=2, features=4)
+    with jax.debug_nans(True):
+        for form in ("jacobian", "hessian"):
+            limit = manifold.limit_map(loss, model, form=form).model
+            assert manifold.spectrum(loss, limit, form=form).rank == 2
+            drift = manifold.riemannian_flow(
+                gf.GradientFlow(loss),
+                limit,
+                slow_time=0.5,
+                ts=jnp.array([0.0, 0.5]),
+                form=form,
+            )
+            assert drift.succeeded
 
 
 def overdetermined(key):

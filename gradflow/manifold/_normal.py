@@ -120,9 +120,8 @@ def exact_jacobian_normal(
     step = -(basis @ (inverse * (left.T @ rho)))
     gradient = a.T @ rho
     hidden = jnp.abs(gradient - basis @ (basis.T @ gradient))
-    terms = jnp.abs(a).T @ jnp.abs(rho) + jnp.linalg.norm(gradient)
-    noise = _ROUNDINGS * jnp.finfo(a.dtype).eps / close(a.dtype)
-    leaving = jnp.any(hidden > noise * terms)
+    terms = jnp.abs(a).T @ jnp.abs(rho) / close(a.dtype) + jnp.linalg.norm(gradient)
+    leaving = jnp.any(hidden > _ROUNDINGS * jnp.finfo(a.dtype).eps * terms)
     return NormalSpace(basis, step, jnp.linalg.norm(rho) / scale, leaving)
 
 
@@ -158,11 +157,12 @@ def hessian_normal(
     inverse = weight / jnp.where(kept, eigenvalues, 1)
     along = vectors.T @ gradient
     force = jnp.linalg.norm(gradient)
-    terms = jnp.abs(eigenvalues[0]) * (jnp.abs(vectors).T @ jnp.abs(theta)) + force
-    noise = _ROUNDINGS * jnp.finfo(theta.dtype).eps
-    most = -math.log(close(theta.dtype))
-    grown = jnp.exp(jnp.minimum(jnp.abs(eigenvalues) * time, most))
-    moving = jnp.abs(along) > noise * grown * terms
+    grown = jnp.exp(
+        jnp.minimum(jnp.abs(eigenvalues) * time, -math.log(close(theta.dtype)))
+    )
+    terms = jnp.abs(eigenvalues[0]) * (jnp.abs(vectors).T @ jnp.abs(theta)) * grown
+    noise = _ROUNDINGS * jnp.finfo(theta.dtype).eps * (terms + force)
+    moving = jnp.abs(along) > noise
     return NormalSpace(
         vectors * jnp.sqrt(weight)[None, :],
         -(vectors @ (inverse * along)),
