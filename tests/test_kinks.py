@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from scipy.optimize import brentq
 
 import gradflow as gf
 from gradflow import manifold
@@ -94,35 +95,37 @@ def test_relu_drift():
 
 
 def test_kink_along_a_riemannian_drift():
-    """A drift on M crosses a kink, once, and its balance decays through it as e^{−2s};
-    where it crosses is seen again on a grid ten times as fine. (Of eight random tasks
-    this one has a crossing before s = 0.3.)"""
-    task = gf.tasks.relu_1d(jr.key(5), width=12, samples=4)
-    start = manifold.limit_map(task.loss, task.model).model
-    assert isinstance(task.loss, gf.SquaredError)
-    x = task.loss.x
-    preactivations = lambda model: jax.vmap(model.preactivations)(x)
-    found = []
-    for points in (31, 301):
-        drift = manifold.riemannian_flow(
-            task.flow,
-            start,
-            slow_time=0.3,
-            ts=jnp.linspace(0.0, 0.3, points),
-            rtol=1e-6,
-            throw=False,
-        )
-        found.append(manifold.kink_crossings(drift, preactivations))
-        balance = np.asarray(jax.vmap(task.truth.invariant)(drift.models))
-        decay = np.exp(-2 * np.asarray(drift.slow_time))[:, None]
-        away = np.abs(balance - balance[0] * decay).max()
-        assert away < 1e-6 * np.abs(balance[0]).max()
-        assert drift.train_loss.max() < 1e-18 and (np.diff(drift.penalty) < 0).all()
-        z = np.asarray(jax.vmap(preactivations)(drift.models)).reshape(points, -1)
-        assert np.sum(z[1:] * z[:-1] < 0) == found[-1].count == 1
-    coarse, fine = found
-    np.testing.assert_array_equal(coarse.gate, fine.gate)
-    assert coarse.before <= fine.before and fine.after <= coarse.after
+    """One neuron a·relu(wx + b), fitted at x = 1: along M w − b decays as e^{−s}, a² −
+    (w + b)²/2 as e^{−2s}, and wx + b at x = −½, where there is no sample, changes its
+    sign once. (At a sample's own kink a drift may slide, or cross, by the last bit.)"""
+    y, total, apart = 1.3, 1.2, 1.0
+    start = TwoLayer(
+        jnp.array([[(total + apart) / 2]]),
+        jnp.array([(total - apart) / 2]),
+        jnp.array([y / total]),
+        "relu",
+    )
+    flow = gf.GradientFlow(gf.SquaredError(jnp.ones(1), jnp.full(1, y)))
+
+    def exact(s):
+        """w + b from a(w + b) = y, and wx + b at x = −½."""
+        e = ((y / total) ** 2 - total**2 / 2) * np.exp(-2 * s)
+        c = np.sqrt(np.sqrt(e**2 + 2 * y**2) - e)
+        return c, 0.25 * c - 0.75 * apart * np.exp(-s)
+
+    crossing = brentq(lambda s: exact(s)[1], 0.0, 2.0)
+    assert 0.3 < crossing < 1.7
+    at = lambda model: model.preactivations(jnp.array(-0.5))
+    for points in (21, 201):
+        ts = jnp.linspace(0.0, 2.0, points)
+        drift = manifold.riemannian_flow(flow, start, slow_time=2.0, ts=ts)
+        assert drift.result == gf.RESULTS.successful
+        z = np.asarray(jax.vmap(at)(drift.models))[:, 0]
+        np.testing.assert_allclose(z, exact(np.asarray(ts))[1], atol=1e-8)
+        found = manifold.kink_crossings(drift, at)
+        assert found.count == 1 and not found.sliding.any()
+        np.testing.assert_allclose(found.t, crossing, atol=0.2 / points)
+        assert found.before <= crossing <= found.after
 
 
 def test_preactivations_are_those_of_the_network():
