@@ -58,6 +58,7 @@ class _State(eqx.Module):
     multiplier: Float[Array, " m"]  # ∇ℓ(z) where the last step ended
     kernel: Float[Array, "m m"]  # J Jᵀ; ℓ'' J Jᵀ where ℓ'' is not a multiple of I
     stale: Bool[Array, ""]  # whether the next step is to renew it
+    curved: Bool[Array, ""]  # whether it takes the curvature of the outputs in
     factor: "_Factor"
     rate: Float[Array, ""]  # contraction of the last iteration
     lasting: Float[Array, ""]  # see `_lasting`
@@ -161,6 +162,7 @@ class AbstractKKT(
             multiplier=residuals,
             kernel=jnp.zeros((m, m), theta.dtype),
             stale=jnp.array(True),
+            curved=jnp.array(False),
             factor=_Factor(
                 jnp.zeros((m, m), theta.dtype),
                 jnp.zeros(m, jnp.int32),
@@ -196,32 +198,45 @@ class AbstractKKT(
 
         # (1 + cλ∇²R)⁻¹ stands inside the kernel where it is not a number.
         weights = 1 / (1 + pull * rho) if uneven else None
+        plain = lambda: _curved_kernel(loss, theta, weights)
         small = _small(loss, theta, solver_state.multiplier)
-        if small:
-            weights = _inverse(
+
+        def whole() -> tuple[Array, Array]:
+            inverse = _inverse(
                 loss, theta, solver_state.multiplier, 1 + pull * rho, self._gamma * h
             )
+            return _curved_kernel(loss, theta, inverse), inverse
 
-        def attempt(renew: Bool[Array, ""]) -> _Step:
+        def attempt(effort: Int[Array, ""]) -> _Step:
             kernel = jax.lax.cond(
-                renew,
-                lambda: _curved_kernel(loss, theta, weights),
-                lambda: solver_state.kernel,
+                effort == _RENEWED, plain, lambda: solver_state.kernel
             )
+            inverse = None
+            if small:
+                unused = jnp.zeros((theta.size, theta.size), theta.dtype)
+                kernel, inverse = jax.lax.cond(
+                    effort == _WHOLE, whole, lambda: (kernel, unused)
+                )
             return self._stages(
-                term, loss, theta, h, args, rho, solver_state, kernel,
-                weights if small else None, renew,
-            )  # fmt: skip
-
-        def retry(carry):
-            renew, _, out, tried = carry
-            out = attempt(renew)
-            return jnp.array(True), out.ok | renew, out, tried + renew.astype(int)
+                term, loss, theta, h, args, rho, solver_state, kernel, inverse, effort
+            )
 
         # A kernel that has served too long is no reason to shorten the step: the second
-        # attempt renews it. (Diffrax forgets what a rejected step has learnt.)
+        # attempt renews it; and where that fails, since the outputs are curved, a third
+        # one takes their curvature in, as all later steps then do. (Diffrax forgets
+        # what a rejected step has learnt.)
+        most = _WHOLE if small else _RENEWED
+
+        def retry(carry):
+            effort, _, out, tried = carry
+            out = attempt(effort)
+            made = (effort >= _RENEWED).astype(int)
+            return effort + 1, out.ok | (effort == most), out, tried + made
+
         reusable = not uneven or _only_holds(term.penalty, params)
-        renew = solver_state.stale if reusable and not small else jnp.array(True)
+        renew = solver_state.stale if reusable else jnp.array(True)
+        effort = jnp.where(renew, _RENEWED, _KEPT)
+        effort = jnp.where(solver_state.curved, _WHOLE, effort)
         stages = len(self.tableau.b_sol) - 1
         no = jnp.array(False)
         none = _Step(
@@ -236,16 +251,21 @@ class AbstractKKT(
             factor=solver_state.factor,
             ok=no,
         )
-        _, _, out, kernels = jax.lax.while_loop(
-            lambda carry: ~carry[1], retry, (renew, no, none, 0)
+        effort, _, out, kernels = jax.lax.while_loop(
+            lambda carry: ~carry[1], retry, (effort, no, none, 0)
         )
+        curved = effort > _WHOLE
+        kernel = out.kernel
+        if small:  # for `work`
+            kernel = jax.lax.cond(curved, plain, lambda: kernel)
         lasting = jnp.minimum(_lasting(theta, out), 10 * solver_state.lasting)
         new = dict(iterations=out.iterations, kernels=kernels, sliding=out.slid)
         state = _State(
             slope=out.slopes[-1],
             multiplier=out.multiplier,
-            kernel=loss.tangent_kernel(theta) if small else out.kernel,
+            kernel=kernel,
             factor=out.factor,
+            curved=curved,
             stale=out.iterations > _SLOW * stages,
             rate=out.rate,
             lasting=lasting,
@@ -299,21 +319,28 @@ class AbstractKKT(
         state: _State,
         kernel: Float[Array, "m m"],
         inverse: Float[Array, "d d"] | None,
-        fresh: Bool[Array, ""],
+        effort: Int[Array, ""],
     ) -> _Step:
         a = jnp.asarray(_matrix(self.tableau)[0], y0.dtype)
         p = jnp.asarray(_predictor(self.tableau), y0.dtype)
         c = self._gamma * h
         pull = c * weight_decay
         alpha = 1 + pull * rho
-        whole = inverse is not None or jnp.ndim(alpha) > 0
-        damp = lambda v: v / alpha if inverse is None else inverse @ v
-        shift = (1 if whole else alpha) / c
-        definite = inverse is None and loss.outer_curvature is not None
+        fresh, whole = effort >= _RENEWED, effort == _WHOLE
+        shift = (alpha if jnp.ndim(alpha) == 0 else 1) / c
+        definite = loss.outer_curvature is not None
+        make = lambda: _factorise(loss, shift, kernel, definite)
+        damp = lambda v: v / alpha
+        if inverse is not None:
+            shift = jnp.where(whole, 1 / c, shift)
+            damp = lambda v: jax.lax.cond(whole, lambda: inverse @ v, lambda: v / alpha)
+            make = lambda: jax.lax.cond(
+                whole,
+                lambda: _factorise(loss, shift, kernel, False),
+                lambda: _factorise(loss, shift, kernel, definite),
+            )
         factor = jax.lax.cond(
-            fresh | _drifted(state.factor, shift),
-            lambda: _factorise(loss, shift, kernel, definite),
-            lambda: state.factor,
+            fresh | _drifted(state.factor, shift), make, lambda: state.factor
         )
         solve = _solver(loss, shift, factor, definite)
         decay = lambda y: ravel_pytree(term.penalty.gradient(loss.unravel(y)))[0]
@@ -609,10 +636,9 @@ def _jumps(
     return asked & (change > _JUMP * first)
 
 
-# Up to these sizes the curvature of the outputs is part of the matrix, which is made
-# anew in each step.
-_FEW_PARAMETERS = 100
-_FEW_OUTPUTS = 200
+_KEPT, _RENEWED, _WHOLE = range(3)  # the kernel; the last with all curvature
+# Up to how many parameters (and outputs: `_INVERTED`) the whole is cheap.
+_FEW = 100
 
 
 def _small(
@@ -620,7 +646,7 @@ def _small(
 ) -> bool:
     """Whether the Hessian Σ μᵢ∇²zᵢ is cheap. (Of an opaque loss it is zero.)"""
     opaque = isinstance(loss, FlatOpaqueLoss)
-    few = theta.size <= _FEW_PARAMETERS and multiplier.size <= _FEW_OUTPUTS
+    few = theta.size <= _FEW and multiplier.size <= _INVERTED
     return few and not opaque
 
 
