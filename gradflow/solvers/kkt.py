@@ -789,13 +789,20 @@ class KKT4(AbstractKKT):
     tangent kernel, serves many steps; it is renewed when the iteration grows slow, or
     fails; its factorisation is kept while the step size changes what matters of it by
     less than a tenth. Stages are predicted, Y and μ, from those before. No Hessian of
-    the loss is formed; but a loss that is not composite is taken as one with z(θ) = θ,
-    and then it is (up to 5000 parameters).
+    the loss is formed; but where the iteration fails with a new kernel, for the
+    curvature of the outputs, Σ μᵢ∇²zᵢ is taken into the matrix from then on (up to 100
+    parameters and 128 outputs). A loss that is not composite is taken as one with
+    z(θ) = θ, and then its Hessian is formed (up to 5000 parameters).
+
+    A stage is solved when the changes of Y are below its tolerance, and the last one
+    when μ is ∇ℓ(z(Y)) to 2 % as well (but for squared error). Errors along the step
+    count for more while the flow speeds up, for they are not damped.
 
     Where ∇F jumps and the flow slides along the jump, as at the kinks of a ReLU, the
-    iteration goes to and fro, and the mean of its iterates is taken. There no more than
-    three digits are resolved (`SLIDING_RTOL`), and the steps that slid are counted. A
-    step whose iteration fails is rejected.
+    iteration goes to and fro, and the mean of its iterates is taken: where halving the
+    way between two of them shows a jump. There no more than three digits are resolved
+    (`SLIDING_RTOL`), and the steps that slid are counted. A step whose iteration fails
+    is rejected.
 
     The method is the implicit part of ARK4(3)6L[2]SA of Kennedy and Carpenter (Appl.
     Numer. Math. 44, 2003): L-stable, stiffly accurate, stage order 2, 6 stages with
