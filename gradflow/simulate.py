@@ -221,7 +221,8 @@ def solve_watching(*arguments: Any) -> Path:
         return path
     steps, rejected = int(path.stats["steps"]), int(path.stats["rejected"])
     slid = path.stats.get("sliding")
-    if (rejected if slid is None else int(slid)) > steps / 4:
+    far = float(state.t) < 0.1 * float(path.t[-1])
+    if far and (rejected if slid is None else int(slid)) > steps / 4:
         told = f"{rejected} rejected" if slid is None else f"{int(slid)} along kinks"
         warnings.warn(
             f"simulate: after {steps} steps ({told}) t = {float(state.t):.2g} of "

@@ -259,6 +259,8 @@ class AbstractKKT(
         if small:  # for `work`
             kernel = jax.lax.cond(curved, plain, lambda: kernel)
         lasting = jnp.minimum(_lasting(theta, out), 10 * solver_state.lasting)
+        # What sliding leaves is no error that lasts, along the step or not.
+        lasting = jnp.where(out.slid, 1.0, lasting)
         new = dict(iterations=out.iterations, kernels=kernels, sliding=out.slid)
         state = _State(
             slope=out.slopes[-1],
@@ -279,7 +281,11 @@ class AbstractKKT(
             diffrax.RESULTS.promote(optx.RESULTS.nonlinear_divergence),
         )
         y1 = loss.unravel(out.stage)
-        error = out.error * lasting
+        gone = (out.stage - theta) / jnp.maximum(
+            norm(out.stage - theta), jnp.finfo(theta.dtype).tiny
+        )
+        across = out.error - jnp.vdot(out.error, gone) * gone
+        error = jnp.where(out.slid, across, out.error * lasting)
         error = loss.unravel(jnp.where(out.ok, error, jnp.inf))
         k = jax.vmap(loss.unravel)(h * out.slopes[np.array([0, -1])])
         if isinstance(term, TrackedFlowTerm):
