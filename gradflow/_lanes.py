@@ -233,7 +233,8 @@ class Recipe:
             # Thresholds would be part of the compiled program, which is for all.
             bare = {k: Metric(metric.fn) for k, metric in problem.watched.items()}
             self._bare = problem.watched, bare
-            check_problem(*problem.flow.term(problem.model), bare)
+            term, params = problem.flow.term(problem.model)
+            check_problem(term, params, bare, mixed=self.descends)
         bare = self._bare[1]
         times = {k: self.options[k] for k in _HORIZON if k in self.options}
         if all(v is None for v in times.values()):

@@ -168,7 +168,8 @@ def prepare_descent(
         check_optimiser(optimiser)
     model = scaled(model, init_scale, trainable=flow.trainable)
     term, params = flow.term(model)
-    check_problem(term, params, watched)
+    # A loss may well be computed in double precision for weights in single.
+    check_problem(term, params, watched, mixed=True)
     if method == "projected":
         if flow.hold_norm:
             raise ValueError("method: 'projected' cannot hold the norm as well.")

@@ -295,12 +295,17 @@ def as_metrics(metrics: dict[str, Callable | Metric] | None) -> dict[str, Metric
 
 
 def check_problem(
-    term: FlowTerm, params: PyTree, watched: dict[str, Metric] | None = None
+    term: FlowTerm,
+    params: PyTree,
+    watched: dict[str, Metric] | None = None,
+    *,
+    mixed: bool = False,
 ) -> None:
-    """Raises unless loss and metrics are real scalars of the model, in its precision,
-    with a logit for each label. Nothing is computed, and it is traced once only."""
+    """Raises unless loss and metrics are real scalars of the model, in its precision
+    (or another, where that may be `mixed`), with a logit for each label. Nothing is
+    computed, and it is traced once only."""
     watched = {} if watched is None else watched
-    shapes = _look(term, params, watched)
+    shapes = _look(term, params, watched, mixed)
     for name, fn in _watching(term.loss, watched).items():
         if name in shapes and is_concrete(fn.labels):
             with _named(name):
@@ -309,14 +314,14 @@ def check_problem(
 
 @eqx.filter_jit
 def _look(
-    term: FlowTerm, params: PyTree, watched: dict[str, Metric]
+    term: FlowTerm, params: PyTree, watched: dict[str, Metric], mixed: bool
 ) -> dict[str, tuple[int, int]]:
     """Checks all but labels, which are not known here; and the shapes of the logits
     that they go with, by the names of loss and metrics."""
     model = term.model(params)
     check_scalars(term.loss, watched, model)
     dtype = jax.tree.leaves(params)[0].dtype
-    composite = isinstance(term.loss, AbstractCompositeLoss)
+    composite = isinstance(term.loss, AbstractCompositeLoss) and not mixed
     for fn in (term.loss.outputs, term.loss) if composite else ():
         found = eqx.filter_eval_shape(fn, model).dtype
         if found != dtype:
