@@ -5,6 +5,7 @@ from typing import Any
 
 import diffrax
 import equinox as eqx
+import jax.numpy as jnp
 from tqdm.auto import tqdm
 
 
@@ -15,6 +16,11 @@ class Bar(diffrax.TqdmProgressMeter):
 
     def __init__(self, name: str):
         self.name = name
+
+    def step(self, state: Any, progress: Any) -> Any:
+        # The end is always shown.
+        count = jnp.where(progress >= 1, 0, state.step)
+        return super().step(eqx.tree_at(lambda s: s.step, state, count), progress)
 
     @property
     def _init_bar(self) -> Any:
@@ -38,7 +44,8 @@ def _begin(name: str) -> Any:
 
 
 def _step(every: int, bar: Any, progress: Any) -> None:
-    steps = int(bar.postfix.split()[0]) + every if bar.postfix else 0
+    steps = int(bar.postfix.split()[0]) if bar.postfix else -every
+    steps += every if progress < 1 else 0
     bar.set_postfix_str(f"{steps} steps", refresh=False)
     bar.n = round(100 * float(progress), 2)
     bar.refresh()

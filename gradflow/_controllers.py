@@ -146,9 +146,9 @@ leave is a hundredth of a tolerance."""
 
 
 def _far(large: Scalar, small: Scalar) -> Scalar:
-    """From 0 where one size is three times the other to 1 at seven times. A start at
+    """From 0 where one size is four times the other to 1 at twelve times. A start at
     zero has no size."""
-    return jnp.where(small > 0, jnp.clip(jnp.log(large / small) - 1, 0, 1), 0)
+    return jnp.where(small > 0, jnp.clip(jnp.log(large / small) - 1.5, 0, 1), 0)
 
 
 def share_along(before: PyTree, after: PyTree, error: PyTree) -> Scalar:

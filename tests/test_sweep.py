@@ -79,8 +79,8 @@ def test_compiles_once():
 
 
 def test_a_failed_lane_is_marked_and_harms_no_other():
-    # −a‖θ‖²/2 + λ‖θ‖²/2: bounded for λ > a only.
-    fn = lambda model: -0.05 * jnp.sum(model.weights**2)
+    # θ' = aθ³ − λθ from at most 3: infinite in finite time for λ < 9a.
+    fn = lambda model: -0.005 * jnp.sum(model.weights**4)
     flow = gf.GradientFlow(gf.Loss(fn))
     model = gf.models.LinearModel(jnp.arange(1.0, 4.0))
     lams = jnp.array([1.0, 0.01, 0.5])
