@@ -79,16 +79,16 @@ def test_compiles_once():
 
 
 def test_a_failed_lane_is_marked_and_harms_no_other():
-    # θ' = aθ³ − λθ from at most 3: infinite in finite time for λ < 9a.
-    fn = lambda model: -0.005 * jnp.sum(model.weights**4)
+    # θ' = (a − λ)θ: for λ = 0.01 beyond what numbers can hold by the end.
+    fn = lambda model: -1.0 * jnp.sum(model.weights**2)
     flow = gf.GradientFlow(gf.Loss(fn))
     model = gf.models.LinearModel(jnp.arange(1.0, 4.0))
-    lams = jnp.array([1.0, 0.01, 0.5])
+    lams = jnp.array([2.5, 0.01, 2.2])
     for batch in ("loop", "vmap"):
         options = dict(t1=400.0, saves=9, progress=False, batch=batch, rtol=1e-6)
         lanes = gf.sweep(flow, model, weight_decay=lams, **options)
         # As many lanes: the same program, for arithmetic may differ with the size.
-        healthy = gf.sweep(flow, model, weight_decay=lams.at[1].set(2.0), **options)
+        healthy = gf.sweep(flow, model, weight_decay=lams.at[1].set(3.0), **options)
         assert lanes.succeeded.tolist() == [True, False, True]
         assert bool(lanes[1].result == gf.RESULTS.diverged)
         assert "FAILED" in str(lanes) and "unbounded below" in str(lanes)
@@ -98,7 +98,7 @@ def test_a_failed_lane_is_marked_and_harms_no_other():
                 lanes[here].models.weights, healthy[here].models.weights, strict=True
             )
             exact = model.weights[None, :] * jnp.exp(
-                (0.1 - lams[here]) * lanes[here].t[:, None]
+                (2.0 - lams[here]) * lanes[here].t[:, None]
             )
             np.testing.assert_allclose(
                 lanes[here].models.weights, exact, rtol=1e-3, atol=1e-6
