@@ -236,7 +236,10 @@ class AbstractKKT(
         reusable = not uneven or _only_holds(term.penalty, params)
         renew = solver_state.stale if reusable else jnp.array(True)
         effort = jnp.where(renew, _RENEWED, _KEPT)
-        effort = jnp.where(solver_state.curved, _WHOLE, effort)
+        # While something grows it may be far below the tolerance of the iteration, which
+        # the whole matrix leaves behind.
+        growing = small & (solver_state.lasting > 2)
+        effort = jnp.where(solver_state.curved | growing, _WHOLE, effort)
         stages = len(self.tableau.b_sol) - 1
         no = jnp.array(False)
         none = _Step(
@@ -254,10 +257,11 @@ class AbstractKKT(
         effort, _, out, kernels = jax.lax.while_loop(
             lambda carry: ~carry[1], retry, (effort, no, none, 0)
         )
-        curved = effort > _WHOLE
+        whole_used = effort > _WHOLE
+        curved = solver_state.curved | (whole_used & ~growing)
         kernel = out.kernel
         if small:  # for `work`
-            kernel = jax.lax.cond(curved, plain, lambda: kernel)
+            kernel = jax.lax.cond(whole_used, plain, lambda: kernel)
         lasting = jnp.minimum(_lasting(theta, out), 10 * solver_state.lasting)
         # What sliding leaves is no error that lasts, along the step or not.
         lasting = jnp.where(out.slid, 1.0, lasting)
@@ -268,7 +272,7 @@ class AbstractKKT(
             kernel=kernel,
             factor=out.factor,
             curved=curved,
-            stale=out.iterations > _SLOW * stages,
+            stale=(out.iterations > _SLOW * stages) | whole_used,
             rate=out.rate,
             lasting=lasting,
             work={
