@@ -236,8 +236,8 @@ class AbstractKKT(
         reusable = not uneven or _only_holds(term.penalty, params)
         renew = solver_state.stale if reusable else jnp.array(True)
         effort = jnp.where(renew, _RENEWED, _KEPT)
-        # While something grows it may be far below the tolerance of the iteration, which
-        # the whole matrix leaves behind.
+        # What grows may be far below the tolerance of the iteration, which the whole
+        # matrix leaves behind.
         growing = small & (solver_state.lasting > 2)
         effort = jnp.where(solver_state.curved | growing, _WHOLE, effort)
         stages = len(self.tableau.b_sol) - 1
