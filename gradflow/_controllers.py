@@ -72,6 +72,7 @@ class Relative(diffrax.AbstractAdaptiveStepSizeController):
         factormax: float = 10.0,
         parts_of: Callable[[PyTree], PyTree] = lambda y: y,
         growth: bool = True,
+        least: Scalar | float = 0.0,
     ):
         """**Arguments:**
 
@@ -79,11 +80,12 @@ class Relative(diffrax.AbstractAdaptiveStepSizeController):
         - `dtmin`: the shortest step: a shorter one ends the run.
         - `factormax`: by how much a step may be longer than the one before.
         - `parts_of`: the parameters in a state.
+        - `least`: what no tolerance is below, where no `atol` is given.
         - `growth`: whether errors of growth count for more; False for a solver that
             sees to it itself.
         """
         self.rtol = rtol
-        self.atol = 0.0 if atol is None else atol
+        self.atol = least if atol is None else atol
         self.parts_of = parts_of
         self.share = SHARE if atol is None else 0.0
         self.growth = growth
@@ -123,6 +125,10 @@ class Relative(diffrax.AbstractAdaptiveStepSizeController):
         far = _far(high, size)
         if self.growth:
             far = jnp.maximum(far, _far(size, low))
+        # Where all of θ comes to zero that is no decay.
+        far = jnp.where(
+            size > 1e3 * jnp.asarray(self.atol, size.dtype) / self.rtol, far, 0
+        )
         more = 1 + _LASTING * far * share_along(before, after, error)
         scaled = jax.tree.map(
             lambda e, s: jnp.where(sound, more * e / s, jnp.inf), error, scale

@@ -28,8 +28,8 @@ from ._checks import (
     word,
     Wrong,
 )
-from ._controllers import Relative
-from ._norms import norm
+from ._controllers import Relative, SHARE
+from ._norms import norm, rms
 from ._parts import FIRST, in_part, Pausing, Solved, strong
 from .flow import (
     check_flow,
@@ -525,6 +525,8 @@ def _solve(
             factormax=6.0,
             parts_of=_parameters,
             growth=not isinstance(solver, AbstractKKT),
+            # Along kinks all of θ may reach zero in finite time.
+            least=0.0 if term.penalty.smooth else SHARE * rtol * rms(params),
         ),
         step_ts=ts,
     )

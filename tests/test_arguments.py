@@ -176,7 +176,8 @@ case("weight_decay", lambda: gf.transition_time(2.0, [0.1]), None, as_is=True)
 for call in (run, step, many, theory, drift):
     case("x", call, "features", as_is=True, flow=plain, model=wide)
     case("labels", call, "classes", as_is=True, flow=gf.GradientFlow(far), model=logits)
-    case("model", call, "float32", as_is=True, flow=plain, model=single)
+    if call is not step:  # a descent may mix precisions
+        case("model", call, "float32", as_is=True, flow=plain, model=single)
 for call in (limit, *points.values()):
     case("x", functools.partial(call, plain, wide), "features", as_is=True)
     case("labels", functools.partial(call, gf.GradientFlow(far), logits), "classes",

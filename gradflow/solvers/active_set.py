@@ -17,6 +17,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree, Scalar
 
 from .._controllers import AbstractWrapped
+from .._norms import rms
 from ..flow import FlowTerm, Tracked, TrackedFlowTerm
 from .kkt import _flat, _unwrap, AbstractKKT, ChordIteration, OnOrthant
 
@@ -151,7 +152,9 @@ class ActiveSet(
         force = _force(term, y1, args)
         pull = args * _weights(term, y1.params)
         atol, rtol = self.root_finder.atol, self.root_finder.rtol
-        tol = _SHARE * (atol + rtol * jnp.sqrt(jnp.mean(theta**2)))
+        # Of the larger end: all of θ may reach zero.
+        size = jnp.maximum(rms(before), rms(theta))
+        tol = _SHARE * (atol + rtol * size)
 
         height = sign * theta
         movable = (sign != 0) & (pull > 0)

@@ -284,13 +284,16 @@ class AbstractKKT(
             diffrax.RESULTS.successful,
             diffrax.RESULTS.promote(optx.RESULTS.nonlinear_divergence),
         )
-        y1 = loss.unravel(out.stage)
+        free = 1.0
+        if isinstance(term.penalty, OnOrthant):
+            free = jnp.abs(term.penalty.sign)
+        y1 = loss.unravel(free * out.stage)
         gone = (out.stage - theta) / jnp.maximum(
             norm(out.stage - theta), jnp.finfo(theta.dtype).tiny
         )
         across = out.error - jnp.vdot(out.error, gone) * gone
         error = jnp.where(out.slid, across, out.error * lasting)
-        error = loss.unravel(jnp.where(out.ok, error, jnp.inf))
+        error = loss.unravel(jnp.where(out.ok, free * error, jnp.inf))
         k = jax.vmap(loss.unravel)(h * out.slopes[np.array([0, -1])])
         if isinstance(term, TrackedFlowTerm):
             # The multiplier follows from θ: it has no error of its own to control.
@@ -359,7 +362,12 @@ class AbstractKKT(
         # rounding stays.
         rounding = 4 * jnp.finfo(y0.dtype).eps / self.root_finder.rtol
         kappa = jnp.minimum(kappa, jnp.maximum(kappa / state.lasting, rounding))
-        size_of = lambda v, y: self.root_finder.norm(v / self.root_finder.scale(y0, y))
+        # A coordinate held at zero is none to resolve.
+        held = isinstance(term.penalty, OnOrthant)
+        free = jnp.abs(term.penalty.sign) if held else 1.0
+        size_of = lambda v, y: self.root_finder.norm(
+            free * v / self.root_finder.scale(y0, free * y)
+        )
         most = self.root_find_max_steps
         blur = jnp.maximum(1, SLIDING_RTOL / self.root_finder.rtol)
 
