@@ -45,7 +45,9 @@ class Relative(diffrax.AbstractAdaptiveStepSizeController):
 
     of the θ that there is now: the larger of both ends of a step. So it means the same
     in every unit, from a start at zero, and for what has decayed far below its start.
-    With an `atol` it is atol + rtol |θᵢ|, as Diffrax has it.
+    And since a mean over coordinates may forgive the largest of them, the error is to
+    be below rtol ‖θ‖ as a vector too. With an `atol` the tolerance is atol + rtol |θᵢ|,
+    as Diffrax has it.
 
     Relative to ‖θ‖, errors do not die out where all of θ decays, or grows from a small
     start: n ~ 1/z steps, each by a factor of e^{∓z}, add up to n of them. So once ‖θ‖
@@ -129,10 +131,17 @@ class Relative(diffrax.AbstractAdaptiveStepSizeController):
         far = jnp.where(
             size > 1e3 * jnp.asarray(self.atol, size.dtype) / self.rtol, far, 0
         )
-        more = 1 + _LASTING * far * share_along(before, after, error)
-        scaled = jax.tree.map(
-            lambda e, s: jnp.where(sound, more * e / s, jnp.inf), error, scale
-        )
+        share = share_along(before, after, error)
+        more = 1 + jnp.minimum(_LASTING * far * share, _MOST)
+        shrunk = jnp.clip(size / norm(after), 1, _MOST)
+        more = more * jnp.where(high > size, shrunk**far, 1)
+        scaled = jax.tree.map(lambda e, s: e / s, error, scale)
+        if self.share:
+            ones = jax.tree.map(jnp.ones_like, largest)
+            allowed = self.rtol * norm(largest) + self.atol * norm(ones)
+            whole = norm(error) / jnp.where(allowed > 0, allowed, 1)
+            more = more * jnp.maximum(1, jnp.nan_to_num(whole / rms(scaled)))
+        scaled = jax.tree.map(lambda e: jnp.where(sound, more * e, jnp.inf), scaled)
         keep, next_t0, next_t1, jump, state, result = self.pid.adapt_step_size(
             t0, t1, before, before, args, scaled, error_order, state
         )
@@ -144,11 +153,12 @@ class Relative(diffrax.AbstractAdaptiveStepSizeController):
         return keep, next_t0, next_t1, jump, state, result
 
 
-_LASTING = 2.0
-"""The errors along a step add up to about half an `rtol` for each factor of e."""
+# By how much an error along the step counts for more where it lasts.
+_LASTING = 6.0
+# By how much at most: what the iterations of an implicit solver leave is a hundredth of
+# a tolerance.
 _MOST = 100.0
-"""By how much an error may count for more: what the iterations of an implicit solver
-leave is a hundredth of a tolerance."""
+_ONSET = 0.1  # the logarithm of the speed gained in a step at which it counts fully
 
 
 def _far(large: Scalar, small: Scalar) -> Scalar:
@@ -158,7 +168,7 @@ def _far(large: Scalar, small: Scalar) -> Scalar:
 
 
 def share_along(before: PyTree, after: PyTree, error: PyTree) -> Scalar:
-    """‖θ‖/‖Δ‖ times the part of an error that lies along the step Δ; at most 100."""
+    """‖θ‖/‖Δ‖ times the part of an error that lies along the step Δ."""
     gone = jax.tree.map(lambda a, b: a - b, after, before)
     length, size = norm(gone), norm(error)
     products = jax.tree.map(
@@ -166,7 +176,24 @@ def share_along(before: PyTree, after: PyTree, error: PyTree) -> Scalar:
     )
     along = jnp.abs(sum(jax.tree.leaves(products)))
     share = along * jnp.maximum(norm(before), norm(after)) / length
-    return jnp.clip(jnp.nan_to_num(share), 0, _MOST)
+    return jnp.nan_to_num(share)
+
+
+def lasting(growth: Scalar, before: PyTree, after: PyTree, error: PyTree) -> Scalar:
+    """By how much the error of a step counts for more since later steps will not damp
+    it: from 1, where the flow does not speed up, to 101. `growth` is the logarithm of
+    the speed gained.
+
+    Most errors die out, as those towards the critical manifold do. But where the flow
+    leaves a saddle, as e^{μt}, an error along it is a shift in time, which stays
+    however large the mode grows. There n ~ 1/z steps of z = μh add up to n errors for
+    each factor of e. So the error e of a step that goes Δ is to be small against Δ too:
+    e·Δ/‖Δ‖² below `rtol`. That also finds what the embedded formulas, made for decay,
+    do not see of growth above z = ½.
+    """
+    weight = jnp.clip(jnp.nan_to_num(growth) / _ONSET, 0, 1)
+    more = _LASTING * weight * share_along(before, after, error)
+    return 1 + jnp.minimum(more, _MOST)
 
 
 def tolerance(size: PyTree, rtol: Any, atol: Any = 0.0, share: float = SHARE) -> PyTree:

@@ -71,7 +71,7 @@ class Attention(eqx.Module):
     out: Array
 
     def __call__(self, x):
-        score = (x @ self.query.T) @ (x @ self.key.T).T / np.sqrt(len(self.query))
+        score = (x @ self.query.T) @ (x @ self.key.T).T / len(self.query) ** 0.5
         seen = jax.nn.softmax(score, axis=-1) @ (x @ self.value.T)
         return self.out @ seen.mean(axis=0)
 

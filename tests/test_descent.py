@@ -429,8 +429,14 @@ BAD = {
     "no batches": (dict(steps=3, key=jr.key(0)), "key: it is for minibatches"),
     "batch": (dict(steps=3, batch_size=9, key=jr.key(0)), "from 1 to 3, got 9"),
     "schedule": (dict(t1=1.0, learning_rate=RATES), "t1: give steps or at where"),
-    "no schedule": (dict(steps=3, learning_rate=optax.sgd), "schedule that gives one for each step, got a "),
-    "negative": (dict(steps=3, learning_rate=lambda k: -1.0), "schedule that gives one for each step, got -1.0"),
+    "no schedule": (
+        dict(steps=3, learning_rate=optax.sgd),
+        "schedule that gives one for each step, got a ",
+    ),
+    "negative": (
+        dict(steps=3, learning_rate=lambda k: -1.0),
+        "schedule that gives one for each step, got -1.0",
+    ),
     "optimiser": (dict(steps=3, optimiser="adam"), "optimiser: expected .* got .adam."),
     "no rate": (
         dict(steps=3, optimiser=optax.scale_by_zoom_linesearch),

@@ -46,10 +46,10 @@ def test_explicit_solver_at_its_stability_limit(rtol, trusted):
 def test_explicit_solver_where_curvature_falls_along_the_path():
     """Stiff at first, and not at the end: what counts is the whole path."""
     loss = gf.Loss(lambda w: 0.5 * (w[0] * w[1] - 1) ** 2)
-    task = SimpleNamespace(flow=gf.GradientFlow(loss), model=jnp.array([20.0, 0.05]))
+    task = SimpleNamespace(flow=gf.GradientFlow(loss), model=jnp.array([15.0, 1 / 15]))
     exact = flat_paths(run(task, 1e-3, rtol=1e-9, solver=gf.KKT5()))
-    path = run(task, 1e-3, rtol=1e-2, solver=diffrax.Tsit5())
-    assert sup_error(flat_paths(path), exact) > 10 * 1e-2
+    path = run(task, 1e-3, rtol=2e-2, solver=diffrax.Tsit5())
+    assert sup_error(flat_paths(path), exact) > 20 * 2e-2
     assert path.result == gf.RESULTS.unstable
 
 

@@ -11,5 +11,10 @@ from .choose import (
     Size as Size,
     TRIAL_STEPS as TRIAL_STEPS,
 )
-from .kkt import AbstractKKT as AbstractKKT, KKT4 as KKT4, KKT5 as KKT5
+from .kkt import (
+    AbstractKKT as AbstractKKT,
+    curvature_jumps as curvature_jumps,
+    KKT4 as KKT4,
+    KKT5 as KKT5,
+)
 from .rkc import RKC2 as RKC2

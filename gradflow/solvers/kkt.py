@@ -15,7 +15,7 @@ from jax.flatten_util import ravel_pytree
 from jax.scipy.linalg import cho_factor, cho_solve, lu_factor, lu_solve
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
-from .._controllers import share_along, tolerance
+from .._controllers import lasting, tolerance
 from .._norms import norm
 from ..flow import (
     FlatLoss,
@@ -61,7 +61,7 @@ class _State(eqx.Module):
     curved: Bool[Array, ""]  # whether it takes the curvature of the outputs in
     factor: "_Factor"
     rate: Float[Array, ""]  # contraction of the last iteration
-    lasting: Float[Array, ""]  # see `_lasting`
+    lasting: Float[Array, ""]  # see `lasting`
     work: dict[str, Int[Array, ""]]  # see `AbstractKKT.work`
 
 
@@ -262,9 +262,13 @@ class AbstractKKT(
         kernel = out.kernel
         if small:  # for `work`
             kernel = jax.lax.cond(whole_used, plain, lambda: kernel)
-        lasting = jnp.minimum(_lasting(theta, out), 10 * solver_state.lasting)
+        # (It may rise tenfold in a step: the iteration of the next is then as much more
+        # exact, so that what it leaves is not taken for an error.)
+        growth = jnp.log(norm(out.slopes[-1]) / norm(out.slopes[0]))
+        lasts = lasting(growth, theta, out.stage, out.error)
+        lasts = jnp.minimum(lasts, 10 * solver_state.lasting)
         # What sliding leaves is no error that lasts, along the step or not.
-        lasting = jnp.where(out.slid, 1.0, lasting)
+        lasts = jnp.where(out.slid, 1.0, lasts)
         new = dict(iterations=out.iterations, kernels=kernels, sliding=out.slid)
         state = _State(
             slope=out.slopes[-1],
@@ -274,7 +278,7 @@ class AbstractKKT(
             curved=curved,
             stale=(out.iterations > _SLOW * stages) | whole_used,
             rate=out.rate,
-            lasting=lasting,
+            lasting=lasts,
             work={
                 k: n + jnp.asarray(new[k], int) for k, n in solver_state.work.items()
             },
@@ -292,7 +296,7 @@ class AbstractKKT(
             norm(out.stage - theta), jnp.finfo(theta.dtype).tiny
         )
         across = out.error - jnp.vdot(out.error, gone) * gone
-        error = jnp.where(out.slid, across, out.error * lasting)
+        error = jnp.where(out.slid, across, out.error * lasts)
         error = loss.unravel(jnp.where(out.ok, free * error, jnp.inf))
         k = jax.vmap(loss.unravel)(h * out.slopes[np.array([0, -1])])
         if isinstance(term, TrackedFlowTerm):
@@ -315,7 +319,8 @@ class AbstractKKT(
         two, three, four = jnp.asarray(rules[2:5], slopes.dtype) @ slopes
         low, high = jnp.hypot(two, three), jnp.hypot(three, four)
         ratio = high / jnp.where(low > 0, low, 1)
-        return high * jnp.minimum(ratio, 1) ** (self.order(None) - 3)  # pyright: ignore[reportArgumentType]
+        size = _JUMPED * high
+        return size * jnp.minimum(ratio, 1) ** (self.order(None) - 3)  # pyright: ignore[reportArgumentType]
 
     @property
     def _gamma(self) -> float:
@@ -358,7 +363,7 @@ class AbstractKKT(
         solve = _solver(loss, shift, factor, definite)
         decay = lambda y: ravel_pytree(term.penalty.gradient(loss.unravel(y)))[0]
         kappa = self.root_finder.kappa  # pyright: ignore[reportAttributeAccessIssue]
-        # What the iteration leaves is part of the error estimate, see `_lasting`; but
+        # What the iteration leaves is part of the error estimate, see `lasting`; but
         # rounding stays.
         rounding = 4 * jnp.finfo(y0.dtype).eps / self.root_finder.rtol
         kappa = jnp.minimum(kappa, jnp.maximum(kappa / state.lasting, rounding))
@@ -497,8 +502,9 @@ class AbstractKKT(
             far = far if loss.outer_curvature is None else jnp.array(False)
             mu = jnp.where(slid | far, mu, mu + change)
         error = h * (jnp.asarray(self.tableau.b_error, y0.dtype) @ slopes)
-        if _curvature_jumps(term):
-            error = jnp.maximum(jnp.abs(error), jnp.abs(h) * self._unsmooth(slopes))
+        if curvature_jumps(term):
+            least = jnp.abs(h) * self._unsmooth(slopes)
+            error = jnp.copysign(jnp.maximum(jnp.abs(error), least), error)
         # What sliding leaves of the iteration is no reason for a shorter step.
         error = jnp.where(slid, error / blur, error)
         return _Step(slopes, y1, mu, rate, error, n, slid, kernel, factor, ok)
@@ -576,39 +582,19 @@ def _flat(term: FlowTerm, params: PyTree) -> tuple[Float[Array, " d"], FlatLoss]
     return theta, FlatOpaqueLoss(loss.loss, loss.static, loss.unravel)
 
 
-def _curvature_jumps(term: FlowTerm) -> bool:
+def curvature_jumps(term: FlowTerm) -> bool:
     """Whether ∇²F or ∇²R has jumps, of which the flow crosses many."""
     parts = (part for _, part in term.penalty.terms())
     return isinstance(term.loss, Huber) or any(isinstance(p, Moreau) for p in parts)
 
 
-# By how much an error along the step counts for more while the flow speeds up.
-_GROWTH = 6.0
-_ONSET = 0.1  # the logarithm of the speed gained in a step at which that counts fully
-_MOST = 100.0
+_JUMPED = 2.0  # by which errors at a jump of the curvature may exceed what is seen
 
-
-def _lasting(theta: Float[Array, " d"], out: _Step) -> Scalar:
-    """By how much the error of a step counts for more since later steps will not damp
-    it.
-
-    Most errors die out, as those towards the critical manifold do. But where the flow
-    leaves a saddle, as e^{μt}, an error along it is a shift in time, which stays
-    however large the mode grows. There n ~ 1/z steps of z = μh add up to n errors for
-    each factor of e. So the error e of a step that goes Δ is to be small against Δ too:
-    e·Δ/‖Δ‖² below `rtol`. That also finds what the embedded formulas, made for decay,
-    do not see of growth above z = ½. (It may rise tenfold in a step: the iteration of
-    the next is then as much more exact, so that what it leaves is not taken for e.)
-    """
-    growth = jnp.log(norm(out.slopes[-1]) / norm(out.slopes[0]))
-    weight = jnp.clip(jnp.nan_to_num(growth) / _ONSET, 0, 1)
-    more = _GROWTH * weight * share_along(theta, out.stage, out.error)
-    return 1 + jnp.minimum(more, _MOST)
-
-
-# Halvings after which a difference that is left is a jump, and what is left of it then.
+# Halvings after which a difference that is left is a jump; what is left of it then; and
+# by how much it stands out from the differences beside it, as rounding does not.
 _HALVINGS = 20
 _JUMP = 2.0**-10
+_ABOVE = 10.0
 
 
 def _jumps(
@@ -620,7 +606,8 @@ def _jumps(
 ) -> Bool[Array, ""]:
     """Whether J or ∇ℓ has a jump between two points: halving the way between them, on
     the side where most changes, leaves as much of the change. Of a smooth loss it
-    leaves 2⁻²⁰. Nothing is computed unless `asked`."""
+    leaves 2⁻²⁰, or rounding: that is as large on the way before and behind. Nothing is
+    computed unless `asked`."""
 
     def slopes(y):
         z, pull = jax.vjp(loss.outputs, y)
@@ -650,8 +637,20 @@ def _jumps(
     )
     count = jnp.where(asked, 0, _HALVINGS)
     start = (count, one, two, *ends, zero, zero)
-    *_, first, change = jax.lax.while_loop(lambda s: s[0] < _HALVINGS, halve, start)
-    return asked & (change > _JUMP * first)
+    out = jax.lax.while_loop(lambda s: s[0] < _HALVINGS, halve, start)
+    _, low, high, _, _, first, change = out
+    left = asked & (change > _JUMP * first)
+
+    def stands_out():
+        """The change between the ends, from those on equal lengths to either side."""
+        at = jnp.array([-3.0, -1.0, 0.0, 1.0, 2.0, 4.0], low.dtype)[:, None]
+        points = jax.lax.map(slopes, low[None] + at * (high - low)[None])
+        near = [jax.tree.map(lambda s, i=i: s[i], points) for i in range(6)]
+        changes = [apart(u, v) for u, v in zip(near, near[1:], strict=False)]
+        beside = jnp.max(jnp.stack(changes[:2] + changes[3:]))
+        return changes[2] > _ABOVE * beside
+
+    return jax.lax.cond(left, stands_out, lambda: left)
 
 
 _KEPT, _RENEWED, _WHOLE = range(3)  # the kernel; the last with all curvature
