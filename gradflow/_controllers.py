@@ -133,14 +133,16 @@ class Relative(diffrax.AbstractAdaptiveStepSizeController):
         )
         share = share_along(before, after, error)
         more = 1 + jnp.minimum(_LASTING * far * share, _MOST)
-        shrunk = jnp.clip(size / norm(after), 1, _MOST)
+        left = norm(after)
+        shrunk = jnp.clip(size / jnp.where(left > 0, left, size + 1), 1, _MOST)
         more = more * jnp.where(high > size, shrunk**far, 1)
         scaled = jax.tree.map(lambda e, s: e / s, error, scale)
         if self.share:
-            ones = jax.tree.map(jnp.ones_like, largest)
-            allowed = self.rtol * norm(largest) + self.atol * norm(ones)
+            spread = norm(jax.tree.map(jnp.ones_like, largest))
+            allowed = self.rtol * norm(largest) + self.atol * spread
             whole = norm(error) / jnp.where(allowed > 0, allowed, 1)
-            more = more * jnp.maximum(1, jnp.nan_to_num(whole / rms(scaled)))
+            # Without rounding it is no more than that.
+            more = more * jnp.clip(jnp.nan_to_num(whole / rms(scaled)), 1, 2 * spread)
         scaled = jax.tree.map(lambda e: jnp.where(sound, more * e, jnp.inf), scaled)
         keep, next_t0, next_t1, jump, state, result = self.pid.adapt_step_size(
             t0, t1, before, before, args, scaled, error_order, state
@@ -200,7 +202,8 @@ def tolerance(size: PyTree, rtol: Any, atol: Any = 0.0, share: float = SHARE) ->
     """atol + rtol (|θᵢ| + share rms(θ)), above zero, for θ of the given `size`."""
     least = share * rms(size)
     cast = lambda x, like: jnp.asarray(x, like.dtype)
-    floor = lambda v: jnp.finfo(v.dtype).tiny
+    # An error counts for up to 100 times more, twice, and is to be above underflow.
+    floor = lambda v: 1e3 * jnp.finfo(v.dtype).tiny
     return jax.tree.map(
         lambda v: cast(atol, v) + cast(rtol, v) * (jnp.abs(v) + cast(least, v))
         + floor(v),

@@ -194,7 +194,9 @@ class AbstractKKT(
         leaves = jax.tree.leaves(rho)
         uneven = len(leaves) > 1 or jnp.ndim(leaves[0]) > 0
         rho = ravel_pytree(rho)[0] if uneven else jnp.asarray(rho, theta.dtype)
-        pull = self._gamma * h * args
+        c = self._gamma * h
+        pull = c * args
+        decay = lambda th: ravel_pytree(term.penalty.gradient(loss.unravel(th)))[0]
 
         # (1 + cλ∇²R)⁻¹ stands inside the kernel where it is not a number.
         weights = 1 / (1 + pull * rho) if uneven else None
@@ -202,9 +204,13 @@ class AbstractKKT(
         small = _small(loss, theta, solver_state.multiplier)
 
         def whole() -> tuple[Array, Array]:
-            inverse = _inverse(
-                loss, theta, solver_state.multiplier, 1 + pull * rho, self._gamma * h
-            )
+            alpha = 1 + pull * jnp.broadcast_to(rho, theta.shape)
+            matrix = jnp.diag(alpha)
+            if term.penalty.smooth and not term.penalty.separable:
+                matrix = jnp.eye(theta.size, dtype=theta.dtype) + pull * jax.jacfwd(
+                    decay
+                )(theta)
+            inverse = _inverse(loss, theta, solver_state.multiplier, matrix, c)
             return _curved_kernel(loss, theta, inverse), inverse
 
         def attempt(effort: Int[Array, ""]) -> _Step:
@@ -671,14 +677,14 @@ def _inverse(
     loss: FlatLoss,
     theta: Float[Array, " d"],
     multiplier: Float[Array, " m"],
-    alpha: Scalar | Float[Array, " d"],
+    alpha: Float[Array, "d d"],
     c: Scalar,
 ) -> Float[Array, "d d"]:
-    """(α + c Σ μᵢ∇²zᵢ)⁻¹: what a change of θ does to a stage, μ being fixed."""
+    """(α + c Σ μᵢ∇²zᵢ)⁻¹, with α = 1 + cλ∇²R: what a change of θ does to a stage, μ
+    being fixed."""
     weighted = lambda th: jnp.vdot(multiplier, loss.outputs(th))
     curvature = jax.jacrev(jax.grad(weighted))(theta)
-    diagonal = jnp.broadcast_to(alpha, theta.shape)
-    return jnp.linalg.inv(jnp.diag(diagonal) + c * curvature)
+    return jnp.linalg.inv(alpha + c * curvature)
 
 
 def _curved_kernel(
