@@ -169,22 +169,32 @@ def _far(large: Scalar, small: Scalar) -> Scalar:
     return jnp.where(small > 0, jnp.clip(jnp.log(large / small) - 1.5, 0, 1), 0)
 
 
-def share_along(before: PyTree, after: PyTree, error: PyTree) -> Scalar:
-    """‖θ‖/‖Δ‖ times the part of an error that lies along the step Δ."""
+def share_along(
+    before: PyTree, after: PyTree, error: PyTree, rounding: Scalar | float = 0.0
+) -> Scalar:
+    """‖θ‖/‖Δ‖ times the part of an error that lies along the step Δ, as far as it is
+    above rounding, relative to ‖θ‖."""
     gone = jax.tree.map(lambda a, b: a - b, after, before)
     length, size = norm(gone), norm(error)
     products = jax.tree.map(
         lambda e, g: jnp.sum((e / size) * (g / length)), error, gone
     )
-    along = jnp.abs(sum(jax.tree.leaves(products)))
-    share = along * jnp.maximum(norm(before), norm(after)) / length
+    whole = jnp.maximum(norm(before), norm(after))
+    along = jnp.abs(sum(jax.tree.leaves(products))) - rounding * (whole / size)
+    share = jnp.maximum(along, 0) * whole / length
     return jnp.nan_to_num(share)
 
 
-def lasting(growth: Scalar, before: PyTree, after: PyTree, error: PyTree) -> Scalar:
+def lasting(
+    growth: Scalar,
+    before: PyTree,
+    after: PyTree,
+    error: PyTree,
+    rounding: Scalar | float = 0.0,
+) -> Scalar:
     """By how much the error of a step counts for more since later steps will not damp
     it: from 1, where the flow does not speed up, to 101. `growth` is the logarithm of
-    the speed gained.
+    the speed gained, and `rounding` what an error may be of ‖θ‖ by rounding alone.
 
     Most errors die out, as those towards the critical manifold do. But where the flow
     leaves a saddle, as e^{μt}, an error along it is a shift in time, which stays
@@ -194,7 +204,7 @@ def lasting(growth: Scalar, before: PyTree, after: PyTree, error: PyTree) -> Sca
     do not see of growth above z = ½.
     """
     weight = jnp.clip(jnp.nan_to_num(growth) / _ONSET, 0, 1)
-    more = _LASTING * weight * share_along(before, after, error)
+    more = _LASTING * weight * share_along(before, after, error, rounding)
     return 1 + jnp.minimum(more, _MOST)
 
 

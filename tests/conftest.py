@@ -41,7 +41,12 @@ def forget():
     which Linux grants a process 65530, and beyond them it ends in a segmentation
     fault."""
     yield
-    if memory_maps() > 25_000:
+    drop_programs()
+
+
+def drop_programs(most=25_000):
+    """Drops what was compiled, where the process has more memory maps than `most`."""
+    if memory_maps() > most:
         eqx.clear_caches()
         jax.clear_caches()
         gc.collect()

@@ -10,12 +10,11 @@ for some of its problems:
 import argparse
 import collections
 import dataclasses
-import gc
 import os
 import time
 import warnings
 
-import conftest  # noqa: F401  # before JAX, which reads what it sets
+from conftest import drop_programs  # before JAX, which reads what it sets
 
 # isort: split
 import equinox as eqx
@@ -256,9 +255,7 @@ def run(seed: int, indices, *, told=print) -> dict[int, tuple[Problem, Outcome]]
     for count, index in enumerate(indices):
         if count and index // DRAWS % 5 == 0 and index % DRAWS == 0:
             # Programs are not shared between kinds; see `forget` in conftest.
-            eqx.clear_caches()
-            jax.clear_caches()
-            gc.collect()
+            drop_programs(0)
         problem = random_problem(seed, index)
         out = judge(problem)
         found[index] = problem, out

@@ -157,7 +157,8 @@ class RKC2(diffrax.AbstractAdaptiveSolver[_State]):
         growth = jnp.log(norm(f1) / norm(f0))
         decay = jnp.log(norm(y0) / norm(y1))
         growth = jnp.maximum(growth, _DECAY * jnp.nan_to_num(decay))
-        error = _combine((lasting(growth, y0, y1, error), error))
+        rounding = jnp.finfo(h.dtype).eps * (1 + reach)
+        error = _combine((lasting(growth, y0, y1, error, rounding), error))
 
         dy = _combine((1, move), (-scheme.b(stages - 1), z_before))
         df = _combine((1, f1), (-1, f_before))
