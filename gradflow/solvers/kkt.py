@@ -601,6 +601,7 @@ _JUMPED = 2.0  # by which errors at a jump of the curvature may exceed what is s
 _HALVINGS = 20
 _JUMP = 2.0**-10
 _ABOVE = 10.0
+_RESOLVED = 64  # the roundings of θ to which the way is halved at most
 
 
 def _jumps(
@@ -643,7 +644,10 @@ def _jumps(
     )
     count = jnp.where(asked, 0, _HALVINGS)
     start = (count, one, two, *ends, zero, zero)
-    out = jax.lax.while_loop(lambda s: s[0] < _HALVINGS, halve, start)
+    # Between neighbouring numbers rounding is all there is, and jumps.
+    resolved = _RESOLVED * jnp.finfo(one.dtype).eps * norm(one)
+    apart_yet = lambda s: (s[0] < _HALVINGS) & (norm(s[2] - s[1]) > resolved)
+    out = jax.lax.while_loop(apart_yet, halve, start)
     _, low, high, _, _, first, change = out
     left = asked & (change > _JUMP * first)
 
