@@ -147,7 +147,14 @@ class Relative(diffrax.AbstractAdaptiveStepSizeController):
         keep, next_t0, next_t1, jump, state, result = self.pid.adapt_step_size(
             t0, t1, before, before, args, scaled, error_order, state
         )
-        stuck = ~keep & (next_t1 - next_t0 <= 4 * jnp.finfo(t1.dtype).eps * next_t0)
+        # A step that ends a rounding before a time to land on would leave a tiny one to
+        # it, as steps of equal length do between equidistant times. And a tiny step
+        # that is accepted is no failure.
+        eps = jnp.finfo(t1.dtype).eps
+        next_t1 = jnp.where(keep, next_t1 + 4 * eps * jnp.abs(next_t1), next_t1)
+        tiny = keep & (result == diffrax.RESULTS.dt_min_reached)
+        result = diffrax.RESULTS.where(tiny, diffrax.RESULTS.successful, result)
+        stuck = ~keep & (next_t1 - next_t0 <= 4 * eps * next_t0)
         stuck = stuck & (result == diffrax.RESULTS.successful)
         result = diffrax.RESULTS.where(stuck, diffrax.RESULTS.dt_min_reached, result)
         end = jnp.where(keep, norm(after), size)

@@ -1,5 +1,6 @@
 """When a metric passes its threshold for good: memorisation and grokking times."""
 
+import warnings
 from typing import TYPE_CHECKING
 
 import jax
@@ -77,7 +78,8 @@ def landed_crossing_time(path: "Path", name: str, metric: Metric) -> float:
     From the last saved model that is on the bad side the flow is run again to the next
     saved time, through as many times as the path has (for which it is compiled
     already); and so on, from the last of these, until interpolating between them
-    changes the time by less than a tenth of `rtol`.
+    changes the time by less than a tenth of `rtol`. Where that fails it warns, and
+    interpolates.
     """
     t, values = (np.asarray(x, float) for x in (path.t, path.metrics[name]))
     time = crossing_time(t, values, metric)
@@ -98,6 +100,13 @@ def landed_crossing_time(path: "Path", name: str, metric: Metric) -> float:
         piece = path.again(params, jnp.asarray(local, path.t.dtype))
         t, values = start + local, np.asarray(piece.metrics[name], float)
         if not np.isfinite(values).all():
+            told = piece.verdict if not bool(piece.succeeded) else "not finite there"
+            warnings.warn(
+                f"crossing_time: {name} at λ = {float(path.weight_decay):.3g} is "
+                f"interpolated, for running the flow again from t = {start:.6g} failed: "
+                f"{told}",
+                stacklevel=3,
+            )
             break
         params, good = piece.params, _good(values, metric)
         # Within the tolerance either end may have come out on the other side.

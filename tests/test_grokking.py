@@ -279,6 +279,21 @@ def test_each_lane_of_a_sweep_is_landed_on():
     np.testing.assert_allclose(report.grokking_time, times, rtol=1e-9)
 
 
+def test_a_crossing_that_cannot_be_landed_on_is_told():
+    flow, model, watch, exact, _ = decaying()
+    path = gf.simulate(flow, model, weight_decay=0.02, t1=1e3, metrics=watch, saves=17)
+
+    def again(params, ts):
+        piece = path.again(params, ts)
+        lost = jax.tree.map(lambda v: v.at[-1].set(jnp.nan), piece.metrics)
+        return dataclasses.replace(piece, metrics=lost, result=gf.RESULTS.stalled)
+
+    failing = dataclasses.replace(path, again=again)
+    with pytest.warns(UserWarning, match="test at λ = 0.02 is interpolated.*no step"):
+        time = failing.crossing_time("test")
+    assert time == gf.crossing_time(path.t, path.metrics["test"], watch["test"])
+
+
 def test_times_of_a_descent_are_interpolated():
     flow, model, watch, exact, _ = decaying()
     path = gf.descent(

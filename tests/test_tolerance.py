@@ -1,6 +1,7 @@
 """What `rtol` promises: an error relative to the θ that there is, in every unit, from
 zero, where θ has decayed, and where errors grow; and verdicts without units."""
 
+import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from scipy.integrate import solve_ivp
 from scipy.special import expit
 
 import gradflow as gf
-from gradflow._controllers import SHARE, tolerance
+from gradflow._controllers import Relative, SHARE, tolerance
 from gradflow._norms import norm, rms
 
 
@@ -254,3 +255,23 @@ def test_curvature_that_the_kernel_leaves_out():
     )  # fmt: skip
     assert path.stats["steps"] < 350
     assert path.stats["sliding"] == 0
+
+
+def test_equal_steps_land_on_equidistant_times():
+    """Where the error leaves the step as it is, it ends behind the next of them, not a
+    rounding before it, whose remainder would be below the shortest step."""
+    controller = Relative(1e-3, dtmin=1e-9).wrap(1)
+    y, t0, t1 = jnp.array([1.0, 2.0]), jnp.array(0.3), jnp.array(0.4)
+    _, state = controller.init(
+        None, t0, jnp.array(9.0), y, jnp.array(0.1), None, None, 5
+    )
+    step = lambda t0, t1, error: controller.adapt_step_size(
+        t0, t1, y, y, None, 1e-3 * error * y, 5, state
+    )
+    keep, start, end, _, _, result = step(t0, t1, 0.9)
+    assert keep and result == diffrax.RESULTS.successful
+    assert 0 < float(end - (start + (t1 - t0))) < 1e-14
+    keep, *_, result = step(t0, t0 + 1e-12, 0.0)
+    assert keep and result == diffrax.RESULTS.successful
+    keep, *_, result = step(t0, t0 + 2e-9, 1e9)
+    assert not keep and result == diffrax.RESULTS.dt_min_reached
