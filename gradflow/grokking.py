@@ -103,8 +103,8 @@ def landed_crossing_time(path: "Path", name: str, metric: Metric) -> float:
             told = piece.verdict if not bool(piece.succeeded) else "not finite there"
             warnings.warn(
                 f"crossing_time: {name} at λ = {float(path.weight_decay):.3g} is "
-                f"interpolated, for running the flow again from t = {start:.6g} failed: "
-                f"{told}",
+                f"interpolated, for the flow from t = {start:.6g} on could not be run "
+                f"again: {told}",
                 stacklevel=3,
             )
             break

@@ -206,7 +206,9 @@ class AbstractKKT(
         def whole() -> tuple[Array, Array]:
             alpha = 1 + pull * jnp.broadcast_to(rho, theta.shape)
             matrix = jnp.diag(alpha)
-            if term.penalty.smooth and not term.penalty.separable:
+            # (One along whose kinks coordinates are held has the curvature of that.)
+            held = isinstance(term.penalty, OnOrthant)
+            if not (held or term.penalty.separable):
                 matrix = jnp.eye(theta.size, dtype=theta.dtype) + pull * jax.jacfwd(
                     decay
                 )(theta)
