@@ -20,6 +20,7 @@ _DAMPING = 2 / 13  # ε; inside the stability interval |P| stays below 1 − ε/
 _INTERVAL = 0.653  # s stages are stable for h ρ ≤ 0.653 (s² − 1)
 _CAUTION = 6  # by which the error estimate is taken larger than it is
 _SAFETY = 1.1  # by which ρ is taken larger than it was found
+_DECAY = 0.04  # what the decay of θ counts for against the growth of its speed
 _FALL = 0.8  # the least ratio of ρ to that of the step before
 _SETTLED = 0.01  # relative change at which the power iteration ends
 _COLD, _WARM = 50, 20  # products the power iteration may take, at the start and later
@@ -155,6 +156,9 @@ class RKC2(diffrax.AbstractAdaptiveSolver[_State]):
         # A gradient flow speeds up only where something in it grows.
         if isinstance(getattr(terms, "term", terms), FlowTerm):
             growth = jnp.log(norm(f1) / norm(f0))
+            # Steps are so many that errors add up where all of θ decays, too.
+            decay = _DECAY * jnp.log(norm(y0) / norm(y1))
+            growth = jnp.maximum(growth, jnp.nan_to_num(decay))
             rounding = jnp.finfo(h.dtype).eps * (1 + reach)
             error = _combine((lasting(growth, y0, y1, error, rounding), error))
 
