@@ -15,6 +15,7 @@ from scipy.special import expit
 import gradflow as gf
 from gradflow._controllers import Relative, SHARE, tolerance
 from gradflow._norms import norm, rms
+from gradflow.flow import flatten, may_have_kinks
 
 
 class Weights(eqx.Module):
@@ -275,3 +276,42 @@ def test_equal_steps_land_on_equidistant_times():
     assert keep and result == diffrax.RESULTS.successful
     keep, *_, result = step(t0, t0 + 2e-9, 1e9)
     assert not keep and result == diffrax.RESULTS.dt_min_reached
+
+
+def test_error_of_one_large_coordinate():
+    """The mean over 100 coordinates forgives it by a factor of ten; its share in ‖θ‖
+    does not."""
+    controller = Relative(1e-3, dtmin=1e-9).wrap(1)
+    y = jnp.full(100, 1e-3).at[0].set(1.0)
+    t0, t1 = jnp.array(0.0), jnp.array(0.1)
+    _, state = controller.init(None, t0, t1, y, jnp.array(0.1), None, None, 5)
+    kept = lambda error: controller.adapt_step_size(
+        t0, t1, y, y, None, jnp.zeros(100).at[0].set(error), 5, state
+    )[0]
+    assert kept(0.9e-3) and not kept(1.1e-3)
+
+
+@pytest.mark.parametrize("solver", [gf.KKT4(), gf.KKT5(), gf.RKC2()])
+def test_decay_with_jumps_of_the_curvature(solver):
+    """All of θ decays as e^{−λt}, to e⁻¹², in a loss that has its share of Huber."""
+    x, rtol = jnp.zeros((3, 4)), 3e-4
+    loss = gf.Huber(x, jnp.zeros(3), delta=0.5)
+    model = gf.models.LinearModel(jnp.array([1.0, -2.0, 0.5, 3.0]))
+    path = gf.simulate(
+        gf.GradientFlow(loss), model, weight_decay=4.0, t1=3.0, saves=17, rtol=rtol,
+        solver=solver,
+    )  # fmt: skip
+    (start,) = jax.tree.leaves(model)
+    (found,) = jax.tree.leaves(path.params)
+    exact = start[None] * jnp.exp(-4.0 * path.t)[:, None]
+    gaps = jnp.linalg.norm(found - exact, axis=1) / jnp.linalg.norm(exact, axis=1)
+    assert float(gaps.max()) < 5 * rtol
+
+
+def test_what_is_written_with_a_maximum_may_be_smooth():
+    theta = jnp.array([1.0, -2.0])
+    kinked = lambda fn: may_have_kinks(
+        *flatten(gf.Loss(lambda w: jnp.sum(fn(w))), theta, None)[::-1]
+    )
+    assert not any(map(kinked, (jax.nn.softplus, jax.nn.log_sigmoid, jnp.tanh)))
+    assert all(map(kinked, (jax.nn.relu, jnp.abs, jax.nn.leaky_relu)))
