@@ -30,7 +30,7 @@ def xarray() -> Any:
         import xarray
     except ImportError as error:
         raise ImportError(
-            "labelled results need xarray: pip install 'gradflow[store]'."
+            "labelled results need xarray: pip install xarray."
         ) from error
     return xarray
 

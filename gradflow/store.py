@@ -29,8 +29,7 @@ def zarr() -> Any:
         import zarr
     except ImportError as error:
         raise ImportError(
-            "store: results on disk need xarray and zarr: "
-            "pip install 'gradflow[store]'."
+            "store: results on disk need xarray and zarr: pip install xarray zarr."
         ) from error
     return zarr
 
@@ -43,7 +42,7 @@ def _lock(folder: File) -> Any:
         import filelock
     except ImportError as error:
         raise ImportError(
-            "store: results on disk need filelock: pip install 'gradflow[store]'."
+            "store: results on disk need filelock: pip install filelock."
         ) from error
     return filelock.FileLock(_lock_file(folder))
 

@@ -90,7 +90,7 @@ def least_nuclear(
         import cvxpy as cp
     except ImportError as error:
         raise ImportError(
-            "The least nuclear norm needs CVXPY: pip install gradflow[experiments]"
+            "The least nuclear norm needs CVXPY: pip install cvxpy."
         ) from error
 
     values = np.asarray(values, np.float64)
