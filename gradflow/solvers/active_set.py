@@ -280,5 +280,5 @@ class _Cubic(eqx.Module):
             above = self(middle) > 0
             return jnp.where(above, middle, low), jnp.where(above, high, middle)
 
-        low, high = jax.lax.fori_loop(0, 30, halve, (jnp.zeros_like(end), end))
+        low, high = jax.lax.fori_loop(0, 52, halve, (jnp.zeros_like(end), end))
         return jnp.clip(0.5 * (low + high), 0.01, 0.9999)
