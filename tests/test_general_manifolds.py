@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from helpers import Product
 from jax.flatten_util import ravel_pytree
+from scipy.integrate import solve_ivp
 
 import gradflow as gf
 from gradflow import manifold, models
@@ -167,6 +168,35 @@ def test_drift_to_fewer_coordinates_than_samples():
         flow, theory.limit, slow_time=2.0, ts=theory.drift.t[theory.drift.t < 2.0]
     )
     assert early.result == gf.RESULTS.successful
+
+
+class Cusp(eqx.Module):
+    x: jax.Array
+    y: jax.Array
+
+    def __call__(self, _):
+        return 2 * self.x**3 - 2 * self.y**2
+
+
+@pytest.mark.parametrize("slow_time, lost", [(4.0, False), (8.0, True)])
+def test_cusp(slow_time, lost):
+    """x³ = y² is (u², u³), on which ½(x² + y²) drives u' = −u(2 + 3u²)/(4 + 9u²) to
+    the cusp at 0. Curvature is still 1e-11 of the largest where the path leaves M by
+    1e-6 of what is left of θ."""
+    flow = gf.GradientFlow(gf.SquaredError(jnp.zeros(1), jnp.zeros(1)))
+    start = Cusp(jnp.array(1.21), jnp.array(1.331))
+    drift = manifold.riemannian_flow(flow, start, slow_time=slow_time, throw=False)
+    assert (drift.result == gf.RESULTS.rank_lost) == lost
+    u = solve_ivp(
+        lambda s, u: -u * (2 + 3 * u**2) / (4 + 9 * u**2),
+        (0, slow_time),
+        [1.1],
+        rtol=1e-12,
+        atol=1e-16,
+    ).y[0, -1]
+    end = np.array([drift.params.x[-1], drift.params.y[-1]])
+    off = np.linalg.norm(end - [u**2, u**3]) / np.linalg.norm(end)
+    assert off > 1e-6 if lost else off < 1e-9
 
 
 class Away(gf.penalties.AbstractPenalty):

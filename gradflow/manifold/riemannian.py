@@ -87,7 +87,8 @@ def riemannian_flow(
     two-phase theory holds for λ ≪ η. The `result` is `successful`; `not_critical` where
     `model` is not near M; `rank_lost` where η fell to what cannot be told from zero
     (1e-13 of the largest curvature; with `solver`, where the ridge alters P by more
-    than 1000 `rtol`); `out_of_steps` or `stalled`.
+    than 1000 `rtol`) or the path left M by more than 1000 `rtol`‖w‖; `out_of_steps` or
+    `stalled`.
 
     **Raises:** `ValueError` for times that do not increase from 0 to `slow_time`; a
     runtime error where `throw` and the flow fails.
@@ -169,10 +170,12 @@ def _vanishing_decay(
         term, params, lam, times / lam, watched, KKT5(), rtol, atol, max_steps
     )
     path = solve(*args)
-    smallest, largest = _curvature_along(term, path.params, rank)
+    smallest, largest, moved, size = _curvature_along(term, path.params, rank)
     # The largest along the path: at a point where all of J vanishes no value is small
     # beside another.
+    # Where the path ends off M, as at a cusp, it is no longer the flow on M either.
     lost = jnp.any(smallest < 10 * tiny * jnp.max(largest))
+    lost = lost | jnp.any(moved > 1000 * rtol * size)
     # Of two reservations the loss of rank comes first: near it, where the iteration is
     # slow, smooth losses too can seem to slide.
     lost = lost & path.succeeded
@@ -204,16 +207,21 @@ def _rank_and_scale(
 @eqx.filter_jit
 def _curvature_along(
     term: FlowTerm, params: PyTree, rank: Int[Array, ""]
-) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
-    """The `rank`-th and the largest eigenvalue of AAᵀ along a stack of points. Rounding
-    blurs the former below eps of the latter, where rank has long been lost."""
+) -> tuple[Float[Array, " n"], Float[Array, " n"], Float[Array, " n"], Float[Array, " n"]]:
+    """Along a stack of points: the `rank`-th and the largest eigenvalue of AAᵀ, the
+    distance ‖A⁺r‖ from M by the first `rank` of them, and ‖w‖. Rounding blurs an
+    eigenvalue below eps of the largest, where rank has long been lost."""
 
     def at(p):
         w, loss = flatten(term.loss, p, term.static)
-        a, _ = weighted_jacobian(loss, w)
-        values = jnp.maximum(jnp.linalg.eigvalsh(a @ a.T)[::-1], 0)
+        a, r = weighted_jacobian(loss, w)
+        values, vectors = jnp.linalg.eigh(a @ a.T)
+        values, vectors = jnp.maximum(values[::-1], 0), vectors[:, ::-1]
         smallest = jnp.where(rank > 0, values[jnp.maximum(rank - 1, 0)], jnp.inf)
-        return smallest, values[0]
+        counts = (jnp.arange(values.size) < rank) & (values > 0)
+        along = jnp.where(counts, vectors.T @ r, 0)
+        moved = norm(along / jnp.sqrt(jnp.where(counts, values, 1)))
+        return smallest, values[0], moved, norm(w)
 
     return jax.lax.map(at, params)
 
