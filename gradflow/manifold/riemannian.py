@@ -207,7 +207,7 @@ def _rank_and_scale(
 @eqx.filter_jit
 def _curvature_along(
     term: FlowTerm, params: PyTree, rank: Int[Array, ""]
-) -> tuple[Float[Array, " n"], Float[Array, " n"], Float[Array, " n"], Float[Array, " n"]]:
+) -> tuple[Float[Array, " n"], ...]:
     """Along a stack of points: the `rank`-th and the largest eigenvalue of AAᵀ, the
     distance ‖A⁺r‖ from M by the first `rank` of them, and ‖w‖. Rounding blurs an
     eigenvalue below eps of the largest, where rank has long been lost."""
