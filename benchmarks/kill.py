@@ -29,13 +29,13 @@ def make(seed):
     task = gf.tasks.linear_regression(jr.key(seed), samples=3, dim=6)
     return task.flow, task.model, task.metrics
 
-import gradflow.store as store
+import gradflow.sweeps.store as store
 write = store.Store.write
 def told(self, number, *rest):
     write(self, number, *rest)
     print("done", number, flush=True)
 store.Store.write = told
-import gradflow._configuration as configuration
+import gradflow.sweeps.identity as configuration
 configuration._commit = lambda folder: "whatever"  # which may change while this runs
 path, chunks, seconds = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
 print("start", flush=True)

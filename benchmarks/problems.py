@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 import gradflow as gf
-from gradflow.flow import FlatLoss, flatten
+from gradflow.flow.flat import FlatLoss, flatten
 
 
 class Problem(NamedTuple):

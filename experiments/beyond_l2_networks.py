@@ -27,7 +27,7 @@ from beyond_l2_grid import (
 from common import check, Outcome, Row, Settings
 
 import gradflow as gf
-from gradflow.tasks.task import at_zero
+from gradflow.tasks._task import at_zero
 
 
 @dataclasses.dataclass(frozen=True)

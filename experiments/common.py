@@ -26,7 +26,7 @@ from scipy.stats import spearmanr
 from tqdm.auto import tqdm
 
 import gradflow as gf
-from gradflow.plot import SIZE
+from gradflow.plot._style import SIZE
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "black")
 

@@ -28,7 +28,7 @@ from matplotlib.colors import BoundaryNorm, ListedColormap, LogNorm
 from matplotlib.figure import Figure
 
 import gradflow as gf
-from gradflow.plot import SIZE
+from gradflow.plot._style import SIZE
 
 Name = Literal["diagonal", "teacher_student"]
 

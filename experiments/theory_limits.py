@@ -23,7 +23,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import gradflow as gf
-from gradflow.plot import SIZE
+from gradflow.plot._style import SIZE
 
 ORDERS = ("#0072B2", "#D55E00")
 SCALES = ("#009E73", "#0072B2", "#CC79A7")

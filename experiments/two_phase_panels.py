@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import gradflow as gf
-from gradflow.plot import PENALTY, SIZE, TEST, TRAIN
+from gradflow.plot._style import PENALTY, SIZE, TEST, TRAIN
 
 SNAPSHOTS = ("#999999", "#56B4E9", "black")
 

@@ -17,7 +17,7 @@ from common import below, near, relative, Row
 from scipy.interpolate import PchipInterpolator
 
 import gradflow as gf
-from gradflow.compare import fit_rate
+from gradflow.theory.compare import fit_rate
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,8 @@ import jax as _jax
 if "JAX_ENABLE_X64" not in _os.environ:
     _jax.config.update("jax_enable_x64", True)
 
-from .flow import FlowTerm as FlowTerm, GradientFlow as GradientFlow, scaled as scaled
+from .flow.term import FlowTerm as FlowTerm
+from .flow.flow import GradientFlow as GradientFlow, scaled as scaled
 from .losses import (
     AbstractCompositeLoss as AbstractCompositeLoss,
     AbstractLoss as AbstractLoss,
@@ -29,26 +30,29 @@ from .penalties import (
 )
 from .metrics import Accuracy as Accuracy, Metric as Metric
 from .results import RESULTS as RESULTS
-from .path import Path as Path
-from .simulate import simulate as simulate
-from .descent import descent as descent, log_spaced_steps as log_spaced_steps
+from .runs.path import Path as Path
+from .runs.simulate import simulate as simulate
+from .runs.descent import descent as descent
+from .runs.times import log_spaced_steps as log_spaced_steps
 from .solvers import KKT4 as KKT4, KKT5 as KKT5, RKC2 as RKC2
 
-from . import data as data, models as models, tasks as tasks
+from . import data as data
+from . import models as models
+from . import tasks as tasks
 from . import manifold as manifold
-from .sweep import Sweep as Sweep, sweep as sweep
-from ._labelled import as_sweep as as_sweep
-from .store import open_results as open_results
-from .predicted_time import PredictedTime as PredictedTime
-from .second_order import SecondOrder as SecondOrder
-from .theory import two_phase as two_phase, TwoPhase as TwoPhase
-from .landscape import Landscape as Landscape, landscape as landscape
-from .compare import compare as compare, Rate as Rate, Report as Report
-from .grokking import (
+from .sweeps.result import Sweep as Sweep
+from .sweeps.sweep import sweep as sweep
+from .sweeps.open import as_sweep as as_sweep, open_results as open_results
+from .theory.predicted_time import PredictedTime as PredictedTime
+from .theory.second_order import SecondOrder as SecondOrder
+from .theory.two_phase import two_phase as two_phase, TwoPhase as TwoPhase
+from .sweeps.landscape import Landscape as Landscape, landscape as landscape
+from .theory.compare import compare as compare, Rate as Rate, Report as Report
+from .runs.crossing import (
     crossing_error as crossing_error,
     crossing_time as crossing_time,
 )
-from .heuristics import (
+from .theory.heuristics import (
     onset as onset,
     Onset as Onset,
     radial_law as radial_law,
@@ -57,7 +61,7 @@ from .heuristics import (
     widths as widths,
     Widths as Widths,
 )
-from .reduced_dynamics import (
+from .theory.reduced_dynamics import (
     Cliff as Cliff,
     ReducedDynamics as ReducedDynamics,
     ReducedPath as ReducedPath,

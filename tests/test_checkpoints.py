@@ -11,10 +11,15 @@ import pytest
 from jax.core import Tracer
 
 import gradflow as gf
-from gradflow import _parts, _programs, _runs
-from gradflow.descent import descend, descend_part, prepare_descent
 from gradflow.metrics import Metric
-from gradflow.simulate import solve, solve_arguments, solve_part
+from gradflow.runs.descent import prepare_descent
+from gradflow.runs.solve import solve, solve_arguments, solve_part
+from gradflow.runs.steps import descend, descend_part
+from gradflow.sweeps import (
+    checkpoints as _parts,
+    programs as _programs,
+    stored as _runs,
+)
 
 TASK = gf.tasks.diagonal_network(jr.key(0), samples=5, dim=12, sparsity=2)
 

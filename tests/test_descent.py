@@ -14,7 +14,7 @@ from helpers import flat_paths, Linear, linear_problem, sup_error
 from numpy.testing import assert_allclose
 
 import gradflow as gf
-from gradflow._descent_methods import scheduled
+from gradflow.runs.methods import scheduled
 
 ALPHA, LAM = 0.1, 1e-2
 

@@ -195,7 +195,7 @@ def test_matrix_free_sees_redundant_data():
 def test_size_decides(monkeypatch):
     """Above it no matrix is made: not for the form, nor for what follows."""
 
-    class NoMatrix(gf.flow.FlatLoss):
+    class NoMatrix(gf.flow.flat.FlatLoss):
         def jacobian(self, theta):
             raise AssertionError("a Jacobian was made")
 
@@ -203,7 +203,7 @@ def test_size_decides(monkeypatch):
     on = manifold.retract(loss, model).model
     dense = manifold.tangent_projection(loss, on, model).w
     monkeypatch.setattr(_matrix_free, "_DENSE_JACOBIAN", 65)
-    monkeypatch.setattr(gf.flow, "FlatLoss", NoMatrix)
+    monkeypatch.setattr(gf.flow.flat, "FlatLoss", NoMatrix)
     jax.clear_caches()
     free = manifold.tangent_projection(loss, on, model).w
     np.testing.assert_allclose(free, dense, atol=1e-9)

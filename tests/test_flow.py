@@ -12,8 +12,9 @@ from jax.flatten_util import ravel_pytree
 from numpy.testing import assert_allclose
 
 import gradflow as gf
-import gradflow.flow
-from gradflow.flow import flatten, linearized, partition
+import gradflow.flow.flat
+from gradflow.flow.flat import flatten, linearized
+from gradflow.flow.flow import partition
 from gradflow.models import LinearModel, TwoLayer
 
 
@@ -172,7 +173,7 @@ def test_errors_name_the_argument():
 @pytest.mark.parametrize("block", [2**28, 1000])
 def test_tangent_kernel(sampled, block, monkeypatch, getkey):
     """JJᵀ, whole and in blocks, where samples are known to be independent or not."""
-    monkeypatch.setattr(gradflow.flow, "_BLOCK_BYTES", block)
+    monkeypatch.setattr(gradflow.flow.flat, "_BLOCK_BYTES", block)
     model = eqx.nn.MLP(3, 2, 4, 1, jnp.tanh, key=getkey())
     x, y = jax.random.normal(getkey(), (7, 3)), jnp.zeros((7, 2))
     at_once = {} if sampled else dict(predict=lambda m, x: jax.vmap(m)(x))

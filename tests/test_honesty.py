@@ -14,11 +14,12 @@ import pytest
 from helpers import flat_paths, sup_error
 
 import gradflow as gf
-from gradflow import tasks, theory
-from gradflow._refine import refined
+from gradflow import tasks
 from gradflow.models import LinearModel
-from gradflow.second_order import second_order
-from gradflow.tasks.linear_regression import LinearTruth
+from gradflow.runs.refine import refined
+from gradflow.tasks._linear_regression import LinearTruth
+from gradflow.theory import two_phase as theory
+from gradflow.theory.second_order import second_order
 
 
 def run(task, decay, **options):

@@ -13,7 +13,7 @@ from jax.flatten_util import ravel_pytree
 
 import gradflow as gf
 from gradflow import manifold
-from gradflow.flow import flatten
+from gradflow.flow.flat import flatten
 from gradflow.manifold import _variational
 
 

@@ -13,7 +13,7 @@ from numpy.testing import assert_allclose
 
 import gradflow as gf
 from gradflow.models import MatrixFactorisation, TwoLayer
-from gradflow.tasks.matrix_completion import entries
+from gradflow.tasks._matrix_completion import entries
 
 SAMPLES, INPUTS, WIDTH, OUTPUTS = 7, 3, 5, 4
 

@@ -13,8 +13,8 @@ from scipy.integrate import solve_ivp
 
 import gradflow as gf
 from gradflow import manifold
-from gradflow.flow import flatten
-from gradflow.manifold.limit_map import _finish
+from gradflow.flow.flat import flatten
+from gradflow.manifold.limit import _finish
 
 
 def flat(tree):

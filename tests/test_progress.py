@@ -1,7 +1,5 @@
 """What a run says while it is under way: where it is slow, and which solver runs."""
 
-import sys
-
 import diffrax
 import equinox as eqx
 import jax
@@ -11,10 +9,10 @@ import numpy as np
 import pytest
 
 import gradflow as gf
+from gradflow import runs
 from gradflow.results import in_words
 from gradflow.solvers import Choice
-
-SIMULATE = sys.modules["gradflow.simulate"]  # the function has the module's name
+from gradflow.sweeps import recipe
 
 
 def net(activation, width=12):
@@ -26,7 +24,7 @@ def net(activation, width=12):
 
 def test_steps_that_are_short_for_kinks_are_noticed(monkeypatch):
     flow, model = net(jax.nn.leaky_relu)
-    monkeypatch.setattr(SIMULATE, "FIRST", 60)
+    monkeypatch.setattr(runs.simulate, "FIRST", 60)
     run = lambda **more: gf.simulate(
         flow, model, weight_decay=1e-3, slow_time=1.0, rtol=1e-5, saves=17,
         solver=gf.KKT4(), max_steps=90, **more,
@@ -72,11 +70,11 @@ def test_pooling_has_kinks():
 
 def test_the_bar_and_the_solver_that_is_given_up_are_named(monkeypatch, capsys):
     flow, model = net(jnp.tanh, width=3)
-    monkeypatch.setattr(SIMULATE, "TRIAL_STEPS", 30)
+    monkeypatch.setattr(runs.simulate, "TRIAL_STEPS", 30)
     tried = lambda *_: Choice(diffrax.Tsit5(), "to be tried", True)
-    monkeypatch.setattr(SIMULATE, "as_choice", tried)
+    monkeypatch.setattr(runs.simulate, "as_choice", tried)
     then = Choice(diffrax.Bosh3(), "next")
-    monkeypatch.setattr(SIMULATE, "second_choice", lambda *_: then)
+    monkeypatch.setattr(runs.simulate, "second_choice", lambda *_: then)
     path = gf.simulate(
         flow, model, weight_decay=1e-2, slow_time=1.0, saves=5, progress=True
     )
@@ -101,12 +99,11 @@ def test_what_runs_out_of_steps_is_advised_by_its_solver():
 
 def test_a_lane_whose_solver_is_given_up_is_named(monkeypatch, capsys):
     flow, model = net(jnp.tanh, width=3)
-    lanes = sys.modules["gradflow._lanes"]
-    monkeypatch.setattr(lanes, "TRIAL_STEPS", 30)
+    monkeypatch.setattr(recipe, "TRIAL_STEPS", 30)
     tried = Choice(diffrax.Tsit5(), "to be tried", True)
-    monkeypatch.setattr(lanes, "as_choice", lambda *_: tried)
+    monkeypatch.setattr(recipe, "as_choice", lambda *_: tried)
     then = Choice(diffrax.Bosh3(), "next")
-    monkeypatch.setattr(lanes, "second_choice", lambda *_: then)
+    monkeypatch.setattr(recipe, "second_choice", lambda *_: then)
     sweep = gf.sweep(flow, model, weight_decay=[0.02, 0.5], slow_time=0.5, saves=4)
     assert sweep.stats["trial_steps"].tolist() == [30, 0]
     told = capsys.readouterr().err

@@ -10,8 +10,8 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import gradflow as gf
-from gradflow import second_order
-from gradflow.second_order import backward_differences, inner, Point
+from gradflow.theory import second_order
+from gradflow.theory.second_order import backward_differences, inner, Point
 
 KEY = jax.random.key(0)
 

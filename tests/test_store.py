@@ -20,8 +20,8 @@ import optax
 import pytest
 
 import gradflow as gf
-from gradflow._configuration import describe, difference
-from gradflow.store import remove_stale, Store
+from gradflow.sweeps.identity import describe, difference
+from gradflow.sweeps.store import remove_stale, Store
 
 xr = pytest.importorskip("xarray")
 pytest.importorskip("zarr")
@@ -447,7 +447,7 @@ def test_another_process_may_make_it_first(copy, tmp_path, monkeypatch):
 
 HOLD = """
 import pathlib, sys, time
-from gradflow.store import _lock
+from gradflow.sweeps.store import _lock
 folder = pathlib.Path(sys.argv[1])
 lock = _lock(folder)
 lock.acquire()

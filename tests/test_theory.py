@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import gradflow as gf
-from gradflow._interpolate import interpolate
-from gradflow.compare import fit_rate
+from gradflow.runs.interpolate import interpolate
+from gradflow.theory.compare import fit_rate
 
 KEY = jax.random.key(0)
 # Over s up to which the smallest normal curvature stays of the order of one.

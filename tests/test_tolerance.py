@@ -13,9 +13,10 @@ from scipy.integrate import solve_ivp
 from scipy.special import expit
 
 import gradflow as gf
-from gradflow._controllers import Relative, SHARE, tolerance
 from gradflow._norms import norm, rms
-from gradflow.flow import flatten, may_have_kinks
+from gradflow.flow.flat import flatten
+from gradflow.flow.nonsmooth import may_have_kinks
+from gradflow.solvers.controllers import Relative, SHARE, tolerance
 
 
 class Weights(eqx.Module):

@@ -1,11 +1,11 @@
 """The critical manifold of a loss: the limits of the flow without weight decay, their
 tangent space, and the drift of the penalty along it."""
 
-from .diagnose import diagnose as diagnose, Diagnosis as Diagnosis
+from .diagnosis import diagnose as diagnose, Diagnosis as Diagnosis
 from .kinks import kink_crossings as kink_crossings, KinkCrossings as KinkCrossings
-from .limit_map import Limit as Limit, limit_map as limit_map
-from .regularity import Regularity as Regularity, regularity as regularity
-from .retract import retract as retract, Retraction as Retraction
+from .limit import Limit as Limit, limit_map as limit_map
+from .regular_points import Regularity as Regularity, regularity as regularity
+from .retraction import retract as retract, Retraction as Retraction
 from .riemannian import riemannian_flow as riemannian_flow
-from .spectrum import Spectrum as Spectrum, spectrum as spectrum
+from .spectra import Spectrum as Spectrum, spectrum as spectrum
 from .tangent import tangent_projection as tangent_projection

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, PyTree
 
 from .._checks import check_choice, is_concrete
-from ..flow import flatten, flow_of, FlowTerm, GradientFlow
+from ..flow.flat import flatten
+from ..flow.flow import flow_of, GradientFlow
+from ..flow.term import FlowTerm
 from ..losses import AbstractCompositeLoss, AbstractLoss
-from ..simulate import check_problem
+from ..runs.problem import check_problem
 from ._matrix_free import choose_method, count_outputs, frobenius, operator
 from ._normal import close, outer_root, weighted_jacobian
 

@@ -5,9 +5,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from .._controllers import AbstractWrapped
 from .._norms import norm
-from ..flow import FlowTerm
+from ..flow.term import FlowTerm
+from ..solvers.controllers import AbstractWrapped
 
 
 class FollowGrowth(AbstractWrapped):

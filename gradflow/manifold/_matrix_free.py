@@ -16,7 +16,7 @@ import lineax as lx
 from jaxtyping import Array, Bool, Float, PyTree
 
 from .._checks import check_choice
-from ..flow import FlatLoss
+from ..flow.flat import FlatLoss
 from ..losses import AbstractCompositeLoss, AbstractLoss
 from ._normal import outer_root
 

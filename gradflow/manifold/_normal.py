@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from ..flow import FlatLoss
+from ..flow.flat import FlatLoss
 
 # Between the last value kept and the first one dropped.
 GAP = 1e3

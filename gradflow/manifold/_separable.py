@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ..flow import FlatLoss
+from ..flow.flat import FlatLoss
 from ..losses import AbstractLoss, CrossEntropy, Logistic
 
 

@@ -17,11 +17,12 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
-from .._controllers import Relative
-from ..flow import FlatLoss, flatten, FlowTerm
+from ..flow.flat import FlatLoss, flatten
+from ..flow.term import FlowTerm
 from ..losses import Loss
 from ..results import RESULTS
 from ..solvers import KKT5
+from ..solvers.controllers import Relative
 from ._growth import FollowGrowth, timescale
 from ._normal import exact_jacobian_normal, hessian_normal
 

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from .._checks import check_arguments, check_callable
-from ..path import check_path, Path
+from ..runs.path import check_path, Path
 
 
 class KinkCrossings(eqx.Module):

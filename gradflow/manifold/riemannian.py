@@ -10,25 +10,22 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from .._checks import (
-    check_arguments,
-    check_given,
-    check_times,
-    is_concrete,
-    resolvable,
-)
-from .._controllers import Relative
+from .._checks import check_arguments, check_given, check_times, is_concrete, resolvable
 from .._norms import norm
-from ..flow import check_free, FlatLoss, flatten, FlowTerm, GradientFlow
+from ..flow.flat import FlatLoss, flatten
+from ..flow.flow import check_free, GradientFlow
+from ..flow.term import FlowTerm
 from ..metrics import Metric
-from ..path import Path
 from ..results import RESULTS
-from ..simulate import as_metrics, check_problem, solve, solve_arguments
+from ..runs.path import Path
+from ..runs.problem import as_metrics, check_problem
+from ..runs.solve import solve, solve_arguments
 from ..solvers import AbstractKKT, KKT5
+from ..solvers.controllers import Relative
 from ._form import Form
 from ._normal import GAP, normal_space, ridge, weighted_jacobian
-from .retract import retract_in_form
-from .spectrum import measure
+from .retraction import retract_in_form
+from .spectra import measure
 
 # Rate, in slow time, at which errors normal to M are pulled back to it. None (0) lets
 # them grow as 1/σ_min (1e-5 at σ_min = 1e-6); faster ones (4, 20) cost steps.

@@ -7,7 +7,8 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, PyTree
 
 from .._checks import check_given
-from ..flow import flatten, GradientFlow
+from ..flow.flat import flatten
+from ..flow.flow import GradientFlow
 from ..losses import AbstractLoss
 from ..results import RESULTS
 from ._form import begin, choose_form, Form

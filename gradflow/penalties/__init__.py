@@ -1,7 +1,6 @@
 """Penalties R(θ) on the trainable parameters."""
 
-from .base import AbstractPenalty as AbstractPenalty
-from .combine import Scaled as Scaled, Sum as Sum
+from .base import AbstractPenalty as AbstractPenalty, Scaled as Scaled, Sum as Sum
 from .jacobian import Sobolev as Sobolev
 from .leafwise import (
     AbstractLeafwise as AbstractLeafwise,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree, Scalar
 
-from .base import AbstractOwnGradient
+from .base import AbstractOwnGradient, LeafMap
 
 Where = Callable[[Any], Any] | None
 
@@ -43,6 +43,10 @@ class AbstractLeafwise(AbstractOwnGradient):
         """The Lipschitz constant of r."""
         del x
         return float("inf")
+
+    def leaf_map(self) -> LeafMap:
+        """r as a ridge and a rest."""
+        return 0.0, self.leaf_prox
 
     def takes(self, x: Array) -> bool:
         """Whether r is a function of arrays of the shape of x."""
@@ -95,6 +99,9 @@ class AbstractLeafwise(AbstractOwnGradient):
             [(fn if on else other)(*row) for on, row in zip(flags, rows, strict=True)]
         )
 
+    def leaf_maps(self, params: PyTree) -> list[LeafMap] | None:
+        return [self.leaf_map() if on else (0.0, None) for on in self.acts_on(params)]
+
     def value(self, params: PyTree) -> Scalar:
         return jnp.asarray(sum(self.leaf_value(x) for x in self._chosen(params)))
 
@@ -142,6 +149,9 @@ class L2(AbstractLeafwise):
 
     def leaf_prox(self, x: Array, step: float | Scalar) -> Array:
         return x / (1 + step)
+
+    def leaf_map(self) -> LeafMap:
+        return 1.0, None
 
     def curvature(self, params: PyTree) -> float | PyTree:
         if self.where is None:

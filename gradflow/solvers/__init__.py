@@ -1,6 +1,7 @@
 """Stiff Diffrax solvers for training flows, and the choice between solvers."""
 
-from .active_set import ActiveSet as ActiveSet, Landing as Landing, Signed as Signed
+from .active_set import ActiveSet as ActiveSet, Signed as Signed
+from .controllers import Landing as Landing
 from .choose import (
     as_choice as as_choice,
     Choice as Choice,
@@ -11,10 +12,6 @@ from .choose import (
     Size as Size,
     TRIAL_STEPS as TRIAL_STEPS,
 )
-from .kkt import (
-    AbstractKKT as AbstractKKT,
-    curvature_jumps as curvature_jumps,
-    KKT4 as KKT4,
-    KKT5 as KKT5,
-)
+from .kkt import AbstractKKT as AbstractKKT, KKT4 as KKT4, KKT5 as KKT5
+from .jumps import curvature_jumps as curvature_jumps
 from .rkc import RKC2 as RKC2

@@ -16,16 +16,13 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree, Scalar
 
-from .._controllers import AbstractWrapped
 from .._norms import rms
-from ..flow import FlowTerm, Tracked, TrackedFlowTerm
-from .kkt import _flat, _unwrap, AbstractKKT, ChordIteration, OnOrthant
+from ..flow.term import FlowTerm, Tracked, TrackedFlowTerm
+from .kkt import AbstractKKT, ChordIteration
+from .orthant import flat_problem, OnOrthant, unwrap
 
 # An event may be missed by this share of the tolerance of a step.
 _SHARE = 0.1
-# Of a step that came too late for a release, this part is tried when what the straight
-# line says has failed twice: just after another event the force jumps.
-_BACK = 0.1
 
 
 class Signed(eqx.Module):
@@ -115,7 +112,7 @@ class ActiveSet(
         return {k: v for k, v in work.items() if k != "conditioning"}
 
     def init(self, terms: Any, t0: Any, t1: Any, y0: Signed, args: Any) -> _State:
-        term, _ = _unwrap(terms, y0.tracked)
+        term, _ = unwrap(terms, y0.tracked)
         inner_term = _on_orthant(term, y0.sign)
         inner = self._inner.init(inner_term, t0, t1, y0.tracked, args)
         # Stages are predicted from it, and what is held has no force to bring it back.
@@ -134,7 +131,7 @@ class ActiveSet(
         solver_state: _State,
         made_jump: Any,
     ) -> tuple[Signed, Signed, dict, _State, diffrax.RESULTS]:
-        term, params = _unwrap(terms, y0.tracked)
+        term, params = unwrap(terms, y0.tracked)
         y1, error, dense, inner, result = self._inner.step(
             _on_orthant(term, y0.sign),
             t0,
@@ -206,33 +203,6 @@ class ActiveSet(
         return y1, error, dict(y0=y0, y1=y1, k=k), _State(inner, force), result
 
 
-class Landing(AbstractWrapped):
-    """Ends steps on the events that an `ActiveSet` finds."""
-
-    controller: diffrax.AbstractAdaptiveStepSizeController
-
-    def __init__(self, controller: diffrax.AbstractAdaptiveStepSizeController):
-        self.controller = controller
-
-    def init(self, *args):
-        t1, inner = self.controller.init(*args)
-        return t1, (inner, jnp.array(0))
-
-    def adapt_step_size(
-        self, t0, t1, y0, y1_candidate, args, y_error, error_order, controller_state
-    ):
-        inner, tries = controller_state
-        keep, next_t0, next_t1, jump, inner, result = self.controller.adapt_step_size(
-            t0, t1, y0, y1_candidate, args, y_error, error_order, inner
-        )
-        part = y1_candidate.landing
-        tries = jnp.where(part < 0, tries + 1, 0)
-        part = jnp.where(tries > 2, -jnp.minimum(-part, _BACK), part)
-        shortened = t0 + jnp.abs(part) * (t1 - t0)
-        next_t1 = jnp.where(part < 1, shortened, next_t1)
-        return keep, next_t0, next_t1, jump, (inner, tries), result
-
-
 def _weights(term: FlowTerm, params: PyTree) -> Float[Array, " d"]:
     return ravel_pytree(term.penalty.absolute_weights(params))[0]
 
@@ -243,7 +213,7 @@ def _on_orthant(term: FlowTerm, sign: Float[Array, " d"]) -> TrackedFlowTerm:
 
 def _force(term: FlowTerm, y: Tracked, weight_decay: Scalar) -> Float[Array, " d"]:
     """∇(F + λS), by the multiplier: on the critical manifold ∇F is as small as λ."""
-    theta, loss = _flat(term, y.params)
+    theta, loss = flat_problem(term, y.params)
     _, pull = jax.vjp(loss.outputs, theta)
     smooth = OnOrthant(term.penalty, jnp.zeros_like(theta)).smooth_gradient(y.params)
     return pull(y.multiplier)[0] + weight_decay * ravel_pytree(smooth)[0]

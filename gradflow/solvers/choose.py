@@ -12,10 +12,12 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree, Scalar
 
 from .._checks import is_concrete
-from ..flow import FlowTerm, linearized
+from ..flow.flat import linearized
+from ..flow.term import FlowTerm
 from ..losses import AbstractCompositeLoss
 from ..penalties import Moreau
-from .kkt import DENSE_LIMIT, KKT4, KKT5
+from .kernel import DENSE_LIMIT
+from .kkt import KKT4, KKT5
 from .rkc import RKC2
 
 TRIAL_STEPS = 10_000  # after which Tsit5 is given up, if it was not asked for

@@ -1,7 +1,6 @@
 """KKT-ESDIRK: stiff solvers for the gradient flow of a composite loss."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, TYPE_CHECKING
 
 import diffrax
@@ -12,22 +11,29 @@ import numpy as np
 import optimistix as optx
 from diffrax import AbstractTerm, ThirdOrderHermitePolynomialInterpolation
 from jax.flatten_util import ravel_pytree
-from jax.scipy.linalg import cho_factor, cho_solve, lu_factor, lu_solve
+from jax.scipy.linalg import cho_factor
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
-from .._controllers import lasting, tolerance
 from .._norms import norm
-from ..flow import (
-    FlatLoss,
-    FlatOpaqueLoss,
-    flatten,
-    FlowTerm,
-    may_have_kinks,
-    Tracked,
-    TrackedFlowTerm,
+from ..flow.flat import FlatLoss, FlatOpaqueLoss
+from ..flow.nonsmooth import may_have_kinks
+from ..flow.term import FlowTerm, Tracked, TrackedFlowTerm
+from .controllers import lasting, tolerance
+from .jumps import curvature_jumps, find_jumps, JUMPED
+from .kernel import (
+    curved_kernel,
+    drifted,
+    Factor,
+    factorise,
+    is_small,
+    KEPT,
+    RENEWED,
+    stage_inverse,
+    stage_solver,
+    tableau_matrix,
+    WHOLE,
 )
-from ..losses import AbstractCompositeLoss, Huber
-from ..penalties import AbstractPenalty, Moreau
+from .orthant import flat_problem, HELD, only_holds, OnOrthant, unwrap
 
 if TYPE_CHECKING:
     from typing import ClassVar as AbstractClassVar
@@ -59,19 +65,10 @@ class _State(eqx.Module):
     kernel: Float[Array, "m m"]  # J Jᵀ; ℓ'' J Jᵀ where ℓ'' is not a multiple of I
     stale: Bool[Array, ""]  # whether the next step is to renew it
     curved: Bool[Array, ""]  # whether it takes the curvature of the outputs in
-    factor: "_Factor"
+    factor: "Factor"
     rate: Float[Array, ""]  # contraction of the last iteration
     lasting: Float[Array, ""]  # see `lasting`
     work: dict[str, Int[Array, ""]]  # see `AbstractKKT.work`
-
-
-class _Factor(eqx.Module):
-    """The matrix of the chord iteration: factorised, or inverted where it is small."""
-
-    matrix: Float[Array, "m m"]  # L; or L and U packed; or the inverse
-    pivots: Int[Array, " m"]
-    shift: Float[Array, ""]
-    smallest: Float[Array, ""]  # pivot: about the smallest eigenvalue
 
 
 class _Step(eqx.Module):
@@ -85,7 +82,7 @@ class _Step(eqx.Module):
     iterations: Int[Array, ""]
     slid: Bool[Array, ""]
     kernel: Float[Array, "m m"]
-    factor: _Factor
+    factor: Factor
     ok: Bool[Array, ""]
 
 
@@ -119,14 +116,14 @@ class AbstractKKT(
     def track(self, term: FlowTerm, params: PyTree) -> tuple[TrackedFlowTerm, Tracked]:
         """The term and the initial state with which `diffeqsolve` saves the multiplier
         beside the parameters; see `loss_of`."""
-        theta, loss = _flat(term, params)
+        theta, loss = flat_problem(term, params)
         tracked = TrackedFlowTerm(term.loss, term.penalty, term.static)
         return tracked, Tracked(params, loss.residuals(theta))
 
     def loss_of(self, term: FlowTerm, y: Tracked) -> Scalar:
         """F, through the multiplier: its relative error is that of the parameters, even
         where F itself is tiny."""
-        theta, loss = _flat(term, y.params)
+        theta, loss = flat_problem(term, y.params)
         return loss.outer_from(y.multiplier, loss.outputs(theta))
 
     def work(self, term: FlowTerm, state: _State) -> dict[str, Array]:
@@ -153,8 +150,8 @@ class AbstractKKT(
     def init(
         self, terms: AbstractTerm, t0: Any, t1: Any, y0: PyTree, args: Any
     ) -> _State:
-        term, params = _unwrap(terms, y0)
-        theta, loss = _flat(term, params)
+        term, params = unwrap(terms, y0)
+        theta, loss = flat_problem(term, params)
         residuals = loss.residuals(theta)
         (m,) = residuals.shape
         return _State(
@@ -163,7 +160,7 @@ class AbstractKKT(
             kernel=jnp.zeros((m, m), theta.dtype),
             stale=jnp.array(True),
             curved=jnp.array(False),
-            factor=_Factor(
+            factor=Factor(
                 jnp.zeros((m, m), theta.dtype),
                 jnp.zeros(m, jnp.int32),
                 jnp.zeros((), theta.dtype),
@@ -186,8 +183,8 @@ class AbstractKKT(
         made_jump: Any,
     ) -> tuple[PyTree, PyTree, dict, _State, diffrax.RESULTS]:
         del made_jump  # the flow is autonomous
-        term, params = _unwrap(terms, y0)
-        theta, loss = _flat(term, params)
+        term, params = unwrap(terms, y0)
+        theta, loss = flat_problem(term, params)
         h = jnp.asarray(terms.contr(t0, t1), theta.dtype)
         args = jnp.asarray(args, theta.dtype)
         rho = term.penalty.curvature(params)
@@ -200,8 +197,8 @@ class AbstractKKT(
 
         # (1 + cλ∇²R)⁻¹ stands inside the kernel where it is not a number.
         weights = 1 / (1 + pull * rho) if uneven else None
-        plain = lambda: _curved_kernel(loss, theta, weights)
-        small = _small(loss, theta, solver_state.multiplier)
+        plain = lambda: curved_kernel(loss, theta, weights)
+        small = is_small(loss, theta, solver_state.multiplier)
 
         def whole() -> tuple[Array, Array]:
             alpha = 1 + pull * jnp.broadcast_to(rho, theta.shape)
@@ -212,18 +209,16 @@ class AbstractKKT(
                 matrix = jnp.eye(theta.size, dtype=theta.dtype) + pull * jax.jacfwd(
                     decay
                 )(theta)
-            inverse = _inverse(loss, theta, solver_state.multiplier, matrix, c)
-            return _curved_kernel(loss, theta, inverse), inverse
+            inverse = stage_inverse(loss, theta, solver_state.multiplier, matrix, c)
+            return curved_kernel(loss, theta, inverse), inverse
 
         def attempt(effort: Int[Array, ""]) -> _Step:
-            kernel = jax.lax.cond(
-                effort == _RENEWED, plain, lambda: solver_state.kernel
-            )
+            kernel = jax.lax.cond(effort == RENEWED, plain, lambda: solver_state.kernel)
             inverse = None
             if small:
                 unused = jnp.zeros((theta.size, theta.size), theta.dtype)
                 kernel, inverse = jax.lax.cond(
-                    effort == _WHOLE, whole, lambda: (kernel, unused)
+                    effort == WHOLE, whole, lambda: (kernel, unused)
                 )
             return self._stages(
                 term, loss, theta, h, args, rho, solver_state, kernel, inverse, effort
@@ -233,21 +228,21 @@ class AbstractKKT(
         # attempt renews it; and where that fails, since the outputs are curved, a third
         # one takes their curvature in, as all later steps then do. (Diffrax forgets
         # what a rejected step has learnt.)
-        most = _WHOLE if small else _RENEWED
+        most = WHOLE if small else RENEWED
 
         def retry(carry):
             effort, _, out, tried = carry
             out = attempt(effort)
-            made = (effort >= _RENEWED).astype(int)
+            made = (effort >= RENEWED).astype(int)
             return effort + 1, out.ok | (effort == most), out, tried + made
 
-        reusable = not uneven or _only_holds(term.penalty, params)
+        reusable = not uneven or only_holds(term.penalty, params)
         renew = solver_state.stale if reusable else jnp.array(True)
-        effort = jnp.where(renew, _RENEWED, _KEPT)
+        effort = jnp.where(renew, RENEWED, KEPT)
         # What grows may be far below the tolerance of the iteration, which the whole
         # matrix leaves behind.
         growing = small & (solver_state.lasting > 2)
-        effort = jnp.where(solver_state.curved | growing, _WHOLE, effort)
+        effort = jnp.where(solver_state.curved | growing, WHOLE, effort)
         stages = len(self.tableau.b_sol) - 1
         no = jnp.array(False)
         none = _Step(
@@ -265,7 +260,7 @@ class AbstractKKT(
         effort, _, out, kernels = jax.lax.while_loop(
             lambda carry: ~carry[1], retry, (effort, no, none, 0)
         )
-        whole_used = effort > _WHOLE
+        whole_used = effort > WHOLE
         curved = solver_state.curved | (whole_used & ~growing)
         kernel = out.kernel
         if small:  # for `work`
@@ -327,12 +322,12 @@ class AbstractKKT(
         two, three, four = jnp.asarray(rules[2:5], slopes.dtype) @ slopes
         low, high = jnp.hypot(two, three), jnp.hypot(three, four)
         ratio = high / jnp.where(low > 0, low, 1)
-        size = _JUMPED * high
+        size = JUMPED * high
         return size * jnp.minimum(ratio, 1) ** (self.order(None) - 3)  # pyright: ignore[reportArgumentType]
 
     @property
     def _gamma(self) -> float:
-        return _matrix(self.tableau)[1]
+        return tableau_matrix(self.tableau)[1]
 
     def _stages(
         self,
@@ -347,28 +342,28 @@ class AbstractKKT(
         inverse: Float[Array, "d d"] | None,
         effort: Int[Array, ""],
     ) -> _Step:
-        a = jnp.asarray(_matrix(self.tableau)[0], y0.dtype)
+        a = jnp.asarray(tableau_matrix(self.tableau)[0], y0.dtype)
         p = jnp.asarray(_predictor(self.tableau), y0.dtype)
         c = self._gamma * h
         pull = c * weight_decay
         alpha = 1 + pull * rho
-        fresh, whole = effort >= _RENEWED, effort == _WHOLE
+        fresh, whole = effort >= RENEWED, effort == WHOLE
         shift = (alpha if jnp.ndim(alpha) == 0 else 1) / c
         definite = loss.outer_curvature is not None
-        make = lambda: _factorise(loss, shift, kernel, definite)
+        make = lambda: factorise(loss, shift, kernel, definite)
         damp = lambda v: v / alpha
         if inverse is not None:
             shift = jnp.where(whole, 1 / c, shift)
             damp = lambda v: jax.lax.cond(whole, lambda: inverse @ v, lambda: v / alpha)
             make = lambda: jax.lax.cond(
                 whole,
-                lambda: _factorise(loss, shift, kernel, False),
-                lambda: _factorise(loss, shift, kernel, definite),
+                lambda: factorise(loss, shift, kernel, False),
+                lambda: factorise(loss, shift, kernel, definite),
             )
         factor = jax.lax.cond(
-            fresh | _drifted(state.factor, shift), make, lambda: state.factor
+            fresh | drifted(state.factor, shift), make, lambda: state.factor
         )
-        solve = _solver(loss, shift, factor, definite)
+        solve = stage_solver(loss, shift, factor, definite)
         decay = lambda y: ravel_pytree(term.penalty.gradient(loss.unravel(y)))[0]
         kappa = self.root_finder.kappa  # pyright: ignore[reportAttributeAccessIssue]
         # What the iteration leaves is part of the error estimate, see `lasting`; but
@@ -412,7 +407,7 @@ class AbstractKKT(
             starting = failing & (it.weight == 1)
             jumps = jnp.array(False)
             if kinked:
-                jumps = _jumps(loss, it.y, it.y + dy, it.mu + dmu, starting)
+                jumps = find_jumps(loss, it.y, it.y + dy, it.mu + dmu, starting)
             averaging = jumps | (it.weight < 1)
             anchor = jnp.where(jumps, new, it.anchor)
             weight = jnp.where(averaging, it.weight / (1 + it.weight), it.weight)
@@ -518,250 +513,10 @@ class AbstractKKT(
         return _Step(slopes, y1, mu, rate, error, n, slid, kernel, factor, ok)
 
 
-# Up to this size the inverse is cheaper than to solve by a factor in each iteration.
-_INVERTED = 128
-_DRIFT = 0.1  # contraction that a factor made for another shift may cost
 _SLOW = 3  # iterations a stage above which the tangent kernel is renewed
-DENSE_LIMIT = 5000  # parameters up to which the Hessian of an opaque loss is factorised
 SLIDING_RTOL = 1e-3  # what is resolved, relatively, while the flow slides along a kink
 _AGREED = 0.02  # how far μ may be from ∇ℓ(z), relatively, where a stage is solved
 _SLIDE = 0.2  # tolerances by which the mean may still move when a sliding stage ends
-
-
-HELD = 1e30  # the curvature that stands for a coordinate held at zero
-
-
-class OnOrthant(AbstractPenalty):
-    """A penalty R = S + Σ wᵢ|θᵢ| where each coordinate has a known sign σᵢ, which makes
-    it smooth, S + Σ wᵢσᵢθᵢ; where σᵢ = 0 the coordinate is held at zero."""
-
-    penalty: AbstractPenalty
-    sign: Float[Array, " d"]
-
-    def __call__(self, params: PyTree) -> Scalar:
-        return self.penalty(params)
-
-    def smooth_gradient(self, params: PyTree) -> PyTree:
-        """∇S."""
-        return self.penalty.smooth_gradient(params)
-
-    def gradient(self, params: PyTree) -> PyTree:
-        smooth, unravel = ravel_pytree(self.smooth_gradient(params))
-        weights, _ = ravel_pytree(self.penalty.absolute_weights(params))
-        free = jnp.abs(self.sign)
-        return unravel(free * (smooth + weights * self.sign))
-
-    def curvature(self, params: PyTree) -> PyTree:
-        flat, unravel = ravel_pytree(params)
-        rho = ravel_pytree(self.penalty.curvature(params))[0].astype(flat.dtype)
-        rho = jnp.broadcast_to(rho, flat.shape)
-        return unravel(jnp.where(self.sign == 0, HELD, rho))
-
-
-def _only_holds(penalty: AbstractPenalty, params: PyTree) -> bool:
-    """Whether its curvature is that of the coordinates held at zero and nothing else:
-    then it is the same for all step sizes."""
-    if not isinstance(penalty, OnOrthant):
-        return False
-    rest = penalty.penalty.curvature(params)
-    return isinstance(rest, float) and rest == 0.0
-
-
-def _unwrap(terms: AbstractTerm, y: PyTree) -> tuple[FlowTerm, PyTree]:
-    """The flow's own term, and the parameters in its state."""
-    term: Any = terms
-    while not isinstance(term, FlowTerm):  # Diffrax wraps terms
-        term = term.term
-    return term, y.params if isinstance(y, Tracked) else y
-
-
-def _flat(term: FlowTerm, params: PyTree) -> tuple[Float[Array, " d"], FlatLoss]:
-    """θ, and its loss: a composite one, or one taken as such."""
-    theta, loss = flatten(term.loss, params, term.static)
-    if isinstance(term.loss, AbstractCompositeLoss):
-        return theta, loss
-    if theta.size > DENSE_LIMIT:
-        raise ValueError(
-            f"solver: KKT needs a composite loss for {theta.size} parameters, got "
-            f"{type(term.loss).__name__}, whose Hessian it would factorise (up to "
-            f"{DENSE_LIMIT} parameters); give it as SquaredError, CrossEntropy or other"
-            " composite losses, or take RKC2."
-        )
-    return theta, FlatOpaqueLoss(loss.loss, loss.static, loss.unravel)
-
-
-def curvature_jumps(term: FlowTerm) -> bool:
-    """Whether ∇²F or ∇²R has jumps, of which the flow crosses many."""
-    parts = (part for _, part in term.penalty.terms())
-    return isinstance(term.loss, Huber) or any(isinstance(p, Moreau) for p in parts)
-
-
-_JUMPED = 2.0  # by which errors at a jump of the curvature may exceed what is seen
-
-# Halvings after which a difference that is left is a jump; what is left of it then; and
-# by how much it stands out from the differences beside it, as rounding does not.
-_HALVINGS = 20
-_JUMP = 2.0**-10
-_ABOVE = 10.0
-_RESOLVED = 64  # the roundings of θ to which the way is halved at most
-
-
-def _jumps(
-    loss: FlatLoss,
-    one: Float[Array, " d"],
-    two: Float[Array, " d"],
-    mu: Float[Array, " m"],
-    asked: Bool[Array, ""],
-) -> Bool[Array, ""]:
-    """Whether J or ∇ℓ has a jump between two points: halving the way between them, on
-    the side where most changes, leaves as much of the change. Of a smooth loss it
-    leaves 2⁻²⁰, or rounding: that is as large on the way before and behind. Nothing is
-    computed unless `asked`."""
-
-    def slopes(y):
-        z, pull = jax.vjp(loss.outputs, y)
-        return pull(mu)[0], jax.grad(loss.outer)(z)
-
-    def apart(a, b):
-        share = lambda u, v: norm(u - v) / jnp.maximum(norm(u), norm(v))
-        return sum(jnp.nan_to_num(share(u, v)) for u, v in zip(a, b, strict=True))
-
-    def halve(carry):
-        count, low, high, at_low, at_high, first, _ = carry
-        middle = 0.5 * (low + high)
-        at = slopes(middle)
-        below, above = apart(at_low, at), apart(at, at_high)
-        left = below > above
-        pick = lambda a, b: jax.tree.map(lambda a, b: jnp.where(left, a, b), a, b)
-        low, high = pick((low, middle), (middle, high))
-        at_low, at_high = pick((at_low, at), (at, at_high))
-        change = jnp.maximum(below, above)
-        first = jnp.where(count == 0, change, first)
-        return count + 1, low, high, at_low, at_high, first, change
-
-    zero = jnp.zeros((), one.dtype)
-    nothing = (jnp.zeros_like(one), jnp.zeros_like(mu))
-    ends = jax.lax.cond(
-        asked, lambda: (slopes(one), slopes(two)), lambda: (nothing, nothing)
-    )
-    count = jnp.where(asked, 0, _HALVINGS)
-    start = (count, one, two, *ends, zero, zero)
-    # Between neighbouring numbers rounding is all there is, and jumps.
-    resolved = _RESOLVED * jnp.finfo(one.dtype).eps * norm(one)
-    apart_yet = lambda s: (s[0] < _HALVINGS) & (norm(s[2] - s[1]) > resolved)
-    out = jax.lax.while_loop(apart_yet, halve, start)
-    _, low, high, _, _, first, change = out
-    left = asked & (change > _JUMP * first)
-
-    def stands_out():
-        """The change between the ends, from those on equal lengths to either side."""
-        at = jnp.array([-3.0, -1.0, 0.0, 1.0, 2.0, 4.0], low.dtype)[:, None]
-        points = jax.lax.map(slopes, low[None] + at * (high - low)[None])
-        near = [jax.tree.map(lambda s, i=i: s[i], points) for i in range(6)]
-        changes = [apart(u, v) for u, v in zip(near, near[1:], strict=False)]
-        beside = jnp.max(jnp.stack(changes[:2] + changes[3:]))
-        return changes[2] > _ABOVE * beside
-
-    return jax.lax.cond(left, stands_out, lambda: left)
-
-
-_KEPT, _RENEWED, _WHOLE = range(3)  # the kernel; the last with all curvature
-# Up to how many parameters (and outputs: `_INVERTED`) the whole is cheap.
-_FEW = 100
-
-
-def _small(
-    loss: FlatLoss, theta: Float[Array, " d"], multiplier: Float[Array, " m"]
-) -> bool:
-    """Whether the Hessian Σ μᵢ∇²zᵢ is cheap. (Of an opaque loss it is zero.)"""
-    opaque = isinstance(loss, FlatOpaqueLoss)
-    few = theta.size <= _FEW and multiplier.size <= _INVERTED
-    return few and not opaque
-
-
-def _inverse(
-    loss: FlatLoss,
-    theta: Float[Array, " d"],
-    multiplier: Float[Array, " m"],
-    alpha: Float[Array, "d d"],
-    c: Scalar,
-) -> Float[Array, "d d"]:
-    """(α + c Σ μᵢ∇²zᵢ)⁻¹, with α = 1 + cλ∇²R: what a change of θ does to a stage, μ
-    being fixed."""
-    weighted = lambda th: jnp.vdot(multiplier, loss.outputs(th))
-    curvature = jax.jacrev(jax.grad(weighted))(theta)
-    return jnp.linalg.inv(alpha + c * curvature)
-
-
-def _curved_kernel(
-    loss: FlatLoss,
-    theta: Float[Array, " d"],
-    weights: Float[Array, " d"] | Float[Array, "d d"] | None,
-) -> Float[Array, "m m"]:
-    """J W Jᵀ with the diagonal or the whole of W, times ℓ'' unless that is a number."""
-    if weights is not None and weights.ndim == 2:
-        jac = loss.jacobian(theta)
-        kernel = jac @ weights @ jac.T
-    else:
-        kernel = loss.tangent_kernel(theta, weights)
-    if loss.outer_curvature is None:
-        z = loss.outputs(theta)
-        hvp = lambda u: loss.outer_hvp(z, u)
-        kernel = jax.lax.map(hvp, kernel.T, batch_size=256).T
-    return kernel
-
-
-def _factorise(
-    loss: FlatLoss, shift: Scalar, kernel: Float[Array, "m m"], definite: bool
-) -> _Factor:
-    """The matrix shift I + ℓ''K, or shift/w I + K where ℓ'' = w I."""
-    # Rounding may make a singular kernel indefinite; the ridge moves only how fast the
-    # multiplier converges where it has no bearing on the parameters.
-    ridge = shift + jnp.finfo(kernel.dtype).eps * jnp.abs(jnp.trace(kernel))
-    eye = jnp.eye(kernel.shape[0], dtype=kernel.dtype)
-    w = loss.outer_curvature or 1.0
-    if definite:
-        matrix = cho_factor(ridge / w * eye + kernel, lower=True)[0]
-        pivots = jnp.zeros(kernel.shape[0], jnp.int32)
-        smallest = w * jnp.min(jnp.diag(matrix)) ** 2
-        solve = lambda b: cho_solve((matrix, True), b)
-    else:
-        matrix, pivots = lu_factor(ridge / w * eye + kernel)
-        smallest = w * jnp.min(jnp.abs(jnp.diag(matrix)))
-        solve = lambda b: lu_solve((matrix, pivots), b)
-    if len(eye) <= _INVERTED:
-        matrix = solve(eye)
-    return _Factor(matrix, pivots, jnp.asarray(shift, kernel.dtype), smallest)
-
-
-def _drifted(factor: _Factor, shift: Scalar) -> Bool[Array, ""]:
-    """Whether a factor made for another shift would slow the iteration: its contraction
-    is at most |change of the shift|/(smallest eigenvalue). On the critical manifold the
-    shift is far below all eigenvalues, and one factor serves many step sizes."""
-    return ~(jnp.abs(shift - factor.shift) <= _DRIFT * factor.smallest)
-
-
-def _solver(loss: FlatLoss, shift: Scalar, factor: _Factor, definite: bool) -> Callable:
-    """A function that solves (shift I + ℓ''K) u = shift (ℓ''p + q), given p, q, z."""
-    w = loss.outer_curvature
-    if len(factor.matrix) <= _INVERTED:
-        apply = lambda b: factor.matrix @ b
-    elif definite:
-        apply = lambda b: cho_solve((factor.matrix, True), b)
-    else:
-        apply = lambda b: lu_solve((factor.matrix, factor.pivots), b)
-    if w is not None:
-        return lambda p, q, z: shift * apply(p + q / w)
-    return lambda p, q, z: shift * apply(loss.outer_hvp(z, p) + q)
-
-
-def _matrix(tableau: diffrax.ButcherTableau) -> tuple[np.ndarray, float]:
-    """The strictly lower part of A, and γ."""
-    n = len(tableau.b_sol)
-    a = np.zeros((n, n))
-    for i, row in enumerate(tableau.a_lower):
-        a[i + 1, : i + 1] = row
-    return a, float(np.asarray(tableau.a_diagonal)[-1])
 
 
 def _predictor(tableau: diffrax.ButcherTableau) -> np.ndarray:
@@ -795,7 +550,7 @@ def _kencarp5() -> diffrax.ButcherTableau:
     with e·A⁴1 = 3e-5: then the estimate bounds the error for z up to about 0.6.
     """
     tableau = diffrax.KenCarp5.tableau.tableaus[1]  # the pair is (explicit, implicit)
-    a, gamma = _matrix(tableau)
+    a, gamma = tableau_matrix(tableau)
     a[1:, 1:] += gamma * np.eye(len(a) - 1)
     one = np.ones(len(a))
     c = a @ one

@@ -12,9 +12,10 @@ import jax.random as jr
 from diffrax import AbstractTerm, ThirdOrderHermitePolynomialInterpolation
 from jaxtyping import Array, Float, Int, PyTree, Scalar
 
-from .._controllers import lasting
 from .._norms import norm
-from ..flow import FlowTerm, linearized
+from ..flow.flat import linearized
+from ..flow.term import FlowTerm
+from .controllers import lasting
 
 _DAMPING = 2 / 13  # ε; inside the stability interval |P| stays below 1 − ε/3
 _INTERVAL = 0.653  # s stages are stable for h ρ ≤ 0.653 (s² − 1)

@@ -1,0 +1,1 @@
+"""The flow θ' = −∇F(θ) − λ∇R(θ), as Diffrax and as linear algebra see it."""

@@ -1,0 +1,55 @@
+"""Whether a loss may have kinks: by the operations of its program."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from ..losses import CrossEntropy, Huber, Logistic, SquaredError
+from .flat import FlatLoss
+
+
+def may_have_kinks(loss: FlatLoss, theta: Float[Array, " d"]) -> bool:
+    """Whether something in the outputs of the model (or in the loss, if it is none of
+    gradflow's own) may have kinks, such as a ReLU, a maximum, an order, or a comparison
+    of numbers. Nothing is computed; it is traced once."""
+    own = isinstance(loss.loss, SquaredError | Huber | Logistic | CrossEntropy)
+    return _kinked(jax.make_jaxpr(loss.outputs if own else loss.__call__)(theta))
+
+
+def _kinked(jaxpr: Any) -> bool:
+    # The maximum in a softmax is one through which no derivative flows.
+    shifts = any(one.primitive.name == "stop_gradient" for one in jaxpr.eqns)
+
+    def kinked(one: Any) -> bool:
+        inner = [p for p in jax.tree.leaves(
+            list(one.params.values()), is_leaf=lambda p: hasattr(p, "eqns")
+        ) if hasattr(p, "eqns")]  # fmt: skip
+        if _function(one) in ("logaddexp", "logaddexp2"):
+            return False  # smooth, though written with a maximum
+        if any(map(_kinked, inner)):
+            return True
+        name = one.primitive.name
+        if name not in _KINKS or (name in ("reduce_max", "max") and shifts):
+            return False
+        # Of numbers; a maximum with −∞ is none.
+        numbers = jnp.issubdtype(one.invars[0].aval.dtype, jnp.floating)
+        bounds = [np.asarray(v.val) for v in one.invars if hasattr(v, "val")]
+        return numbers and bool(np.isfinite(bounds).all())
+
+    return any(map(kinked, jaxpr.eqns))
+
+
+def _function(one: Any) -> str | None:
+    """The name of the function whose derivative is given by hand (`jax.custom_jvp`)."""
+    inner = one.params.get("call_jaxpr")
+    about = getattr(getattr(inner, "jaxpr", None), "debug_info", None)
+    return getattr(about, "func_name", None)
+
+
+_KINKS = frozenset(
+    "abs argmax argmin ceil clamp cummax cummin floor ge gt le lt max min reduce_max "
+    "reduce_min reduce_window_max rem round sign sort top_k".split()
+)

@@ -1,0 +1,333 @@
+"""The limit map Φ: where the flow without weight decay ends."""
+
+from typing import Any
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, PyTree
+
+from .._checks import check_arguments, check_given
+from .._norms import norm
+from ..flow.flat import FlatLoss, flatten
+from ..flow.flow import GradientFlow, partition
+from ..flow.term import FlowTerm
+from ..losses import AbstractCompositeLoss, AbstractLoss
+from ..results import RESULTS
+from ..runs.solve import flees
+from ..solvers import KKT5
+from ..solvers.controllers import Relative
+from ._form import begin, choose_form, Form, likely_form
+from ._growth import FollowGrowth, timescale
+from ._matrix_free import count_outputs
+from ._normal import close, exact_jacobian_normal, hessian_normal
+from ._separable import limit_direction, smallest_margin
+from ._variational import tie
+from .retraction import failed, nearest
+from .spectra import measure
+
+# Up to which JJᵀ is made even where there are more of them than parameters.
+_FEW_OUTPUTS = 500
+
+
+class Limit(eqx.Module):
+    """The limit Φ(θ₀) of a flow without weight decay."""
+
+    model: PyTree
+    residual: Float[Array, ""]
+    """The distance to M that is left; see [`gradflow.manifold.Retraction`][]."""
+    time: Float[Array, ""]
+    """The time t at which the flow was near enough to M for its end to be computed."""
+    result: RESULTS
+    stats: dict[str, Any]
+    direction: PyTree
+    """Where there is no minimiser, the model with the parameters lim θ/‖θ‖ instead, of
+    norm one: the direction of what they gained over the last decade of time. Else
+    zero."""
+    margin: Float[Array, ""]
+    """The least margin of `direction` over the samples of a cross-entropy, which for a
+    model homogeneous of degree L is the normalised one, minᵢ margin(θ)/‖θ‖ᴸ. It is
+    positive where the direction separates the data. Zero where there is a limit, NaN
+    for other losses."""
+
+    def __str__(self) -> str:
+        if bool(self.result == RESULTS.successful):
+            end = f"reached, to a relative distance of {float(self.residual):.1g}"
+        else:
+            end = f"FAILED: {RESULTS[self.result]}"
+        if bool(self.result == RESULTS.no_minimiser):
+            end += (
+                " In its stead: `direction`, of normalised margin "
+                f"{float(self.margin):.3g}"
+            )
+        steps = int(self.stats["num_steps"])
+        return f"Limit Φ(θ₀) {end} (t = {float(self.time):.3g}, {steps} steps)"
+
+
+def limit_map(
+    loss: AbstractLoss | GradientFlow,
+    model: PyTree,
+    *,
+    form: Form = "auto",
+    rtol: float = 1e-9,
+    atol: float | None = None,
+    residual_tol: float | None = None,
+    t_max: float | None = None,
+    solver: diffrax.AbstractSolver | None = None,
+    max_steps: int = 100_000,
+    throw: bool = True,
+    trainable: PyTree = eqx.is_inexact_array,
+) -> Limit:
+    """Φ(θ₀) = lim t→∞ θ(t) of the flow θ' = −∇F(θ) from the model θ₀.
+
+    The flow is integrated until the distance ‖J⁺r‖ (or ‖(∇²F)⁺∇F‖) to M is below
+    ε‖θ‖, with ε = eps^0.4 = 5e-7 in float64. There DΦ = P up to O(ε), so
+    Φ(θ) = θ − J⁺r + O(ε²), and a retraction takes the place of the infinite rest of the
+    path at a cost of 1e-12. What is left is the error of the integration, about ten
+    times `rtol`. Close to a saddle, where J or ∇²F explains too little of the force,
+    the flow goes on as long as some force above rounding leads away.
+
+    Convergence is checked, not assumed. At `t_max` the result is `no_minimiser` if the
+    norm ‖θ‖ has grown by about as much in each of the last three decades of time while
+    the loss fell (‖θ‖ ~ log t), else `not_converged`.
+
+    **Arguments:**
+
+    - `loss`: the training loss, or a flow of it.
+    - `model`: the initial model θ₀.
+    - `form`: how the distance to M is measured, `"jacobian"`, `"hessian"` or `"auto"`;
+        see [`gradflow.manifold.retract`][].
+    - `rtol`, `atol`: the tolerances of the integration; see [`gradflow.simulate`][].
+    - `residual_tol`: the tolerance of the retraction, its `rtol`.
+    - `t_max`: the time at which to give up, in units of t: 1e10, or 1e10 times the
+        time in which θ₀ changes if that is longer, unless given. Steps grow with t, so
+        it costs little.
+    - `solver`: a gradflow or a Diffrax solver.
+    - `max_steps`: the most steps of the solver.
+    - `throw`: whether to raise an error where there is no limit.
+    - `trainable`: a filter, as for [`gradflow.GradientFlow`][].
+
+    **Returns:** a [`gradflow.manifold.Limit`][]. Its `result` is `successful`,
+    `saddle`, `not_converged`, `no_minimiser` (then there is a `direction`, and its
+    `margin`, in its stead), `diverged`, `out_of_steps` or `stalled`; or `not_critical`
+    where it came to rest off M, which the Hessian form may resolve.
+
+    Its model has a derivative in θ₀, forward and reverse, under `jit` and `vmap`: on M
+    DΦ = P; off M, DΦ(θ₀)v = P v(∞) with v' = −∇²F(θ(t))v, v(0) = v, and the transpose
+    by the adjoint equation. It costs a few paths and 512 linear steps, with ∇²F made
+    and factorised in each up to d = 1500, by conjugate gradients above; it is exact to
+    about 1e-8, and NaN where there is no limit. Derivatives in the loss or its data
+    raise an error.
+
+    **Raises:** a runtime error where `throw` and there is no limit.
+
+    Source: Li, Wang, Arora, arXiv 2110.06914, definition 4.1 and lemma 4.3; Boursier,
+    Pesme, Dragomir, arXiv 2505.20172.
+    """
+    check_arguments(rtol=rtol, max_steps=max_steps)
+    check_given(atol=atol, residual_tol=residual_tol, t_max=t_max, solver=solver)
+    term, params = begin(loss, model, trainable)
+    if isinstance(loss, GradientFlow):
+        loss, trainable = loss.loss, loss.trainable
+    first = likely_form(loss, params, term.static) if form == "auto" else form
+    first = choose_form(loss, params, term.static, first)
+    solver = default_solver(loss, params, term.static) if solver is None else solver
+    options = (rtol, atol, residual_tol, t_max, solver, max_steps)
+    fixed, start = (_without_derivative(x) for x in (term, params))
+    out = _limit(fixed, start, first, *options)
+    if form == "auto" and first == "jacobian" and failed(out.result):
+        # It came to rest where the loss is not interpolated, so M is not {r = 0}. The
+        # limit from there is the limit from the start.
+        if (out.result == RESULTS.not_critical).all():
+            first = "hessian"
+            start, _ = partition(out.model, trainable)
+            rest = _limit(fixed, start, first, *options)
+            steps = lambda k: 0 if k == "max_steps" else out.stats[k]
+            stats = {k: v + steps(k) for k, v in rest.stats.items()}
+            time = out.time + rest.time
+            out = eqx.tree_at(lambda o: (o.time, o.stats), rest, (time, stats))
+    end, _ = partition(out.model, trainable)
+    end = tie(params, end, term, first, out.time, out.result)
+    out = eqx.tree_at(lambda o: o.model, out, eqx.combine(end, term.static))
+    if throw:
+        out = out.result.error_if(out, out.result != RESULTS.successful)
+    return out
+
+
+def _without_derivative(tree: PyTree) -> PyTree:
+    stop = lambda x: jax.lax.stop_gradient(x) if eqx.is_array(x) else x
+    return jax.tree.map(stop, tree)
+
+
+def default_solver(
+    loss: AbstractLoss, params: PyTree, static: PyTree
+) -> diffrax.AbstractSolver:
+    """KKT5 where the loss is composite and JJᵀ no larger than the Hessian, or small;
+    else Tsit5, the explicit one, which takes as many steps as the problem is stiff, and
+    whose noise at the stability limit can keep it from coming to rest at all."""
+    composite = isinstance(loss, AbstractCompositeLoss)
+    if composite and count_outputs(loss, params, static) <= _FEW_OUTPUTS:
+        return KKT5()
+    if likely_form(loss, params, static) == "jacobian":
+        return KKT5()
+    return diffrax.Tsit5()
+
+
+@eqx.filter_jit
+def _limit(
+    term: FlowTerm,
+    params: PyTree,
+    form: str,
+    rtol: float,
+    atol: float | None,
+    residual_tol: float | None,
+    t_max: float | None,
+    solver: diffrax.AbstractSolver,
+    max_steps: int,
+) -> Limit:
+    theta, loss = flatten(term.loss, params, term.static)
+    dtype = theta.dtype
+    zero = jnp.zeros((), dtype)
+    pace = timescale(term, params)
+    if t_max is None:
+        t_max = 1e10 * jnp.clip(
+            jnp.where(pace < jnp.inf, pace, 1), 1, jnp.finfo(dtype).max ** 0.5
+        )
+    t_max = jnp.asarray(t_max, dtype)
+    # Decades of time at which parameters and loss are kept, to see how they end.
+    decades = t_max * 10.0 ** np.arange(-3, 1).astype(dtype)
+    sol = diffrax.diffeqsolve(
+        term,
+        solver,
+        t0=zero,
+        t1=t_max,
+        dt0=1e-3 * jnp.minimum(pace, 1e-3 * t_max),
+        y0=params,
+        args=zero,
+        saveat=diffrax.SaveAt(
+            subs=[
+                diffrax.SubSaveAt(t1=True),
+                diffrax.SubSaveAt(ts=decades, fn=_flat_and_loss(term)),
+            ]
+        ),
+        stepsize_controller=diffrax.ClipStepSizeController(
+            FollowGrowth(Relative(rtol, atol, growth=False), term), step_ts=decades
+        ),
+        event=diffrax.Event(_settled(term, form)),
+        max_steps=max_steps,
+        throw=False,
+        adjoint=diffrax.ForwardMode(),
+    )
+    saved_t: Any = sol.ts
+    saved_y: Any = sol.ys
+    (time,), (thetas, losses) = saved_t[0], saved_y[1]
+    last = jax.tree.map(lambda y: y[0], saved_y[0])
+    end = flatten(term.loss, last, term.static)[0]
+    speed = term.velocity(last, 0.0)
+    sound = jnp.isfinite(norm(end) + norm(speed) + loss(end))
+    arrived = sol.event_mask & sound
+    w, residual, on_manifold = jax.lax.cond(
+        arrived,
+        lambda: _finish(loss, end, form, residual_tol),
+        lambda: (end, _distance(loss, end, form, time)[0], jnp.array(False)),
+    )
+    # At rest where J explains nothing, and maybe a saddle: for the other form to tell.
+    resting = (form == "jacobian") & (residual <= close(dtype))
+    resting = resting & (time * norm(speed) <= 10 * close(dtype) * norm(end))
+    endless = _grows_forever(thetas, losses)
+    result = RESULTS.where(resting, RESULTS.not_critical, RESULTS.not_converged)
+    result = RESULTS.where(endless, RESULTS.no_minimiser, result)
+    done = RESULTS.where(on_manifold, RESULTS.successful, RESULTS.not_critical)
+    result = RESULTS.where(arrived, done, result)
+    if form == "hessian":
+        saddle = arrived & measure(loss, w, form).negative
+        result = RESULTS.where(saddle, RESULTS.saddle, result)
+    ran_out = sol.result == diffrax.RESULTS.max_steps_reached
+    result = RESULTS.where(ran_out & ~arrived, RESULTS.out_of_steps, result)
+    stalled = ~diffrax.is_okay(sol.result) & ~ran_out
+    result = RESULTS.where(stalled, RESULTS.stalled, result)
+    # What reaches infinity in finite time stalls on its way there.
+    lost = ~sound | (stalled & flees(last, speed, time))
+    result = RESULTS.where(lost, RESULTS.diverged, result)
+    start = norm(term.velocity(params, 0.0)) + loss(theta)
+    result = RESULTS.where(jnp.isfinite(start), result, RESULTS.undefined_start)
+    w = jnp.where(result == RESULTS.successful, w, end)
+    endless = result == RESULTS.no_minimiser
+    direction = jnp.where(endless, limit_direction(thetas), 0)
+    margin = jnp.where(endless, smallest_margin(loss, direction), 0)
+    model = loss.model(w)
+    stats, direction = sol.stats, loss.model(direction)
+    return Limit(model, residual, time, result, stats, direction, margin)
+
+
+def _flat_and_loss(term: FlowTerm):
+    def fn(t, y, args):
+        theta, loss = flatten(term.loss, y, term.static)
+        return theta, loss(theta)
+
+    return fn
+
+
+def _distance(
+    loss: FlatLoss, theta: Float[Array, " d"], form: str, t: Float[Array, ""]
+) -> tuple[Float[Array, ""], Bool[Array, ""]]:
+    """The distance to M, relative to ‖θ‖ and to first order; and whether θ is leaving
+    what it is close to. By the exact rank, so that a flow at rest is seen to be at rest
+    even where it does not interpolate."""
+    if form == "jacobian":
+        normal = exact_jacobian_normal(loss, theta)
+    else:
+        normal = hessian_normal(loss, theta, time=t)
+    size = jnp.maximum(norm(theta), jnp.finfo(theta.dtype).tiny)
+    return norm(normal.step) / size, jnp.asarray(normal.leaving)
+
+
+def _finish(
+    loss: FlatLoss, theta: Float[Array, " d"], form: str, rtol: float | None
+) -> tuple[Float[Array, " d"], Float[Array, ""], Bool[Array, ""]]:
+    """The nearest point of M, its residual, and whether it is on M, and as near as it
+    seemed to be: else it is not the limit."""
+    w, residual, _, on_manifold = nearest(loss, theta, form, rtol)
+    near = norm(w - theta) <= 10 * close(theta.dtype) * norm(theta)
+    return w, residual, on_manifold & near
+
+
+def _settled(term: FlowTerm, form: str):
+    """Whether M is within ε‖θ‖, and not to be left again; or nothing is finite."""
+
+    def cond(t, y, args, **kwargs):
+        theta, loss = flatten(term.loss, y, term.static)
+        force = norm(loss.gradient(theta))
+        # Exponential convergence makes t‖∇F‖ small as well; while it is not, the normal
+        # space need not be computed.
+        hopeful = t * force <= 10 * close(theta.dtype) * norm(theta)
+
+        def near():
+            distance, leaving = _distance(loss, theta, form, t)
+            return (distance <= close(theta.dtype)) & ~leaving
+
+        settled = jax.lax.cond(hopeful, near, lambda: jnp.array(False))
+        return settled | ~jnp.isfinite(force + norm(theta))
+
+    return cond
+
+
+def _grows_forever(
+    thetas: Float[Array, "decades d"], losses: Float[Array, " decades"]
+) -> Bool[Array, ""]:
+    """Whether ‖θ‖ grew alike in each decade while the loss kept falling.
+
+    ‖θ‖ ~ log t gives equal growth and ‖θ‖ ~ t^p a factor of 10^p < 3; an exponential
+    that is still relaxing, however slow, gives 10 before its time and 0 after it.
+    """
+    # Diffrax fills what it did not reach with infinities.
+    reached = jnp.all(jnp.isfinite(losses)) & jnp.all(jnp.isfinite(thetas))
+    norms = jnp.linalg.norm(jnp.where(reached, thetas, 0), axis=1)
+    losses = jnp.where(reached, losses, 0)
+    growth = jnp.diff(norms)
+    growing = jnp.all(growth > 0)
+    ratios = growth[1:] / jnp.where(growing, growth[:-1], 1)
+    alike = growing & jnp.all((ratios > 1 / 3) & (ratios < 3))
+    return reached & alike & jnp.all(jnp.diff(losses) < 0)

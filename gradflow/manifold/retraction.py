@@ -1,0 +1,150 @@
+"""The nearest point of the critical manifold."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from .._checks import check_arguments, check_given, is_concrete
+from ..flow.flat import FlatLoss, flatten
+from ..flow.flow import GradientFlow
+from ..losses import AbstractLoss
+from ..results import RESULTS
+from ._form import begin, choose_form, Form, likely_form
+from ._normal import normal_space
+
+# Of the Hessian form, while it is away from M; see `hessian_normal`.
+_DAMPING = 3.0
+
+
+class Retraction(eqx.Module):
+    """A point of the critical manifold, and how it was reached."""
+
+    model: PyTree
+    residual: Float[Array, ""]
+    """The distance to M that is left, relative to ‖θ‖ and to first order: the larger of
+    ‖J⁺r‖ and ‖r‖/‖J‖ (or ‖(∇²F)⁺∇F‖ and ‖∇F‖/‖∇²F‖)."""
+    steps: Int[Array, ""]
+    result: RESULTS
+
+
+def retract(
+    loss: AbstractLoss | GradientFlow,
+    model: PyTree,
+    *,
+    form: Form = "auto",
+    rtol: float | None = None,
+    max_steps: int = 64,
+    throw: bool = True,
+    trainable: PyTree = eqx.is_inexact_array,
+) -> Retraction:
+    """The point w of M nearest to the model, by Gauss–Newton.
+
+    Jacobian form: least-norm steps w ← w − J⁺(ℓ'')⁻¹∇ℓ(z(w)), until r = 0; Hessian
+    form: w ← w − (∇²F)⁺∇F. Once on M, tangential steps w ← w + P(w)(θ − w) are added
+    for as long as they shrink; they end where θ − w is normal to M, at the nearest
+    point (where θ is too far away for that, at a near one). The first part converges
+    quadratically, the second linearly, at the rate distance × curvature of M.
+
+    **Arguments:**
+
+    - `loss`: the training loss, or a flow of it.
+    - `model`: where to start.
+    - `form`: `"jacobian"`, `"hessian"`, or `"auto"`: Jacobian where the loss is
+        composite and has no more outputs m than parameters d, so that interpolation is
+        to be expected; and Hessian should that fail (not under `jit` or `vmap`).
+    - `rtol`: the relative size of the last step; 10 eps^⅔ unless given (4e-10 in
+        float64).
+    - `max_steps`: the most steps.
+    - `throw`: whether to raise an error where M is not reached.
+    - `trainable`: a filter, as for [`gradflow.GradientFlow`][].
+
+    **Returns:** a [`gradflow.manifold.Retraction`][], its `result` `successful` or
+    `not_critical`.
+
+    **Raises:** `ValueError` for a Jacobian form of a loss that is not composite; a
+    runtime error where `throw` and M is not reached.
+    """
+    check_arguments(max_steps=max_steps)
+    check_given(rtol=rtol)
+    term, params = begin(loss, model, trainable)
+    _, out = retract_in_form(term.loss, params, term.static, form, rtol, max_steps)
+    if throw:
+        out = out.result.error_if(out, out.result != RESULTS.successful)
+    return out
+
+
+def retract_in_form(
+    loss: AbstractLoss,
+    params: PyTree,
+    static: PyTree,
+    form: str,
+    rtol: float | None = None,
+    max_steps: int = 64,
+) -> tuple[str, Retraction]:
+    """The retraction, and the form that served: `"auto"` tries the likely one first."""
+    first = likely_form(loss, params, static) if form == "auto" else form
+    first = choose_form(loss, params, static, first)
+    out = _retract(loss, params, static, first, rtol, max_steps)
+    if form == "auto" and first == "jacobian" and failed(out.result):
+        first = "hessian"
+        out = _retract(loss, params, static, first, rtol, max_steps)
+    return first, out
+
+
+@eqx.filter_jit
+def _retract(
+    loss: AbstractLoss,
+    params: PyTree,
+    static: PyTree,
+    form: str,
+    rtol: float | None,
+    max_steps: int,
+) -> Retraction:
+    theta, flat = flatten(loss, params, static)
+    w, residual, steps, ok = nearest(flat, theta, form, rtol, max_steps)
+    result = RESULTS.where(ok, RESULTS.successful, RESULTS.not_critical)
+    return Retraction(flat.model(w), residual, steps, result)
+
+
+def nearest(
+    loss: FlatLoss,
+    theta: Float[Array, " d"],
+    form: str,
+    rtol: float | None = None,
+    max_steps: int = 64,
+) -> tuple[Float[Array, " d"], Float[Array, ""], Int[Array, ""], Bool[Array, ""]]:
+    """`retract` for a vector: the point, residual, steps, and whether it is on M."""
+    eps = jnp.finfo(theta.dtype).eps
+    small = 10 * eps ** (2 / 3) if rtol is None else rtol
+
+    def body(carry):
+        w, last, steps, _ = carry
+        normal = normal_space(loss, w, form, damping=_DAMPING)
+        size = jnp.linalg.norm(normal.step)
+        tangent = normal.tangential(theta - w)
+        slide = jnp.linalg.norm(tangent)
+        away = jnp.linalg.norm(theta - w)
+        goal = small * jnp.linalg.norm(w)
+        # Off M the tangent space is not yet the right one; and tangential steps that do
+        # not shrink will not converge.
+        useful = (size <= 0.1 * away + goal) & (slide < 0.9 * last)
+        w = w + normal.step + jnp.where(useful, tangent, 0)
+        done = (size <= goal) & (~useful | (slide <= goal))
+        return w, jnp.where(useful, slide, last), steps + 1, done
+
+    start = (theta, jnp.full_like(theta[0], jnp.inf), jnp.array(0), jnp.array(False))
+    w, _, steps, _ = jax.lax.while_loop(
+        lambda carry: ~carry[3] & (carry[2] < max_steps), body, start
+    )
+    end = normal_space(loss, w, form)
+    size = jnp.maximum(jnp.linalg.norm(w), jnp.finfo(w.dtype).tiny)
+    # A step that does not see the residuals, as where J lacks rank, proves nothing: so
+    # their own size counts as well.
+    residual = jnp.maximum(jnp.linalg.norm(end.step), end.force) / size
+    return w, residual, steps, residual <= small
+
+
+def failed(result: RESULTS) -> bool:
+    """Whether it is known now that `result` is a failure."""
+    return is_concrete(result._value) and bool((result != RESULTS.successful).any())

@@ -1,0 +1,128 @@
+"""What all figures share: colours, scales, labels."""
+
+from typing import Any, Literal, TYPE_CHECKING, TypeAlias
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+else:  # Matplotlib is imported by the first figure, not by the library.
+    Axes: TypeAlias = Any
+    Figure: TypeAlias = Any
+
+Clock = Literal["t", "s"]
+
+LABELS = {"t": "time $t$", "s": "slow time $s = \\lambda t$"}
+TRAIN, TEST, PENALTY = "#0072B2", "#D55E00", "#009E73"
+THEORY = "#FF4D2E"  # dashed, over all colours of λ
+SIZE = 11  # of all text, in points
+
+
+NAMES = {
+    "test": "test loss",
+    "train": "train loss",
+    "train_loss": "train loss",
+    "penalty": "penalty $R$",
+}
+
+
+def colorbar(weight_decay: Any, fig: Figure, axes: Any) -> Any:
+    """The scale of λ beside `axes`, one or a list of panels that share it."""
+    return Colours(np.asarray(weight_decay)).bar(fig, axes)
+
+
+class Colours:
+    """A colour for each λ, on a logarithmic scale that all readers can tell apart.
+
+    Where the values are those of another axis, by the name `label`, the scale is linear
+    if they are within a factor of five, or not all positive; what are no numbers are
+    counted."""
+
+    def __init__(self, values: np.ndarray, label: str = "weight decay $\\lambda$"):
+        from matplotlib import colormaps
+        from matplotlib.cm import ScalarMappable
+        from matplotlib.colors import ListedColormap, LogNorm, Normalize
+
+        self.label = label
+        values = np.asarray(values)
+        if values.dtype.kind not in "biuf":
+            values = np.unique(values, return_inverse=True)[1]
+        lams = values.astype(float)
+        self.lams = lams
+        positive = lams[lams > 0]
+        low, high = (positive.min(), positive.max()) if positive.size else (1.0, 1.0)
+        if low == high:
+            low, high = low / 3, high * 3
+        # Without the yellow end, which is hard to see on white.
+        cmap = ListedColormap(colormaps["viridis"](np.linspace(0.0, 0.9, 256)))
+        self.linear = "lambda" not in label and (lams.min() <= 0 or high < 5 * low)
+        norm = Normalize(lams.min(), lams.max()) if self.linear else LogNorm(low, high)
+        self.map = ScalarMappable(norm, cmap)
+
+    def __call__(self, i: int) -> Any:
+        lam = self.lams[i]
+        return self.map.to_rgba(lam) if lam > 0 or self.linear else "black"
+
+    def bar(self, fig: Figure, axes: Any) -> None:
+        bar = fig.colorbar(self.map, ax=axes, aspect=30, pad=0.01)
+        bar.set_label(self.label, fontsize=SIZE)
+        bar.ax.tick_params(labelsize=SIZE - 1)
+
+
+def new_axes(ax: Axes | None) -> Axes:
+    if ax is not None:
+        return ax
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(figsize=(6.4, 4.4), layout="constrained")[1]
+
+
+def positive(x: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
+    """What can be drawn on logarithmic axes."""
+    x, y = np.asarray(x, float), np.asarray(y, float)
+    where = (x > 0) & (y > 0)
+    return x[where], y[where]
+
+
+def lowest(values: np.ndarray) -> float:
+    values = values[np.isfinite(values) & (values > 0)]
+    return float(values.min()) if values.size else 1.0
+
+
+def marker_of(marker: str, label: str) -> Any:
+    from matplotlib.lines import Line2D
+
+    style = {"marker": marker, "ls": "", "color": "lightgrey", "mec": "black", "ms": 7}
+    return Line2D([], [], label=label, **style)
+
+
+def log_axes(ax: Axes, floor: float | None = None) -> None:
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    if floor is not None:
+        ax.set_ylim(bottom=floor)
+
+
+def finish(ax: Axes, x: str, y: str, title: str = "") -> None:
+    ax.set_xlabel(x, fontsize=SIZE)
+    ax.set_ylabel(y, fontsize=SIZE)
+    ax.set_title(title, fontsize=SIZE)
+    ax.tick_params(labelsize=SIZE - 1)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def legend(ax: Axes, **kwargs: Any) -> None:
+    ax.legend(fontsize=SIZE - 1, frameon=False, **kwargs)
+
+
+def power(x: float) -> str:
+    """x for a label, as a power of ten."""
+    if x == 0:
+        return "0"
+    exponent = int(np.floor(np.log10(x)))
+    mantissa = round(x / 10.0**exponent, 2)
+    if mantissa == 10:
+        exponent, mantissa = exponent + 1, 1.0
+    power = f"10^{{{exponent}}}"
+    return f"${power}$" if mantissa == 1 else f"${mantissa:g} \\times {power}$"

@@ -1,0 +1,182 @@
+"""The discrete counterpart of the flow: gradient descent, with any Optax optimiser."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Int, PRNGKeyArray, PyTree, Scalar
+
+from .._checks import (
+    check_arguments,
+    check_choice,
+    check_one,
+)
+from ..flow.flow import check_flow, GradientFlow, scaled
+from ..metrics import Metric
+from .methods import (
+    check_optimiser,
+    check_projection,
+    Method,
+    Optimiser,
+    Schedule,
+    scheduled,
+)
+from .minibatch import check_batches
+from .outcome import fail_unless_reached, named_wrong
+from .path import Path
+from .problem import as_metrics, check_problem
+from .steps import descend
+from .times import saved_steps
+
+
+def descent(
+    flow: GradientFlow,
+    model: PyTree,
+    *,
+    weight_decay: float | Scalar,
+    learning_rate: float | Scalar | Schedule,
+    init_scale: float | Scalar = 1.0,
+    steps: int | None = None,
+    slow_time: float | None = None,
+    t1: float | None = None,
+    at: Sequence[int] | Int[Array | np.ndarray, " n"] | None = None,
+    saves: int = 65,
+    method: Method = "subgradient",
+    optimiser: Optimiser | None = None,
+    batch_size: int | None = None,
+    key: PRNGKeyArray | None = None,
+    metrics: dict[str, Callable | Metric] | None = None,
+    throw: bool = True,
+    progress: bool = False,
+) -> Path:
+    """Descends F + λR from `model` in steps of size h, instead of flowing.
+
+    With G = ∇F(θ), or its estimate from a minibatch, H = ∇R(θ) (at a kink the
+    subgradient of least norm: sign(0) = 0), and U the update of the optimiser, −hG for
+    plain gradient descent, a step of each method is
+
+    - `"subgradient"`: θ ← θ + U(G + λH);
+    - `"decoupled"`: θ ← θ + U(G) − hλH. With Adam and R = ½‖θ‖² this is AdamW
+      (Loshchilov & Hutter, arXiv 1711.05101);
+    - `"proximal"`: θ ← prox_{hλR}(θ + U(G)). With plain gradient descent and the ℓ1
+      norm this is ISTA (Daubechies, Defrise, De Mol, 2004);
+    - `"projected"`: θ ← Π(θ − hλH), Π the orthogonal projection onto {z(θ) = y}: the
+      squared error of a model that is linear in its parameters, without optimiser.
+
+    The clock is that of the flow: t = h · steps, and s = λt, for all methods. A plain
+    gradient descent follows the flow to O(h); other optimisers follow flows of their
+    own, for which t is a unit of account. On a schedule h differs from step to step,
+    and t = Σh. (Where the decay is decoupled, R = ½‖θ‖²
+    alone shrinks the parameters by e^{−s}, whatever the optimiser.)
+
+    **Arguments:**
+
+    - `flow`: the loss, the penalty and what is trainable. Where it holds the norm, each
+        step is rescaled to it (step, then rescale: Liu, Michaud, Tegmark, arXiv
+        2210.01117); not with `"projected"`.
+    - `model`: the initial model θ₀.
+    - `weight_decay`: λ ≥ 0.
+    - `learning_rate`: h > 0; or a schedule of Optax's, a function of the number of
+        steps taken, with `steps` or `at`.
+    - `init_scale`: the factor by which all initial parameters are multiplied. (A flow
+        that holds the norm holds that of the scaled ones.)
+    - `steps`, `slow_time`, `t1`, `at`: give one. Take so many steps; run to slow time
+        s = λt, or to time t (to the nearest step); or take as many as the last of the
+        given increasing numbers of steps, and save at each of them.
+    - `saves`: how many steps are saved when `at` is not given: the first and the last,
+        and between them evenly in the logarithm. Fewer where there are not as many.
+    - `method`: what is done with the penalty, see above.
+    - `optimiser`: an Optax optimiser as a function of its learning rate, `optax.adam`;
+        or one that is ready, `optax.adam(1e-3)`, and then `learning_rate` is only what
+        the clock and the penalty step take. `optax.sgd` unless given. What some ask
+        for beside the gradient (line searches, Polyak's step, `reduce_on_plateau`) is
+        that of F + λR for `"subgradient"`, and of F for the other methods; of the
+        minibatch, where there is one.
+    - `batch_size`: of minibatches, drawn anew each epoch without replacement (the last
+        one of an epoch is filled up with its first samples). All samples unless given.
+    - `key`: of the minibatches.
+    - `metrics`: functions of the model, by name; `Metric` adds a threshold.
+    - `throw`: raise if the descent overshoots: leaves the finite range, or ends at an
+        F + λR larger by 1/√eps than it began; otherwise see `path.result`.
+    - `progress`: show a progress bar.
+
+    **Returns:** a `Path`, as `simulate` does. Its `train_loss` is that of all samples.
+
+    **Raises:** `ValueError` for arguments that make no sense, before any compute;
+    `NotImplementedError` where a proximal map is asked for that is not known;
+    `RuntimeError` if the descent overshoots and `throw`.
+    """
+    check_flow(flow)
+    check_one(weight_decay, "weight_decay")
+    check_one(learning_rate, "learning_rate")
+    wrong = check_arguments(
+        weight_decay=weight_decay, learning_rate=learning_rate, init_scale=init_scale
+    )
+    args = prepare_descent(
+        flow, model, as_metrics(metrics), weight_decay=weight_decay,
+        learning_rate=learning_rate, init_scale=init_scale, steps=steps,
+        slow_time=slow_time, t1=t1, at=at, saves=saves, method=method,
+        optimiser=optimiser, batch_size=batch_size, key=key, progress=progress,
+    )  # fmt: skip
+    if wrong is not False:  # then nothing is run
+        args = (*args[:4], jnp.where(wrong, 0, args[4]), *args[5:])
+    path = named_wrong(descend(*args), wrong)
+    path.stats["why"] = f"{method} steps were asked for"
+    return fail_unless_reached(path, path) if throw else path
+
+
+def prepare_descent(
+    flow: GradientFlow,
+    model: PyTree,
+    watched: dict[str, Metric],
+    *,
+    weight_decay: Any,
+    learning_rate: Any,
+    init_scale: Any,
+    steps: Any,
+    slow_time: float | None,
+    t1: float | None,
+    at: Any,
+    saves: int,
+    method: Any,
+    optimiser: Any,
+    batch_size: Any,
+    key: PRNGKeyArray | None,
+    progress: bool = False,
+) -> tuple:
+    """The arguments of `descend`, checked."""
+    check_choice(method, "method", get_args(Method))
+    if optimiser is not None:
+        check_optimiser(optimiser)
+    model = scaled(model, init_scale, trainable=flow.trainable)
+    term, params = flow.term(model)
+    # A loss may well be computed in double precision for weights in single.
+    check_problem(term, params, watched, mixed=True)
+    if method == "projected":
+        if flow.hold_norm:
+            raise ValueError("method: 'projected' cannot hold the norm as well.")
+        check_projection(term, params, optimiser, batch_size)
+    samples = check_batches(term.loss, batch_size, key)
+    numbers = saved_steps(steps, slow_time, t1, at, saves, weight_decay, learning_rate)
+
+    dtype = jax.tree.leaves(params)[0].dtype
+    if callable(learning_rate):
+        learning_rate = scheduled(learning_rate, numbers, dtype)
+    else:
+        learning_rate = jnp.asarray(learning_rate, dtype)
+    return (
+        term,
+        params,
+        jnp.asarray(weight_decay, dtype),
+        learning_rate,
+        jnp.asarray(numbers),
+        watched,
+        method,
+        optax.sgd if optimiser is None else optimiser,
+        batch_size if samples is not None else None,
+        key if samples is not None else None,
+        progress,
+    )

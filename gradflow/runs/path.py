@@ -1,0 +1,203 @@
+"""What a run gives: the models along a path in time, and what was watched."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, PyTree, Scalar
+
+from .._checks import word
+from ..metrics import Metric
+from ..results import in_words, RESULTS
+from .crossing import crossing_error, crossing_time, is_good
+
+_PASSES = 20  # at most: each narrows the time down to a share of 1/8 or less
+
+
+def landed_crossing_time(path: "Path", name: str, metric: Metric) -> float:
+    """`crossing_time` of metric `name` of a path, with the threshold of `metric`: to
+    the tolerance of the run, where the path can be run again.
+
+    From the last saved model that is on the bad side the flow is run again to the next
+    saved time, through as many times as the path has (for which it is compiled
+    already); and so on, from the last of these, until interpolating between them
+    changes the time by less than a tenth of `rtol`. Where that fails it warns, and
+    interpolates.
+    """
+    t, values = (np.asarray(x, float) for x in (path.t, path.metrics[name]))
+    time = crossing_time(t, values, metric)
+    if path.again is None or not time > 0:
+        return time
+    enough = 0.1 * float(path.stats["rtol"])
+    params, count = path.params, max(len(t), 9)
+    for _ in range(_PASSES):
+        # The cubic's error falls as the third power of the spacing, or faster.
+        if crossing_error(t, values, metric) / 8 <= enough * time:
+            break
+        i = int(np.flatnonzero(~is_good(values, metric))[-1])
+        start, width = t[i], t[i + 1] - t[i]
+        if width <= enough * time:
+            break
+        params = jax.tree.map(lambda p, i=i: jnp.asarray(p)[i], params)
+        local = np.linspace(0.0, width, count)
+        piece = path.again(params, jnp.asarray(local, path.t.dtype))
+        t, values = start + local, np.asarray(piece.metrics[name], float)
+        if not np.isfinite(values).all():
+            told = piece.verdict if not bool(piece.succeeded) else "not finite there"
+            warnings.warn(
+                f"crossing_time: {name} at λ = {float(path.weight_decay):.3g} is "
+                f"interpolated, for the flow from t = {start:.6g} on could not be run "
+                f"again: {told}",
+                stacklevel=3,
+            )
+            break
+        params, good = piece.params, is_good(values, metric)
+        # Within the tolerance either end may have come out on the other side.
+        if good.all() or not good[-1]:
+            return float(start if good.all() else start + width)
+        time = crossing_time(t, values, metric)
+    return time
+
+
+def check_path(path: Any) -> None:
+    """Raises unless it is one path."""
+    if not isinstance(path, Path):
+        raise ValueError(f"path: expected a gradflow.Path, got {word(path)}.")
+
+
+class Path(eqx.Module):
+    """A path θ(t) of a gradient flow, or of a descent, saved at n times.
+
+    Every array has the n times as its first axis (after that of the lanes, inside a
+    `Sweep`). Where a run ended early, what comes after its end is NaN. `path[i]` is the
+    model at `path.t[i]`.
+    """
+
+    t: Float[Array, "*lanes n"]
+    """The times, in the units of the flow (time t)."""
+    weight_decay: Float[Array, " *lanes"]
+    """λ. In a Riemannian path it is one, and t is the slow time itself."""
+    params: PyTree
+    """The trainable parameters, stacked along the times."""
+    static: PyTree
+    """All the rest of the model."""
+    metrics: dict[str, Float[Array, "*lanes n"]]
+    """The metrics asked for, by name."""
+    train_loss: Float[Array, "*lanes n"]
+    """F."""
+    penalty: Float[Array, "*lanes n"]
+    """R."""
+    result: RESULTS
+    """How the run ended."""
+    stats: dict[str, Any]
+    """The solver, its tolerance, and the steps it took."""
+    watched: dict[str, Metric]
+    """The metrics themselves, with their thresholds."""
+    again: Callable[[PyTree, Array], "Path"] | None = None
+    """Runs the same flow from given parameters through given times, from 0 on; `None`
+    for a descent, for paths made under `jit`, and where results were read from disk."""
+
+    @property
+    def slow_time(self) -> Float[Array, "*lanes n"]:
+        """s = λt."""
+        return self.weight_decay[..., None] * self.t
+
+    @property
+    def models(self) -> PyTree:
+        """The models, every trainable leaf stacked along the times."""
+        return eqx.combine(self.params, self.static)
+
+    def __getitem__(self, index: int | np.integer) -> PyTree:
+        """The model at `t[index]`."""
+        return eqx.combine(jax.tree.map(lambda p: p[index], self.params), self.static)
+
+    def __len__(self) -> int:
+        return self.t.shape[0]
+
+    @property
+    def succeeded(self) -> Array:
+        """Whether the run reached its last time. (It may have `slid`: see `result`.)"""
+        return (self.result == RESULTS.successful) | (self.result == RESULTS.slid)
+
+    @property
+    def verdict(self) -> str:
+        """How the run ended, and what to do about it, in words."""
+        return in_words(self.result, str(self.stats.get("solver", "")), self.t.dtype)
+
+    def crossing_time(self, name: str) -> float:
+        """When metric `name` has passed its threshold for good, to about `rtol`: the
+        flow is run again between the two saved times around the crossing. (Where it
+        can't be, see `again`, it is interpolated: `gradflow.crossing_time`, to about
+        `gradflow.crossing_error`.)"""
+        return landed_crossing_time(self, name, self.watched[name])
+
+    @property
+    def slow_speed(self) -> Scalar:
+        """‖dθ/ds‖/‖θ‖ over the last two saved times: how fast the drift still is, in
+        units of slow time. Scaled by λ on purpose: the plain speed ‖θ'‖ is small from
+        the moment the data are fitted, long before the drift begins."""
+        last = [p[-1] for p in jax.tree.leaves(self.params)]
+        step = [p[-1] - p[-2] for p in jax.tree.leaves(self.params)]
+        size = optax.tree.norm
+        return size(step) / (size(last) * (self.slow_time[-1] - self.slow_time[-2]))
+
+    @property
+    def stationary(self) -> Array:
+        """Whether the drift has come to rest: `slow_speed` below 1e-3."""
+        return self.slow_speed < 1e-3
+
+    def __str__(self) -> str:
+        d = sum(p[0].size for p in jax.tree.leaves(self.params))
+        s = float(self.slow_time[-1])
+        lines = [
+            f"Path of {d} parameters, λ = {float(self.weight_decay):.3g}, "
+            f"t = 0 … {float(self.t[-1]):.3g} (s = {s:.3g}), {len(self)} times",
+            f"  {_steps(self.stats)}",
+            f"  {_trend('train loss', self.train_loss)}"
+            + "".join(f", {_trend(k, v)}" for k, v in self.metrics.items()),
+        ]
+        if not bool(self.succeeded):
+            lines.append(f"  FAILED: {self.verdict}")
+        elif bool(self.result == RESULTS.slid):
+            lines.append(f"  WARNING: {RESULTS[self.result]}")
+        elif float(self.weight_decay) > 0:
+            state = "at rest" if bool(self.stationary) else "still drifting"
+            lines.append(f"  {state}: ‖dθ/ds‖/‖θ‖ = {float(self.slow_speed):.2g}")
+        floor = 100 * float(jnp.finfo(self.t.dtype).eps)
+        if float(self.stats.get("conditioning", 1.0)) < max(_SINGULAR, floor):
+            lines.append(
+                "  the Jacobian is losing rank, σ_min²/σ_max² is at most about "
+                f"{float(self.stats['conditioning']):.1g}: see gf.manifold.spectrum"
+            )
+        return "\n".join(lines)
+
+    def plot(self, **kwargs: Any) -> Any:
+        """Losses, metrics and penalty against time; see `gradflow.plot.path`."""
+        from .. import plot
+
+        return plot.path(self, **kwargs)
+
+
+_SINGULAR = 1e-6
+
+
+def _steps(stats: dict[str, Any]) -> str:
+    if "learning_rate" in stats:
+        rate = float(stats["learning_rate"])
+        return f"{stats['solver']}, {int(stats['steps'])} steps of {rate:.3g}"
+    return (
+        f"{stats['solver']}, rtol {float(stats['rtol']):.1g}: {int(stats['steps'])} "
+        f"steps, {int(stats['rejected'])} rejected"
+    )
+
+
+def _trend(name: str, values: Array) -> str:
+    v = np.asarray(values)
+    finite = v[np.isfinite(v)]
+    last = finite[-1] if finite.size else np.nan
+    return f"{name} {v[0]:.3g} → {last:.3g}"

@@ -1,0 +1,120 @@
+"""What is asked of loss and metrics, before any compute."""
+
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+from .._checks import (
+    check_callable,
+    check_logits,
+    is_concrete,
+    word,
+)
+from ..flow.term import FlowTerm
+from ..losses import AbstractCompositeLoss, AbstractLoss, CrossEntropy
+from ..metrics import Accuracy, Metric
+
+
+def as_metrics(metrics: dict[str, Callable | Metric] | None) -> dict[str, Metric]:
+    """Plain functions of the model, as metrics without a threshold.
+
+    **Raises:** `ValueError` where they are no functions by name.
+    """
+    metrics = {} if metrics is None else metrics
+    if not isinstance(metrics, Mapping):
+        raise ValueError(
+            "metrics: expected functions of the model by name, such as "
+            f"{{'test': loss}}, got {word(metrics)}."
+        )
+    for name, fn in metrics.items():
+        if not isinstance(name, str):
+            raise ValueError(f"metrics: expected strings for names, got {word(name)}.")
+        check_callable(fn, f"metrics[{name!r}]")
+    return {
+        name: fn if isinstance(fn, Metric) else Metric(fn)
+        for name, fn in metrics.items()
+    }
+
+
+def check_problem(
+    term: FlowTerm,
+    params: PyTree,
+    watched: dict[str, Metric] | None = None,
+    *,
+    mixed: bool = False,
+) -> None:
+    """Raises unless loss and metrics are real scalars of the model, in its precision
+    (or another, where that may be `mixed`), with a logit for each label. Nothing is
+    computed, and it is traced once only."""
+    watched = {} if watched is None else watched
+    shapes = _look(term, params, watched, mixed)
+    for name, fn in _watching(term.loss, watched).items():
+        if name in shapes and is_concrete(fn.labels):
+            with _named(name):
+                check_logits(fn.labels, shapes[name])
+
+
+@eqx.filter_jit
+def _look(
+    term: FlowTerm, params: PyTree, watched: dict[str, Metric], mixed: bool
+) -> dict[str, tuple[int, int]]:
+    """Checks all but labels, which are not known here; and the shapes of the logits
+    that they go with, by the names of loss and metrics."""
+    model = term.model(params)
+    check_scalars(term.loss, watched, model)
+    dtype = jax.tree.leaves(params)[0].dtype
+    composite = isinstance(term.loss, AbstractCompositeLoss) and not mixed
+    for fn in (term.loss.outputs, term.loss) if composite else ():
+        found = eqx.filter_eval_shape(fn, model).dtype
+        if found != dtype:
+            held = {a.dtype.name for a in jax.tree.leaves(term.loss) if eqx.is_array(a)}
+            raise ValueError(
+                f"model: its parameters are {dtype}, and the loss, with data of "
+                f"{', '.join(sorted(held)) or 'none'}, gives {found}; cast the data to "
+                f"{dtype}, or the model to {found}."
+            )
+    shapes = {}
+    for name, fn in _watching(term.loss, watched).items():
+        if isinstance(fn, CrossEntropy):
+            n = fn.labels.shape[0]
+            shapes[name] = (n, eqx.filter_eval_shape(fn.outputs, model).size // n)
+        elif isinstance(fn, Accuracy):
+            shapes[name] = eqx.filter_eval_shape(fn.logits, model).shape
+    return shapes
+
+
+def _watching(loss: AbstractLoss, watched: dict[str, Metric]) -> dict[str, Any]:
+    """What is evaluated, by the name of its argument."""
+    return {"loss": loss} | {f"metrics[{k!r}]": m.fn for k, m in watched.items()}
+
+
+@contextlib.contextmanager
+def _named(name: str):
+    """Says of which metric an error is."""
+    try:
+        yield
+    except ValueError as error:
+        if name == "loss":
+            raise
+        first = str(error).partition("\n")[0]
+        raise ValueError(f"{name}: {first}") from error
+
+
+def check_scalars(
+    loss: AbstractLoss, watched: dict[str, Metric], model: PyTree
+) -> None:
+    """Raises unless loss and metrics are real scalars; nothing is computed. Where it is
+    called while tracing it costs nothing in later calls."""
+    for name, fn in _watching(loss, watched).items():
+        with _named(name):
+            out = eqx.filter_eval_shape(fn, model)
+        scalar = getattr(out, "shape", None) == ()
+        if not scalar or not jnp.issubdtype(out.dtype, jnp.floating):
+            shape = f"shape {out.shape}" if hasattr(out, "shape") else None
+            kind = (scalar and str(out.dtype)) or shape or type(out).__name__
+            raise ValueError(f"{name}: expected a real scalar, got {kind}.")

@@ -1,0 +1,215 @@
+"""One path of the gradient flow."""
+
+import dataclasses
+import functools
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree, Scalar
+from tqdm.auto import tqdm
+
+from .._checks import (
+    check_arguments,
+    check_given,
+    check_horizon,
+    check_one,
+    is_concrete,
+    resolvable,
+)
+from ..flow.flat import flatten
+from ..flow.flow import check_flow, GradientFlow, scaled
+from ..flow.nonsmooth import may_have_kinks
+from ..flow.term import FlowTerm
+from ..metrics import Metric
+from ..solvers import (
+    AbstractKKT,
+    as_choice,
+    Choice,
+    RKC2,
+    second_choice,
+    TRIAL_STEPS,
+)
+from .outcome import fail_unless_reached, given_up, named_wrong, wants_another
+from .parts import FIRST, in_part
+from .path import Path
+from .problem import as_metrics, check_problem
+from .solve import MAX_STEPS, run_again, solve, solve_arguments, solve_part
+from .times import prepare
+
+
+def simulate(
+    flow: GradientFlow,
+    model: PyTree,
+    *,
+    weight_decay: float | Scalar,
+    init_scale: float | Scalar = 1.0,
+    slow_time: float | Scalar | None = None,
+    t1: float | Scalar | None = None,
+    ts: Float[Array, " n"] | None = None,
+    saves: int = 65,
+    metrics: dict[str, Callable | Metric] | None = None,
+    solver: diffrax.AbstractSolver | None = None,
+    rtol: float | Scalar = 1e-6,
+    atol: float | Scalar | None = None,
+    max_steps: int = 100_000,
+    adjoint: diffrax.AbstractAdjoint | None = None,
+    throw: bool = True,
+    progress: bool = False,
+) -> Path:
+    """Runs the flow θ' = −∇F(θ) − λ∇R(θ) from `model`.
+
+    Where the penalty has kinks at zero coordinates, as ℓ1, it runs the differential
+    inclusion θ' ∈ −∇F(θ) − λ∂R(θ), with the element of least norm on the right:
+    coordinates that reach zero and may stay there do stay, exactly. Steps end where one
+    is caught or let go. (A force that would let one go, and fades again, all within a
+    step, is not seen: give close `ts` where forces come in short pulses.)
+
+    **Arguments:**
+
+    - `flow`: the flow: loss, penalty and what is trainable.
+    - `model`: the initial model θ₀, any Equinox module.
+    - `weight_decay`: λ ≥ 0.
+    - `init_scale`: α, the factor by which all initial parameters are multiplied. (A
+        flow that holds the norm holds that of αθ₀.)
+    - `slow_time`, `t1`, `ts`: give one. Run to slow time s = λt, to time t, or through
+        the given increasing times t ≥ 0.
+    - `saves`: how many times are saved when `ts` is not given: zero, and then evenly
+        in log t from the time in which θ would move by 1 % (a millionth of the last
+        where θ₀ is zero). The solver lands on each;
+        interpolating would leave the manifold.
+    - `metrics`: functions of the model, by name; `Metric` adds a threshold.
+    - `solver`: a gradflow or Diffrax solver; see `choose_solver` for the default.
+    - `rtol`: relative tolerance. The relative error of the parameters, ‖θ − θ*‖/‖θ*‖,
+        stays of this size: below 5 `rtol` on every task in the tests, 6 were seen with
+        the kinks of a Huber loss.
+    - `atol`: absolute tolerance for each coordinate; by default 0.02 · `rtol` · rms(θ)
+        of the θ at that time, so that it means the same in every unit.
+    - `max_steps`: the budget of steps.
+    - `adjoint`: how the run is differentiated, with Diffrax's own solvers: one of its
+        adjoints, by default `diffrax.RecursiveCheckpointAdjoint()`, for `jax.grad`;
+        `diffrax.ForwardMode()` is for `jax.jvp`. KKT solvers and RKC2 have none: give
+        `solver=diffrax.Tsit5()`, or take `gradflow.manifold.limit_map`, which has one.
+    - `throw`: raise if the run fails; otherwise see `path.result`.
+    - `progress`: show a progress bar.
+
+    **Returns:** a `Path`. With a KKT solver its `train_loss` is computed from the
+    multiplier, to about the relative accuracy of the parameters (but for the time
+    between the phases, when it is below the tolerance and not yet on its plateau).
+
+    **Raises:** `ValueError` for arguments that make no sense, before any compute (of
+    what is being traced, the result says so: `wrong_argument`, and nothing is run);
+    `RuntimeError` if the run fails and `throw`.
+    """
+    check_flow(flow)
+    check_one(weight_decay, "weight_decay")
+    wrong = check_arguments(
+        weight_decay=weight_decay, init_scale=init_scale, rtol=rtol, max_steps=max_steps
+    ) | check_given(atol=atol, solver=solver)
+    watched = as_metrics(metrics)
+    model = scaled(model, init_scale, trainable=flow.trainable)
+    term, params = flow.term(model)
+    dtype = jax.tree.leaves(params)[0].dtype
+    wrong = wrong | check_horizon(weight_decay, slow_time, t1, ts, saves, dtype)
+    check_problem(term, params, watched)
+    rtol = resolvable(rtol, params)
+
+    lam = jnp.asarray(weight_decay, dtype)
+    times, size = prepare(
+        term, params, lam, slow_time, t1, ts, saves, watched, measure=solver is None
+    )
+
+    def run(choice: Choice) -> Path:
+        most = min(max_steps, TRIAL_STEPS) if choice.trial else max_steps
+        given = (term, params, lam, times)
+        if isinstance(choice.solver, (AbstractKKT, RKC2)):
+            given = _underivable(given, type(choice.solver).__name__, adjoint)
+        args = solve_arguments(
+            *given,
+            watched,
+            choice.solver,
+            rtol,
+            atol,
+            most,
+            progress,
+            adjoint,
+        )
+        path = solve_watching(*args) if kinked else solve(*args)
+        path.stats["why"] = choice.why
+        if is_concrete(path.t):
+            again = functools.partial(run_again, args[:-1])
+            path = dataclasses.replace(path, again=again)
+        return path
+
+    if wrong is not False:  # then nothing is run
+        lam, times = (jnp.where(wrong, jnp.zeros_like(x), x) for x in (lam, times))
+    kinked = all(map(is_concrete, jax.tree.leaves((term, params, lam, times))))
+    kinked = kinked and _kinked(term, params)
+    choice = as_choice(solver, size, rtol)
+    path = run(choice)
+    if choice.trial and bool(wants_another(path.result)):
+        tried = path.stats["steps"]
+        then = second_choice(size, rtol)
+        if progress:
+            tqdm.write(given_up(path, then.solver), file=sys.stderr)
+        path = run(then)
+        path.stats["trial_steps"] = tried
+    path = named_wrong(path, wrong)
+    return fail_unless_reached(path, path) if throw else path
+
+
+def _underivable(values: PyTree, solver: str, adjoint: Any) -> PyTree:
+    """`values`; who differentiates what comes of them gets an error."""
+    told = (
+        f"adjoint: a run by {solver} has no derivative; give solver=diffrax.Tsit5(), "
+        "and adjoint=diffrax.ForwardMode() for jax.jvp; or take "
+        "gradflow.manifold.limit_map, which has one for jax.grad."
+    )
+    if adjoint is not None:
+        raise ValueError(told)
+    arrays, rest = eqx.partition(values, eqx.is_array)
+    if all(map(is_concrete, jax.tree.leaves(arrays))):
+        return values
+
+    @jax.custom_jvp
+    def same(arrays):
+        return arrays
+
+    @same.defjvp
+    def refuse(primals, tangents):
+        raise ValueError(told)
+
+    return eqx.combine(same(arrays), rest)
+
+
+@eqx.filter_jit
+def _kinked(term: FlowTerm, params: PyTree) -> bool:
+    theta, loss = flatten(term.loss, params, term.static)
+    return may_have_kinks(loss, theta)
+
+
+def solve_watching(*arguments: Any) -> Path:
+    """`solve`, in two parts: after the first it says where kinks make steps short."""
+    with in_part():
+        path, state, ended = solve_part(*arguments, None, jnp.asarray(FIRST))
+    if bool(ended):
+        return path
+    steps, rejected = int(path.stats["steps"]), int(path.stats["rejected"])
+    slid = path.stats.get("sliding")
+    far = float(state.t) < 0.1 * float(path.t[-1])
+    if far and (rejected if slid is None else int(slid)) > steps / 4:
+        told = f"{rejected} rejected" if slid is None else f"{int(slid)} along kinks"
+        warnings.warn(
+            f"simulate: after {steps} steps ({told}) t = {float(state.t):.2g} of "
+            f"{float(path.t[-1]):.2g}. Steps are short where the loss has kinks, as of "
+            "ReLU or max-pooling; the run goes on, and may take long. A smooth "
+            "activation (softplus, GELU) has none; or loosen rtol, or give an earlier "
+            "end.",
+            stacklevel=4,
+        )
+    return solve_part(*arguments, state, jnp.asarray(arguments[MAX_STEPS]))[0]

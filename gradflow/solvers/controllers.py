@@ -1,0 +1,294 @@
+"""Step-size controllers: the tolerance, and what ends a step early."""
+
+from collections.abc import Callable
+from typing import Any
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int, PyTree, Scalar
+
+from .._norms import norm, rms
+
+SHARE = 0.02
+"""The part of the root mean square of θ that counts as the least size of a coordinate:
+what is much smaller than the others need not be known to as many digits."""
+
+
+class AbstractWrapped(diffrax.AbstractAdaptiveStepSizeController):
+    """One with the tolerances of the controller that it is around."""
+
+    controller: eqx.AbstractVar[diffrax.AbstractAdaptiveStepSizeController]
+
+    @property
+    def rtol(self):
+        return self.controller.rtol
+
+    @property
+    def atol(self):
+        return self.controller.atol
+
+    @property
+    def norm(self):
+        return self.controller.norm
+
+    def wrap(self, direction):
+        wrapped = self.controller.wrap(direction)
+        return eqx.tree_at(lambda s: s.controller, self, wrapped)
+
+
+class Relative(diffrax.AbstractAdaptiveStepSizeController):
+    """A `diffrax.PIDController` whose tolerance for a coordinate is
+
+        rtol (|θᵢ| + 0.02 rms(θ)),
+
+    of the θ that there is now: the larger of both ends of a step. So it means the same
+    in every unit, from a start at zero, and for what has decayed far below its start.
+    And since a mean over coordinates may forgive the largest of them, the error is to
+    be below rtol ‖θ‖ as a vector too. With an `atol` the tolerance is atol + rtol |θᵢ|,
+    as Diffrax has it.
+
+    Relative to ‖θ‖, errors do not die out where all of θ decays, or grows from a small
+    start: n ~ 1/z steps, each by a factor of e^{∓z}, add up to n of them. So once ‖θ‖
+    is far below its largest so far (or above its smallest), the part of an error along
+    the step counts in proportion to the step too.
+
+    A step that is rejected at the resolution of t, where t + h = t, ends the run.
+    """
+
+    rtol: Scalar | float
+    atol: Scalar | float
+    """0 unless one was given."""
+    parts_of: Callable[[PyTree], PyTree] = eqx.field(static=True)
+    share: float = eqx.field(static=True)
+    growth: bool = eqx.field(static=True)
+    pid: diffrax.PIDController
+
+    def __init__(
+        self,
+        rtol: Scalar | float,
+        atol: Scalar | float | None = None,
+        *,
+        dtmin: Scalar | float | None = None,
+        factormax: float = 10.0,
+        parts_of: Callable[[PyTree], PyTree] = lambda y: y,
+        growth: bool = True,
+        least: Scalar | float = 0.0,
+    ):
+        """**Arguments:**
+
+        - `rtol`, `atol`: the tolerances; `atol` is none unless given.
+        - `dtmin`: the shortest step: a shorter one ends the run.
+        - `factormax`: by how much a step may be longer than the one before.
+        - `parts_of`: the parameters in a state.
+        - `least`: what no tolerance is below, where no `atol` is given.
+        - `growth`: whether errors of growth count for more; False for a solver that
+            sees to it itself.
+        """
+        self.rtol = rtol
+        self.atol = least if atol is None else atol
+        self.parts_of = parts_of
+        self.share = SHARE if atol is None else 0.0
+        self.growth = growth
+        self.pid = diffrax.PIDController(
+            rtol=0.0, atol=1.0, dtmin=dtmin, force_dtmin=False, factormax=factormax,
+            norm=rms,
+        )  # fmt: skip
+
+    @property
+    def norm(self):
+        return lambda y: rms(self.parts_of(y))
+
+    def wrap(self, direction):
+        return eqx.tree_at(lambda s: s.pid, self, self.pid.wrap(direction))
+
+    def init(self, terms, t0, t1, y0, dt0, args, func, error_order):
+        if dt0 is None:
+            raise ValueError("dt0: Relative does not guess the first step; give it.")
+        end, state = self.pid.init(terms, t0, t1, y0, dt0, args, func, error_order)
+        size = norm(self.parts_of(y0))
+        return end, (state, size, size)
+
+    def adapt_step_size(
+        self, t0, t1, y0, y1_candidate, args, y_error, error_order, controller_state
+    ):
+        state, low, high = controller_state
+        before, after, error = map(self.parts_of, (y0, y1_candidate, y_error))
+        # Where a step has left the domain of the flow, the tolerance is that of its
+        # start.
+        sound = jnp.isfinite(rms(after))
+        after = jax.tree.map(lambda a, b: jnp.where(sound, a, b), after, before)
+        largest = jax.tree.map(
+            lambda a, b: jnp.maximum(jnp.abs(a), jnp.abs(b)), before, after
+        )
+        scale = tolerance(largest, self.rtol, self.atol, self.share)
+        size = norm(before)
+        far = _far(high, size)
+        if self.growth:
+            far = jnp.maximum(far, _far(size, low))
+        # Where all of θ comes to zero that is no decay.
+        far = jnp.where(
+            size > 1e3 * jnp.asarray(self.atol, size.dtype) / self.rtol, far, 0
+        )
+        share = share_along(before, after, error)
+        more = 1 + jnp.minimum(_LASTING * far * share, _MOST)
+        left = norm(after)
+        shrunk = jnp.clip(size / jnp.where(left > 0, left, size + 1), 1, _MOST)
+        more = more * jnp.where(high > size, shrunk**far, 1)
+        scaled = jax.tree.map(lambda e, s: e / s, error, scale)
+        if self.share:
+            spread = norm(jax.tree.map(jnp.ones_like, largest))
+            allowed = self.rtol * norm(largest) + self.atol * spread
+            whole = norm(error) / jnp.where(allowed > 0, allowed, 1)
+            # Without rounding it is no more than that.
+            more = more * jnp.clip(jnp.nan_to_num(whole / rms(scaled)), 1, 2 * spread)
+        scaled = jax.tree.map(lambda e: jnp.where(sound, more * e, jnp.inf), scaled)
+        keep, next_t0, next_t1, jump, state, result = self.pid.adapt_step_size(
+            t0, t1, before, before, args, scaled, error_order, state
+        )
+        # A step that ends a rounding before a time to land on would leave a tiny one to
+        # it, as steps of equal length do between equidistant times. And a tiny step
+        # that is accepted is no failure.
+        eps = jnp.finfo(t1.dtype).eps
+        next_t1 = jnp.where(keep, next_t1 + 4 * eps * jnp.abs(next_t1), next_t1)
+        tiny = keep & (result == diffrax.RESULTS.dt_min_reached)
+        result = diffrax.RESULTS.where(tiny, diffrax.RESULTS.successful, result)
+        stuck = ~keep & (next_t1 - next_t0 <= 4 * eps * next_t0)
+        stuck = stuck & (result == diffrax.RESULTS.successful)
+        result = diffrax.RESULTS.where(stuck, diffrax.RESULTS.dt_min_reached, result)
+        end = jnp.where(keep, norm(after), size)
+        state = (state, jnp.minimum(low, end), jnp.maximum(high, end))
+        return keep, next_t0, next_t1, jump, state, result
+
+
+# By how much an error along the step counts for more where it lasts.
+_LASTING = 6.0
+# By how much at most: what the iterations of an implicit solver leave is a hundredth of
+# a tolerance.
+_MOST = 100.0
+_ONSET = 0.1  # the logarithm of the speed gained in a step at which it counts fully
+
+
+def _far(large: Scalar, small: Scalar) -> Scalar:
+    """From 0 where one size is four times the other to 1 at twelve times. A start at
+    zero has no size."""
+    return jnp.where(small > 0, jnp.clip(jnp.log(large / small) - 1.5, 0, 1), 0)
+
+
+def share_along(
+    before: PyTree, after: PyTree, error: PyTree, rounding: Scalar | float = 0.0
+) -> Scalar:
+    """‖θ‖/‖Δ‖ times the part of an error that lies along the step Δ, as far as it is
+    above rounding, relative to ‖θ‖."""
+    gone = jax.tree.map(lambda a, b: a - b, after, before)
+    length, size = norm(gone), norm(error)
+    products = jax.tree.map(
+        lambda e, g: jnp.sum((e / size) * (g / length)), error, gone
+    )
+    whole = jnp.maximum(norm(before), norm(after))
+    along = jnp.abs(sum(jax.tree.leaves(products))) - rounding * (whole / size)
+    share = jnp.maximum(along, 0) * whole / length
+    return jnp.nan_to_num(share)
+
+
+def lasting(
+    growth: Scalar,
+    before: PyTree,
+    after: PyTree,
+    error: PyTree,
+    rounding: Scalar | float = 0.0,
+) -> Scalar:
+    """By how much the error of a step counts for more since later steps will not damp
+    it: from 1, where the flow does not speed up, to 101. `growth` is the logarithm of
+    the speed gained, and `rounding` what an error may be of ‖θ‖ by rounding alone.
+
+    Most errors die out, as those towards the critical manifold do. But where the flow
+    leaves a saddle, as e^{μt}, an error along it is a shift in time, which stays
+    however large the mode grows. There n ~ 1/z steps of z = μh add up to n errors for
+    each factor of e. So the error e of a step that goes Δ is to be small against Δ too:
+    e·Δ/‖Δ‖² below `rtol`. That also finds what the embedded formulas, made for decay,
+    do not see of growth above z = ½.
+    """
+    weight = jnp.clip(jnp.nan_to_num(growth) / _ONSET, 0, 1)
+    more = _LASTING * weight * share_along(before, after, error, rounding)
+    return 1 + jnp.minimum(more, _MOST)
+
+
+def tolerance(size: PyTree, rtol: Any, atol: Any = 0.0, share: float = SHARE) -> PyTree:
+    """atol + rtol (|θᵢ| + share rms(θ)), above zero, for θ of the given `size`."""
+    least = share * rms(size)
+    cast = lambda x, like: jnp.asarray(x, like.dtype)
+    # An error counts for up to 100 times more, twice, and is to be above underflow.
+    floor = lambda v: 1e3 * jnp.finfo(v.dtype).tiny
+    return jax.tree.map(
+        lambda v: cast(atol, v) + cast(rtol, v) * (jnp.abs(v) + cast(least, v))
+        + floor(v),
+        size,
+    )  # fmt: skip
+
+
+class Pausing(AbstractWrapped):
+    """Ends an integration after `steps`, as if they were all that are allowed; one that
+    goes on begins with the step that ends at `next`."""
+
+    controller: diffrax.AbstractAdaptiveStepSizeController
+    steps: Int[Array, ""]
+    next: Scalar | None
+
+    def __init__(
+        self,
+        controller: diffrax.AbstractAdaptiveStepSizeController,
+        steps: Int[Array, ""],
+        next: Scalar | None,
+    ):
+        self.controller, self.steps, self.next = controller, steps, next
+
+    def init(self, *args):
+        if self.next is not None:
+            return self.next, None
+        t1, inner = self.controller.init(*args)
+        return t1, (inner, t1, jnp.zeros((), int))
+
+    def adapt_step_size(
+        self, t0, t1, y0, y1_candidate, args, y_error, error_order, controller_state
+    ):
+        inner, _, count = controller_state
+        keep, next_t0, next_t1, jump, inner, result = self.controller.adapt_step_size(
+            t0, t1, y0, y1_candidate, args, y_error, error_order, inner
+        )
+        full = (count + 1 >= self.steps) & (result == diffrax.RESULTS.successful)
+        result = diffrax.RESULTS.where(full, diffrax.RESULTS.max_steps_reached, result)
+        return keep, next_t0, next_t1, jump, (inner, next_t1, count + 1), result
+
+
+# Of a step that came too late for a release, this part is tried when what the straight
+# line says has failed twice: just after another event the force jumps.
+_BACK = 0.1
+
+
+class Landing(AbstractWrapped):
+    """Ends steps on the events that an `ActiveSet` finds."""
+
+    controller: diffrax.AbstractAdaptiveStepSizeController
+
+    def __init__(self, controller: diffrax.AbstractAdaptiveStepSizeController):
+        self.controller = controller
+
+    def init(self, *args):
+        t1, inner = self.controller.init(*args)
+        return t1, (inner, jnp.array(0))
+
+    def adapt_step_size(
+        self, t0, t1, y0, y1_candidate, args, y_error, error_order, controller_state
+    ):
+        inner, tries = controller_state
+        keep, next_t0, next_t1, jump, inner, result = self.controller.adapt_step_size(
+            t0, t1, y0, y1_candidate, args, y_error, error_order, inner
+        )
+        part = y1_candidate.landing
+        tries = jnp.where(part < 0, tries + 1, 0)
+        part = jnp.where(tries > 2, -jnp.minimum(-part, _BACK), part)
+        shortened = t0 + jnp.abs(part) * (t1 - t0)
+        next_t1 = jnp.where(part < 1, shortened, next_t1)
+        return keep, next_t0, next_t1, jump, (inner, tries), result

@@ -1,0 +1,129 @@
+"""The matrix of a KKT step: made, kept, drifted, factorised."""
+
+from collections.abc import Callable
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.linalg import cho_factor, cho_solve, lu_factor, lu_solve
+from jaxtyping import Array, Bool, Float, Int, Scalar
+
+from ..flow.flat import FlatLoss, FlatOpaqueLoss
+
+
+class Factor(eqx.Module):
+    """The matrix of the chord iteration: factorised, or inverted where it is small."""
+
+    matrix: Float[Array, "m m"]  # L; or L and U packed; or the inverse
+    pivots: Int[Array, " m"]
+    shift: Float[Array, ""]
+    smallest: Float[Array, ""]  # pivot: about the smallest eigenvalue
+
+
+# Up to this size the inverse is cheaper than to solve by a factor in each iteration.
+_INVERTED = 128
+_DRIFT = 0.1  # contraction that a factor made for another shift may cost
+DENSE_LIMIT = 5000  # parameters up to which the Hessian of an opaque loss is factorised
+
+
+KEPT, RENEWED, WHOLE = range(3)  # the kernel; the last with all curvature
+# Up to how many parameters (and outputs: `_INVERTED`) the whole is cheap.
+_FEW = 100
+
+
+def is_small(
+    loss: FlatLoss, theta: Float[Array, " d"], multiplier: Float[Array, " m"]
+) -> bool:
+    """Whether the Hessian Σ μᵢ∇²zᵢ is cheap. (Of an opaque loss it is zero.)"""
+    opaque = isinstance(loss, FlatOpaqueLoss)
+    few = theta.size <= _FEW and multiplier.size <= _INVERTED
+    return few and not opaque
+
+
+def stage_inverse(
+    loss: FlatLoss,
+    theta: Float[Array, " d"],
+    multiplier: Float[Array, " m"],
+    alpha: Float[Array, "d d"],
+    c: Scalar,
+) -> Float[Array, "d d"]:
+    """(α + c Σ μᵢ∇²zᵢ)⁻¹, with α = 1 + cλ∇²R: what a change of θ does to a stage, μ
+    being fixed."""
+    weighted = lambda th: jnp.vdot(multiplier, loss.outputs(th))
+    curvature = jax.jacrev(jax.grad(weighted))(theta)
+    return jnp.linalg.inv(alpha + c * curvature)
+
+
+def curved_kernel(
+    loss: FlatLoss,
+    theta: Float[Array, " d"],
+    weights: Float[Array, " d"] | Float[Array, "d d"] | None,
+) -> Float[Array, "m m"]:
+    """J W Jᵀ with the diagonal or the whole of W, times ℓ'' unless that is a number."""
+    if weights is not None and weights.ndim == 2:
+        jac = loss.jacobian(theta)
+        kernel = jac @ weights @ jac.T
+    else:
+        kernel = loss.tangent_kernel(theta, weights)
+    if loss.outer_curvature is None:
+        z = loss.outputs(theta)
+        hvp = lambda u: loss.outer_hvp(z, u)
+        kernel = jax.lax.map(hvp, kernel.T, batch_size=256).T
+    return kernel
+
+
+def factorise(
+    loss: FlatLoss, shift: Scalar, kernel: Float[Array, "m m"], definite: bool
+) -> Factor:
+    """The matrix shift I + ℓ''K, or shift/w I + K where ℓ'' = w I."""
+    # Rounding may make a singular kernel indefinite; the ridge moves only how fast the
+    # multiplier converges where it has no bearing on the parameters.
+    ridge = shift + jnp.finfo(kernel.dtype).eps * jnp.abs(jnp.trace(kernel))
+    eye = jnp.eye(kernel.shape[0], dtype=kernel.dtype)
+    w = loss.outer_curvature or 1.0
+    if definite:
+        matrix = cho_factor(ridge / w * eye + kernel, lower=True)[0]
+        pivots = jnp.zeros(kernel.shape[0], jnp.int32)
+        smallest = w * jnp.min(jnp.diag(matrix)) ** 2
+        solve = lambda b: cho_solve((matrix, True), b)
+    else:
+        matrix, pivots = lu_factor(ridge / w * eye + kernel)
+        smallest = w * jnp.min(jnp.abs(jnp.diag(matrix)))
+        solve = lambda b: lu_solve((matrix, pivots), b)
+    if len(eye) <= _INVERTED:
+        matrix = solve(eye)
+    return Factor(matrix, pivots, jnp.asarray(shift, kernel.dtype), smallest)
+
+
+def drifted(factor: Factor, shift: Scalar) -> Bool[Array, ""]:
+    """Whether a factor made for another shift would slow the iteration: its contraction
+    is at most |change of the shift|/(smallest eigenvalue). On the critical manifold the
+    shift is far below all eigenvalues, and one factor serves many step sizes."""
+    return ~(jnp.abs(shift - factor.shift) <= _DRIFT * factor.smallest)
+
+
+def stage_solver(
+    loss: FlatLoss, shift: Scalar, factor: Factor, definite: bool
+) -> Callable:
+    """A function that solves (shift I + ℓ''K) u = shift (ℓ''p + q), given p, q, z."""
+    w = loss.outer_curvature
+    if len(factor.matrix) <= _INVERTED:
+        apply = lambda b: factor.matrix @ b
+    elif definite:
+        apply = lambda b: cho_solve((factor.matrix, True), b)
+    else:
+        apply = lambda b: lu_solve((factor.matrix, factor.pivots), b)
+    if w is not None:
+        return lambda p, q, z: shift * apply(p + q / w)
+    return lambda p, q, z: shift * apply(loss.outer_hvp(z, p) + q)
+
+
+def tableau_matrix(tableau: diffrax.ButcherTableau) -> tuple[np.ndarray, float]:
+    """The strictly lower part of A, and γ."""
+    n = len(tableau.b_sol)
+    a = np.zeros((n, n))
+    for i, row in enumerate(tableau.a_lower):
+        a[i + 1, : i + 1] = row
+    return a, float(np.asarray(tableau.a_diagonal)[-1])

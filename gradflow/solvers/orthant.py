@@ -1,0 +1,75 @@
+"""A loss seen from one orthant of θ, on which ℓ1 is linear."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from diffrax import AbstractTerm
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, PyTree, Scalar
+
+from ..flow.flat import FlatLoss, FlatOpaqueLoss, flatten
+from ..flow.term import FlowTerm, Tracked
+from ..losses import AbstractCompositeLoss
+from ..penalties import AbstractPenalty
+from .kernel import DENSE_LIMIT
+
+HELD = 1e30  # the curvature that stands for a coordinate held at zero
+
+
+class OnOrthant(AbstractPenalty):
+    """A penalty R = S + Σ wᵢ|θᵢ| where each coordinate has a known sign σᵢ, which makes
+    it smooth, S + Σ wᵢσᵢθᵢ; where σᵢ = 0 the coordinate is held at zero."""
+
+    penalty: AbstractPenalty
+    sign: Float[Array, " d"]
+
+    def __call__(self, params: PyTree) -> Scalar:
+        return self.penalty(params)
+
+    def smooth_gradient(self, params: PyTree) -> PyTree:
+        """∇S."""
+        return self.penalty.smooth_gradient(params)
+
+    def gradient(self, params: PyTree) -> PyTree:
+        smooth, unravel = ravel_pytree(self.smooth_gradient(params))
+        weights, _ = ravel_pytree(self.penalty.absolute_weights(params))
+        free = jnp.abs(self.sign)
+        return unravel(free * (smooth + weights * self.sign))
+
+    def curvature(self, params: PyTree) -> PyTree:
+        flat, unravel = ravel_pytree(params)
+        rho = ravel_pytree(self.penalty.curvature(params))[0].astype(flat.dtype)
+        rho = jnp.broadcast_to(rho, flat.shape)
+        return unravel(jnp.where(self.sign == 0, HELD, rho))
+
+
+def only_holds(penalty: AbstractPenalty, params: PyTree) -> bool:
+    """Whether its curvature is that of the coordinates held at zero and nothing else:
+    then it is the same for all step sizes."""
+    if not isinstance(penalty, OnOrthant):
+        return False
+    rest = penalty.penalty.curvature(params)
+    return isinstance(rest, float) and rest == 0.0
+
+
+def unwrap(terms: AbstractTerm, y: PyTree) -> tuple[FlowTerm, PyTree]:
+    """The flow's own term, and the parameters in its state."""
+    term: Any = terms
+    while not isinstance(term, FlowTerm):  # Diffrax wraps terms
+        term = term.term
+    return term, y.params if isinstance(y, Tracked) else y
+
+
+def flat_problem(term: FlowTerm, params: PyTree) -> tuple[Float[Array, " d"], FlatLoss]:
+    """θ, and its loss: a composite one, or one taken as such."""
+    theta, loss = flatten(term.loss, params, term.static)
+    if isinstance(term.loss, AbstractCompositeLoss):
+        return theta, loss
+    if theta.size > DENSE_LIMIT:
+        raise ValueError(
+            f"solver: KKT needs a composite loss for {theta.size} parameters, got "
+            f"{type(term.loss).__name__}, whose Hessian it would factorise (up to "
+            f"{DENSE_LIMIT} parameters); give it as SquaredError, CrossEntropy or other"
+            " composite losses, or take RKC2."
+        )
+    return theta, FlatOpaqueLoss(loss.loss, loss.static, loss.unravel)

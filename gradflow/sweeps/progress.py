@@ -1,0 +1,92 @@
+"""The progress bars of a sweep."""
+
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm.auto import tqdm
+
+from ..results import RESULTS
+from ..runs.outcome import given_up
+from ..runs.path import Path
+from ..runs.solve import SOLVER
+from .axes import Axes
+from .recipe import Lane
+
+
+class Bars:
+    """A line for each device of this process: lanes done and failed, steps a second,
+    the time that is left, and the lane that took most."""
+
+    def __init__(self, axes: Axes, total: int, progress: bool):
+        devices, process = jax.local_devices(), jax.process_index()
+        where = f"process {process}, " if jax.process_count() > 1 else ""
+        many = len(devices) > 1 or bool(where)
+        # A log file gets whole lines, and those now and then only.
+        log = not sys.stderr.isatty() and "ipykernel" not in sys.modules
+        self.axes = axes
+        self.failed, self.steps = [0] * len(devices), [0.0] * len(devices)
+        self.worst = [(0.0, -1)] * len(devices)
+        self.start = self.shown = time.perf_counter()
+        self.bars = [
+            tqdm(
+                total=total // len(devices) + (k < total % len(devices)),
+                desc=f"{where}{device.platform} {k}" if many else None,
+                unit="lane",
+                position=k if many and not log else None,
+                mininterval=10.0 if log else 0.1,
+                bar_format="{l_bar}{r_bar}\n" if log else None,
+                disable=not progress,
+            )
+            for k, device in enumerate(devices)
+        ]
+
+    def tell(self, lane: int, path: Path | Exception, device: int) -> None:
+        bar = self.bars[device]
+        if isinstance(path, Exception):
+            self.failed[device] += 1
+        else:
+            self.failed[device] += int(path.result._value) not in _REACHED
+            steps = float(path.stats["steps"])
+            self.steps[device] += steps
+            self.worst[device] = max(self.worst[device], (steps, lane))
+        if not bar.disable:
+            rate = self.steps[device] / (time.perf_counter() - self.start)
+            worst = self.worst[device][1]
+            where = f", most at {self.axes.words(worst)}" if worst >= 0 else ""
+            bar.set_postfix_str(
+                f"{self.failed[device]} failed, {rate:.3g} steps/s{where}",
+                refresh=False,
+            )
+        bar.update()
+
+    def given_up(self, lane: Lane, path: Path) -> None:
+        """Says that the solver of a lane, which was only tried, has failed."""
+        if self.bars[0].disable or lane.again is None:
+            return
+        solver = lane.again.args[SOLVER]
+        where = self.axes.words(int(lane.name))
+        tqdm.write(f"{where}: {given_up(path, solver)}", file=sys.stderr)
+
+    def under_way(self, name: str, path: Path) -> None:
+        """Shows how far a lane is that takes long."""
+        bar, now = self.bars[0], time.perf_counter()
+        if bar.disable or now - self.shown < max(bar.mininterval, 1.0):
+            return
+        self.shown = now
+        lane = int(name.partition("-")[0])
+        done = int(np.isfinite(np.asarray(path.train_loss)).sum())
+        words = f"{self.axes.words(lane)}: {done} of {len(path.t)} saved times"
+        bar.set_postfix_str(words)
+
+    def __enter__(self) -> "Bars":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for bar in self.bars:
+            bar.close()
+
+
+_REACHED = [int(r._value) for r in (RESULTS.successful, RESULTS.slid)]

@@ -1,0 +1,277 @@
+"""The paths of a sweep."""
+
+import dataclasses
+import functools
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeAlias
+
+import equinox as eqx
+import jax
+import numpy as np
+from jaxtyping import Array, Bool, Float, PyTree
+
+from ..results import RESULTS
+from ..runs.path import Path
+from ..runs.solve import run_again
+from .axes import Axes, short
+from .columns import columns, result_attributes, xarray
+from .recipe import Recipe
+from .stack import Owned, Ragged
+
+Numbers: TypeAlias = float | int | Array | np.ndarray | Sequence[float]
+
+_SHOWN = 24  # lanes that are printed one by one
+
+
+class Sweep(eqx.Module):
+    """The paths of L lanes, one for each combination of values of the axes.
+
+    Lanes are numbered in C order of the dimensions: `sweep[i]` is the `Path` of lane i,
+    and so is `sweep[j, k]` by its position in each dimension. One that failed is marked
+    in `result`, and is NaN after its end; one that raised an error is NaN throughout,
+    and `causes` has the words. The others are as if it had not been there.
+    """
+
+    paths: Path
+    """All paths as one: its arrays have the lanes as their first axis. (But `static`
+    and `watched`, which the lanes of one problem share: where there are many, they are
+    those of `sweep[i]`. Parameters of differing shapes are theirs too.)"""
+    axes: Axes
+    """The axes, and the dimensions along which they run."""
+    owned: tuple[Owned, ...] = ()
+    """`static` and `watched` of each lane, where there are many problems."""
+    causes: dict[int, str] = eqx.field(default_factory=dict)
+    """The error of each lane that raised one."""
+    fixed: dict[str, float] = eqx.field(default_factory=dict)
+    """What is the same for all lanes: those of `weight_decay`, `init_scale`, `rtol` and
+    `learning_rate` that are no axes."""
+    recipe: Any = None
+    """How to make a lane, to run it again (see `Path.again`); `None` where results were
+    read from disk."""
+
+    @property
+    def dims(self) -> tuple[str, ...]:
+        """The names of the dimensions."""
+        return self.axes.dims
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The number of values along each dimension."""
+        return self.axes.shape
+
+    @property
+    def coords(self) -> dict[str, np.ndarray]:
+        """The values of each axis."""
+        return {name: values for name, (_, values) in self.axes.coords.items()}
+
+    @property
+    def weight_decay(self) -> Float[Array, " L"]:
+        """λ of each lane."""
+        return self.paths.weight_decay
+
+    @property
+    def t(self) -> Float[Array, "L n"]:
+        """The saved times of each lane."""
+        return self.paths.t
+
+    @property
+    def slow_time(self) -> Float[Array, "L n"]:
+        """s = λt at the saved times."""
+        return self.paths.slow_time
+
+    @property
+    def metrics(self) -> dict[str, Float[Array, "L n"]]:
+        """What was watched, at the saved times."""
+        return self.paths.metrics
+
+    @property
+    def train_loss(self) -> Float[Array, "L n"]:
+        """F at the saved times."""
+        return self.paths.train_loss
+
+    @property
+    def penalty(self) -> Float[Array, "L n"]:
+        """R at the saved times."""
+        return self.paths.penalty
+
+    @property
+    def result(self) -> RESULTS:
+        """How each lane ended."""
+        return self.paths.result
+
+    @property
+    def succeeded(self) -> Bool[Array, " L"]:
+        """Whether each lane did what was asked."""
+        return self.paths.succeeded
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        """Steps and other counts of each lane; see `Path`."""
+        return self.paths.stats
+
+    def __len__(self) -> int:
+        return self.weight_decay.shape[0]
+
+    def __getitem__(self, index: int | np.integer | tuple[int, ...]) -> Path:
+        """The path of one lane, by its number or its position in each dimension."""
+        i = self.axes.lane(index)
+        paths = self.paths
+        ragged = isinstance(paths.params, Ragged)
+        bare = dataclasses.replace(paths, static=None, watched={}, stats={})
+        bare = dataclasses.replace(bare, params=None) if ragged else bare
+        lane = jax.tree.map(lambda x: x[i] if eqx.is_array(x) else x, bare)
+        static, watched = self.owned[i] if self.owned else (paths.static, paths.watched)
+        again = None
+        if self.recipe is not None and not self.recipe.descends:
+            again = functools.partial(_run_again, self.recipe, i, self._why(i))
+        return dataclasses.replace(
+            lane,
+            params=paths.params.lanes[i] if ragged else lane.params,
+            stats={
+                k: v if isinstance(v, str) else v[i] for k, v in paths.stats.items()
+            },
+            static=static,
+            watched=watched,
+            again=again,
+        )
+
+    def _why(self, i: int) -> str:
+        """The reason for the solver of lane i."""
+        why = self.stats["why"]
+        return why if isinstance(why, str) else why[i]
+
+    def __iter__(self) -> Iterator[Path]:
+        return (self[i] for i in range(len(self)))
+
+    def crossing_time(self, name: str) -> Float[np.ndarray, "..."]:
+        """When metric `name` has passed its threshold for good, in the shape of the
+        dimensions; see `Path.crossing_time`."""
+        times = [path.crossing_time(name) for path in self]
+        return np.array(times).reshape(self.shape)
+
+    def to_xarray(self) -> Any:
+        """An `xarray.Dataset` with a dimension for each of `dims`, and `time`.
+
+        It has `t`, `slow_time`, `train_loss`, `penalty`, `metric_NAME` and
+        `threshold_NAME`, what the solver counted (`steps`, …), and `result`, whose
+        attributes give the meanings of its values.
+        """
+        return _dataset(self)
+
+    def __str__(self) -> str:
+        stats = self.stats
+        solver = stats["solver"]
+        if not isinstance(solver, str):
+            solver = " or ".join(sorted(set(solver)))
+        accuracy = ""
+        if "rtol" in stats:
+            accuracy = f", rtol {float(np.nanmin(stats['rtol'])):.1g}"
+        if self.dims == ("weight_decay",):
+            count = f"{len(self)} weight decays"
+        else:
+            sizes = zip(self.dims, self.shape, strict=True)
+            product = " × ".join(f"{n} {short(dim)}" for dim, n in sizes)
+            count = f"{product} = {len(self)} lanes"
+        lines = [f"Sweep of {count}, {solver}{accuracy}"]
+        many = len(self) > _SHOWN
+        return "\n".join(lines + (self._summary() if many else self._table()))
+
+    def _table(self) -> list[str]:
+        names = [name for name in self.axes.along if name != "weight_decay"]
+        lines = [
+            "  "
+            + "".join(f"{short(name):>9} " for name in names)
+            + f"{'λ':>9} {'steps':>6} {'rejected':>8} {'train loss':>10}"
+            + "".join(f" {name:>10}" for name in self.metrics)
+        ]
+        alone = self.dims == ("weight_decay",)
+        lams = np.asarray(self.weight_decay)
+        for i in np.argsort(-lams) if alone else range(len(self)):
+            labels = self.axes.labels(int(i))
+            own = [labels[name] for name in names]
+            rejected = self.stats.get("rejected", np.full(len(self), np.nan))[i]
+            row = (
+                "  "
+                + "".join(f"{_cell(v):>9} " for v in own)
+                + f"{float(lams[i]):9.2e} {_count(self.stats['steps'][i]):>6} "
+                f"{_count(rejected):>8} {float(self.train_loss[i, -1]):10.3g}"
+                + "".join(f" {float(v[i, -1]):10.3g}" for v in self.metrics.values())
+            )
+            lines.append(row + self._mark(int(i)))
+        return lines
+
+    def _mark(self, i: int) -> str:
+        if i in self.causes:
+            return f"  RAISED: {self.causes[i].splitlines()[0]}"
+        path = self[i]
+        if not bool(path.succeeded):
+            return f"  FAILED: {path.verdict}"
+        if bool(path.result == RESULTS.slid):
+            return f"  slid along kinks in {int(self.stats['sliding'][i])} steps"
+        return ""
+
+    def _summary(self) -> list[str]:
+        good = np.asarray(self.succeeded)
+        lines = [f"  {int(good.sum())} succeeded, {int((~good).sum())} failed"]
+        marks = {i: self._mark(int(i)).strip() for i in np.flatnonzero(~good).tolist()}
+        for mark, number in Counter(marks.values()).most_common():
+            where = [self.axes.words(i) for i, m in marks.items() if m == mark]
+            shown = "; ".join(where[:3]) + ("; …" if len(where) > 3 else "")
+            lines.append(f"  {number} × {mark}\n      at {shown}")
+        steps = np.asarray(self.stats["steps"], float)
+        if np.isfinite(steps).any():
+            worst = int(np.nanargmax(steps))
+            lines.append(
+                f"  steps: {np.nanmedian(steps):.0f} (median), {steps[worst]:.0f} "
+                f"(most, at {self.axes.words(worst)})"
+            )
+        for name, values in {"train loss": self.train_loss, **self.metrics}.items():
+            last = np.asarray(values)[:, -1]
+            if np.isfinite(last).any():
+                low, middle, high = np.nanquantile(last, (0, 0.5, 1))
+                lines.append(
+                    f"  {name} at the end: {low:.3g} … {middle:.3g} … {high:.3g}"
+                )
+        return lines
+
+    def plot(self, **kwargs: Any) -> Any:
+        """Every lane in time t and slow time λt; see `gradflow.plot.sweep`."""
+        from .. import plot
+
+        return plot.sweep(self, **kwargs)
+
+
+def _dataset(sweep: Sweep) -> Any:
+    """All lanes, in the shape of the dimensions; see `Sweep.to_xarray`."""
+    dims, shape = sweep.dims, sweep.shape
+    lanes = len(sweep)
+    watched = [o.watched for o in sweep.owned] or [sweep.paths.watched] * lanes
+    variables = {}
+    for name, values in columns(sweep.paths, watched).items():
+        own = dims + ("time",) * (values.ndim - 1)
+        variables[name] = (own, values.reshape(*shape, *values.shape[1:]))
+    out = xarray().Dataset(variables, coords=sweep.axes.coords)
+    out["t"].attrs["long_name"] = "time t"
+    out["slow_time"].attrs["long_name"] = "slow time s = lambda t"
+    out["result"].attrs.update(result_attributes())
+    out.attrs.update(sweep.fixed)
+    return out.set_coords(["t", "slow_time"])
+
+
+def _run_again(
+    recipe: Recipe, i: int, why: str, params: PyTree, ts: Float[Array, " n"]
+) -> Path:
+    """Lane i from elsewhere, by the solver that was chosen for the reason `why`."""
+    lane = recipe.lane(i)
+    if lane.again is not None and lane.why != why:
+        lane = lane.again
+    return run_again(lane.args[:-1], params, ts)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)[:9]
+
+
+def _count(value: Any) -> str:
+    return f"{int(value)}" if np.isfinite(float(value)) else "–"

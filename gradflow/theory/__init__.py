@@ -1,0 +1,1 @@
+"""What theory predicts of a run, and how far off it is."""

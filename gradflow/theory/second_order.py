@@ -1,0 +1,487 @@
+"""The terms of order λ in the two-phase prediction, uniform in time.
+
+With H = ∇²F, h = −H⁺∇R and D³F[a, b] the derivative of ∇²F(w) a along b:
+
+- outer: θ_λ = w° + λ(w₁ + h(w°)) + O(λ²), where w₁ is tangent and
+  w₁' = Df[w₁] − D²Φ[h, ∇R] − P∇²R h, with f = −P∇R the field of the drift;
+- inner: θ_λ = θ_GF + λθ₁ + O(λ²), where θ₁' = −H(θ_GF)θ₁ − ∇R(θ_GF), θ₁(0) = 0;
+- they meet: θ₁(t) → −tP∇R(Φ) + w₁(0) + h(Φ), which gives w₁(0).
+
+This expands dy/ds = −DΦ(θ_λ)∇R(θ_λ), which y = Φ(θ_λ) obeys exactly, in λ.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, Int, PyTree
+
+from ..flow.flat import FlatLoss, flatten
+from ..flow.term import FlowTerm
+from ..manifold import Spectrum
+from ..manifold._normal import weighted_jacobian
+from ..penalties import AbstractPenalty
+from ..runs.interpolate import interpolate, place
+from ..runs.path import Path
+from ..runs.refine import FEWEST, MOST
+from ..runs.times import even_times
+from ..solvers.kernel import DENSE_LIMIT
+
+_ORDER = 5  # of the formula of backward differences
+_MISMATCH = 1e-3  # above it, the grid of θ₁ is refined
+
+
+class SecondOrder(eqx.Module):
+    """The terms of order λ, along the fast path and at the nodes of the drift."""
+
+    inner: PyTree
+    """e₁(t) = θ₁ + tP∇R(Φ) − w₁(0) − h(Φ), which is gone with the fast phase; at times
+    of its own, even in log(1 + t/τ) up to the end of the fast path."""
+    tangent: PyTree
+    """w₁(s), the drift's own correction, along M; up to `until`."""
+    offset: PyTree
+    """h(s) = −(∇²F)⁺∇R, the offset normal to M; up to `until`."""
+    ratio: Float[Array, " n"]
+    """‖b‖/‖h‖ along the drift, b the part normal to M of the next term, that of λ²: how
+    fast the series falls is λ times this."""
+    fast_ratio: Float[Array, " k"]
+    """max(‖a‖/‖Φ‖, (‖q‖/‖Φ‖)^½) along the fast path, at the times of `inner`, for the
+    terms λa and λ²q: how fast the series falls there is λ times this. (By the root, as
+    a may be small by chance, and as what counts is how far λ moves the solution.)"""
+    next: PyTree
+    """q = θ₂ − ½t²w°''(0) − t(w₁ + h)'(0) at these times, the term of order λ² inside
+    the fast phase; its end is that at the start of the drift."""
+    until: Float[Array, ""]
+    """The slow time up to which w₁ was found."""
+    mismatch: Float[Array, ""]
+    """How far w₁(0) is off at most, relative to the term of order λ at s = 0: the error
+    of the finer of the two grids that it is extrapolated from."""
+    fast_mismatch: Float[Array, ""]
+    """The same for `inner`, the largest along the fast path."""
+
+    def __str__(self) -> str:
+        ratio = self.ratio
+        text = (
+            f"second order known to s = {float(self.until):.3g}; its terms fall as "
+            f"{float(ratio[0]):.2g} λ at s = 0, {float(ratio[-1]):.2g} λ at the end, "
+            f"{float(jnp.max(self.fast_ratio)):.2g} λ in the fast phase"
+        )
+        if float(self.mismatch) > 1e-2:
+            text += (
+                f"; uncertain by {100 * float(self.mismatch):.1g} %, as the fast phase "
+                "changes abruptly, late in its course"
+            )
+        return text
+
+
+def check_second_order(spectrum: Spectrum, penalty: AbstractPenalty) -> None:
+    if not penalty.smooth:
+        raise ValueError(
+            f"order: the second takes ∇²R, which {type(penalty).__name__} has not "
+            "everywhere; give order=1."
+        )
+    if spectrum.form == "hessian" and spectrum.parameters > DENSE_LIMIT:
+        raise ValueError(
+            f"order: the second factorises the Hessian, for up to {DENSE_LIMIT} "
+            f"parameters, got {spectrum.parameters}; give order=1."
+        )
+
+
+def second_order(
+    term: FlowTerm, fast: Path, drift: Path, spectrum: Spectrum, fast_scale: Array
+) -> SecondOrder | None:
+    """The terms of order λ for the two paths of a two-phase prediction; `None` where
+    they could not be found."""
+    form, rank = spectrum.form, spectrum.rank
+    start = jax.tree.map(lambda p: p[0], drift.params)
+    end = fast.t[-1]
+    times = lambda n: even_times(np.linspace(0, 1, n), end, fast_scale)
+    none = jnp.zeros_like(ravel_pytree(start)[0])
+    _, h, speed = match(term, start, none, form, rank)
+    theta1 = lambda n: inner(term, fast.params, fast_scale, times(n), form, speed)
+    count = FEWEST
+    rough, fine = theta1(count), theta1(2 * count - 1)
+    while True:
+        # The error falls 32 times with the spacing: one more is had by extrapolation.
+        change = (fine[::2] - rough) / (2**_ORDER - 1)
+        w1, *_ = match(term, start, fine[-1] + change[-1], form, rank)
+        off, *_ = match(term, start, fine[-1], form, rank)
+        mismatch = jnp.linalg.norm(w1 - off) / jnp.linalg.norm(w1 + h)
+        inside = _largest_share(change, rough)
+        if not bool(jnp.maximum(mismatch, inside) > _MISMATCH) or 2 * count > MOST:
+            break
+        count = 2 * count - 1
+        rough, fine = fine, theta1(2 * count - 1)
+    theta = fine[::2] + change
+    s = drift.t[: _regular(drift)]
+    tangent = outer(term, drift.params, drift.t, s, w1, 1.0, form, rank)
+    # What the solver did not reach is infinite.
+    n = int(jnp.sum(jnp.all(jnp.isfinite(tangent), axis=1)))
+    if n < 8 or not bool(jnp.isfinite(mismatch)):  # interpolation takes 8
+        return None
+    nodes = jax.tree.map(lambda p: p[:n], drift.params)
+    offset, ratio = _next(term, nodes, s[:n], tangent[:n], form, rank)
+    bend, rise = _start(term, start, w1, offset, drift.t, form, rank)
+    q = inner_next(
+        term, fast.params, fast_scale, times(2 * count - 1), form, fine, speed, bend,
+        rise,
+    )[::2]  # fmt: skip
+    whole = jnp.linalg.norm(ravel_pytree(start)[0])
+    first, more = (jnp.linalg.norm(x, axis=1) / whole for x in (theta, q))
+    e1 = theta - (w1 + h)[None]
+    stack = jax.vmap(ravel_pytree(start)[1])
+    return SecondOrder(
+        inner=stack(e1.at[-1].set(0.0)),
+        tangent=stack(tangent[:n]),
+        offset=stack(offset),
+        ratio=ratio,
+        fast_ratio=jnp.maximum(first, jnp.sqrt(more)),
+        next=stack(q),
+        until=s[n - 1],
+        mismatch=mismatch,
+        fast_mismatch=inside,
+    )
+
+
+def _largest_share(part: Float[Array, "n d"], whole: Float[Array, "n d"]) -> Array:
+    """The largest ‖part‖ along a path, of the ‖whole‖ up to there."""
+    part, whole = (jnp.linalg.norm(x, axis=1) for x in (part, whole))
+    whole = jax.lax.cummax(whole)
+    return jnp.max(jnp.where(whole > 0, part / jnp.where(whole > 0, whole, 1.0), 0.0))
+
+
+@eqx.filter_jit
+def _start(
+    term: FlowTerm,
+    start: PyTree,
+    w1: Float[Array, " d"],
+    offset: Float[Array, "n d"],
+    nodes: Float[Array, " nodes"],
+    form: str,
+    rank: Int[Array, ""],
+) -> tuple[Float[Array, " d"], Float[Array, " d"]]:
+    """w°''(0) and a'(0), a = w₁ + h, at the start of the drift."""
+    at = Point(term, start, form, rank)
+    h = lambda s: interpolate(offset, place(s, nodes[-1], 1.0, nodes.size))
+    # At 0 itself the position is clipped, and its derivative halved.
+    beside = 1e-6 * nodes[1]
+    rise = jax.jvp(h, (beside,), (jnp.ones_like(beside),))[1]
+    return at.field_jvp(-at.drift), rise + at.tangent_rate(w1)
+
+
+class Point(eqx.Module):
+    """M at a point: its curvature H = GᵀG in the normal directions, and the penalty."""
+
+    loss: FlatLoss
+    penalty: AbstractPenalty
+    w: Float[Array, " d"]
+    root: Float[Array, "k d"]  # G, with orthogonal rows
+    curvature: Float[Array, " k"]  # of the rows, that is their squares; ∞ if not kept
+    sign: Float[Array, " k"]  # −1 for a negative curvature: at a saddle
+    drift: Float[Array, " d"]  # P∇R
+    offset: Float[Array, " d"]  # h = −H⁺∇R
+
+    def __init__(self, term: FlowTerm, params: PyTree, form: str, rank: Int[Array, ""]):
+        """M at `params`; `rank` is that of ∇²F along M."""
+        w, loss = flatten(term.loss, params, term.static)
+        if form == "jacobian":
+            a, _ = weighted_jacobian(loss, w)
+            values, vectors = jnp.linalg.eigh(a @ a.T)
+            root = vectors.T @ a
+        else:
+            values, vectors = jnp.linalg.eigh(jax.hessian(loss)(w))
+            root = jnp.sqrt(jnp.abs(values))[:, None] * vectors.T
+        place = jnp.argsort(jnp.argsort(-jnp.abs(values)))
+        self.loss, self.penalty, self.w, self.root = loss, term.penalty, w, root
+        self.curvature = jnp.where(place < rank, jnp.abs(values), jnp.inf)
+        self.sign = jnp.sign(values)
+        gradient = self._gradient(w)
+        self.drift = self.project(gradient)
+        self.offset = -self.inverse(gradient)
+
+    def _gradient(self, w: Float[Array, " d"]) -> Float[Array, " d"]:
+        return ravel_pytree(self.penalty.gradient(self.loss.unravel(w)))[0]
+
+    def project(self, v: Float[Array, " d"]) -> Float[Array, " d"]:
+        """P v, along M."""
+        return v - self.root.T @ (self.root @ v / self.curvature)
+
+    def inverse(self, v: Float[Array, " d"]) -> Float[Array, " d"]:
+        """H⁺ v."""
+        return self.root.T @ (self.sign * (self.root @ v) / self.curvature**2)
+
+    def penalty_hvp(self, v: Float[Array, " d"]) -> Float[Array, " d"]:
+        """∇²R v."""
+        return jax.jvp(self._gradient, (self.w,), (v,))[1]
+
+    def third(
+        self, a: Float[Array, "p d"], b: Float[Array, "p d"]
+    ) -> Float[Array, "p d"]:
+        """D³F[a, b] for p pairs."""
+
+        def one(a, b):
+            hvp = lambda w: jax.jvp(self.loss.gradient, (w,), (a,))[1]
+            return jax.jvp(hvp, (self.w,), (b,))[1]
+
+        return jax.vmap(one)(a, b)
+
+    def bending(self) -> Float[Array, " d"]:
+        """D²Φ[h, ∇R] = −P D³F[H⁺h, P∇R] + ½P D³F[h, h]."""
+        h = self.offset
+        first, second = self.third(
+            jnp.stack([self.inverse(h), h]), jnp.stack([self.drift, h])
+        )
+        return self.project(0.5 * second - first)
+
+    def field_jvp(self, v: Float[Array, " d"]) -> Float[Array, " d"]:
+        """Df[v] of the field f = −P∇R for a tangent v:
+        H⁺D³F[v, P∇R] − P(D³F[h, v] + ∇²R v)."""
+        first, second = self.third(
+            jnp.stack([v, self.offset]), jnp.stack([self.drift, v])
+        )
+        return self.inverse(first) - self.project(second + self.penalty_hvp(v))
+
+    def tangent_rate(self, w1: Float[Array, " d"], bend: float = 1.0) -> Array:
+        """w₁' = Df[w₁] − D²Φ[h, ∇R] − P∇²R h."""
+        source = bend * self.bending() + self.project(self.penalty_hvp(self.offset))
+        return self.field_jvp(w1) - source
+
+
+@eqx.filter_jit
+def match(
+    term: FlowTerm,
+    start: PyTree,
+    theta1: Float[Array, " d"],
+    form: str,
+    rank: Int[Array, ""],
+) -> tuple[Float[Array, " d"], Float[Array, " d"], Float[Array, " d"]]:
+    """w₁(0) = P(Φ)[θ₁ + tP∇R(Φ)], given what is in the brackets at a large time; h(Φ)
+    and P∇R(Φ)."""
+    at = Point(term, start, form, rank)
+    return at.project(theta1), at.offset, at.drift
+
+
+@eqx.filter_jit
+def outer(
+    term: FlowTerm,
+    path: PyTree,
+    nodes: Float[Array, " nodes"],
+    ts: Float[Array, " n"],
+    w1: Float[Array, " d"],
+    bend: float,
+    form: str,
+    rank: Int[Array, ""],
+) -> Float[Array, "n d"]:
+    """w₁ at the slow times `ts`, along the drift known at `nodes`. It is smooth, and
+    not held to M: a plain solver and its dense output will do. `bend` is 1; with 0 the
+    term D²Φ[h, ∇R] is left out."""
+
+    def field(s, v, args):
+        here = interpolate(path, place(s, nodes[-1], 1.0, nodes.size))
+        return Point(term, here, form, rank).tangent_rate(v, bend)
+
+    size = jnp.linalg.norm(w1) + jnp.linalg.norm(ravel_pytree(path)[0])
+    scale = size / (w1.size * nodes.size) ** 0.5
+    solution = diffrax.diffeqsolve(
+        diffrax.ODETerm(field),
+        diffrax.Tsit5(),
+        t0=jnp.zeros((), w1.dtype),
+        t1=ts[-1],
+        dt0=0.01 * ts[-1],
+        y0=w1,
+        saveat=diffrax.SaveAt(ts=ts),
+        stepsize_controller=diffrax.PIDController(rtol=1e-6, atol=1e-6 * scale),
+        # Tens are enough but near a singular point, where w₁ grows without bound.
+        max_steps=300,
+        throw=False,
+        adjoint=diffrax.ForwardMode(),
+    )
+    ys: Any = solution.ys
+    return ys
+
+
+def _regular(drift: Path) -> int:
+    """How many nodes of the drift there are before η has fallen to a thousandth."""
+    eta = np.asarray(drift.stats["smallest_curvature"])
+    fallen = np.flatnonzero(~(eta >= 1e-3 * eta[0]))
+    return max(int(fallen[0]) if fallen.size else eta.size, 8)
+
+
+@eqx.filter_jit
+def _next(
+    term: FlowTerm,
+    nodes: PyTree,
+    s: Float[Array, " n"],
+    tangent: Float[Array, "n d"],
+    form: str,
+    rank: Int[Array, ""],
+) -> tuple[Float[Array, "n d"], Float[Array, " n"]]:
+    """h, and ‖b‖/‖h‖: b = −H⁺(½D³F[a, a] + ∇²R a + da/ds), a = w₁ + h, is what the
+    terms of order λ² in λ dθ/ds = −∇F − λ∇R leave normal to M."""
+    offset = jax.lax.map(lambda p: Point(term, p, form, rank).offset, nodes)
+    first = tangent + offset
+    rise, run = jnp.gradient(first, axis=0), jnp.gradient(s)
+    rate = jnp.asarray(rise) / jnp.asarray(run)[:, None]
+
+    def at(args):
+        p, a, rate, h = args
+        here = Point(term, p, form, rank)
+        force = 0.5 * here.third(a[None], a[None])[0] + here.penalty_hvp(a) + rate
+        size = jnp.linalg.norm(h)
+        ratio = jnp.linalg.norm(here.inverse(force)) / jnp.where(size > 0, size, 1.0)
+        return jnp.where(size > 0, ratio, 0.0)
+
+    return offset, jax.lax.map(at, (nodes, first, rate, offset))
+
+
+@eqx.filter_jit
+def inner(
+    term: FlowTerm,
+    path: PyTree,
+    scale: Float[Array, ""],
+    ts: Float[Array, " n"],
+    form: str,
+    speed: Float[Array, " d"],
+) -> Float[Array, "n d"]:
+    """u = θ₁ + tv at the times `ts`, where v = `speed` = P∇R(Φ): what is left of θ₁
+    without its growth, u' = −H(u − tv) − ∇R + v."""
+
+    def source(t, w, loss):
+        grown = t * jax.jvp(loss.gradient, (w,), (speed,))[1]
+        return grown - _pull(term, w, loss) + speed
+
+    return _march(term, path, scale, ts, form, source)
+
+
+@eqx.filter_jit
+def inner_next(
+    term: FlowTerm,
+    path: PyTree,
+    scale: Float[Array, ""],
+    ts: Float[Array, " n"],
+    form: str,
+    first: Float[Array, "n d"],
+    speed: Float[Array, " d"],
+    bend: Float[Array, " d"],
+    rise: Float[Array, " d"],
+) -> Float[Array, "n d"]:
+    """q = θ₂ − ½t²w°'' − ta', the term of order λ² without its growth, at the times
+    `ts` at which u is `first`: θ₂' = −Hθ₂ − ½D³F[θ₁, θ₁] − ∇²Rθ₁. `bend` is w°''(0),
+    and `rise` is a'(0), a = w₁ + h."""
+
+    def source(t, w, loss):
+        u = interpolate(first, place(t, ts[-1], scale, ts.size))
+        theta1 = u - t * speed
+        hvp = lambda v: lambda x: jax.jvp(loss.gradient, (x,), (v,))[1]
+        third = jax.jvp(hvp(theta1), (w,), (theta1,))[1]
+        grown = hvp(0.5 * t**2 * bend + t * rise)(w)
+        pull = lambda x: _pull(term, x, loss)
+        decay = jax.jvp(pull, (w,), (theta1,))[1]
+        return -0.5 * third - decay - grown - t * bend - rise
+
+    return _march(term, path, scale, ts, form, source)
+
+
+def _pull(term: FlowTerm, w: Float[Array, " d"], loss: FlatLoss) -> Float[Array, " d"]:
+    """∇R."""
+    return ravel_pytree(term.penalty.gradient(loss.unravel(w)))[0]
+
+
+def _march(
+    term: FlowTerm,
+    path: PyTree,
+    scale: Float[Array, ""],
+    ts: Float[Array, " n"],
+    form: str,
+    source: Callable,
+) -> Float[Array, "n d"]:
+    """u' = −H(θ_GF)u + source(t, θ_GF, F), u(0) = 0, at the times `ts`.
+
+    The times are even in x = log(1 + t/τ), as are those of the fast path, however many,
+    and u is smooth there: the implicit formula of backward differences needs no other
+    point, and H only there. The spectrum is real, so that its stability is that of an
+    L-stable method.
+    """
+    alpha = backward_differences(_ORDER)
+    nodes = jax.tree.leaves(path)[0].shape[0]
+    at = lambda t: interpolate(path, place(t, ts[-1], scale, nodes))
+    first = jax.tree.map(lambda p: p[0], path)
+    theta, _ = flatten(term.loss, first, term.static)
+    dx = jnp.log1p(ts[-1] / scale) / (ts.size - 1)
+
+    def rate(x, u):
+        """du/dx, where the problem is not stiff yet."""
+        t = scale * jnp.expm1(x)
+        w, loss = flatten(term.loss, at(t), term.static)
+        hu = jax.jvp(loss.gradient, (w,), (u,))[1]
+        return scale * jnp.exp(x) * (source(t, w, loss) - hu)
+
+    def runge_kutta(v, k):
+        x = k * dx
+        k1 = rate(x, v)
+        k2 = rate(x + dx / 2, v + dx / 2 * k1)
+        k3 = rate(x + dx / 2, v + dx / 2 * k2)
+        k4 = rate(x + dx, v + dx * k3)
+        v = v + dx / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+        return v, v
+
+    def advance(past, t):
+        w, loss = flatten(term.loss, at(t), term.static)
+        h = dx * (t + scale)
+        right = h * source(t, w, loss) - alpha[1:] @ past
+        v = _shifted(loss, w, form, h, alpha[0], right, past[0])
+        return jnp.concatenate([v[None], past[:-1]]), v
+
+    zero = jnp.zeros_like(theta)
+    count = jnp.arange(alpha.size - 2, dtype=theta.dtype)
+    early = jax.lax.scan(runge_kutta, zero, count)[1]
+    early = jnp.concatenate([zero[None], early])
+    late = jax.lax.scan(advance, early[::-1], ts[alpha.size - 1 :])[1]
+    return jnp.concatenate([early, late])
+
+
+def _shifted(
+    loss: FlatLoss,
+    w: Float[Array, " d"],
+    form: str,
+    h: Float[Array, ""],
+    alpha: Float[Array, ""],
+    right: Float[Array, " d"],
+    guess: Float[Array, " d"],
+) -> Float[Array, " d"]:
+    """Solves (α + hH) v = right. In the Jacobian form H = AᵀA + S, where S, from the
+    residuals, fades along the path: conjugate gradients, preconditioned by α + hAᵀA,
+    take a few iterations first and one in the end."""
+    if form == "hessian":
+        matrix = alpha * jnp.eye(w.size, dtype=w.dtype) + h * jax.hessian(loss)(w)
+        return jnp.linalg.solve(matrix, right)
+    a, _ = weighted_jacobian(loss, w)
+    kernel = a @ a.T + alpha / h * jnp.eye(a.shape[0], dtype=w.dtype)
+    factor = jax.scipy.linalg.cho_factor(kernel)
+    precondition = lambda v: (
+        (v - a.T @ jax.scipy.linalg.cho_solve(factor, a @ v)) / alpha
+    )
+    apply = lambda v: alpha * v + h * jax.jvp(loss.gradient, (w,), (v,))[1]
+    return jax.scipy.sparse.linalg.cg(
+        apply,
+        right,
+        guess,
+        tol=1e4 * float(jnp.finfo(w.dtype).eps),
+        maxiter=100,
+        M=precondition,
+    )[0]
+
+
+def backward_differences(order: int) -> Float[Array, " 6"]:
+    """α with Σⱼ αⱼ v(x − j) = v'(x) to an order of at most 5: Σₖ ∇ᵏ/k."""
+    alpha = np.zeros(6)
+    difference = np.array([1.0])
+    for k in range(1, order + 1):
+        difference = np.convolve(difference, [1.0, -1.0])
+        alpha[: k + 1] += difference / k
+    return jnp.asarray(alpha)
