@@ -1,8 +1,14 @@
-"""How a computation ended: every cause with its remedy."""
+"""How a computation ended: every cause with its remedy, and its number in a store."""
+
+from collections.abc import Mapping
+from typing import Any
 
 import diffrax
+import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
+
+from ._checks import is_concrete
 
 
 class RESULTS(diffrax.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
@@ -99,6 +105,77 @@ class RESULTS(diffrax.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
         "times increase and s/λ does not overflow, and that scales and tolerances are "
         "positive."
     )
+
+
+CODES = {
+    "successful": 0,
+    "out_of_steps": 14,
+    "slid": 15,
+    "unstable": 16,
+    "stalled": 17,
+    "diverged": 18,
+    "overshot": 19,
+    "not_converged": 20,
+    "no_minimiser": 21,
+    "not_critical": 22,
+    "saddle": 23,
+    "ambiguous_rank": 24,
+    "unresolved": 25,
+    "second_order_lost": 26,
+    "singular_point": 27,
+    "rank_lost": 28,
+    "raised": 29,
+    "undefined_start": 30,
+    "wrong_argument": 31,
+}
+"""The number of each result in datasets and stores. A number never changes its meaning:
+the next result takes the next one."""
+
+# An enumeration of Equinox is an index into its names, whose order is no promise of its
+# own. What gradflow knows of that stands below, and nowhere else.
+_NAMES: list[str] = list(RESULTS._name_to_item)
+_OTHER = -2  # one of Diffrax's, none of which is ever a result of gradflow's
+_CODE_OF_INDEX = np.array([CODES.get(name, _OTHER) for name in _NAMES], np.int32)
+
+
+def codes(result: RESULTS) -> np.ndarray:
+    """The numbers, as in `CODES`, of a result or of a stack of them."""
+    return _CODE_OF_INDEX[np.asarray(result._value)]
+
+
+def from_codes(values: np.ndarray, attributes: Mapping[str, Any]) -> RESULTS:
+    """A stack of results, from numbers and the attributes of the column that holds
+    them: their meanings are looked up in `flag_values` and `flag_meanings`.
+
+    **Raises:** `ValueError` for a number that has no meaning there, or one that this
+    version does not know.
+    """
+    meanings = dict(
+        zip(
+            np.asarray(attributes["flag_values"]).tolist(),
+            attributes["flag_meanings"].split(),
+            strict=True,
+        )
+    )
+    names = [meanings.get(code, f"number {code}") for code in np.ravel(values).tolist()]
+    if unknown := sorted(set(names) - set(CODES)):
+        raise ValueError(f"results: {', '.join(unknown)} is no result known here.")
+    index = np.array([_NAMES.index(name) for name in names], np.int32)
+    index = jnp.asarray(index.reshape(np.shape(values)))
+    return eqx.tree_at(lambda r: r._value, RESULTS.successful, index)
+
+
+def is_known(result: RESULTS) -> bool:
+    """Whether a result is known now, and not only when what is traced is run."""
+    return is_concrete(result._value)
+
+
+def flags() -> dict[str, Any]:
+    """The meanings of numbers, as climate scientists write them beside a column."""
+    return {
+        "flag_values": list(CODES.values()),
+        "flag_meanings": " ".join(CODES),
+    }
 
 
 def in_words(result: RESULTS, solver: str, dtype: jnp.dtype | np.dtype) -> str:

@@ -16,6 +16,7 @@ import pytest
 from helpers import Linear
 
 import gradflow as gf
+from gradflow.results import CODES, codes
 
 # In a process of its own: there the annotations are not checked at run time, as they
 # are not for users. A case is named after the argument that is wrong in it.
@@ -26,6 +27,7 @@ import diffrax, equinox as eqx, jax, jax.numpy as jnp, jax.random as jr, numpy a
 sys.path.insert(0, {tests!r})
 from helpers import Linear
 import gradflow as gf
+from gradflow.results import CODES, codes
 
 ran = []
 def predict(model, x):
@@ -325,10 +327,8 @@ def test_wrong_arguments_that_are_traced_are_results():
 
     paths = run(lams)
     wrong = np.array([False, True, True, True, False])
-    codes = np.where(
-        wrong, gf.RESULTS.wrong_argument._value, gf.RESULTS.successful._value
-    )
-    assert paths.result._value.tolist() == codes.tolist()
+    expected = np.where(wrong, CODES["wrong_argument"], CODES["successful"])
+    assert codes(paths.result).tolist() == expected.tolist()
     assert ((np.asarray(paths.stats["steps"]) == 0) == wrong).all()
     assert (np.isnan(paths.params.w).all(axis=(1, 2)) == wrong).all()
     assert (np.isnan(paths.train_loss).all(axis=1) == wrong).all()

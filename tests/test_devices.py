@@ -42,7 +42,7 @@ def run(store=None):
 MEMORY = """
 lanes = run()
 np.savez(out, train=lanes.train_loss, test=lanes.metrics["test"],
-         weights=lanes.paths.params.weights, result=lanes.result._value)
+         weights=lanes.paths.params.weights, result=gf.results.codes(lanes.result))
 print(json.dumps([jax.local_device_count(), len(lanes.causes)]))
 """
 

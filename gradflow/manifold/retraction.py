@@ -5,11 +5,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from .._checks import check_arguments, check_given, is_concrete
+from .._checks import check_arguments, check_given
 from ..flow.flat import FlatLoss, flatten
 from ..flow.flow import GradientFlow
 from ..losses import AbstractLoss
-from ..results import RESULTS
+from ..results import is_known, RESULTS
 from ._form import begin, choose_form, Form, likely_form
 from ._normal import normal_space
 
@@ -147,4 +147,4 @@ def nearest(
 
 def failed(result: RESULTS) -> bool:
     """Whether it is known now that `result` is a failure."""
-    return is_concrete(result._value) and bool((result != RESULTS.successful).any())
+    return is_known(result) and bool((result != RESULTS.successful).any())

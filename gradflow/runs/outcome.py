@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from .._checks import is_concrete, Wrong
-from ..results import RESULTS
+from .._checks import Wrong
+from ..results import is_known, RESULTS
 from .path import Path
 
 
@@ -27,7 +27,7 @@ def wants_another(result: RESULTS) -> Array:
 
 def fail_unless_reached(out: PyTree, path: Path) -> PyTree:
     """Raises unless `path` reached its last time; returns `out`."""
-    if is_concrete(path.result._value):
+    if is_known(path.result):
         if not bool(path.succeeded):
             raise RuntimeError(path.verdict)
         return out

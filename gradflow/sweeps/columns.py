@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ..results import RESULTS
+from ..results import codes
 from ..runs.path import Path
 from .stack import Ragged
 
@@ -22,16 +22,6 @@ def xarray() -> Any:
             "labelled results need xarray: pip install xarray."
         ) from error
     return xarray
-
-
-def result_attributes() -> dict[str, Any]:
-    """The names of the numbers in `result`, as climate scientists write them; those
-    above zero and not `slid` are failures."""
-    names = RESULTS._name_to_item
-    return {
-        "flag_values": [int(item._value) for item in names.values()],
-        "flag_meanings": " ".join(names),
-    }
 
 
 def columns(paths: Path, watched: list[dict[str, Any]]) -> dict[str, np.ndarray]:
@@ -61,7 +51,7 @@ def columns(paths: Path, watched: list[dict[str, Any]]) -> dict[str, np.ndarray]
             if any(x is not None for x in v)
         },
         **{k: v for k, v in numbers.items() if v.ndim == 1 and k not in _AXES},
-        "result": np.asarray(paths.result._value, np.int32),
+        "result": codes(paths.result),
     }
 
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path as File
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +14,7 @@ from jaxtyping import PyTree
 from ..flow.flow import check_flow, GradientFlow
 from ..flow.term import place
 from ..metrics import Metric
-from ..results import RESULTS
+from ..results import from_codes
 from ..runs.path import Path
 from ..runs.problem import as_metrics
 from .axes import make_axes
@@ -86,9 +85,7 @@ def as_sweep(
         metrics={name: flat(f"metric_{name}") for name in sorted(watched)},
         train_loss=flat("train_loss"),
         penalty=flat("penalty"),
-        result=eqx.tree_at(
-            lambda r: r._value, RESULTS.successful, flat("result").astype(jnp.int32)
-        ),
+        result=from_codes(np.asarray(flat("result")), results["result"].attrs),
         stats={
             "solver": results.attrs["solver"],
             **({} if None in tolerances else {"rtol": jnp.asarray(tolerances)}),

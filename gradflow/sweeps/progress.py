@@ -8,7 +8,6 @@ import jax
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..results import RESULTS
 from ..runs.outcome import given_up
 from ..runs.path import Path
 from ..runs.solve import SOLVER
@@ -48,7 +47,7 @@ class Bars:
         if isinstance(path, Exception):
             self.failed[device] += 1
         else:
-            self.failed[device] += int(path.result._value) not in _REACHED
+            self.failed[device] += not bool(path.succeeded)
             steps = float(path.stats["steps"])
             self.steps[device] += steps
             self.worst[device] = max(self.worst[device], (steps, lane))
@@ -87,6 +86,3 @@ class Bars:
     def __exit__(self, *_: Any) -> None:
         for bar in self.bars:
             bar.close()
-
-
-_REACHED = [int(r._value) for r in (RESULTS.successful, RESULTS.slid)]

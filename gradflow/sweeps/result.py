@@ -11,11 +11,11 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
-from ..results import RESULTS
+from ..results import flags, RESULTS
 from ..runs.path import Path
 from ..runs.solve import run_again
 from .axes import Axes, short
-from .columns import columns, result_attributes, xarray
+from .columns import columns, xarray
 from .recipe import Recipe
 from .stack import Owned, Ragged
 
@@ -254,7 +254,7 @@ def _dataset(sweep: Sweep) -> Any:
     out = xarray().Dataset(variables, coords=sweep.axes.coords)
     out["t"].attrs["long_name"] = "time t"
     out["slow_time"].attrs["long_name"] = "slow time s = lambda t"
-    out["result"].attrs.update(result_attributes())
+    out["result"].attrs.update(flags())
     out.attrs.update(sweep.fixed)
     return out.set_coords(["t", "slow_time"])
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from ..results import flags
 from .axes import Axes, blocks, count_blocks, lanes_of_block
-from .columns import result_attributes
 from .identity import difference
 
 
@@ -407,7 +407,7 @@ def _fill(like: np.ndarray) -> Any:
 
 
 def _result() -> dict[str, Any]:
-    found = result_attributes()
+    found = flags()
     return {
         "flag_values": [-1, *found["flag_values"]],
         "flag_meanings": f"not_run {found['flag_meanings']}",

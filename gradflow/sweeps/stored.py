@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ..results import RESULTS
+from ..results import CODES
 from .axes import Axes, lanes_of_block
 from .checkpoints import Checkpoints
 from .columns import columns, parameter_columns
@@ -136,8 +136,8 @@ def _write(
         if parameters:
             kept |= parameter_columns(lanes.paths)
     else:
-        code = int(RESULTS.raised._value)
-        kept = {"result": ((), np.full(len(lanes.causes), code, np.int32))}
+        code = np.full(len(lanes.causes), CODES["raised"], np.int32)
+        kept = {"result": ((), code)}
     notes = {
         "causes": {str(i): cause for i, cause in lanes.causes.items()},
         "device": jax.local_devices()[0].device_kind,
