@@ -24,6 +24,8 @@ from tqdm.auto import tqdm
 
 import gradflow as gf
 
+gf.enable_float64()
+
 LARGE = "P4"  # the problem of which one path is run
 
 

@@ -25,6 +25,8 @@ CHUNKS = 24
 CHILD = """
 import resource, sys, jax, jax.random as jr, gradflow as gf
 
+gf.enable_float64()
+
 def make(seed):
     task = gf.tasks.linear_regression(jr.key(seed), samples=3, dim=6)
     return task.flow, task.model, task.metrics

@@ -22,6 +22,8 @@ from scipy.integrate import solve_ivp
 import gradflow as gf
 from gradflow.solvers import KKT4, KKT5, RKC2
 
+gf.enable_float64()
+
 OK, OVER = "ok", "over budget"
 
 

@@ -13,6 +13,8 @@ from jaxtyping import Array, Float, PyTree
 import gradflow as gf
 from gradflow.flow.flat import FlatLoss, flatten
 
+gf.enable_float64()
+
 
 class Problem(NamedTuple):
     """A task, and the same as a function of one vector, for solvers that want that."""

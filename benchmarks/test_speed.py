@@ -14,6 +14,8 @@ from work_precision import times
 import gradflow as gf
 from gradflow.solvers import KKT4
 
+gf.enable_float64()
+
 pytest.importorskip("pytest_benchmark")
 
 LAM = 1e-5

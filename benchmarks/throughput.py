@@ -18,6 +18,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+gf.enable_float64()
+
 CHILD = """
 import json, os, resource, sys, time
 import jax, jax.random as jr, numpy as np

@@ -28,6 +28,8 @@ from tqdm.auto import tqdm
 import gradflow as gf
 from gradflow.plot._style import SIZE
 
+gf.enable_float64()
+
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "black")
 
 

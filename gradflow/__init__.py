@@ -1,10 +1,7 @@
 """gradflow: neural networks trained in continuous time."""
 
-import os as _os
-import jax as _jax
-
-if "JAX_ENABLE_X64" not in _os.environ:
-    _jax.config.update("jax_enable_x64", True)
+from ._version import __version__ as __version__
+from .precision import enable_float64 as enable_float64
 
 from .flow.term import FlowTerm as FlowTerm
 from .flow.flow import GradientFlow as GradientFlow, scaled as scaled

@@ -284,7 +284,8 @@ def resolvable(rtol, params: PyTree):
     if rtol < floor:
         warnings.warn(
             f"rtol: {rtol:g} is below what {dtype} parameters can resolve; "
-            f"{floor:.1g} is taken. Make the model in float64 for more digits.",
+            f"{floor:.1g} is taken. For more digits call "
+            "gradflow.enable_float64() before the model is made.",
             stacklevel=3,
         )
     return max(rtol, floor)

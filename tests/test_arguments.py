@@ -27,7 +27,8 @@ import diffrax, equinox as eqx, jax, jax.numpy as jnp, jax.random as jr, numpy a
 sys.path.insert(0, {tests!r})
 from helpers import Linear
 import gradflow as gf
-from gradflow.results import CODES, codes
+
+gf.enable_float64()
 
 ran = []
 def predict(model, x):

@@ -264,6 +264,8 @@ sys.path.insert(0, {tests!r})
 from helpers import Linear
 import gradflow as gf
 
+gf.enable_float64()
+
 ran = []
 def predict(model, x):
     jax.debug.callback(lambda: ran.append(None))

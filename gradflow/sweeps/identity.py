@@ -20,16 +20,14 @@ import jax
 import numpy as np
 
 from .._checks import is_key
+from .._version import __version__
 
 
 def about() -> dict[str, Any]:
     """Versions, commits and device, for the attributes of a store."""
     names = "jax jaxlib diffrax equinox optimistix lineax optax numpy".split()
     versions = {name: importlib.metadata.version(name) for name in names}
-    try:
-        versions["gradflow"] = importlib.metadata.version("gradflow")
-    except importlib.metadata.PackageNotFoundError:
-        versions["gradflow"] = "not installed"
+    versions["gradflow"] = __version__
     commits = {
         "gradflow": _commit(File(__file__).parent),
         "working_directory": _commit(File.cwd()),
