@@ -184,7 +184,8 @@ def in_words(result: RESULTS, solver: str, dtype: jnp.dtype | np.dtype) -> str:
     if bool(result == RESULTS.out_of_steps):
         message += f" {_slow(solver)}"
     if bool(result == RESULTS.stalled) and jnp.finfo(dtype).bits < 64:
-        message += f" Or call gradflow.enable_float64() first: this is {jnp.finfo(dtype).dtype}."
+        name = jnp.finfo(dtype).dtype
+        message += f" Or call gradflow.enable_float64() first: this is {name}."
     return message
 
 

@@ -13,7 +13,7 @@ from jax.core import Tracer
 import gradflow as gf
 from gradflow.metrics import Metric
 from gradflow.runs.descent import prepare_descent
-from gradflow.runs.solve import solve, solve_arguments, solve_part
+from gradflow.runs.solve import Solve, solve, solve_part
 from gradflow.runs.steps import descend, descend_part
 from gradflow.sweeps import (
     checkpoints as _parts,
@@ -29,7 +29,7 @@ def in_parts(part, args, counts):
     state, ended, number = None, False, 0
     while not ended:
         steps = jnp.asarray(counts[number % len(counts)])
-        path, state, ended = part(*args, state, steps)
+        path, state, ended = part(args, state, steps)
         number += 1
     return path, number
 
@@ -49,10 +49,10 @@ def test_a_flow_in_parts():
     term, params = flow.term(TASK.model)
     ts = jnp.concatenate([jnp.zeros(1), jnp.geomspace(1e-2, 2 / lam, 9)])
     watched = {"test": Metric(TASK.metrics["test"].fn)}
-    args = solve_arguments(
-        term, params, jnp.asarray(lam), ts, watched, solver, 1e-5, None, 10_000
+    args = Solve.of(
+        term, params, jnp.asarray(lam), ts, watched, solver, rtol=1e-5, max_steps=10_000
     )
-    whole = solve(*args)
+    whole = solve(args)
     assert bool(whole.succeeded) and int(whole.stats["steps"]) > 25
     few, number = in_parts(solve_part, args, [10])
     assert number > 2
@@ -68,8 +68,8 @@ def test_a_flow_in_parts():
 def test_the_budget_of_steps_is_that_of_all_parts():
     term, params = TASK.flow.term(TASK.model)
     ts = jnp.array([0.0, 1.0, 1e3])
-    args = solve_arguments(
-        term, params, jnp.asarray(1e-2), ts, {}, gf.KKT4(), 1e-6, None, 25
+    args = Solve.of(
+        term, params, jnp.asarray(1e-2), ts, {}, gf.KKT4(), rtol=1e-6, max_steps=25
     )
     path, number = in_parts(solve_part, args, [10])
     assert number == 3 and int(path.stats["steps"]) == 25
@@ -84,7 +84,7 @@ def test_a_descent_in_parts(batch_size):
         method="decoupled", optimiser=optax.adam, batch_size=batch_size,
         key=jr.key(1) if batch_size else None,
     )  # fmt: skip
-    whole = descend(*args)
+    whole = descend(args)
     few, number = in_parts(descend_part, args, [30])
     assert number == 7 and np.isfinite(whole.train_loss).all()
     assert equal(few, in_parts(descend_part, args, [30, 1, 77])[0])
@@ -119,10 +119,17 @@ def test_a_pause_before_any_step_was_accepted():
     term, params = flow.term(TASK.model)
     ts = jnp.concatenate([jnp.zeros(1), jnp.geomspace(1e-2, 1e-1, 9)])
     watched = {"test": Metric(TASK.metrics["test"].fn)}
-    args = solve_arguments(
-        term, params, jnp.asarray(0.1), ts, watched, gf.RKC2(), 1e-9, None, 10_000
+    args = Solve.of(
+        term,
+        params,
+        jnp.asarray(0.1),
+        ts,
+        watched,
+        gf.RKC2(),
+        rtol=1e-9,
+        max_steps=10_000,
     )
-    _, state, _ = solve_part(*args, None, jnp.asarray(1))
+    _, state, _ = solve_part(args, None, jnp.asarray(1))
     assert state.counts.tolist() == [1, 0, 1]
     path, _ = in_parts(solve_part, args, [1, 1000])
     assert bool(path.succeeded) and np.isfinite(path.train_loss).all()
@@ -165,12 +172,12 @@ def test_a_descent_with_random_keys_in_lockstep(tmp_path, parts):
 def test_what_fills_a_program_up_takes_one_step(tmp_path):
     checkpoints = _parts.Checkpoints(tmp_path, 1e9)
     checkpoints._last = {"a": np.inf, "b": np.inf}
-    lanes = [_programs.Lane(descend, (), "", name=name) for name in "ab"]
+    lanes = [_programs.Lane(None, "", name=name) for name in "ab"]
     taken = []
 
     def launch(some, size):
         assert len(some) == size == 3
-        taken.append([int(lane.args[-1]) for lane in some])
+        taken.append([int(lane.steps) for lane in some])
         return lambda: [(path, None, True)] * size
 
     path = gf.Path.__new__(gf.Path)

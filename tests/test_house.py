@@ -38,7 +38,9 @@ MODULES = {name_of(file): ast.parse(file.read_text(encoding="utf-8")) for file i
 def imported(module, file):
     """The modules, and the names from them, that a module of gradflow imports anywhere:
     inside of functions and for type checkers too."""
-    package = module.split(".") if file.name == "__init__.py" else module.split(".")[:-1]
+    package = (
+        module.split(".") if file.name == "__init__.py" else module.split(".")[:-1]
+    )
     for node in ast.walk(MODULES[module]):
         if isinstance(node, ast.Import):
             ours = [a.name for a in node.names if a.name.split(".")[0] == "gradflow"]

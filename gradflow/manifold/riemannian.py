@@ -19,7 +19,7 @@ from ..metrics import Metric
 from ..results import RESULTS
 from ..runs.path import Path
 from ..runs.problem import as_metrics, check_problem
-from ..runs.solve import solve, solve_arguments
+from ..runs.solve import Solve, solve
 from ..solvers import AbstractKKT, KKT5
 from ..solvers.controllers import Relative
 from ._form import Form
@@ -163,10 +163,18 @@ def _vanishing_decay(
     tiny = _vanishing(times.dtype) / 10
     rank, largest = _rank_and_scale(term, params)
     lam = tiny * largest
-    args = solve_arguments(
-        term, params, lam, times / lam, watched, KKT5(), rtol, atol, max_steps
+    run = Solve.of(
+        term,
+        params,
+        lam,
+        times / lam,
+        watched,
+        KKT5(),
+        rtol=rtol,
+        atol=atol,
+        max_steps=max_steps,
     )
-    path = solve(*args)
+    path = solve(run)
     smallest, largest, moved, size = _curvature_along(term, path.params, rank)
     # The largest along the path: at a point where all of J vanishes no value is small
     # beside another.

@@ -1,5 +1,6 @@
 """The discrete counterpart of the flow: gradient descent, with any Optax optimiser."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
@@ -28,7 +29,7 @@ from .minibatch import check_batches
 from .outcome import fail_unless_reached, named_wrong
 from .path import Path
 from .problem import as_metrics, check_problem
-from .steps import descend
+from .steps import Descend, descend
 from .times import saved_steps
 
 
@@ -115,16 +116,17 @@ def descent(
     wrong = check_arguments(
         weight_decay=weight_decay, learning_rate=learning_rate, init_scale=init_scale
     )
-    args = prepare_descent(
+    run = prepare_descent(
         flow, model, as_metrics(metrics), weight_decay=weight_decay,
         learning_rate=learning_rate, init_scale=init_scale, steps=steps,
         slow_time=slow_time, t1=t1, at=at, saves=saves, method=method,
         optimiser=optimiser, batch_size=batch_size, key=key, progress=progress,
     )  # fmt: skip
     if wrong is not False:  # then nothing is run
-        args = (*args[:4], jnp.where(wrong, 0, args[4]), *args[5:])
-    path = named_wrong(descend(*args), wrong)
-    path.stats["why"] = f"{method} steps were asked for"
+        none = jnp.where(wrong, 0, run.numbers)
+        run = dataclasses.replace(run, numbers=none)
+    path = descend(run).told(why=f"{method} steps were asked for")
+    path = named_wrong(path, wrong)
     return fail_unless_reached(path, path) if throw else path
 
 
@@ -146,8 +148,8 @@ def prepare_descent(
     batch_size: Any,
     key: PRNGKeyArray | None,
     progress: bool = False,
-) -> tuple:
-    """The arguments of `descend`, checked."""
+) -> Descend:
+    """What is asked, checked."""
     check_choice(method, "method", get_args(Method))
     if optimiser is not None:
         check_optimiser(optimiser)
@@ -167,16 +169,16 @@ def prepare_descent(
         learning_rate = scheduled(learning_rate, numbers, dtype)
     else:
         learning_rate = jnp.asarray(learning_rate, dtype)
-    return (
-        term,
-        params,
-        jnp.asarray(weight_decay, dtype),
-        learning_rate,
-        jnp.asarray(numbers),
-        watched,
-        method,
-        optax.sgd if optimiser is None else optimiser,
-        batch_size if samples is not None else None,
-        key if samples is not None else None,
-        progress,
+    return Descend(
+        term=term,
+        params=params,
+        weight_decay=jnp.asarray(weight_decay, dtype),
+        learning_rate=learning_rate,
+        numbers=jnp.asarray(numbers),
+        watched=watched,
+        method=method,
+        optimiser=optax.sgd if optimiser is None else optimiser,
+        batch_size=batch_size if samples is not None else None,
+        key=key if samples is not None else None,
+        progress=progress,
     )

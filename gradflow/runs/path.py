@@ -1,5 +1,6 @@
 """What a run gives: the models along a path in time, and what was watched."""
 
+import dataclasses
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -118,6 +119,10 @@ class Path(eqx.Module):
 
     def __len__(self) -> int:
         return self.t.shape[0]
+
+    def told(self, **more: Any) -> "Path":
+        """The same path, with more in its `stats`."""
+        return dataclasses.replace(self, stats=self.stats | more)
 
     @property
     def succeeded(self) -> Array:

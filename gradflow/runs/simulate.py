@@ -28,10 +28,9 @@ from ..flow.nonsmooth import may_have_kinks
 from ..flow.term import FlowTerm
 from ..metrics import Metric
 from ..solvers import (
-    AbstractKKT,
     as_choice,
+    as_flow_solver,
     Choice,
-    RKC2,
     second_choice,
     TRIAL_STEPS,
 )
@@ -39,7 +38,7 @@ from .outcome import fail_unless_reached, given_up, named_wrong, wants_another
 from .parts import FIRST, in_part
 from .path import Path
 from .problem import as_metrics, check_problem
-from .solve import MAX_STEPS, run_again, solve, solve_arguments, solve_part
+from .solve import run_again, Solve, solve, solve_part
 from .times import prepare
 
 
@@ -125,26 +124,25 @@ def simulate(
     )
 
     def run(choice: Choice) -> Path:
-        most = min(max_steps, TRIAL_STEPS) if choice.trial else max_steps
         given = (term, params, lam, times)
-        if isinstance(choice.solver, (AbstractKKT, RKC2)):
-            given = _underivable(given, type(choice.solver).__name__, adjoint)
-        args = solve_arguments(
+        known = as_flow_solver(choice.solver)
+        if not known.differentiable:
+            given = _underivable(given, known.name, adjoint)
+        one = Solve.of(
             *given,
             watched,
             choice.solver,
-            rtol,
-            atol,
-            most,
-            progress,
-            adjoint,
+            rtol=rtol,
+            atol=atol,
+            max_steps=min(max_steps, TRIAL_STEPS) if choice.trial else max_steps,
+            adjoint=adjoint,
+            progress=progress,
         )
-        path = solve_watching(*args) if kinked else solve(*args)
-        path.stats["why"] = choice.why
+        path = solve_watching(one) if kinked else solve(one)
         if is_concrete(path.t):
-            again = functools.partial(run_again, args[:-1])
+            again = functools.partial(run_again, one)
             path = dataclasses.replace(path, again=again)
-        return path
+        return path.told(why=choice.why)
 
     if wrong is not False:  # then nothing is run
         lam, times = (jnp.where(wrong, jnp.zeros_like(x), x) for x in (lam, times))
@@ -153,12 +151,10 @@ def simulate(
     choice = as_choice(solver, size, rtol)
     path = run(choice)
     if choice.trial and bool(wants_another(path.result)):
-        tried = path.stats["steps"]
         then = second_choice(size, rtol)
         if progress:
             tqdm.write(given_up(path, then.solver), file=sys.stderr)
-        path = run(then)
-        path.stats["trial_steps"] = tried
+        path = run(then).told(trial_steps=path.stats["steps"])
     path = named_wrong(path, wrong)
     return fail_unless_reached(path, path) if throw else path
 
@@ -193,10 +189,10 @@ def _kinked(term: FlowTerm, params: PyTree) -> bool:
     return may_have_kinks(loss, theta)
 
 
-def solve_watching(*arguments: Any) -> Path:
+def solve_watching(run: Solve) -> Path:
     """`solve`, in two parts: after the first it says where kinks make steps short."""
     with in_part():
-        path, state, ended = solve_part(*arguments, None, jnp.asarray(FIRST))
+        path, state, ended = solve_part(run, None, jnp.asarray(FIRST))
     if bool(ended):
         return path
     steps, rejected = int(path.stats["steps"]), int(path.stats["rejected"])
@@ -212,4 +208,4 @@ def solve_watching(*arguments: Any) -> Path:
             "end.",
             stacklevel=4,
         )
-    return solve_part(*arguments, state, jnp.asarray(arguments[MAX_STEPS]))[0]
+    return solve_part(run, state, jnp.asarray(run.tolerance.max_steps))[0]

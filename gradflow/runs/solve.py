@@ -1,6 +1,7 @@
 """θ' integrated, and the verdict on the run."""
 
-from typing import Any
+import dataclasses
+from typing import Any, NamedTuple
 
 import diffrax
 import equinox as eqx
@@ -9,25 +10,96 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
 from .._norms import norm, rms
-from ..flow.term import FlowTerm, place, Sphere, Tracked
+from ..flow.term import FlowTerm, place, Sphere
 from ..metrics import Metric
 from ..penalties import AbstractPenalty
 from ..results import RESULTS
 from ..solvers import (
-    AbstractKKT,
+    AbstractFlowSolver,
     ActiveSet,
+    as_flow_solver,
     curvature_jumps,
-    Landing,
-    RKC2,
-    sharpness,
-    Signed,
 )
+from ..solvers.base import Controller, Saved
 from ..solvers.controllers import Pausing, Relative, SHARE
 from .parts import strong
 from .path import Path
 from .problem import check_scalars
 from .progress import Bar
 from .times import time_scale
+
+
+class Tolerance(eqx.Module):
+    """How exact a run is to be, and at what price."""
+
+    rtol: Scalar
+    atol: Scalar | None
+    max_steps: int = eqx.field(static=True)
+
+
+class Solve(eqx.Module):
+    """One run of the flow, checked: all that `solve` needs to know. It is compiled once
+    for all parameters, weight decays, times of the same number, and tolerances."""
+
+    term: FlowTerm
+    params: PyTree
+    """Where it starts."""
+    weight_decay: Scalar
+    ts: Float[Array, " n"]
+    """The times to save at; the last is its end."""
+    watched: dict[str, Metric]
+    same: frozenset[str] = eqx.field(static=True)
+    """The metrics that are the loss itself: recorded as exactly as the loss is."""
+    solver: diffrax.AbstractSolver
+    tolerance: Tolerance
+    adjoint: diffrax.AbstractAdjoint
+    progress: bool = eqx.field(static=True)
+
+    @classmethod
+    def of(
+        cls,
+        term: FlowTerm,
+        params: PyTree,
+        weight_decay: Scalar,
+        ts: Float[Array, " n"],
+        watched: dict[str, Metric],
+        solver: diffrax.AbstractSolver,
+        *,
+        rtol: float | Scalar,
+        atol: float | Scalar | None = None,
+        max_steps: int,
+        adjoint: diffrax.AbstractAdjoint | None = None,
+        progress: bool = False,
+    ) -> "Solve":
+        """With numbers as arrays, and what is not given as usual."""
+        tolerance = Tolerance(
+            jnp.asarray(rtol, ts.dtype),
+            None if atol is None else jnp.asarray(atol, ts.dtype),
+            max_steps,
+        )
+        usual = diffrax.RecursiveCheckpointAdjoint()
+        return cls(
+            term=term,
+            params=params,
+            weight_decay=jnp.asarray(weight_decay),
+            ts=ts,
+            watched=watched,
+            same=frozenset(k for k, m in watched.items() if m.fn is term.loss),
+            solver=solver,
+            tolerance=tolerance,
+            adjoint=usual if adjoint is None else adjoint,
+            progress=progress,
+        )
+
+    @property
+    def saves(self) -> int:
+        """How many times it saves."""
+        return self.ts.shape[0]
+
+    def again(self, params: PyTree, ts: Float[Array, " n"]) -> "Solve":
+        """The same run from elsewhere and through other times, without a bar. It is
+        compiled already if these are as many."""
+        return dataclasses.replace(self, params=params, ts=ts, progress=False)
 
 
 class Solved(eqx.Module):
@@ -46,126 +118,159 @@ class Solved(eqx.Module):
     """Steps; those accepted, and rejected."""
 
 
-SOLVER, MAX_STEPS = 6, 9
-"""The places of `solver` and `max_steps` among the arguments of `solve`."""
-
-
-def solve_arguments(
-    term: FlowTerm,
-    params: PyTree,
-    weight_decay: Scalar,
-    ts: Float[Array, " n"],
-    watched: dict[str, Metric],
-    solver: diffrax.AbstractSolver,
-    rtol: float | Scalar,
-    atol: float | Scalar | None,
-    max_steps: int,
-    progress: bool = False,
-    adjoint: diffrax.AbstractAdjoint | None = None,
-) -> tuple:
-    """The arguments of `solve`, of the types for which it is compiled once for all
-    tolerances, weight decays and times of the same number."""
-    # A metric that is the loss itself is recorded as exactly as the loss is.
-    same = frozenset(k for k, metric in watched.items() if metric.fn is term.loss)
-    return (
-        term,
-        params,
-        jnp.asarray(weight_decay),
-        ts,
-        watched,
-        same,
-        solver,
-        jnp.asarray(rtol, ts.dtype),
-        None if atol is None else jnp.asarray(atol, ts.dtype),
-        max_steps,
-        diffrax.RecursiveCheckpointAdjoint() if adjoint is None else adjoint,
-        progress,
-    )
+@eqx.filter_jit
+def solve(run: Solve) -> Path:
+    """A run from its start to its end."""
+    return _solve(run)[0]
 
 
 @eqx.filter_jit
-def solve(*arguments: Any) -> Path:
-    """`simulate` without its checks and defaults; see `solve_arguments`."""
-    return _solve(*arguments)[0]
-
-
-def run_again(args: tuple, params: PyTree, ts: Float[Array, " n"]) -> Path:
-    """`solve` with the arguments of an earlier run, from elsewhere and through other
-    times. It is compiled already if these are as many."""
-    term, _, weight_decay, _, *rest = args
-    return solve(term, params, weight_decay, ts, *rest, False)
-
-
-@eqx.filter_jit
-def solve_part(*arguments: Any) -> tuple[Path, Solved, Bool[Array, ""]]:
-    """The first or the next part of it: with the state after the last one, or `None`,
-    and a number of steps as two more arguments. Returns the path so far, the state, and
-    whether that is all."""
-    path, state, ended = _solve(*arguments)
+def solve_part(
+    run: Solve, before: Solved | None, steps: Int[Array, ""]
+) -> tuple[Path, Solved, Bool[Array, ""]]:
+    """So many `steps` of a run, from its start (`None`) or from where the last part
+    ended. Returns the path so far, the new state, and whether that is all."""
+    path, state, ended = _solve(run, before, steps)
     assert state is not None
     return path, state, ended
 
 
 def _solve(
-    term: FlowTerm,
-    params: PyTree,
-    weight_decay: Scalar,
-    ts: Float[Array, " n"],
-    watched: dict[str, Metric],
-    same: frozenset[str],
-    solver: diffrax.AbstractSolver,
-    rtol: Scalar,
-    atol: Scalar | None,
-    max_steps: int,
-    adjoint: diffrax.AbstractAdjoint,
-    progress: bool,
-    before: Solved | None = None,
-    steps: Int[Array, ""] | None = None,
+    run: Solve, before: Solved | None = None, steps: Int[Array, ""] | None = None
 ) -> tuple[Path, Solved | None, Bool[Array, ""]]:
-    check_scalars(term.loss, watched, term.model(params))
-    # The error of RKC2 falls as the 2/3 power of what it is told.
-    share = jnp.minimum(1, rtol / 1e-6) ** 0.5 if isinstance(solver, RKC2) else 1.0
-    if curvature_jumps(term) and not isinstance(solver, AbstractKKT):
-        share = share * _ACROSS
-    # What is not defined at its start is not run.
-    defined = _defined(term, params, weight_decay) & jnp.all(jnp.isfinite(ts))
-    asked, ts = ts, jnp.where(defined, ts, 0.0)
-    scale = jnp.minimum(time_scale(term, params, weight_decay, asked[-1]), asked[-1])
+    """The order of things: what solves it; integration; what is recorded; the verdict.
+    What is not defined at its start is not run: its times are all zero."""
+    term, lam = run.term, run.weight_decay
+    check_scalars(term.loss, run.watched, term.model(run.params))
+    defined = _defined(term, run.params, lam) & jnp.all(jnp.isfinite(run.ts))
+    ts = jnp.where(defined, run.ts, 0.0)
+    end = run.ts[-1]
+    scale = jnp.minimum(time_scale(term, run.params, lam, end), end)
     scale = jnp.where(defined, scale, 1.0)
-    # Growth while accepting is bounded so that one lucky error estimate cannot carry
-    # the solver across the whole fast phase.
-    controller = diffrax.ClipStepSizeController(
-        Relative(
-            share * rtol,
-            None if atol is None else share * atol,
-            dtmin=1e-12 * scale,
-            factormax=6.0,
-            parts_of=_parameters,
-            growth=not isinstance(solver, AbstractKKT | RKC2),
-            # Along kinks all of θ may reach zero in finite time.
-            least=0.0 if term.penalty.smooth else SHARE * rtol * rms(params),
-        ),
-        step_ts=ts,
+    solver = _flow_solver(run)
+    controller = _controller(run, solver, ts, scale)
+    with jax.default_matmul_precision("highest"):
+        out = _integrate(run, solver, controller, ts, scale, before, steps)
+        models, seen, train_loss, penalty = _record(run, solver, out)
+        work = solver.work(out.term, out.solver_state)
+        result = _verdict(run, solver, out, models, ts, work)
+        result = RESULTS.where(defined, result, RESULTS.undefined_start)
+    paused = (result == RESULTS.out_of_steps) & (
+        out.counts[0] < run.tolerance.max_steps
     )
-    name = type(solver).__name__
-    y0, params_of = params, lambda y: y
-    loss_of = lambda y, model: term.loss(model)
-    if not term.penalty.smooth:
-        solver, controller = _with_kinks(term, params, solver, controller)
-    if isinstance(solver, ActiveSet):
-        term, y0 = solver.track(term, params, weight_decay)
-        params_of = lambda y: y.params
-        loss_of = lambda y, model: solver.loss_of(term, y)
-    elif isinstance(solver, AbstractKKT):
-        term, y0 = solver.track(term, params)
-        params_of = lambda y: y.params
-        loss_of = lambda y, model: solver.loss_of(term, y)
+    atol = run.tolerance.atol
+    stats = {
+        "solver": solver.name,
+        "rtol": run.tolerance.rtol,
+        "atol": 0.0 if atol is None else atol,
+        "steps": out.counts[0],
+        "accepted": out.counts[1],
+        "rejected": out.counts[2],
+        **work,
+    }
+    path = Path(
+        t=run.ts,
+        weight_decay=lam,
+        params=models,
+        static=place(run.params, term.static)[1],
+        metrics=seen,
+        train_loss=train_loss,
+        penalty=penalty,
+        result=result,
+        stats=stats,
+        watched=run.watched,
+    )
+    return path, out.state, ~paused
+
+
+def _flow_solver(run: Solve) -> AbstractFlowSolver:
+    """What answers for the solver of a run; along kinks of the penalty one that follows
+    them."""
+    solver, penalty = as_flow_solver(run.solver), run.term.penalty
+    if penalty.smooth:
+        return solver
+    kinked = [part for _, part in penalty.terms() if not part.smooth]
+    kind = type(kinked[0]).__name__
+    remedy = f"give gradflow.Moreau({kind}(…), epsilon=…), which is smooth."
+    if type(kinked[0]).prox is AbstractPenalty.prox:
+        remedy = "there is no smooth form of it here."
+    if isinstance(run.term.static, Sphere):
+        raise ValueError(
+            f"penalty: a flow that holds the norm has no use for the kinks of {kind}; "
+            + remedy
+        )
+    if penalty.absolute_weights(run.params) is None:
+        raise ValueError(
+            f"penalty: the kinks of {kind} are not coordinates at zero; {remedy}"
+        )
+    if not solver.follows_kinks:
+        raise ValueError(
+            f"solver: only the KKT solvers follow a flow along the kinks of {kind}, "
+            f"got {solver.name}; or {remedy}"
+        )
+    return ActiveSet(solver)
+
+
+# What a solver is told that does not see the jumps of the curvature.
+_ACROSS = 0.3
+
+
+def _controller(
+    run: Solve, solver: AbstractFlowSolver, ts: Float[Array, " n"], scale: Scalar
+) -> Controller:
+    """Of the steps, which land on the times to save. `scale` is the time in which θ
+    moves at its start."""
+    rtol, atol = run.tolerance.rtol, run.tolerance.atol
+    share = solver.tolerance_share(rtol)
+    if curvature_jumps(run.term) and not solver.sees_jumps:
+        share = share * _ACROSS
+    relative = Relative(
+        share * rtol,
+        None if atol is None else share * atol,
+        dtmin=1e-12 * scale,
+        # One lucky error estimate is not to carry the solver across the fast phase.
+        factormax=6.0,
+        parts_of=solver.coordinates,
+        growth=not solver.sees_growth,
+        # Along kinks all of θ may reach zero in finite time.
+        least=0.0 if run.term.penalty.smooth else SHARE * rtol * rms(run.params),
+    )
+    return solver.controlled(diffrax.ClipStepSizeController(relative, step_ts=ts))
+
+
+class _Integrated(NamedTuple):
+    """What came of an integration, of the whole run or of a part of it."""
+
+    term: FlowTerm
+    saved: PyTree
+    """States at the times to save."""
+    end: PyTree
+    t: Scalar
+    """The state reached, and when."""
+    counts: Int[Array, " 3"]
+    solver_state: PyTree
+    result: RESULTS
+    """Diffrax's, in gradflow's words."""
+    state: Solved | None
+    """From which the next part goes on."""
+
+
+def _integrate(
+    run: Solve,
+    solver: AbstractFlowSolver,
+    controller: Controller,
+    ts: Float[Array, " n"],
+    scale: Scalar,
+    before: Solved | None,
+    steps: Int[Array, ""] | None,
+) -> _Integrated:
+    stepper, term, y0 = solver.follow(run.term, run.params, run.weight_decay)
     start: dict[str, Any] = dict(t0=jnp.zeros_like(ts[0]), dt0=1e-3 * scale, y0=y0)
+    most = run.tolerance.max_steps
     if steps is not None:
         taken = 0 if before is None else before.counts[0]
-        steps = jnp.minimum(steps, max_steps - taken)
         following = None if before is None else before.next
-        controller = Pausing(controller, steps, following)
+        controller = Pausing(controller, jnp.minimum(steps, most - taken), following)
     to_save = ts
     if before is not None:
         to_save = jnp.maximum(ts, before.t)
@@ -174,171 +279,112 @@ def _solve(
             solver_state=before.solver,
             controller_state=(before.controller, before.next, jnp.zeros((), int)),
         )  # fmt: skip
-
-    with jax.default_matmul_precision("highest"):
-        solution = diffrax.diffeqsolve(
-            term,
-            solver,
-            t1=ts[-1],
-            **start,
-            args=weight_decay,
-            saveat=diffrax.SaveAt(
-                subs=[
-                    diffrax.SubSaveAt(ts=to_save),
-                    diffrax.SubSaveAt(t1=True),
-                ],
-                solver_state=True,
-                controller_state=steps is not None,
-                made_jump=steps is not None,
-            ),
-            stepsize_controller=controller,
-            max_steps=max_steps,
-            throw=False,
-            adjoint=adjoint,
-            progress_meter=Bar(name) if progress else diffrax.NoProgressMeter(),
-        )
-        saved: Any = list(solution.ys)
-        ended: Any = solution.ts
-        counts = jnp.stack(
-            [solution.stats[f"num_{k}steps"] for k in ("", "accepted_", "rejected_")]
-        )
-        if before is not None:
-            # The start is saved with the first step that is accepted.
-            past = (ts <= before.t) & (before.counts[1] > 0)
-            there = lambda x: jnp.reshape(past, (-1,) + (1,) * (x.ndim - 1))
-            earlier = lambda old, new: jnp.where(there(new), old, new)
-            saved[0] = jax.tree.map(earlier, before.saved, saved[0])
-            counts = counts + before.counts
-        state = None
-        if steps is not None:
-            reached: Any = solution.controller_state
-            inner, following, _ = reached
-            state = strong(
-                Solved(
-                    ended[1][0],
-                    following,
-                    jax.tree.map(lambda y: y[0], saved[1]),
-                    solution.solver_state,
-                    inner,
-                    jnp.asarray(solution.made_jump),
-                    saved[0],
-                    counts,
-                )  # fmt: skip
-            )
-
-        def record(y):
-            params = params_of(y)
-            model = term.model(params)
-            loss = loss_of(y, model)
-            seen = {k: loss if k in same else fn(model) for k, fn in watched.items()}
-            # Diffrax fills what it did not reach with infinities.
-            reached = jnp.isfinite(norm(params))
-            values = (params, seen, loss, term.penalty(params))
-            return jax.tree.map(lambda x: jnp.where(reached, x, jnp.nan), values)
-
-        models, seen, train_loss, penalty = jax.lax.map(record, saved[0])
-        static = place(params, term.static)[1]
-        models = jax.vmap(lambda p: place(p, term.static)[0])(models)
-        end = params_of(jax.tree.map(lambda y: y[0], saved[1]))
-        result = _translate(solution.result)
-        whole = (result == RESULTS.out_of_steps) & (ended[1][0] >= ts[-1])
-        result = RESULTS.where(whole, RESULTS.successful, result)
-        paused = (result == RESULTS.out_of_steps) & (counts[0] < max_steps)
-        speed = term.velocity(end, weight_decay)
-        lost = ~jnp.isfinite(term.loss(term.model(end)) + norm(end) + norm(speed))
-        lost = lost & (result != RESULTS.out_of_steps)
-        # What reaches infinity in finite time stalls on its way there.
-        fled = (result == RESULTS.stalled) & flees(end, speed, ended[1][0])
-        result = RESULTS.where(lost | fled, RESULTS.diverged, result)
-        result = RESULTS.where(defined, result, RESULTS.undefined_start)
-        work: dict[str, Array] = {}
-        if isinstance(solver, (AbstractKKT, ActiveSet, RKC2)):
-            work = solver.work(term, solution.solver_state)
-        slid = (result == RESULTS.successful) & (work.get("sliding", 0) > 0)
-        result = RESULTS.where(slid, RESULTS.slid, result)
-        if isinstance(solver, diffrax.AbstractERK):
-            reach = _stiffness(term, models, ts)
-            taken = counts[0].astype(reach.dtype)
-            limited = (reach > taken) | (counts[2] > counts[1])
-            noisy = limited & (jnp.maximum(reach, taken) * rtol > _NOISE)
-            noisy = noisy & (result == RESULTS.successful)
-            result = RESULTS.where(noisy, RESULTS.unstable, result)
-    stats = {
-        "solver": name,
-        "rtol": rtol,
-        "atol": 0.0 if atol is None else atol,
-        "steps": counts[0],
-        "accepted": counts[1],
-        "rejected": counts[2],
-        **work,
-    }
-    path = Path(
-        t=asked,
-        weight_decay=weight_decay,
-        params=models,
-        static=static,
-        metrics=seen,
-        train_loss=train_loss,
-        penalty=penalty,
-        result=result,
-        stats=stats,
-        watched=watched,
+    in_parts = steps is not None
+    solution = diffrax.diffeqsolve(
+        term,
+        stepper,
+        t1=ts[-1],
+        **start,
+        args=run.weight_decay,
+        saveat=diffrax.SaveAt(
+            subs=[diffrax.SubSaveAt(ts=to_save), diffrax.SubSaveAt(t1=True)],
+            solver_state=True,
+            controller_state=in_parts,
+            made_jump=in_parts,
+        ),
+        stepsize_controller=controller,
+        max_steps=most,
+        throw=False,
+        adjoint=run.adjoint,
+        progress_meter=Bar(solver.name) if run.progress else diffrax.NoProgressMeter(),
     )
-    return path, state, ~paused
-
-
-def _with_kinks(
-    term: FlowTerm,
-    params: PyTree,
-    solver: diffrax.AbstractSolver,
-    controller: diffrax.AbstractAdaptiveStepSizeController,
-) -> tuple[diffrax.AbstractSolver, diffrax.AbstractAdaptiveStepSizeController]:
-    """The solver and the controller that follow a flow along the kinks of its
-    penalty."""
-    kinked = [part for _, part in term.penalty.terms() if not part.smooth]
-    kind = type(kinked[0]).__name__
-    remedy = f"give gradflow.Moreau({kind}(…), epsilon=…), which is smooth."
-    if type(kinked[0]).prox is AbstractPenalty.prox:
-        remedy = "there is no smooth form of it here."
-    if isinstance(term.static, Sphere):
-        raise ValueError(
-            f"penalty: a flow that holds the norm has no use for the kinks of {kind}; "
-            + remedy
+    saved, ends = solution.ys  # pyright: ignore[reportGeneralTypeIssues]
+    _, reached = solution.ts  # pyright: ignore[reportGeneralTypeIssues]
+    end = jax.tree.map(lambda y: y[0], ends)
+    counts = jnp.stack(
+        [solution.stats[f"num_{k}steps"] for k in ("", "accepted_", "rejected_")]
+    )
+    if before is not None:
+        # The start is saved with the first step that is accepted.
+        past = (ts <= before.t) & (before.counts[1] > 0)
+        there = lambda x: jnp.reshape(past, (-1,) + (1,) * (x.ndim - 1))
+        earlier = lambda old, new: jnp.where(there(new), old, new)
+        saved = jax.tree.map(earlier, before.saved, saved)
+        counts = counts + before.counts
+    state = None
+    if in_parts:
+        inner, following, _ = solution.controller_state  # pyright: ignore[reportGeneralTypeIssues]
+        state = strong(
+            Solved(
+                t=reached[0],
+                next=following,
+                y=end,
+                solver=solution.solver_state,
+                controller=inner,
+                made_jump=jnp.asarray(solution.made_jump),
+                saved=saved,
+                counts=counts,
+            )
         )
-    if term.penalty.absolute_weights(params) is None:
-        raise ValueError(
-            f"penalty: the kinks of {kind} are not coordinates at zero; {remedy}"
-        )
-    if not isinstance(solver, AbstractKKT):
-        raise ValueError(
-            f"solver: only the KKT solvers follow a flow along the kinks of {kind}, "
-            f"got {type(solver).__name__}; or {remedy}"
-        )
-    return ActiveSet(solver), Landing(controller)
+    result = _translate(solution.result)
+    whole = (result == RESULTS.out_of_steps) & (reached[0] >= ts[-1])
+    result = RESULTS.where(whole, RESULTS.successful, result)
+    return _Integrated(
+        term, saved, end, reached[0], counts, solution.solver_state, result, state
+    )
 
 
-def _stiffness(term: FlowTerm, models: PyTree, ts: Float[Array, " n"]) -> Scalar:
-    """∫L dt along the saved models, about the number of steps that an explicit method
-    takes at its stability limit. L may change a lot from one to the next: its geometric
-    mean is taken."""
-    logs = jnp.log(jax.lax.map(lambda p: sharpness(term, p), models))
-    steps = jnp.diff(ts, prepend=0.0)
-    before = jnp.concatenate([logs[:1], logs[:-1]])
-    return jnp.sum(steps * jnp.exp(0.5 * (before + logs)))
+def _record(
+    run: Solve, solver: AbstractFlowSolver, out: _Integrated
+) -> tuple[PyTree, dict[str, Array], Array, Array]:
+    """At each time: the parameters, the metrics, F and R."""
+
+    def record(y: PyTree) -> PyTree:
+        params = solver.params_of(y)
+        model = out.term.model(params)
+        loss = solver.loss_of(out.term, y)
+        seen = {
+            k: loss if k in run.same else metric(model)
+            for k, metric in run.watched.items()
+        }
+        # Diffrax fills what it did not reach with infinities.
+        reached = jnp.isfinite(norm(params))
+        values = (params, seen, loss, out.term.penalty(params))
+        return jax.tree.map(lambda x: jnp.where(reached, x, jnp.nan), values)
+
+    params, seen, train_loss, penalty = jax.lax.map(record, out.saved)
+    models = jax.vmap(lambda p: place(p, run.term.static)[0])(params)
+    return models, seen, train_loss, penalty
 
 
-# What an explicit solver is told, who does not see the jumps of the curvature.
-_ACROSS = 0.3
-# At the stability limit of an explicit method, where up to two of three steps are
-# rejected, the error of a path was 17 rtol at ∫L dt · rtol = 0.2, and 26 at 2 (Tsit5 in
-# random problems; in others it is far less).
-_NOISE = 0.15
+def _verdict(
+    run: Solve,
+    solver: AbstractFlowSolver,
+    out: _Integrated,
+    models: PyTree,
+    ts: Float[Array, " n"],
+    work: dict[str, Array],
+) -> RESULTS:
+    """How a run ended. A failure has its true cause; then come the reservations on one
+    that reached its end: of the flow, and of the solver."""
+    term, result = out.term, out.result
+    end = solver.params_of(out.end)
+    speed = term.velocity(end, run.weight_decay)
+    lost = ~jnp.isfinite(term.loss(term.model(end)) + norm(end) + norm(speed))
+    lost = lost & (result != RESULTS.out_of_steps)
+    # What reaches infinity in finite time stalls on its way there.
+    fled = (result == RESULTS.stalled) & flees(end, speed, out.t)
+    result = RESULTS.where(lost | fled, RESULTS.diverged, result)
+    slid = (result == RESULTS.successful) & (work.get("sliding", 0) > 0)
+    result = RESULTS.where(slid, RESULTS.slid, result)
+    saved = Saved(run.term, models, ts, out.counts, run.tolerance.rtol)
+    reserved = solver.reservation(saved)
+    return RESULTS.where(result == RESULTS.successful, reserved, result)
 
 
-def _parameters(y: PyTree) -> PyTree:
-    """Those in a state, as the solver sees them."""
-    y = y.tracked if isinstance(y, Signed) else y
-    return y.params if isinstance(y, Tracked) else y
+def run_again(run: Solve, params: PyTree, ts: Float[Array, " n"]) -> Path:
+    """An earlier run, from elsewhere and through other times."""
+    return solve(run.again(params, ts))
 
 
 def _defined(term: FlowTerm, params: PyTree, weight_decay: Scalar) -> Bool[Array, ""]:

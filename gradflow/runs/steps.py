@@ -1,7 +1,7 @@
-"""The compiled loop of a descent."""
+"""The compiled loop of a descent, and the verdict on it."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffrax
 import equinox as eqx
@@ -28,6 +28,30 @@ from .path import Path
 from .problem import check_scalars
 
 
+class Descend(eqx.Module):
+    """One descent, checked: all that `descend` needs to know."""
+
+    term: FlowTerm
+    params: PyTree
+    """Where it starts."""
+    weight_decay: Scalar
+    learning_rate: Scalar | Scheduled
+    numbers: Int[Array, " saves"]
+    """After how many steps to save; the last is its end."""
+    watched: dict[str, Metric]
+    method: Method = eqx.field(static=True)
+    optimiser: Optimiser
+    batch_size: int | None = eqx.field(static=True)
+    key: PRNGKeyArray | None
+    """Of the minibatches."""
+    progress: bool = eqx.field(static=True)
+
+    @property
+    def saves(self) -> int:
+        """How many times it saves."""
+        return self.numbers.shape[0]
+
+
 class _State(eqx.Module):
     """Where a descent is: `order` is that of the samples in this epoch."""
 
@@ -47,184 +71,206 @@ class Descended(eqx.Module):
 
 
 @eqx.filter_jit
-def descend(*arguments: Any) -> Path:
-    """`descent` without its checks and defaults; see `prepare_descent`."""
-    return _descend(*arguments)[0]
+def descend(run: Descend) -> Path:
+    """A descent from its start to its end."""
+    return _descend(run)[0]
 
 
 @eqx.filter_jit
-def descend_part(*arguments: Any) -> tuple[Path, Descended, Bool[Array, ""]]:
-    """The first or the next part of it: with the state after the last one, or `None`,
-    and a number of steps as two more arguments. Returns the path so far, the state, and
-    whether that is all."""
-    path, done = _descend(*arguments)
+def descend_part(
+    run: Descend, before: Descended | None, steps: Int[Array, ""]
+) -> tuple[Path, Descended, Bool[Array, ""]]:
+    """So many `steps` of a descent, from its start (`None`) or from where the last part
+    ended. Returns the path so far, the new state, and whether that is all."""
+    path, done = _descend(run, before, steps)
     return path, strong(done), done.place >= path.t.shape[0]
 
 
 def _descend(
-    term: FlowTerm,
-    params: PyTree,
-    weight_decay: Scalar,
-    learning_rate: Scalar | Scheduled,
-    numbers: Int[Array, " saves"],
-    watched: dict[str, Metric],
-    method: Method,
-    optimiser: Optimiser,
-    batch_size: int | None,
-    key: PRNGKeyArray | None,
-    progress: bool,
-    before: Descended | None = None,
-    steps: Int[Array, ""] | None = None,
+    run: Descend, before: Descended | None = None, steps: Int[Array, ""] | None = None
 ) -> tuple[Path, Descended]:
-    sphere = term.static if isinstance(term.static, Sphere) else None
-    if sphere is not None:
-        # The step is taken as if the norm were free, and the result rescaled.
-        penalty: Any = term.penalty
-        term = FlowTerm(term.loss, penalty.penalty, sphere.static)
-    check_scalars(term.loss, watched, term.model(params))
-    rate = learning_rate
-    h = rate if isinstance(rate, Scheduled) else lambda _: rate
-    t = rate.times if isinstance(rate, Scheduled) else rate * numbers.astype(rate.dtype)
-    optax_one = as_optimiser(optimiser, rate, params)
-    project = projection(term, params) if method == "projected" else None
-    order = None if key is None else epoch_order(term.loss, key, jnp.zeros((), int))
-    start = _State(params, optax_one.made.init(params), order)
-    meter = diffrax.TqdmProgressMeter() if progress else diffrax.NoProgressMeter()
-    block = jnp.maximum(1, numbers[-1] // 200)
-
-    def step(i: Array, state: _State) -> _State:
-        order = state.order
-        if key is None or batch_size is None:
-            loss = term.loss
-        else:
-            loss, order = minibatch(term.loss, order, key, i, batch_size)
-        state = _step(
-            term, loss, _State(state.params, state.optimiser, order),
-            weight_decay, h(i), method, optax_one, project,
-        )  # fmt: skip
-        if sphere is None:
-            return state
-        return eqx.tree_at(lambda s: s.params, state, sphere.place(state.params))
-
-    def lost(state: _State) -> Array:
-        """Whether it has left the finite range, to which no step leads back. (Its norm,
-        a sum of squares, would leave it before.)"""
-        finite = [jnp.all(jnp.isfinite(p)) for p in jax.tree.leaves(state.params)]
-        return ~jnp.all(jnp.stack(finite))
-
-    def until(done: Descended, shown: PyTree, end: Array) -> tuple[Descended, PyTree]:
-        def block_of_steps(carry):
-            i, state, shown = carry
-            # Blocks end at the same steps wherever a part begins.
-            stop = jnp.minimum((i // block + 1) * block, end)
-            stop = jnp.where(lost(state), end, stop)
-            state = jax.lax.fori_loop(
-                jnp.where(lost(state), stop, i), stop, step, state
-            )
-            shown = meter.step(shown, stop / numbers[-1])
-            return stop, state, shown
-
-        carry = (done.steps, done.state, shown)
-        unfinished = lambda carry: carry[0] < end
-        i, state, shown = jax.lax.while_loop(unfinished, block_of_steps, carry)
-        return Descended(i, state, done.place, done.saved), shown
-
-    def record(state: _State) -> PyTree:
-        params = state.params
-        model = term.model(params)
-        seen = {name: metric(model) for name, metric in watched.items()}
-        values = (params, seen, term.loss(model), term.penalty(params))
-        nothing = lost(state)
-        return jax.tree.map(lambda x: jnp.where(nothing, jnp.nan, x), values)
-
-    def until_next_save(carry: tuple) -> tuple:
-        done, shown = carry
-        done, shown = until(done, shown, numbers[done.place])
-        put = lambda all, x: all.at[done.place].set(x)
-        saved = jax.tree.map(put, done.saved, record(done.state))
-        return Descended(done.steps, done.state, done.place + 1, saved), shown
-
-    zero, count = jnp.zeros_like(numbers[0]), numbers.shape[0]
+    check_scalars(run.term.loss, run.watched, run.term.model(run.params))
+    descent = _Descent.of(run)
+    numbers = run.numbers
+    zero, count = jnp.zeros_like(numbers[0]), run.saves
     if before is None:
+        start = descent.start()
         empty = lambda x: jnp.full((count, *x.shape), jnp.nan, x.dtype)
-        none = jax.tree.map(empty, jax.eval_shape(record, start))
+        none = jax.tree.map(empty, jax.eval_shape(descent.record, start))
         before = Descended(zero, start, zero, none)
     last = numbers[-1]
     if steps is not None:
         last = jnp.minimum(before.steps + steps.astype(last.dtype), last)
 
-    def more(carry: tuple) -> Array:
-        place = carry[0].place
+    def more(at: _Shown) -> Array:
+        place = at.done.place
         return (place < count) & (numbers[jnp.minimum(place, count - 1)] <= last)
 
+    def until_next_save(at: _Shown) -> _Shown:
+        done, shown = descent.until(at, numbers[at.done.place])
+        put = lambda all, x: all.at[done.place].set(x)
+        saved = jax.tree.map(put, done.saved, descent.record(done.state))
+        return _Shown(Descended(done.steps, done.state, done.place + 1, saved), shown)
+
     with jax.default_matmul_precision("highest"):
-        done, shown = jax.lax.while_loop(more, until_next_save, (before, meter.init()))
+        begin = _Shown(before, descent.meter.init())
+        at = jax.lax.while_loop(more, until_next_save, begin)
         if steps is not None:
-            done, shown = until(done, shown, last)
-    meter.close(shown)
+            at = descent.until(at, last)
+    descent.meter.close(at.shown)
+    return _path(run, descent, at.done), at.done
+
+
+class _Shown(NamedTuple):
+    """What is done, and how a progress bar shows it."""
+
+    done: Descended
+    shown: PyTree
+
+
+class _Descent(eqx.Module):
+    """What a descent does, made of what it is asked. Where the norm of θ is held, a
+    step is taken as if it were free, and the result rescaled."""
+
+    run: Descend
+    term: FlowTerm
+    sphere: Sphere | None
+    optimiser: DescentOptimiser
+    project: Projection | None
+    meter: diffrax.AbstractProgressMeter
+
+    @classmethod
+    def of(cls, run: Descend) -> "_Descent":
+        term, sphere = run.term, None
+        if isinstance(term.static, Sphere):
+            sphere, penalty = term.static, run.term.penalty
+            # That of θ itself, not of the point that the sphere makes it.
+            free: Any = penalty
+            term = FlowTerm(term.loss, free.penalty, sphere.static)
+        return cls(
+            run=run,
+            term=term,
+            sphere=sphere,
+            optimiser=as_optimiser(run.optimiser, run.learning_rate, run.params),
+            project=projection(term, run.params) if run.method == "projected" else None,
+            meter=diffrax.TqdmProgressMeter()
+            if run.progress
+            else diffrax.NoProgressMeter(),
+        )
+
+    def start(self) -> _State:
+        run = self.run
+        order = None
+        if run.key is not None:
+            order = epoch_order(self.term.loss, run.key, jnp.zeros((), int))
+        return _State(run.params, self.optimiser.made.init(run.params), order)
+
+    def step(self, i: Array, state: _State) -> _State:
+        """Step number i."""
+        run, order, loss = self.run, state.order, self.term.loss
+        rate = run.learning_rate
+        h = rate(i) if isinstance(rate, Scheduled) else rate
+        if run.key is not None and run.batch_size is not None:
+            loss, order = minibatch(loss, order, run.key, i, run.batch_size)
+        moved, memory = self.move(loss, state, h)
+        if self.sphere is not None:
+            moved = self.sphere.place(moved)
+        return _State(moved, memory, order)
+
+    def move(self, loss: Callable, state: _State, h: Scalar) -> tuple[PyTree, PyTree]:
+        """The parameters after a step of size h, and the optimiser's memory."""
+        run, term = self.run, self.term
+        params, penalty, lam = state.params, term.penalty, run.weight_decay
+        along = lambda p, scale, v: jax.tree.map(lambda a, b: a + scale * b, p, v)
+        decay = -h * lam
+        if self.project is not None:
+            moved = along(params, decay, penalty.gradient(params))
+            return self.project(moved), state.optimiser
+        both = run.method == "subgradient"
+
+        def value(p: PyTree) -> Scalar:
+            size = loss(term.model(p))
+            return size + lam * penalty(p) if both else size
+
+        def force(p: PyTree) -> PyTree:
+            slope = jax.grad(lambda p: loss(term.model(p)))(p)
+            return along(slope, lam, penalty.gradient(p)) if both else slope
+
+        update, memory = self.optimiser.update(value, force, state.optimiser, params)
+        moved = optax.apply_updates(params, update)
+        if run.method == "decoupled":
+            moved = along(moved, decay, penalty.gradient(params))
+        if run.method == "proximal":
+            moved = penalty.prox(moved, -decay)
+        return moved, memory
+
+    def until(self, at: _Shown, end: Array) -> _Shown:
+        """On to step number `end`."""
+        last = self.run.numbers[-1]
+        block = jnp.maximum(1, last // 200)
+
+        def block_of_steps(carry: tuple) -> tuple:
+            i, state, shown = carry
+            # Blocks end at the same steps wherever a part begins.
+            stop = jnp.minimum((i // block + 1) * block, end)
+            stop = jnp.where(lost(state), end, stop)
+            state = jax.lax.fori_loop(
+                jnp.where(lost(state), stop, i), stop, self.step, state
+            )
+            shown = self.meter.step(shown, stop / last)
+            return stop, state, shown
+
+        carry = (at.done.steps, at.done.state, at.shown)
+        unfinished = lambda carry: carry[0] < end
+        i, state, shown = jax.lax.while_loop(unfinished, block_of_steps, carry)
+        return _Shown(Descended(i, state, at.done.place, at.done.saved), shown)
+
+    def record(self, state: _State) -> PyTree:
+        """The parameters, the metrics, F and R."""
+        params, term = state.params, self.term
+        model = term.model(params)
+        seen = {name: metric(model) for name, metric in self.run.watched.items()}
+        values = (params, seen, term.loss(model), term.penalty(params))
+        nothing = lost(state)
+        return jax.tree.map(lambda x: jnp.where(nothing, jnp.nan, x), values)
+
+
+def lost(state: _State) -> Array:
+    """Whether a descent has left the finite range, to which no step leads back. (Its
+    norm, a sum of squares, would leave it before.)"""
+    finite = [jnp.all(jnp.isfinite(p)) for p in jax.tree.leaves(state.params)]
+    return ~jnp.all(jnp.stack(finite))
+
+
+def _path(run: Descend, descent: _Descent, done: Descended) -> Path:
     models, seen, train_loss, penalty = done.saved
     # The parameters may grow, in any unit, but what is descended on may not.
-    height = train_loss + weight_decay * penalty
+    height = train_loss + run.weight_decay * penalty
     most = jnp.abs(height[0]) / jnp.finfo(height.dtype).eps ** 0.5
     up = lost(done.state) | ~(height[-1] - height[0] <= most)
     up = up | ~jnp.isfinite(train_loss[-1])
-    result = RESULTS.where(up, RESULTS.overshot, RESULTS.successful)
-    name = getattr(optimiser, "__name__", "an Optax optimiser")
-    words = method if optimiser is optax.sgd else f"{method} with {name}"
+    rate, numbers = run.learning_rate, run.numbers
+    name = getattr(run.optimiser, "__name__", "an Optax optimiser")
+    words = run.method if run.optimiser is optax.sgd else f"{run.method} with {name}"
     if isinstance(rate, Scheduled):
         words += ", on a schedule"
-    path = Path(
+        t = rate.times
+        mean = t[-1] / numbers[-1].astype(t.dtype)
+    else:
+        t, mean = rate * numbers.astype(rate.dtype), rate
+    return Path(
         t=t,
-        weight_decay=weight_decay,
+        weight_decay=run.weight_decay,
         params=models,
-        static=term.static,
+        static=descent.term.static,
         metrics=seen,
         train_loss=train_loss,
         penalty=penalty,
-        result=result,
+        result=RESULTS.where(up, RESULTS.overshot, RESULTS.successful),
         stats={
             "solver": f"descent ({words})",
-            # On a schedule, its mean.
-            "learning_rate": t[-1] / numbers[-1].astype(t.dtype)
-            if isinstance(rate, Scheduled)
-            else rate,
+            "learning_rate": mean,
             "steps": numbers[-1],
         },
-        watched=watched,
+        watched=run.watched,
     )
-    return path, done
-
-
-def _step(
-    term: FlowTerm,
-    loss: Callable,
-    state: _State,
-    weight_decay: Scalar,
-    learning_rate: Scalar,
-    method: Method,
-    optimiser: DescentOptimiser,
-    project: Projection | None,
-) -> _State:
-    params, penalty = state.params, term.penalty
-    along = lambda p, scale, v: jax.tree.map(lambda a, b: a + scale * b, p, v)
-    decay = -learning_rate * weight_decay
-    if project is not None:
-        moved = along(params, decay, penalty.gradient(params))
-        return _State(project(moved), state.optimiser, state.order)
-    both = method == "subgradient"
-
-    def value(p: PyTree) -> Scalar:
-        size = loss(term.model(p))
-        return size + weight_decay * penalty(p) if both else size
-
-    def force(p: PyTree) -> PyTree:
-        slope = jax.grad(lambda p: loss(term.model(p)))(p)
-        return along(slope, weight_decay, penalty.gradient(p)) if both else slope
-
-    update, memory = optimiser.update(value, force, state.optimiser, params)
-    moved = optax.apply_updates(params, update)
-    if method == "decoupled":
-        moved = along(moved, decay, penalty.gradient(params))
-    if method == "proximal":
-        moved = penalty.prox(moved, -decay)
-    return _State(moved, memory, state.order)

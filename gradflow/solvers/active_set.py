@@ -18,6 +18,9 @@ from jaxtyping import Array, Float, PyTree, Scalar
 
 from .._norms import rms
 from ..flow.term import FlowTerm, Tracked, TrackedFlowTerm
+from ..results import RESULTS
+from .base import AbstractFlowSolver, Controller, Followed, Saved
+from .controllers import Landing
 from .kkt import AbstractKKT, ChordIteration
 from .orthant import flat_problem, OnOrthant, unwrap
 
@@ -60,16 +63,18 @@ class SignedFlowTerm(FlowTerm):
 
 
 class ActiveSet(
-    diffrax.AbstractImplicitSolver[_State], diffrax.AbstractAdaptiveSolver[_State]
+    AbstractFlowSolver,
+    diffrax.AbstractAdaptiveSolver[_State],
+    diffrax.AbstractWrappedSolver[_State],
 ):
     """A KKT solver for a penalty with kinks where coordinates are zero. Use it with
-    `Landing`, and with the term and the state that `track` makes."""
+    the term and the state of `follow`, and with the controller of `controlled`."""
 
     solver: AbstractKKT
-    root_finder: ChordIteration = diffrax.with_stepsize_controller_tols(
-        ChordIteration
-    )()
-    root_find_max_steps: int = 12
+    differentiable: ClassVar[bool] = False
+    sees_growth: ClassVar[bool] = True
+    sees_jumps: ClassVar[bool] = True
+    follows_kinks: ClassVar[bool] = True
     term_structure: ClassVar = SignedFlowTerm
     interpolation_cls: ClassVar = (
         diffrax.ThirdOrderHermitePolynomialInterpolation.from_k
@@ -82,15 +87,17 @@ class ActiveSet(
         return terms.vf(t0, y0, args)
 
     @property
-    def _inner(self) -> AbstractKKT:
-        return eqx.tree_at(lambda s: s.root_finder, self.solver, self.root_finder)
+    def name(self) -> str:
+        return self.solver.name
 
-    def track(
-        self, term: FlowTerm, params: PyTree, weight_decay: Scalar
-    ) -> tuple[SignedFlowTerm, Signed]:
-        """The term and the initial state: coordinates that start at zero are held there
-        if they may be."""
-        _, tracked = self.solver.track(term, params)
+    @property
+    def root_finder(self) -> ChordIteration:
+        """Of the solver within, to which Diffrax gives the tolerances."""
+        return self.solver.root_finder
+
+    def follow(self, term: FlowTerm, params: PyTree, weight_decay: Scalar) -> Followed:
+        """Coordinates that start at zero are held there if they may be."""
+        tracked = self.solver.follow(term, params, weight_decay).state
         out = SignedFlowTerm(term.loss, term.penalty, term.static)
         theta, _ = ravel_pytree(params)
         weights = _weights(term, params)
@@ -99,7 +106,25 @@ class ActiveSet(
         at_zero = jnp.where(leaving, -jnp.sign(force), 0.0)
         sign = jnp.where(theta == 0, at_zero, jnp.sign(theta))
         sign = jnp.where(weight_decay * weights > 0, sign, 1.0)
-        return out, Signed(tracked, sign, jnp.ones((), theta.dtype))
+        state = Signed(tracked, sign, jnp.ones((), theta.dtype))
+        return Followed(self, out, state)
+
+    def controlled(self, controller: Controller) -> Controller:
+        return Landing(controller)
+
+    @staticmethod
+    def coordinates(y: PyTree) -> PyTree:
+        y = y.tracked if isinstance(y, Signed) else y
+        return AbstractKKT.coordinates(y)
+
+    def params_of(self, y: Signed) -> PyTree:
+        return y.params
+
+    def tolerance_share(self, rtol: Scalar) -> Scalar | float:
+        return self.solver.tolerance_share(rtol)
+
+    def reservation(self, saved: Saved) -> RESULTS:
+        return self.solver.reservation(saved)
 
     def loss_of(self, term: FlowTerm, y: Signed) -> Scalar:
         """F, through the multiplier; see `AbstractKKT.loss_of`."""
@@ -114,7 +139,7 @@ class ActiveSet(
     def init(self, terms: Any, t0: Any, t1: Any, y0: Signed, args: Any) -> _State:
         term, _ = unwrap(terms, y0.tracked)
         inner_term = _on_orthant(term, y0.sign)
-        inner = self._inner.init(inner_term, t0, t1, y0.tracked, args)
+        inner = self.solver.init(inner_term, t0, t1, y0.tracked, args)
         # Stages are predicted from it, and what is held has no force to bring it back.
         slope = jnp.where(y0.sign == 0, 0.0, inner.slope)
         inner = eqx.tree_at(lambda s: s.slope, inner, slope)
@@ -132,7 +157,7 @@ class ActiveSet(
         made_jump: Any,
     ) -> tuple[Signed, Signed, dict, _State, diffrax.RESULTS]:
         term, params = unwrap(terms, y0.tracked)
-        y1, error, dense, inner, result = self._inner.step(
+        y1, error, dense, inner, result = self.solver.step(
             _on_orthant(term, y0.sign),
             t0,
             t1,

@@ -6,16 +6,13 @@ from typing import NamedTuple
 import diffrax
 import equinox as eqx
 import jax
-import jax.numpy as jnp
-import jax.random as jr
-from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, PyTree, Scalar
+from jaxtyping import PyTree, Scalar
 
 from .._checks import is_concrete
-from ..flow.flat import linearized
 from ..flow.term import FlowTerm
 from ..losses import AbstractCompositeLoss
 from ..penalties import Moreau
+from .curvature import sharpness
 from .kernel import DENSE_LIMIT
 from .kkt import KKT4, KKT5
 from .rkc import RKC2
@@ -161,28 +158,3 @@ def choose_solver(
     )
     solvers = {"Tsit5": diffrax.Tsit5, "RKC2": RKC2, "KKT4": KKT4, "KKT5": KKT5}
     return Choice(solvers[best](), why, trial=best == "Tsit5")
-
-
-@eqx.filter_jit
-def sharpness(term: FlowTerm, params: PyTree) -> Float[Array, ""]:
-    """L = ‖∇²F(θ₀)‖₂, from below, by power iteration until it changes by less than 1 %,
-    20 times at most."""
-    theta, unravel = ravel_pytree(params)
-    gradient = jax.grad(lambda th: term.loss(term.model(unravel(th))))
-    _, hvp, _ = linearized(gradient, theta)
-
-    def iterate(carry):
-        v, last, _, count = carry
-        w = hvp(v)
-        size = jnp.linalg.norm(w)
-        v = w / jnp.maximum(size, jnp.finfo(w.dtype).tiny)
-        return v, size, last, count + 1
-
-    def unsettled(carry):
-        _, size, last, count = carry
-        return (jnp.abs(size - last) > 0.01 * size) & (count < 20)
-
-    v = jr.normal(jr.key(0), theta.shape, theta.dtype)
-    none = jnp.zeros((), theta.dtype)
-    first = (v / jnp.linalg.norm(v), none + 1, none, 0)
-    return jax.lax.while_loop(unsettled, iterate, first)[1]

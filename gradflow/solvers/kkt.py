@@ -18,6 +18,8 @@ from .._norms import norm
 from ..flow.flat import FlatLoss, FlatOpaqueLoss
 from ..flow.nonsmooth import may_have_kinks
 from ..flow.term import FlowTerm, Tracked, TrackedFlowTerm
+from ..results import RESULTS
+from .base import AbstractFlowSolver, Controller, Followed, Saved
 from .controllers import lasting, tolerance
 from .jumps import curvature_jumps, find_jumps, JUMPED
 from .kernel import (
@@ -105,26 +107,52 @@ class _Iterate(NamedTuple):
 
 
 class AbstractKKT(
-    diffrax.AbstractImplicitSolver[_State], diffrax.AbstractAdaptiveSolver[_State]
+    AbstractFlowSolver,
+    diffrax.AbstractImplicitSolver[_State],
+    diffrax.AbstractAdaptiveSolver[_State],
 ):
     """Common part of the KKT-ESDIRK methods; see `KKT4` and `KKT5`."""
 
+    differentiable: ClassVar[bool] = False
+    sees_growth: ClassVar[bool] = True
+    sees_jumps: ClassVar[bool] = True
+    follows_kinks: ClassVar[bool] = True
     term_structure: ClassVar = FlowTerm
     interpolation_cls: ClassVar = ThirdOrderHermitePolynomialInterpolation.from_k
     tableau: AbstractClassVar[diffrax.ButcherTableau]
 
-    def track(self, term: FlowTerm, params: PyTree) -> tuple[TrackedFlowTerm, Tracked]:
-        """The term and the initial state with which `diffeqsolve` saves the multiplier
-        beside the parameters; see `loss_of`."""
+    @property
+    def name(self) -> str:
+        return type(self).__name__
+
+    def follow(self, term: FlowTerm, params: PyTree, weight_decay: Scalar) -> Followed:
+        """With the multiplier saved beside the parameters; see `loss_of`."""
         theta, loss = flat_problem(term, params)
         tracked = TrackedFlowTerm(term.loss, term.penalty, term.static)
-        return tracked, Tracked(params, loss.residuals(theta))
+        return Followed(self, tracked, Tracked(params, loss.residuals(theta)))
+
+    def controlled(self, controller: Controller) -> Controller:
+        return controller
+
+    @staticmethod
+    def coordinates(y: PyTree) -> PyTree:
+        # The stages, too, are measured by the norm of the controller.
+        return y.params if isinstance(y, Tracked) else y
+
+    def params_of(self, y: Tracked) -> PyTree:
+        return y.params
 
     def loss_of(self, term: FlowTerm, y: Tracked) -> Scalar:
         """F, through the multiplier: its relative error is that of the parameters, even
         where F itself is tiny."""
         theta, loss = flat_problem(term, y.params)
         return loss.outer_from(y.multiplier, loss.outputs(theta))
+
+    def tolerance_share(self, rtol: Scalar) -> Scalar | float:
+        return 1.0
+
+    def reservation(self, saved: Saved) -> RESULTS:
+        return RESULTS.successful
 
     def work(self, term: FlowTerm, state: _State) -> dict[str, Array]:
         """What the accepted steps took, from the final state

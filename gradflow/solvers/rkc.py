@@ -15,6 +15,8 @@ from jaxtyping import Array, Float, Int, PyTree, Scalar
 from .._norms import norm
 from ..flow.flat import linearized
 from ..flow.term import FlowTerm
+from ..results import RESULTS
+from .base import AbstractFlowSolver, Controller, Followed, Saved
 from .controllers import lasting
 
 _DAMPING = 2 / 13  # ε; inside the stability interval |P| stays below 1 − ε/3
@@ -35,7 +37,7 @@ class _State(eqx.Module):
     products: Int[Array, ""]  # of its Jacobian with a vector, so far
 
 
-class RKC2(diffrax.AbstractAdaptiveSolver[_State]):
+class RKC2(AbstractFlowSolver, diffrax.AbstractAdaptiveSolver[_State]):
     """Runge-Kutta-Chebyshev of order 2: explicit, with as many stages as it takes.
 
     For y' = f(t, y) whose Jacobian has eigenvalues on or near the negative real axis,
@@ -75,6 +77,10 @@ class RKC2(diffrax.AbstractAdaptiveSolver[_State]):
     (at 5000 stages they are 1e-11 of y, against 7e-6).
     """
 
+    differentiable: ClassVar[bool] = False
+    sees_growth: ClassVar[bool] = True
+    sees_jumps: ClassVar[bool] = False
+    follows_kinks: ClassVar[bool] = False
     term_structure: ClassVar = AbstractTerm
     interpolation_cls: ClassVar = ThirdOrderHermitePolynomialInterpolation.from_k
     max_stages: int = 10_000
@@ -88,6 +94,33 @@ class RKC2(diffrax.AbstractAdaptiveSolver[_State]):
 
     def error_order(self, terms: PyTree[AbstractTerm]) -> int:
         return 3  # the estimate is of the order of the local error
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__
+
+    def follow(self, term: FlowTerm, params: PyTree, weight_decay: Scalar) -> Followed:
+        return Followed(self, term, params)
+
+    def controlled(self, controller: Controller) -> Controller:
+        return controller
+
+    @staticmethod
+    def coordinates(y: PyTree) -> PyTree:
+        return y
+
+    def params_of(self, y: PyTree) -> PyTree:
+        return y
+
+    def loss_of(self, term: FlowTerm, y: PyTree) -> Scalar:
+        return term.loss(term.model(y))
+
+    def tolerance_share(self, rtol: Scalar) -> Scalar | float:
+        # Its error falls as the 2/3 power of what it is told.
+        return jnp.minimum(1, rtol / 1e-6) ** 0.5
+
+    def reservation(self, saved: Saved) -> RESULTS:
+        return RESULTS.successful
 
     def work(self, term: AbstractTerm, state: _State) -> dict[str, Array]:
         """What the accepted steps took, from the final state

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
@@ -17,13 +17,14 @@ from .._checks import is_key
 from ..runs.outcome import wants_another
 from ..runs.parts import FIRST, in_part
 from ..runs.path import Path
-from ..runs.solve import solve, solve_part
-from ..runs.steps import descend, descend_part
+from ..runs.solve import Solve, solve, solve_part
+from ..runs.steps import Descend, descend, descend_part
 from .checkpoints import Checkpoints
 from .recipe import Lane
 
 Batch = Literal["loop", "vmap"]
-_PARTS = {solve: solve_part, descend: descend_part}
+_WHOLE: dict[type, Callable] = {Solve: solve, Descend: descend}
+_PARTS: dict[type, Callable] = {Solve: solve_part, Descend: descend_part}
 Launch = Callable[[list[Lane], int], Callable[[], list[Any]]]
 """Starts lanes as one program, or a few; what is returned waits for what they give."""
 
@@ -83,7 +84,7 @@ def _programs(
     tell: Callable[[int, Path | Exception, int], None],
 ) -> Iterator[tuple[list[int], list[Lane], int]]:
     """The lanes that run as one program: their places, and for how many it is."""
-    pools: list[tuple[Lane, list[tuple[int, Lane]]]] = []
+    pools: dict[tuple, list[tuple[int, Lane]]] = {}
     for i, lane in enumerate(lanes):
         if isinstance(lane, Exception):
             found[i] = lane
@@ -92,14 +93,12 @@ def _programs(
         if size == 1:
             yield [i], [lane], 1
             continue
-        pool = next((pool for other, pool in pools if _alike(other, lane)), None)
-        if pool is None:
-            pools.append((lane, pool := []))
+        pool = pools.setdefault(_signature(lane), [])
         pool.append((i, lane))
         if size is not None and len(pool) == _POOL * size:
             while pool:
                 yield _taken(pool, size)
-    for _, pool in pools:
+    for pool in pools.values():
         most = size or len(pool)
         # A loop over a lane that is there to fill it costs as much as any other.
         while pool:
@@ -137,8 +136,9 @@ def _start(
             if len(lanes) == 1:
                 return [error]
             return [begin([lane])()[0] for lane in lanes]
-        for lane, path in zip(lanes, paths, strict=True):
-            path.stats["why"] = lane.why
+        paths = [
+            path.told(why=lane.why) for lane, path in zip(lanes, paths, strict=True)
+        ]
         pairs = list(enumerate(zip(lanes, paths, strict=True)))
         tried = [i for i, (lane, _) in pairs if lane.again is not None]
         left = [i for i in tried if bool(wants_another(paths[i].result))]
@@ -147,9 +147,9 @@ def _start(
             given_up(lanes[i], paths[i])
         out: list[Path | Exception] = list(paths)
         for i, path in zip(left, begin(others)() if left else [], strict=True):
-            out[i] = path
             if isinstance(path, Path):
-                path.stats["trial_steps"] = paths[i].stats["steps"]
+                path = path.told(trial_steps=paths[i].stats["steps"])
+            out[i] = path
         return out
 
     try:
@@ -164,12 +164,13 @@ def _start(
 
 def _first_part(lane: Lane, checkpoints: Checkpoints) -> Lane:
     """The first part of a lane; or the one after its checkpoint."""
-    part, steps = _PARTS[lane.run], checkpoints.count(FIRST)
-    like = lambda: eqx.filter_eval_shape(part, *lane.args, None, steps)[1]
+    steps = checkpoints.count(FIRST)
+    part = _PARTS[type(lane.run)]
+    like = lambda: eqx.filter_eval_shape(part, lane.run, None, steps)[1]
     state = checkpoints.load(lane.name, like)
     if state is not None:
         steps = checkpoints.count()
-    return lane._replace(run=part, args=(*lane.args, state, steps))
+    return lane._replace(state=state, steps=steps)
 
 
 def _go_on(
@@ -194,14 +195,11 @@ def _go_on(
         if not left:
             return [path for path, _, _ in found]
         parts = [
-            lanes[i]._replace(
-                run=_PARTS[lanes[i].run],
-                args=(*lanes[i].args, found[i][1], checkpoints.count()),
-            )
+            lanes[i]._replace(state=found[i][1], steps=checkpoints.count())
             for i in left
         ]
         # What fills the program up in place of lanes that have ended takes one step.
-        filler = parts[-1]._replace(args=(*parts[-1].args[:-1], checkpoints.count(1)))
+        filler = parts[-1]._replace(steps=checkpoints.count(1))
         begun = time.monotonic()
         with in_part():
             outs = launch(parts + [filler] * (size - len(parts)), size)()
@@ -211,17 +209,24 @@ def _go_on(
 
 
 def _alone(lanes: list[Lane], size: int) -> Callable[[], list[Any]]:
-    out = [_without_shared(lane.run(*lane.args)) for lane in lanes]
+    calls = [_call(lane) for lane in lanes]
+    out = [_without_shared(fn(*arguments)) for fn, arguments in calls]
     return lambda: jax.block_until_ready(out)
+
+
+def _call(lane: Lane) -> tuple[Callable, tuple]:
+    """The compiled function that runs a lane, or a part of it, and its arguments."""
+    if lane.steps is None:
+        return _WHOLE[type(lane.run)], (lane.run,)
+    return _PARTS[type(lane.run)], (lane.run, lane.state, lane.steps)
 
 
 def _together(lanes: list[Lane], size: int, batch: Batch) -> Callable[[], list[Any]]:
     """Programs for `size` lanes. Where there are fewer, the last is run again."""
-    groups: list[list[int]] = []
+    alike: dict[tuple, list[int]] = {}
     for i, lane in enumerate(lanes):
-        group = next((g for g in groups if _alike(lanes[g[0]], lane)), None)
-        groups.append([i]) if group is None else group.append(i)
-    waits = []
+        alike.setdefault(_signature(lane), []).append(i)
+    groups, waits = list(alike.values()), []
     for group in groups:
         some = [lanes[i] for i in group]
         waits.append(_mapped(some + some[-1:] * (size - len(some)), batch))
@@ -245,11 +250,12 @@ def _mapped(lanes: list[Lane], batch: Batch) -> Callable[[], Any]:
     # Lane k is run by device k modulo their number, and the first by the first.
     order = np.arange(len(lanes)).reshape(-1, devices).T.ravel()
     lanes = [lanes[k] for k in order]
-    tree = jax.tree.structure(lanes[0].args)
-    columns = list(zip(*(jax.tree.leaves(lane.args) for lane in lanes), strict=True))
+    calls = [_call(lane) for lane in lanes]
+    tree = jax.tree.structure(calls[0][1])
+    columns = list(zip(*(jax.tree.leaves(args) for _, args in calls), strict=True))
     # Not by what the lanes at hand happen to share: a program is the same, to the last
     # bit, whichever lanes of a sweep are in it.
-    common = len(jax.tree.leaves(lanes[0].args[0])) if lanes[0].shares else 0
+    common = len(jax.tree.leaves(lanes[0].run.term)) if lanes[0].shares else 0
     own = [
         eqx.is_array(column[0])
         and (k >= common or any(x is not column[0] for x in column))
@@ -262,7 +268,7 @@ def _mapped(lanes: list[Lane], batch: Batch) -> Callable[[], Any]:
     shared = [None if mine else c[0] for mine, c in zip(own, columns, strict=True)]
     static = Static((tree, batch, devices))
     number = jnp.arange(len(lanes))
-    out = _program(lanes[0].run, number, stack, shared, static)
+    out = _program(calls[0][0], number, stack, shared, static)
     back = np.argsort(order)[:count]
     take = lambda x: x[back] if eqx.is_array(x) else x
     return lambda: jax.tree.map(take, jax.device_get(out))
@@ -315,22 +321,20 @@ def _program(
     return eqx.combine(each(number, stack, shared), rest[0])
 
 
-def _alike(a: Lane, b: Lane) -> bool:
-    """Whether two lanes are calls of one program."""
-    if a.run is not b.run:
-        return False
-    for one, two in zip(a.args, b.args, strict=True):
-        if one is two or _shape(one) == _shape(two) is not None:
-            continue
-        kinds = [eqx.partition(x, eqx.is_array) for x in (one, two)]
-        shapes = [jax.tree.map(_shape, arrays) for arrays, _ in kinds]
-        if shapes[0] != shapes[1] or not eqx.tree_equal(kinds[0][1], kinds[1][1]):
-            return False
-    return True
+def _signature(lane: Lane) -> tuple:
+    """What two lanes have in common that are calls of one program."""
+    fn, arguments = _call(lane)
+    leaves, tree = jax.tree.flatten(arguments)
+    return fn, tree, tuple(map(_mark, leaves))
 
 
-def _shape(x: Any) -> tuple | None:
-    return (x.shape, x.dtype) if eqx.is_array(x) else None
+def _mark(leaf: Any) -> Hashable:
+    """Of an array its shape; of anything else, which is part of the program, itself."""
+    if eqx.is_array(leaf):
+        return leaf.shape, leaf.dtype
+    if isinstance(leaf, np.ndarray):
+        return leaf.shape, leaf.dtype, leaf.tobytes()
+    return leaf if isinstance(leaf, Hashable) else id(leaf)
 
 
 def _without_shared(out: Any) -> Any:

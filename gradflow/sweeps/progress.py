@@ -10,7 +10,6 @@ from tqdm.auto import tqdm
 
 from ..runs.outcome import given_up
 from ..runs.path import Path
-from ..runs.solve import SOLVER
 from .axes import Axes
 from .recipe import Lane
 
@@ -65,7 +64,7 @@ class Bars:
         """Says that the solver of a lane, which was only tried, has failed."""
         if self.bars[0].disable or lane.again is None:
             return
-        solver = lane.again.args[SOLVER]
+        solver = lane.again.run.solver
         where = self.axes.words(int(lane.name))
         tqdm.write(f"{where}: {given_up(path, solver)}", file=sys.stderr)
 

@@ -24,10 +24,9 @@ from ..flow.flow import GradientFlow, scaled
 from ..flow.term import place
 from ..metrics import Metric
 from ..runs.descent import prepare_descent
-from ..runs.path import Path
 from ..runs.problem import as_metrics, check_problem
-from ..runs.solve import solve, solve_arguments
-from ..runs.steps import descend
+from ..runs.solve import Solve
+from ..runs.steps import Descend
 from ..runs.times import prepare
 from ..solvers import as_choice, Choice, measure_size, second_choice, TRIAL_STEPS
 from ..tasks import Task
@@ -54,10 +53,9 @@ class Problem(NamedTuple):
 
 
 class Lane(NamedTuple):
-    """One call of a compiled function, `run(*args)`, which gives a `Path`."""
+    """One run of a sweep."""
 
-    run: Callable[..., Path]
-    args: tuple
+    run: Solve | Descend
     why: str
     """The reason for its solver."""
     again: "Lane | None" = None
@@ -67,7 +65,11 @@ class Lane(NamedTuple):
     name: str = ""
     """Of its checkpoint."""
     shares: bool = False
-    """Whether its first argument, the flow, is that of all lanes."""
+    """Whether its term, the flow, is that of all lanes."""
+    state: PyTree | None = None
+    """Of a part of it: where the last one ended."""
+    steps: Array | None = None
+    """Of a part of it: how many."""
 
 
 class Unlike(ValueError):
@@ -251,7 +253,7 @@ class Recipe:
 
     def _compare(self, made: Lane, watched: dict[str, Metric]) -> None:
         """Raises `Unlike` unless a lane gives arrays like those of the first made."""
-        saves = made.args[4 if self.descends else 3].shape[0]
+        saves = made.run.saves
         if self._like is None:
             self._like = saves, set(watched)
         if saves != self._like[0]:
@@ -275,9 +277,9 @@ class Recipe:
             k: v for k, v in times.items() if k != "ts"
         }
         method = given["method"] = given["method"] or "subgradient"
-        args = prepare_descent(problem.flow, problem.model, bare, **given)
+        run = prepare_descent(problem.flow, problem.model, bare, **given)
         why = f"{method} steps were asked for"
-        return Lane(descend, args, why, cost=self.cost(lane))
+        return Lane(run, why, cost=self.cost(lane))
 
     def _flow(self, lane: int, bare: dict[str, Metric], times: dict) -> Lane:
         term, params = self.start(lane)
@@ -296,18 +298,27 @@ class Recipe:
         if self.options["solver"] is None:
             size = self._size(lane, span)
         most = self.options["max_steps"]
-        made = lambda choice, most: solve_arguments(
-            term, params, lam, ts, bare, choice.solver, _scalar(rtol, ts.dtype),
-            self.options["atol"], most,
-        )  # fmt: skip
+
+        def made(choice: Choice, most: int) -> Solve:
+            return Solve.of(
+                term,
+                params,
+                lam,
+                ts,
+                bare,
+                choice.solver,
+                rtol=_scalar(rtol, ts.dtype),
+                atol=self.options["atol"],
+                max_steps=most,
+            )
+
         choice = as_choice(self.options["solver"], size, rtol)
         if size is None or not choice.trial:
-            args = made(choice, most)
-            return Lane(solve, args, choice.why, cost=self.cost(lane))
+            return Lane(made(choice, most), choice.why, cost=self.cost(lane))
         then: Choice = second_choice(size, rtol)
-        again = Lane(solve, made(then, most), then.why, cost=self.cost(lane))
+        again = Lane(made(then, most), then.why, cost=self.cost(lane))
         first = made(choice, min(most, TRIAL_STEPS))
-        return Lane(solve, first, choice.why, again, self.cost(lane))
+        return Lane(first, choice.why, again, self.cost(lane))
 
     def cost(self, lane: int) -> float:
         """A number that grows with the expected work of a lane: its time to the end for

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from ..results import flags, RESULTS
 from ..runs.path import Path
-from ..runs.solve import run_again
+from ..runs.solve import run_again, Solve
 from .axes import Axes, short
 from .columns import columns, xarray
 from .recipe import Recipe
@@ -266,7 +266,8 @@ def _run_again(
     lane = recipe.lane(i)
     if lane.again is not None and lane.why != why:
         lane = lane.again
-    return run_again(lane.args[:-1], params, ts)
+    assert isinstance(lane.run, Solve)
+    return run_again(lane.run, params, ts)
 
 
 def _cell(value: Any) -> str:

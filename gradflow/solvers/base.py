@@ -1,0 +1,178 @@
+"""What a run of the flow asks of a solver, beside Diffrax's steps."""
+
+import abc
+from typing import ClassVar, NamedTuple, TYPE_CHECKING
+
+import diffrax
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PyTree, Scalar
+
+from ..flow.term import FlowTerm
+from ..results import RESULTS
+from .curvature import steps_at_the_limit
+
+if TYPE_CHECKING:
+    from typing import ClassVar as AbstractClassVar
+else:
+    from equinox import AbstractClassVar
+
+Controller = diffrax.AbstractAdaptiveStepSizeController
+
+
+class Followed(NamedTuple):
+    """What `diffrax.diffeqsolve` is given to follow a flow."""
+
+    solver: diffrax.AbstractSolver
+    term: FlowTerm
+    state: PyTree
+    """The initial state: the parameters, and what the solver carries beside them."""
+
+
+class Saved(NamedTuple):
+    """A run of n saved times, for the judgement of its solver."""
+
+    term: FlowTerm
+    params: PyTree
+    """At all times, stacked."""
+    ts: Float[Array, " n"]
+    counts: Int[Array, " 3"]
+    """Steps; those accepted, and rejected."""
+    rtol: Scalar
+
+
+class AbstractFlowSolver(eqx.Module):
+    """A solver that knows it is a gradient flow that it solves.
+
+    gradflow's own are such. Any other solver of Diffrax's is taken for one by
+    `as_flow_solver`, so that all that a run asks is asked here; a solver of your own
+    that answers for itself needs no change elsewhere. Solvers are told by their types:
+    a subclass is a `diffrax.AbstractAdaptiveSolver` too, or wraps one.
+    """
+
+    differentiable: AbstractClassVar[bool]
+    """Whether Diffrax's adjoints lead through its steps."""
+    sees_growth: AbstractClassVar[bool]
+    """Whether it counts an error for more that later steps do not damp, as where the
+    flow leaves a saddle; otherwise the controller of the steps does."""
+    sees_jumps: AbstractClassVar[bool]
+    """Whether its estimate sees errors where the curvature jumps, as Huber's does."""
+    follows_kinks: AbstractClassVar[bool]
+    """Whether an `ActiveSet` of it follows a flow along kinks of its penalty."""
+
+    @property
+    @abc.abstractmethod
+    def name(self) -> str:
+        """As in `path.stats`."""
+
+    @abc.abstractmethod
+    def follow(self, term: FlowTerm, params: PyTree, weight_decay: Scalar) -> Followed:
+        """With what, and from where, the flow `term` is integrated from `params`."""
+
+    @abc.abstractmethod
+    def controlled(self, controller: Controller) -> Controller:
+        """`controller`, or one that ends steps early as well."""
+
+    @staticmethod
+    @abc.abstractmethod
+    def coordinates(y: PyTree) -> PyTree:
+        """What in a state, or in the error of one, the tolerance is for."""
+
+    @abc.abstractmethod
+    def params_of(self, y: PyTree) -> PyTree:
+        """The parameters in a state."""
+
+    @abc.abstractmethod
+    def loss_of(self, term: FlowTerm, y: PyTree) -> Scalar:
+        """F in a state."""
+
+    @abc.abstractmethod
+    def tolerance_share(self, rtol: Scalar) -> Scalar | float:
+        """The part of `rtol` that a step is given, so that the path is within it."""
+
+    @abc.abstractmethod
+    def work(self, term: FlowTerm, state: PyTree) -> dict[str, Array]:
+        """What the accepted steps took beside their number, from the final state of
+        the solver; of these `sliding` are steps along kinks of the loss."""
+
+    @abc.abstractmethod
+    def reservation(self, saved: Saved) -> RESULTS:
+        """`successful`, or why a run that reached its end is not to be trusted."""
+
+
+def as_flow_solver(solver: diffrax.AbstractSolver) -> AbstractFlowSolver:
+    """A solver as one that answers what a run asks."""
+    if isinstance(solver, AbstractFlowSolver):
+        return solver
+    explicit = isinstance(solver, diffrax.AbstractERK)
+    return Explicit(solver) if explicit else Plain(solver)
+
+
+class AbstractPlain(AbstractFlowSolver):
+    """One of Diffrax's own solvers, whose state is the parameters."""
+
+    solver: eqx.AbstractVar[diffrax.AbstractSolver]
+
+    @property
+    def name(self) -> str:
+        return type(self.solver).__name__
+
+    def follow(self, term: FlowTerm, params: PyTree, weight_decay: Scalar) -> Followed:
+        return Followed(self.solver, term, params)
+
+    def controlled(self, controller: Controller) -> Controller:
+        return controller
+
+    @staticmethod
+    def coordinates(y: PyTree) -> PyTree:
+        return y
+
+    def params_of(self, y: PyTree) -> PyTree:
+        return y
+
+    def loss_of(self, term: FlowTerm, y: PyTree) -> Scalar:
+        return term.loss(term.model(y))
+
+    def tolerance_share(self, rtol: Scalar) -> Scalar | float:
+        return 1.0
+
+    def work(self, term: FlowTerm, state: PyTree) -> dict[str, Array]:
+        return {}
+
+
+class Plain(AbstractPlain):
+    """Any but an explicit one."""
+
+    solver: diffrax.AbstractSolver
+    differentiable: ClassVar[bool] = True
+    sees_growth: ClassVar[bool] = False
+    sees_jumps: ClassVar[bool] = False
+    follows_kinks: ClassVar[bool] = False
+
+    def reservation(self, saved: Saved) -> RESULTS:
+        return RESULTS.successful
+
+
+# At the stability limit of an explicit method, where up to two of three steps are
+# rejected, the error of a path was 17 rtol at ∫L dt · rtol = 0.2, and 26 at 2 (Tsit5 in
+# random problems; in others it is far less).
+_NOISE = 0.15
+
+
+class Explicit(AbstractPlain):
+    """An explicit one, which may run at its stability limit."""
+
+    solver: diffrax.AbstractERK
+    differentiable: ClassVar[bool] = True
+    sees_growth: ClassVar[bool] = False
+    sees_jumps: ClassVar[bool] = False
+    follows_kinks: ClassVar[bool] = False
+
+    def reservation(self, saved: Saved) -> RESULTS:
+        """`unstable` where its steps were limited by stability, and so many that noise
+        of the size of the tolerance makes up a drift of its own."""
+        reach = steps_at_the_limit(saved.term, saved.params, saved.ts)
+        taken = saved.counts[0].astype(reach.dtype)
+        limited = (reach > taken) | (saved.counts[2] > saved.counts[1])
+        noisy = limited & (jnp.maximum(reach, taken) * saved.rtol > _NOISE)
+        return RESULTS.where(noisy, RESULTS.unstable, RESULTS.successful)
