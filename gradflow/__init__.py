@@ -3,6 +3,7 @@
 from ._version import __version__ as __version__
 from .precision import enable_float64 as enable_float64
 
+
 from .flow.term import FlowTerm as FlowTerm
 from .flow.flow import GradientFlow as GradientFlow, scaled as scaled
 from .losses import (
@@ -64,3 +65,4 @@ from .theory.reduced_dynamics import (
     ReducedPath as ReducedPath,
 )
 from . import plot as plot
+from .saving import load as load, save as save

@@ -35,6 +35,44 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name != "test_notebooks.py")
 
 
+MOST = 5.0
+"""Seconds of CPU that the call of a test may take that is not marked `slow`: most of
+them are compilation, and a suite of which each waits some is not run."""
+
+
+def cpu_seconds():
+    """Of this process and of those that it has waited for."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    begin = cpu_seconds()
+    result = yield
+    taken = cpu_seconds() - begin
+    record(item, "call", taken)
+    marked = any(item.get_closest_marker(name) for name in ("slow", "long"))
+    if taken > MOST and not marked:
+        pytest.fail(f"it took {taken:.1f} s of CPU: make it smaller, or mark it slow")
+    return result
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item):
+    begin = cpu_seconds()
+    result = yield
+    record(item, "setup", cpu_seconds() - begin)
+    return result
+
+
+def record(item, what, seconds):
+    """Into the file that `GRADFLOW_TIMES` names, to see what the suite waits for."""
+    if name := os.environ.get("GRADFLOW_TIMES"):
+        with open(name, "a", encoding="utf-8") as file:
+            print(f"{seconds:.2f}", what, item.nodeid, file=file)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def forget():
     """Now and then what was compiled is dropped, after a file: it takes memory maps, of

@@ -161,7 +161,7 @@ def times(make, weight_decay, late):
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["regular", "saddle"])
 def test_times_lie_within_their_error_bars(kind):
     tasks = {"regular": REGULAR, "saddle": SADDLE}[kind]

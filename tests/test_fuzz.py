@@ -1,6 +1,6 @@
 """gradflow against SciPy on random problems, to three more digits than asked for.
 
-A long test, run by `pytest -m slow tests/test_fuzz.py`. By hand, for another seed, or
+A long test, run by `pytest -m long tests/test_fuzz.py`. By hand, for another seed, or
 for some of its problems:
 
     python tests/test_fuzz.py --seed 3 --runs 60
@@ -333,7 +333,7 @@ def test_amplification_of_a_linear_flow():
             np.testing.assert_allclose(grown[s, t - 1], right, rtol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_random_runs_against_scipy():
     seed = int(os.environ.get("GRADFLOW_FUZZ_SEED", 16))
     print(f"seed {seed}")

@@ -23,7 +23,7 @@ FLOORS = [
     "tasks solvers",
     "runs",
     "manifold sweeps",
-    "theory",
+    "theory saving",
 ]
 
 

@@ -22,7 +22,7 @@ import gradflow as gf
 from gradflow import tasks
 from gradflow.models import DiagonalNetwork, LinearModel, TwoLayer
 from gradflow.solvers import choose_solver, measure_size, Size
-from gradflow.solvers.kkt import ChordIteration
+from gradflow.solvers.stages import ChordIteration
 
 KKT = [gf.KKT4(), gf.KKT5()]
 by_name = lambda solver: type(solver).__name__

@@ -15,6 +15,7 @@ from ._report import (
     report as report,
 )
 from ._style import (
+    as_html as as_html,
     Clock as Clock,
     Colours as Colours,
     colorbar as colorbar,

@@ -1,5 +1,9 @@
 """What all figures share: colours, scales, labels."""
 
+import base64
+import html
+import io
+from collections.abc import Callable
 from typing import Any, Literal, TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -25,6 +29,23 @@ NAMES = {
     "train_loss": "train loss",
     "penalty": "penalty $R$",
 }
+
+
+def as_html(text: str, draw: Callable[[Axes], Any]) -> str:
+    """What a notebook shows of a result: its summary, and beside it a small figure,
+    which `draw` makes in the axes it is given."""
+    from matplotlib.figure import Figure as Canvas
+
+    figure = Canvas(figsize=(5.2, 3.4), layout="constrained")
+    draw(figure.add_subplot())
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=100)
+    data = base64.b64encode(picture.getvalue()).decode()
+    return (
+        '<div style="display: flex; flex-wrap: wrap; gap: 1em; align-items: center">'
+        f"<pre>{html.escape(text)}</pre>"
+        f'<img alt="" width="420" src="data:image/png;base64,{data}"></div>'
+    )
 
 
 def colorbar(weight_decay: Any, fig: Figure, axes: Any) -> Any:

@@ -12,9 +12,10 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree, Scalar
 
-from .._checks import word
+from .._checks import is_concrete, word
 from ..metrics import Metric
-from ..results import in_words, RESULTS
+from ..results import in_words, is_known, RESULTS
+from .columns import one_dataset
 from .crossing import crossing_error, crossing_time, is_good
 
 _PASSES = 20  # at most: each narrows the time down to a share of 1/8 or less
@@ -99,7 +100,9 @@ class Path(eqx.Module):
     """The solver, its tolerance, and the steps it took."""
     watched: dict[str, Metric]
     """The metrics themselves, with their thresholds."""
-    again: Callable[[PyTree, Array], "Path"] | None = None
+    again: Callable[[PyTree, Array], "Path"] | None = eqx.field(
+        default=None, metadata={"saved": False}
+    )
     """Runs the same flow from given parameters through given times, from 0 on; `None`
     for a descent, for paths made under `jit`, and where results were read from disk."""
 
@@ -180,6 +183,28 @@ class Path(eqx.Module):
                 f"{float(self.stats['conditioning']):.1g}: see gf.manifold.spectrum"
             )
         return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        if not is_concrete(self.t) or self.t.ndim != 1 or not is_known(self.result):
+            return f"<Path of times {self.t.shape}>"
+        ended = "successful" if bool(self.succeeded) else "FAILED"
+        ended = "slid" if bool(self.result == RESULTS.slid) else ended
+        return (
+            f"<Path by {self.stats.get('solver', '?')}, λ = "
+            f"{float(self.weight_decay):.3g}, {len(self)} times to "
+            f"t = {float(self.t[-1]):.3g}: {ended}>"
+        )
+
+    def _repr_html_(self) -> str:
+        from .. import plot
+
+        return plot.as_html(str(self), lambda ax: plot.path(self, ax))
+
+    def to_xarray(self) -> Any:
+        """An `xarray.Dataset` along `time`: `t`, `slow_time`, `train_loss`, `penalty`,
+        `metric_NAME` and `threshold_NAME`, what the solver counted (`steps`, …), and
+        `result`, whose attributes give the meanings of its values."""
+        return one_dataset(self)
 
     def plot(self, **kwargs: Any) -> Any:
         """Losses, metrics and penalty against time; see `gradflow.plot.path`."""

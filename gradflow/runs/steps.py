@@ -96,7 +96,7 @@ def _descend(
     if before is None:
         start = descent.start()
         empty = lambda x: jnp.full((count, *x.shape), jnp.nan, x.dtype)
-        none = jax.tree.map(empty, jax.eval_shape(descent.record, start))
+        none = jax.tree.map(empty, jax.eval_shape(lambda s: descent.record(s), start))
         before = Descended(zero, start, zero, none)
     last = numbers[-1]
     if steps is not None:
@@ -209,13 +209,16 @@ class _Descent(eqx.Module):
         last = self.run.numbers[-1]
         block = jnp.maximum(1, last // 200)
 
+        def one_step(i: Array, state: _State) -> _State:
+            return self.step(i, state)
+
         def block_of_steps(carry: tuple) -> tuple:
             i, state, shown = carry
             # Blocks end at the same steps wherever a part begins.
             stop = jnp.minimum((i // block + 1) * block, end)
             stop = jnp.where(lost(state), end, stop)
             state = jax.lax.fori_loop(
-                jnp.where(lost(state), stop, i), stop, self.step, state
+                jnp.where(lost(state), stop, i), stop, one_step, state
             )
             shown = self.meter.step(shown, stop / last)
             return stop, state, shown

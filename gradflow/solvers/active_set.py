@@ -21,8 +21,9 @@ from ..flow.term import FlowTerm, Tracked, TrackedFlowTerm
 from ..results import RESULTS
 from .base import AbstractFlowSolver, Controller, Followed, Saved
 from .controllers import Landing
-from .kkt import AbstractKKT, ChordIteration
+from .kkt import AbstractKKT
 from .orthant import flat_problem, OnOrthant, unwrap
+from .stages import ChordIteration
 
 # An event may be missed by this share of the tolerance of a step.
 _SHARE = 0.1

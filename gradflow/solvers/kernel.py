@@ -1,12 +1,8 @@
 """The matrix of a KKT step: made, kept, drifted, factorised."""
 
-from collections.abc import Callable
-
-import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.scipy.linalg import cho_factor, cho_solve, lu_factor, lu_solve
 from jaxtyping import Array, Bool, Float, Int, Scalar
 
@@ -74,7 +70,7 @@ def curved_kernel(
     return kernel
 
 
-def factorise(
+def _factorise(
     loss: FlatLoss, shift: Scalar, kernel: Float[Array, "m m"], definite: bool
 ) -> Factor:
     """The matrix shift I + ℓ''K, or shift/w I + K where ℓ'' = w I."""
@@ -97,33 +93,73 @@ def factorise(
     return Factor(matrix, pivots, jnp.asarray(shift, kernel.dtype), smallest)
 
 
-def drifted(factor: Factor, shift: Scalar) -> Bool[Array, ""]:
+def _drifted(factor: Factor, shift: Scalar) -> Bool[Array, ""]:
     """Whether a factor made for another shift would slow the iteration: its contraction
     is at most |change of the shift|/(smallest eigenvalue). On the critical manifold the
     shift is far below all eigenvalues, and one factor serves many step sizes."""
     return ~(jnp.abs(shift - factor.shift) <= _DRIFT * factor.smallest)
 
 
-def stage_solver(
-    loss: FlatLoss, shift: Scalar, factor: Factor, definite: bool
-) -> Callable:
-    """A function that solves (shift I + ℓ''K) u = shift (ℓ''p + q), given p, q, z."""
-    w = loss.outer_curvature
-    if len(factor.matrix) <= _INVERTED:
-        apply = lambda b: factor.matrix @ b
-    elif definite:
-        apply = lambda b: cho_solve((factor.matrix, True), b)
-    else:
-        apply = lambda b: lu_solve((factor.matrix, factor.pivots), b)
-    if w is not None:
-        return lambda p, q, z: shift * apply(p + q / w)
-    return lambda p, q, z: shift * apply(loss.outer_hvp(z, p) + q)
+class StageMatrix(eqx.Module):
+    """The matrix of the chord iteration of all stages of a step: shift I + ℓ''K with
+    K = J α⁻¹Jᵀ, or, where the `whole` curvature is in it, K = J(α + c Σ μᵢ∇²zᵢ)⁻¹Jᵀ."""
 
+    loss: FlatLoss
+    kernel: Float[Array, "m m"]
+    inverse: Float[Array, "d d"] | None
+    """(α + c Σ μᵢ∇²zᵢ)⁻¹, where it is affordable."""
+    alpha: Scalar | Float[Array, " d"]
+    shift: Scalar
+    factor: Factor
+    fresh: Bool[Array, ""]
+    """Whether the kernel was made for this step."""
+    whole: Bool[Array, ""]
 
-def tableau_matrix(tableau: diffrax.ButcherTableau) -> tuple[np.ndarray, float]:
-    """The strictly lower part of A, and γ."""
-    n = len(tableau.b_sol)
-    a = np.zeros((n, n))
-    for i, row in enumerate(tableau.a_lower):
-        a[i + 1, : i + 1] = row
-    return a, float(np.asarray(tableau.a_diagonal)[-1])
+    @classmethod
+    def of(
+        cls,
+        loss: FlatLoss,
+        kernel: Float[Array, "m m"],
+        inverse: Float[Array, "d d"] | None,
+        alpha: Scalar | Float[Array, " d"],
+        c: Scalar,
+        effort: Int[Array, ""],
+        factor: Factor,
+    ) -> "StageMatrix":
+        """With the `factor` there is, where it serves, or a new one."""
+        fresh, whole = effort >= RENEWED, effort == WHOLE
+        shift = (alpha if jnp.ndim(alpha) == 0 else 1) / c
+        definite = loss.outer_curvature is not None
+        make = lambda: _factorise(loss, shift, kernel, definite)
+        if inverse is not None:
+            shift = jnp.where(whole, 1 / c, shift)
+            make = lambda: jax.lax.cond(
+                whole,
+                lambda: _factorise(loss, shift, kernel, False),
+                lambda: _factorise(loss, shift, kernel, definite),
+            )
+        factor = jax.lax.cond(fresh | _drifted(factor, shift), make, lambda: factor)
+        return cls(loss, kernel, inverse, alpha, shift, factor, fresh, whole)
+
+    def damp(self, v: Float[Array, " d"]) -> Float[Array, " d"]:
+        """(α + c Σ μᵢ∇²zᵢ)⁻¹v, or α⁻¹v: what a change of the stage equation moves θ,
+        μ being fixed."""
+        if self.inverse is None:
+            return v / self.alpha
+        inverse = self.inverse
+        return jax.lax.cond(self.whole, lambda: inverse @ v, lambda: v / self.alpha)
+
+    def solve(
+        self,
+        p: Float[Array, " m"],
+        q: Float[Array, " m"],
+        z: Float[Array, " m"],
+    ) -> Float[Array, " m"]:
+        """The u with (shift I + ℓ''K) u = shift (ℓ''p + q), ℓ'' at the outputs z."""
+        w, factor = self.loss.outer_curvature, self.factor
+        right = p + q / w if w is not None else self.loss.outer_hvp(z, p) + q
+        if len(factor.matrix) <= _INVERTED:
+            return self.shift * (factor.matrix @ right)
+        if w is not None:
+            return self.shift * cho_solve((factor.matrix, True), right)
+        return self.shift * lu_solve((factor.matrix, factor.pivots), right)

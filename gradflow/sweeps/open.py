@@ -15,10 +15,11 @@ from ..flow.flow import check_flow, GradientFlow
 from ..flow.term import place
 from ..metrics import Metric
 from ..results import from_codes
+from ..runs.columns import xarray
 from ..runs.path import Path
 from ..runs.problem import as_metrics
 from .axes import make_axes
-from .columns import parameter_name, xarray
+from .columns import parameter_name
 from .recipe import RUN
 from .result import Sweep
 from .store import are, Store, UNREADABLE

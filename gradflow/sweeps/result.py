@@ -11,11 +11,11 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
-from ..results import flags, RESULTS
+from ..results import RESULTS
+from ..runs.columns import columns, described, xarray
 from ..runs.path import Path
 from ..runs.solve import run_again, Solve
 from .axes import Axes, short
-from .columns import columns, xarray
 from .recipe import Recipe
 from .stack import Owned, Ragged
 
@@ -46,7 +46,7 @@ class Sweep(eqx.Module):
     fixed: dict[str, float] = eqx.field(default_factory=dict)
     """What is the same for all lanes: those of `weight_decay`, `init_scale`, `rtol` and
     `learning_rate` that are no axes."""
-    recipe: Any = None
+    recipe: Any = dataclasses.field(default=None, metadata={"saved": False})
     """How to make a lane, to run it again (see `Path.again`); `None` where results were
     read from disk."""
 
@@ -235,6 +235,14 @@ class Sweep(eqx.Module):
                 )
         return lines
 
+    def __repr__(self) -> str:
+        return f"<{str(self).partition(chr(10))[0]}>"
+
+    def _repr_html_(self) -> str:
+        from .. import plot
+
+        return plot.as_html(str(self), lambda ax: plot.sweep(self, ax))
+
     def plot(self, **kwargs: Any) -> Any:
         """Every lane in time t and slow time λt; see `gradflow.plot.sweep`."""
         from .. import plot
@@ -252,11 +260,8 @@ def _dataset(sweep: Sweep) -> Any:
         own = dims + ("time",) * (values.ndim - 1)
         variables[name] = (own, values.reshape(*shape, *values.shape[1:]))
     out = xarray().Dataset(variables, coords=sweep.axes.coords)
-    out["t"].attrs["long_name"] = "time t"
-    out["slow_time"].attrs["long_name"] = "slow time s = lambda t"
-    out["result"].attrs.update(flags())
     out.attrs.update(sweep.fixed)
-    return out.set_coords(["t", "slow_time"])
+    return described(out)
 
 
 def _run_again(

@@ -8,9 +8,10 @@ import jax
 import numpy as np
 
 from ..results import CODES
+from ..runs.columns import columns
 from .axes import Axes, lanes_of_block
 from .checkpoints import Checkpoints
-from .columns import columns, parameter_columns
+from .columns import parameter_columns
 from .identity import about, describe
 from .lanes import fitting, Lanes, Runner
 from .open import open_results

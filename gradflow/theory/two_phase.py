@@ -22,10 +22,10 @@ from ..flow.term import FlowTerm
 from ..losses import AbstractCompositeLoss
 from ..manifold import (
     Limit,
-    limit as limit_map,
+    limit_map,
     riemannian_flow,
-    spectra as spectrum,
     Spectrum,
+    spectrum,
 )
 from ..metrics import Metric
 from ..results import RESULTS

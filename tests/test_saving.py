@@ -1,0 +1,160 @@
+"""Results written to files, and read again."""
+
+import json
+import pickle
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+import gradflow as gf
+
+TASK = gf.tasks.diagonal_network(jr.key(0), samples=3, dim=6)
+
+
+def test_loss(model):
+    return jnp.sum(model.beta**2)
+
+
+test_loss.__test__ = False  # no test, though of its name
+
+
+def same(a, b):
+    """Whether two results have the same structure and the same bits."""
+    one, two = (jax.tree.flatten(eqx.filter(x, eqx.is_array)) for x in (a, b))
+    assert str(one[1]) == str(two[1])
+    for x, y in zip(one[0], two[0], strict=True):
+        assert type(x) is type(y) and x.dtype == y.dtype
+        assert np.array_equal(x, y, equal_nan=x.dtype.kind == "f")
+    return bool(one[0])
+
+
+def there_and_back(result, tmp_path):
+    gf.save(tmp_path / "result.npz", result)
+    with np.load(tmp_path / "result.npz", allow_pickle=False) as archive:
+        assert json.loads(str(archive["structure"]))["format"] == 1
+    return gf.load(tmp_path / "result.npz")
+
+
+@pytest.fixture(scope="module")
+def path():
+    watch = {"test": gf.Metric(test_loss, threshold=1e-3)}
+    return gf.simulate(
+        TASK.flow, TASK.model, weight_decay=1e-2, slow_time=1.0, saves=9, metrics=watch
+    )
+
+
+def test_a_path(path, tmp_path):
+    read = there_and_back(path, tmp_path)
+    assert type(read) is gf.Path and same(path, read)
+    assert read.again is None and str(read) == str(path)
+    assert bool(read.result == gf.RESULTS.successful)
+    assert read.watched["test"].fn is test_loss
+    np.testing.assert_array_equal(read[3].beta, path[3].beta)
+
+
+def test_pickle_works_too(path):
+    assert same(path, pickle.loads(pickle.dumps(path)))
+
+
+def test_what_is_one_object_is_one_again(tmp_path):
+    both = (TASK.flow, gf.Metric(TASK.loss))
+    flow, metric = there_and_back(both, tmp_path)
+    assert flow.loss is metric.fn and same(flow, TASK.flow)
+
+
+def test_all_kinds(tmp_path):
+    bf = jnp.arange(3, dtype=jnp.bfloat16)
+    first = jnp.array([True, False])
+    result = {
+        "key": jr.key(3),
+        1: (np.float32(2.5), np.arange(4, dtype=np.int8), bf),
+        "rest": [None, True, 1.5, 2 + 1j, {"a"}, frozenset({1}), jnp.dtype("float32")],
+        "function": jax.nn.relu,
+        "class": gf.KKT4,
+        "result": gf.RESULTS.where(first, gf.RESULTS.slid, gf.RESULTS.saddle),
+        "far": np.array([np.nan, np.inf]),
+    }  # fmt: skip
+    read = there_and_back(result, tmp_path)
+    assert list(read) == list(result) and read["rest"] == result["rest"]
+    assert (jr.key_data(read["key"]) == jr.key_data(result["key"])).all()
+    assert all(
+        (a == b).all() and a.dtype == b.dtype
+        for a, b in zip(read[1], result[1], strict=True)
+    )
+    assert read["function"] is jax.nn.relu and read["class"] is gf.KKT4
+    assert (read["result"] == result["result"]).all()
+    assert np.array_equal(read["far"], result["far"], equal_nan=True)
+
+
+def test_a_lost_function_says_so(path, tmp_path):
+    watched = {"own": gf.Metric(lambda model: 0.0, threshold=1.0)}
+    read = there_and_back(eqx.tree_at(lambda p: p.watched, path, watched), tmp_path)
+    assert read.watched["own"].threshold == 1.0
+    with pytest.raises(ValueError, match="<lambda>: a function without a name"):
+        read.watched["own"].fn(path[0])
+
+
+def test_files_that_are_none(tmp_path):
+    file = tmp_path / "x.npz"
+    file.write_bytes(b"something else")
+    with pytest.raises(ValueError, match="^file: .* is none that gradflow saved"):
+        gf.load(file)
+    np.savez(file, a=np.ones(2))
+    with pytest.raises(ValueError, match="^file: .* is none that gradflow saved"):
+        gf.load(file)
+    root = {"kind": "object", "type": "gradflow.gone:Gone", "fields": {}}
+    for version, told in ((1, "a Gone of gradflow.gone, which is not"), (2, "later")):
+        text = {"format": version, "root": 0, "nodes": [root]}
+        np.savez(file, structure=np.array(json.dumps(text)))
+        with pytest.raises(ValueError, match=told):
+            gf.load(file)
+    with pytest.raises(FileNotFoundError):
+        gf.load(tmp_path / "nowhere.npz")
+
+
+def test_what_is_traced_cannot_be_saved(tmp_path):
+    @jax.jit
+    def run(x):
+        gf.save(tmp_path / "x.npz", {"x": x})
+
+    with pytest.raises(ValueError, match="is being traced"):
+        run(1.0)
+
+
+def test_sweep_theory_and_report(tmp_path):
+    options = dict(slow_time=1.0, metrics=TASK.metrics)
+    sweep = gf.sweep(
+        TASK.flow, TASK.model, weight_decay=[1e-2, 1e-3], saves=17, progress=False,
+        **options,
+    )  # fmt: skip
+    theory = gf.two_phase(TASK.flow, TASK.model, **options)
+    report = gf.compare(sweep, theory)
+    for result in (sweep, theory, report):
+        read = there_and_back(result, tmp_path)
+        assert type(read) is type(result) and str(read) == str(result)
+        assert same(result, read)
+    assert read.sweep.to_xarray().equals(sweep.to_xarray())
+    assert read.plot() is not None
+
+
+def test_labelled(path):
+    data = path.to_xarray()
+    assert data["train_loss"].dims == ("time",) and data.sizes["time"] == 9
+    np.testing.assert_array_equal(data["metric_test"], path.metrics["test"])
+    assert float(data["threshold_test"]) == 1e-3 and int(data["result"]) == 0
+    assert int(data["steps"]) == int(path.stats["steps"])
+    assert data.attrs["solver"] == path.stats["solver"]
+    assert {"t", "slow_time"} <= set(data.coords)
+
+
+def test_short_in_a_console_and_drawn_in_a_notebook(path):
+    assert repr(path).startswith("<Path by ") and len(repr(path)) < 120
+    assert "successful" in repr(path)
+    shown = path._repr_html_()
+    assert "<pre>Path of" in shown and "data:image/png;base64," in shown
+    stacked = eqx.filter_vmap(lambda i: path)(jnp.arange(2))
+    assert repr(stacked) == "<Path of times (2, 9)>"
