@@ -140,7 +140,7 @@ _CODE_OF_INDEX = np.array([CODES.get(name, _OTHER) for name in _NAMES], np.int32
 
 def codes(result: RESULTS) -> np.ndarray:
     """The numbers, as in `CODES`, of a result or of a stack of them."""
-    return _CODE_OF_INDEX[np.asarray(result._value)]
+    return np.asarray(_CODE_OF_INDEX[np.asarray(result._value)])
 
 
 def from_codes(values: np.ndarray, attributes: Mapping[str, Any]) -> RESULTS:

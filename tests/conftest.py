@@ -53,7 +53,7 @@ def pytest_runtest_call(item):
     taken = cpu_seconds() - begin
     record(item, "call", taken)
     marked = any(item.get_closest_marker(name) for name in ("slow", "long"))
-    if taken > MOST and not marked:
+    if taken > MOST and not marked and "GRADFLOW_TIMES" not in os.environ:
         pytest.fail(f"it took {taken:.1f} s of CPU: make it smaller, or mark it slow")
     return result
 

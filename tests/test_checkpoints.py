@@ -18,7 +18,7 @@ from gradflow.runs.steps import descend, descend_part
 from gradflow.sweeps import (
     checkpoints as _parts,
     programs as _programs,
-    stored as _runs,
+    progress,
 )
 
 TASK = gf.tasks.diagonal_network(jr.key(0), samples=5, dim=12, sparsity=2)
@@ -249,7 +249,7 @@ def test_a_lane_that_was_cut_off_goes_on(tmp_path, monkeypatch, parts, batch):
 
 
 def test_the_bar_tells_how_far_a_long_lane_is(tmp_path, monkeypatch, parts, capsys):
-    monkeypatch.setattr(_runs.time, "perf_counter", iter(range(10**6)).__next__)
+    monkeypatch.setattr(progress.time, "perf_counter", iter(range(10**6)).__next__)
     run(tmp_path / "s.zarr", progress=True)
     lines = capsys.readouterr().err
     assert re.search(r"λ 0.001: [1-4] of 5 saved times", lines), lines

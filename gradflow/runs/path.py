@@ -1,6 +1,5 @@
 """What a run gives: the models along a path in time, and what was watched."""
 
-import dataclasses
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -125,7 +124,7 @@ class Path(eqx.Module):
 
     def told(self, **more: Any) -> "Path":
         """The same path, with more in its `stats`."""
-        return dataclasses.replace(self, stats=self.stats | more)
+        return eqx.tree_at(lambda path: path.stats, self, self.stats | more)
 
     @property
     def succeeded(self) -> Array:
