@@ -276,7 +276,7 @@ def test_each_lane_of_a_sweep_is_landed_on():
     np.testing.assert_allclose(times[1:3], exact(lams[1:3]), rtol=1e-7)
     theory = gf.two_phase(flow, model, slow_time=5.0, metrics=watch)
     report = gf.compare(lanes, theory)
-    np.testing.assert_allclose(report.grokking_time, times, rtol=1e-9)
+    np.testing.assert_allclose(report.grokked.measured, times, rtol=1e-9)
 
 
 def test_a_crossing_that_cannot_be_landed_on_is_told():

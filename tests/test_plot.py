@@ -101,8 +101,9 @@ def test_report_has_six_labelled_panels(results):
     assert letters == list("abcdef")
     assert all(ax.get_xlabel() and ax.get_ylabel() for ax in panels)
     assert all(ax.get_legend() is not None for ax in panels)
-    for rate in (report.rate, report.second_rate):
-        assert any(f"{rate.exponent:.3f}" in text for text in labels(panels[3]))
+    for order in report.orders.values():
+        rate = f"rate {order.rate.exponent:.3f}"
+        assert any(rate in text for text in labels(panels[3]))
     figure.canvas.draw()
     sizes = [
         text.get_fontsize()
@@ -124,10 +125,10 @@ def test_a_report_without_grokking_says_so(results):
     report = results[1]
     ax = axes()
     never = np.full(len(LAMS), np.nan)
-    where = lambda r: (r.grokking_time, r.predicted_grokking_time)
+    where = lambda r: (r.grokked.measured, r.grokked.predicted)
     gf.plot.grokking(eqx.tree_at(where, report, (never, never)), ax)
     assert "does not" in ax.texts[0].get_text()
-    where = lambda r: r.predicted_grokking_time
+    where = lambda r: r.grokked.predicted
     ax = axes()
     gf.plot.grokking(eqx.tree_at(where, report, never), ax)
     assert "theory predicts no time" in ax.texts[0].get_text()

@@ -73,27 +73,28 @@ def test_rates_over_two_decades(studied):
     _, _, theory, _, report = studied
     assert np.all(report.valid_until == theory.drift.t[-1])
     ends = report.weight_decay[[0, -1]]
-    for error, rate in ((report.error, 1), (report.second_error, 2)):
-        sup = error.max(axis=1)
+    for rate, order in report.orders.items():
+        sup = order.error.max(axis=1)
         slopes = np.diff(np.log(sup)) / np.diff(np.log(report.weight_decay))
         whole = np.log(sup[0] / sup[-1]) / np.log(ends[0] / ends[1])
         assert abs(whole - rate) < 0.1, slopes
-    gain = report.error[1].max() / report.second_error[1].max()  # at λ = 1e-3
+    first, second = (report.orders[k].error[1].max() for k in (1, 2))  # at λ = 1e-3
+    gain = first / second
     assert gain > 10, gain
-    assert abs(report.second_rate.exponent - 2) < 0.1
+    assert abs(report.orders[2].rate.exponent - 2) < 0.1
     assert "theory: 2" in str(report)
 
 
 def test_error_bars(studied):
     _, _, _, _, report = studied
-    first, second = report.next_term
-    used = report.second_rate.used
+    first, second = report.orders[1], report.orders[2]
+    used = second.rate.used
     assert used.sum() >= 2
     # The triangle inequality; and the second error is small.
-    off = np.abs(first - report.sup_error_regular)
-    assert np.all(off <= 1.01 * report.sup_second_error), off
-    np.testing.assert_allclose(first, report.sup_error_regular, rtol=0.1)
-    ratio = report.sup_second_error[used] / second[used]
+    off = np.abs(first.next_term - first.sup)
+    assert np.all(off <= 1.01 * second.sup), off
+    np.testing.assert_allclose(first.next_term, first.sup, rtol=0.1)
+    ratio = second.sup[used] / second.next_term[used]
     assert np.all((ratio > 0.4) & (ratio < 2.5)), ratio
 
 
@@ -232,7 +233,7 @@ def test_every_term_is_needed(studied):
         maimed = dataclasses.replace(
             theory, second=dataclasses.replace(second, **change)
         )
-        sup = gf.compare(sweep, maimed).second_error.max(axis=1)
+        sup = gf.compare(sweep, maimed).orders[2].error.max(axis=1)
         lams = np.asarray(sweep.weight_decay)
         slope = np.log(sup[2] / sup[-1]) / np.log(lams[2] / lams[-1])
         assert abs(slope - 1) < 0.1, (name, slope)
