@@ -114,10 +114,9 @@ def test_start_and_end_of_the_fast_phase(studied):
 def test_normal_and_tangent_parts(studied):
     _, flow, theory, _, _ = studied
     term, _ = flow.term(eqx.combine(theory.limit, theory.drift.static))
-    form, rank = theory.spectrum.form, theory.spectrum.rank
     for i in (0, 25):
         params = jax.tree.map(lambda p, i=i: p[i], theory.drift.params)
-        at = Point(term, params, form, rank)
+        at = Point(term, params, theory.spectrum)
         w1 = jnp.asarray(vectors(theory.second.tangent)[i])
         h = jnp.asarray(vectors(theory.second.offset)[i])
         assert np.linalg.norm(at.project(h)) < 1e-10 * np.linalg.norm(h)
@@ -149,7 +148,7 @@ def test_the_ratio_is_that_of_the_next_term(studied):
     t, s = float(path.t[i]), float(path.slow_time[i])
     flat = lambda model: ravel_pytree(flow.partition(model)[0])[0]
     drift = flow.partition(theory.predict(t, lam, order=1))[0]
-    at = Point(term, drift, theory.spectrum.form, theory.spectrum.rank)
+    at = Point(term, drift, theory.spectrum)
     left = flat(path[i]) - flat(theory.predict(t, lam, order=2))
     found = np.linalg.norm(left - at.project(left)) / np.linalg.norm(at.offset) / lam**2
     expected = np.interp(s, ends[: theory.second.ratio.size], theory.second.ratio)
@@ -169,7 +168,7 @@ def test_the_next_term_inside_the_fast_phase(studied):
     assert np.linalg.norm(left - expected) < 0.15 * np.linalg.norm(expected)
     term, _ = flow.term(eqx.combine(theory.limit, theory.drift.static))
     start = jax.tree.map(lambda p: p[0], theory.drift.params)
-    at = Point(term, start, theory.spectrum.form, theory.spectrum.rank)
+    at = Point(term, start, theory.spectrum)
     last = jnp.asarray(q[-1])
     found = jnp.linalg.norm(last - at.project(last)) / jnp.linalg.norm(at.offset)
     # The ratio at the very start takes a one-sided difference.
@@ -208,18 +207,16 @@ def test_every_term_is_needed(studied):
     if name != "teacher_student":
         pytest.skip("one generic network is enough")
     term, _ = flow.term(eqx.combine(theory.limit, theory.drift.static))
-    form, rank = theory.spectrum.form, theory.spectrum.rank
-    second = theory.second
+    second, drift = theory.second, theory.drift
     nothing = lambda tree: jax.tree.map(jnp.zeros_like, tree)
     start = jnp.asarray(vectors(second.tangent)[0])
     first = jax.tree.map(lambda p: p[0], second.tangent)
     stack = jax.vmap(ravel_pytree(first)[1])
     along = lambda w1, bend: stack(
         second_order.outer(
-            term, theory.drift.params, theory.drift.t, theory.drift.t, w1, bend, form,
-            rank,
+            term, drift.params, drift.t, drift.t, w1, theory.spectrum, bend
         )
-    )  # fmt: skip
+    )
     whole = along(start, 1.0)
     for a, b in zip(leaves(whole), leaves(second.tangent), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -252,7 +249,7 @@ def test_second_derivative_of_the_limit_map():
     limit = gf.manifold.limit_map(flow.loss, model, rtol=1e-11)
     term, params = flow.term(limit.model)
     found = gf.manifold.spectrum(flow.loss, limit.model)
-    at = Point(term, params, found.form, found.rank)
+    at = Point(term, params, found)
     h, gradient = (
         at.offset,
         at.drift - at.root.T @ (at.root @ at.offset),
@@ -287,7 +284,7 @@ def test_derivative_of_the_drift_field():
     limit = gf.manifold.limit_map(flow.loss, model, rtol=1e-11)
     term, params = flow.term(limit.model)
     found = gf.manifold.spectrum(flow.loss, limit.model)
-    at = Point(term, params, found.form, found.rank)
+    at = Point(term, params, found)
     unravel = ravel_pytree(params)[1]
     v = at.project(jax.random.normal(jax.random.key(9), at.w.shape))
     v = v / jnp.linalg.norm(v)
@@ -295,7 +292,7 @@ def test_derivative_of_the_drift_field():
     def field(step):
         moved = eqx.combine(unravel(at.w + step * v), term.static)
         moved = gf.manifold.retract(flow.loss, moved).model
-        return -Point(term, flow.partition(moved)[0], found.form, found.rank).drift
+        return -Point(term, flow.partition(moved)[0], found).drift
 
     step = 1e-4
     difference = (field(step) - field(-step)) / (2 * step)
@@ -319,21 +316,21 @@ def test_linear_regression_in_closed_form():
     speed = jnp.asarray(np.where(inside, 0.0, start) @ basis.T)
     term, _ = task.flow.term(task.model)
     path = jax.vmap(gf.models.LinearModel)(jnp.asarray(path))
-    numerical = inner(term, path, scale, ts, "jacobian", speed)
+    fast = second_order.FastPath(term, path, scale, "jacobian")
+    numerical = inner(fast, ts, speed)
     np.testing.assert_allclose(numerical, exact, atol=5e-8 * np.abs(exact).max())
     # θ₂ less its growth ½t²w°'': the coefficient of λ² in g/(k + λ) + … e^{−(k + λ)t}.
     rest = force / k**3 * (1 - decayed) - force / k**2 * t * decayed
     rest = rest + (start - force / k) * t**2 / 2 * decayed
     exact = np.where(inside, rest, 0.0) @ basis.T
-    bend, rise = speed, jnp.zeros_like(speed)
-    numerical2 = second_order.inner_next(
-        term, path, scale, ts, "jacobian", numerical, speed, bend, rise
-    )
+    growth = second_order.Growth(speed, bend=speed, rise=jnp.zeros_like(speed))
+    numerical2 = second_order.inner_next(fast, ts, numerical, growth)
     np.testing.assert_allclose(numerical2, exact, atol=1e-6 * np.abs(exact).max())
     # w₁ vanishes, and h = −(∇²F)⁺w.
     last = gf.models.LinearModel(path.weights[-1])
-    rank = jnp.array(5)
-    w1, h, _ = second_order.match(term, last, numerical[-1], "jacobian", rank)
+    found = gf.manifold.spectrum(task.loss, last, form="jacobian")
+    assert found.rank == 5
+    w1, h, _ = second_order.match(term, last, numerical[-1], found)
     exact_h = -np.where(inside, force / k**2, 0.0) @ basis.T
     np.testing.assert_allclose(h, exact_h, atol=1e-9)
     assert jnp.abs(w1).max() < 1e-6

@@ -7,6 +7,7 @@ composite and interpolated (*Jacobian form*), and from ∇²F otherwise (*Hessia
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -112,7 +113,7 @@ def exact_jacobian_normal(
     a, rho = weighted_jacobian(loss, theta)
     left, values, rows = jnp.linalg.svd(a, full_matrices=False)
     if rank is None:
-        rank, _, _ = numerical_rank(values, theta.size, rtol)
+        rank = numerical_rank(values, theta.size, rtol).rank
     kept = jnp.arange(values.size) < rank
     basis = jnp.where(kept, rows.T, 0)
     inverse = jnp.where(kept, 1 / jnp.where(kept, values, 1), 0)
@@ -148,7 +149,7 @@ def hessian_normal(
     order = jnp.argsort(-jnp.abs(eigenvalues))
     eigenvalues, vectors = eigenvalues[order], vectors[:, order]
     if rank is None:
-        rank, _, _ = numerical_rank(jnp.abs(eigenvalues), theta.size, rtol)
+        rank = numerical_rank(jnp.abs(eigenvalues), theta.size, rtol).rank
     kept = jnp.arange(theta.size) < rank
     gradient = loss.gradient(theta)
     tiny = jnp.finfo(theta.dtype).tiny
@@ -185,18 +186,24 @@ def normal_space(
     return hessian_normal(loss, theta, rank, damping=damping)
 
 
+class Ranked(NamedTuple):
+    """The rank that a list of values shows."""
+
+    rank: Int[Array, ""]
+    gap: Float[Array, ""]
+    """The last value kept over the first one dropped."""
+    ambiguous: Bool[Array, ""]
+    """Whether the gap is below 1000, or less than 10 times larger than the next one."""
+
+
 def numerical_rank(
     values: Float[Array, " k"], size: int, rtol: float | None = None
-) -> tuple[Int[Array, ""], Float[Array, ""], Bool[Array, ""]]:
+) -> Ranked:
     """The rank that the largest gap in `values` (descending, none negative) shows.
 
     Values below eps·√size·max are rounding and count as equal to that floor; so does
     what would follow the last value, and nothing needs to be dropped. With `rtol`, the
     values above rtol·max are counted, whatever the gap.
-
-    **Returns:** the rank; the gap, the ratio of the last value kept to the first one
-    dropped; and whether the rank is ambiguous: a gap below 1000, or less than 10 times
-    larger than the next one.
     """
     top = values[0]
     floor = jnp.finfo(values.dtype).eps * math.sqrt(size) * top
@@ -213,7 +220,7 @@ def numerical_rank(
         gap = gaps[rank - 1]
         ambiguous = gap < GAP
     nothing = top == 0
-    return (
+    return Ranked(
         jnp.where(nothing, 0, rank),
         jnp.where(nothing, jnp.inf, gap),
         ambiguous & ~nothing,

@@ -134,16 +134,16 @@ def limit_map(
     first = likely_form(loss, params, term.static) if form == "auto" else form
     first = choose_form(loss, params, term.static, first)
     solver = default_solver(loss, params, term.static) if solver is None else solver
-    options = (rtol, atol, residual_tol, t_max, solver, max_steps)
+    search = Search(rtol, atol, residual_tol, t_max, solver, max_steps)
     fixed, start = (_without_derivative(x) for x in (term, params))
-    out = _limit(fixed, start, first, *options)
+    out = _limit(fixed, start, first, search)
     if form == "auto" and first == "jacobian" and failed(out.result):
         # It came to rest where the loss is not interpolated, so M is not {r = 0}. The
         # limit from there is the limit from the start.
         if (out.result == RESULTS.not_critical).all():
             first = "hessian"
             start, _ = partition(out.model, trainable)
-            rest = _limit(fixed, start, first, *options)
+            rest = _limit(fixed, start, first, search)
             steps = lambda k: 0 if k == "max_steps" else out.stats[k]
             stats = {k: v + steps(k) for k, v in rest.stats.items()}
             time = out.time + rest.time
@@ -175,22 +175,22 @@ def default_solver(
     return diffrax.Tsit5()
 
 
+class Search(eqx.Module):
+    """How the limit is looked for: see `limit_map`."""
+
+    rtol: float
+    atol: float | None
+    residual_tol: float | None
+    t_max: float | None
+    solver: diffrax.AbstractSolver
+    max_steps: int
+
+
 @eqx.filter_jit
-def _limit(
-    term: FlowTerm,
-    params: PyTree,
-    form: str,
-    rtol: float,
-    atol: float | None,
-    residual_tol: float | None,
-    t_max: float | None,
-    solver: diffrax.AbstractSolver,
-    max_steps: int,
-) -> Limit:
+def _limit(term: FlowTerm, params: PyTree, form: str, search: Search) -> Limit:
     theta, loss = flatten(term.loss, params, term.static)
     dtype = theta.dtype
-    zero = jnp.zeros((), dtype)
-    pace = timescale(term, params)
+    t_max, pace = search.t_max, timescale(term, params)
     if t_max is None:
         t_max = 1e10 * jnp.clip(
             jnp.where(pace < jnp.inf, pace, 1), 1, jnp.finfo(dtype).max ** 0.5
@@ -198,39 +198,18 @@ def _limit(
     t_max = jnp.asarray(t_max, dtype)
     # Decades of time at which parameters and loss are kept, to see how they end.
     decades = t_max * 10.0 ** np.arange(-3, 1).astype(dtype)
-    sol = diffrax.diffeqsolve(
-        term,
-        solver,
-        t0=zero,
-        t1=t_max,
-        dt0=1e-3 * jnp.minimum(pace, 1e-3 * t_max),
-        y0=params,
-        args=zero,
-        saveat=diffrax.SaveAt(
-            subs=[
-                diffrax.SubSaveAt(t1=True),
-                diffrax.SubSaveAt(ts=decades, fn=_flat_and_loss(term)),
-            ]
-        ),
-        stepsize_controller=diffrax.ClipStepSizeController(
-            FollowGrowth(Relative(rtol, atol, growth=False), term), step_ts=decades
-        ),
-        event=diffrax.Event(_settled(term, form)),
-        max_steps=max_steps,
-        throw=False,
-        adjoint=diffrax.ForwardMode(),
-    )
-    saved_t: Any = sol.ts
-    saved_y: Any = sol.ys
-    (time,), (thetas, losses) = saved_t[0], saved_y[1]
-    last = jax.tree.map(lambda y: y[0], saved_y[0])
+    sol = _follow(term, params, form, search, pace, decades)
+    ts, ys = sol.ts, sol.ys
+    assert ts is not None and ys is not None
+    (time,), (thetas, losses) = ts[0], ys[1]
+    last = jax.tree.map(lambda y: y[0], ys[0])
     end = flatten(term.loss, last, term.static)[0]
     speed = term.velocity(last, 0.0)
     sound = jnp.isfinite(norm(end) + norm(speed) + loss(end))
     arrived = sol.event_mask & sound
     w, residual, on_manifold = jax.lax.cond(
         arrived,
-        lambda: _finish(loss, end, form, residual_tol),
+        lambda: _finish(loss, end, form, search.residual_tol),
         lambda: (end, _distance(loss, end, form, time)[0], jnp.array(False)),
     )
     # At rest where J explains nothing, and maybe a saddle: for the other form to tell.
@@ -257,9 +236,51 @@ def _limit(
     endless = result == RESULTS.no_minimiser
     direction = jnp.where(endless, limit_direction(thetas), 0)
     margin = jnp.where(endless, smallest_margin(loss, direction), 0)
-    model = loss.model(w)
-    stats, direction = sol.stats, loss.model(direction)
-    return Limit(model, residual, time, result, stats, direction, margin)
+    return Limit(
+        model=loss.model(w),
+        residual=residual,
+        time=time,
+        result=result,
+        stats=sol.stats,
+        direction=loss.model(direction),
+        margin=margin,
+    )
+
+
+def _follow(
+    term: FlowTerm,
+    params: PyTree,
+    form: str,
+    search: Search,
+    pace: Float[Array, ""],
+    decades: Float[Array, " decades"],
+) -> diffrax.Solution:
+    """The flow until it has settled on M, or to the last of the `decades`: its end, and
+    θ and F at each of them. `pace` is the time in which it changes at its start."""
+    zero, t_max = jnp.zeros_like(pace), decades[-1]
+    return diffrax.diffeqsolve(
+        term,
+        search.solver,
+        t0=zero,
+        t1=t_max,
+        dt0=1e-3 * jnp.minimum(pace, 1e-3 * t_max),
+        y0=params,
+        args=zero,
+        saveat=diffrax.SaveAt(
+            subs=[
+                diffrax.SubSaveAt(t1=True),
+                diffrax.SubSaveAt(ts=decades, fn=_flat_and_loss(term)),
+            ]
+        ),
+        stepsize_controller=diffrax.ClipStepSizeController(
+            FollowGrowth(Relative(search.rtol, search.atol, growth=False), term),
+            step_ts=decades,
+        ),
+        event=diffrax.Event(_settled(term, form)),
+        max_steps=search.max_steps,
+        throw=False,
+        adjoint=diffrax.ForwardMode(),
+    )
 
 
 def _flat_and_loss(term: FlowTerm):

@@ -25,7 +25,7 @@ from ..solvers.controllers import Relative
 from ._form import Form
 from ._normal import GAP, normal_space, ridge, weighted_jacobian
 from .retraction import retract_in_form
-from .spectra import measure
+from .spectra import measure, Spectrum
 
 # Rate, in slow time, at which errors normal to M are pulled back to it. None (0) lets
 # them grow as 1/σ_min (1e-5 at σ_min = 1e-6); faster ones (4, 20) cost steps.
@@ -107,24 +107,11 @@ def riemannian_flow(
     times = _save_times(ts, slow_time, params)
     form, start = retract_in_form(term.loss, params, term.static, form)
     params, _ = flow.partition(start.model)
+    run = DriftRun(term, params, start.result, times, watched, rtol, atol, max_steps)
     if solver is None and form == "jacobian":
-        out = _vanishing_decay(
-            term, params, start.result, times, watched, rtol, atol, max_steps
-        )
+        out = _vanishing_decay(run)
     else:
-        solver = diffrax.Dopri8() if solver is None else solver
-        out = _drift(
-            term,
-            params,
-            start.result,
-            times,
-            watched,
-            form,
-            rtol,
-            atol,
-            solver,
-            max_steps,
-        )
+        out = _drift(run, form, diffrax.Dopri8() if solver is None else solver)
     if throw:
         out = out.result.error_if(out, out.result != RESULTS.successful)
     return out
@@ -149,38 +136,47 @@ def _save_times(
     return ts
 
 
-def _vanishing_decay(
-    term: FlowTerm,
-    params: PyTree,
-    start: RESULTS,
-    times: Float[Array, " n"],
-    watched: dict[str, Metric],
-    rtol: float,
-    atol: float | None,
-    max_steps: int,
-) -> Path:
+class DriftRun(eqx.Module):
+    """A drift that is asked for: see `riemannian_flow`."""
+
+    term: FlowTerm
+    params: PyTree
+    """Those of w(0), on M."""
+    start: RESULTS
+    """Of the retraction to M."""
+    times: Float[Array, " n"]
+    """The slow times s to save at."""
+    watched: dict[str, Metric]
+    rtol: float
+    atol: float | None
+    max_steps: int
+
+
+def _vanishing_decay(run: DriftRun) -> Path:
     """The flow at a λ at which its distance from w° is rounding."""
+    times, start = run.times, run.start
     tiny = _vanishing(times.dtype) / 10
-    rank, largest = _rank_and_scale(term, params)
+    rank, largest = _rank_and_scale(run.term, run.params)
     lam = tiny * largest
-    run = Solve.of(
-        term,
-        params,
-        lam,
-        times / lam,
-        watched,
-        KKT5(),
-        rtol=rtol,
-        atol=atol,
-        max_steps=max_steps,
+    path = solve(
+        Solve.of(
+            run.term,
+            run.params,
+            lam,
+            times / lam,
+            run.watched,
+            KKT5(),
+            rtol=run.rtol,
+            atol=run.atol,
+            max_steps=run.max_steps,
+        )
     )
-    path = solve(run)
-    smallest, largest, moved, size = _curvature_along(term, path.params, rank)
+    smallest, largest, moved, size = _curvature_along(run.term, path.params, rank)
     # The largest along the path: at a point where all of J vanishes no value is small
     # beside another.
     # Where the path ends off M, as at a cusp, it is no longer the flow on M either.
     lost = jnp.any(smallest < 10 * tiny * jnp.max(largest))
-    lost = lost | jnp.any(moved > 1000 * rtol * size)
+    lost = lost | jnp.any(moved > 1000 * run.rtol * size)
     # Of two reservations the loss of rank comes first: near it, where the iteration is
     # slow, smooth losses too can seem to slide.
     lost = lost & path.succeeded
@@ -195,7 +191,7 @@ def _vanishing_decay(
         penalty=path.penalty,
         result=RESULTS.where(start == RESULTS.successful, result, start),
         stats={**path.stats, "smallest_curvature": smallest},
-        watched=watched,
+        watched=run.watched,
     )
 
 
@@ -232,66 +228,34 @@ def _curvature_along(
 
 
 @eqx.filter_jit
-def _drift(
-    term: FlowTerm,
-    params: PyTree,
-    start: RESULTS,
-    times: Float[Array, " n"],
-    watched: dict[str, Metric],
-    form: str,
-    rtol: float,
-    atol: float | None,
-    solver: diffrax.AbstractSolver,
-    max_steps: int,
-) -> Path:
-    w0, loss = flatten(term.loss, params, term.static)
-    start_spectrum = measure(loss, w0, form)
-    rank = start_spectrum.rank
-
-    def field(s, w, args):
-        normal = normal_space(loss, w, form, rank)
-        force = ravel_pytree(term.penalty.gradient(loss.unravel(w)))[0]
-        return _PULL * normal.step - normal.tangential(force)
-
-    speed = norm(field(0.0, w0, None))
-    first = jnp.where(speed > 0, norm(w0) / jnp.where(speed > 0, speed, 1), times[-1])
-    first = jnp.where(first > 0, jnp.minimum(first, times[-1]), times[-1])
-    sol = diffrax.diffeqsolve(
-        diffrax.ODETerm(field),
-        solver,
-        t0=jnp.zeros((), w0.dtype),
-        t1=times[-1],
-        dt0=1e-3 * first,
-        y0=w0,
-        saveat=diffrax.SaveAt(ts=times),
-        stepsize_controller=diffrax.ClipStepSizeController(
-            Relative(rtol, atol), step_ts=times
-        ),
-        max_steps=max_steps,
-        throw=False,
-        adjoint=diffrax.ForwardMode(),
-    )
+def _drift(run: DriftRun, form: str, solver: diffrax.AbstractSolver) -> Path:
+    """The equation of the drift itself, by `solver`."""
+    term, times = run.term, run.times
+    w0, loss = flatten(term.loss, run.params, term.static)
+    spectrum = measure(loss, w0, form)
+    sol = _integrate(run, spectrum, solver)
 
     # Diffrax fills what it did not reach with infinities.
     path = jnp.where(jnp.isfinite(sol.ys), sol.ys, jnp.nan)
 
     def record(w):
         model = loss.model(w)
-        seen = {name: metric(model) for name, metric in watched.items()}
+        seen = {name: metric(model) for name, metric in run.watched.items()}
         size = term.penalty(loss.unravel(w))
-        return seen, loss(w), size, _horizon(loss, w, form, rank, rtol)
+        horizon = _horizon(loss, w, form, spectrum.rank, run.rtol)
+        return seen, loss(w), size, horizon
 
     # One at a time: a Jacobian for each of the saved points would fill the memory.
     seen, train_loss, penalty, (smallest, lost) = jax.lax.map(record, path)
     # Where all of ∇²F vanishes no curvature is small beside another there.
-    vanished = smallest < _vanishing(w0.dtype) * start_spectrum.curvatures[0]
+    vanished = smallest < _vanishing(w0.dtype) * spectrum.curvatures[0]
     lost = lost | vanished
     result = RESULTS.where(jnp.any(lost), RESULTS.rank_lost, RESULTS.successful)
     okay = sol.result == diffrax.RESULTS.successful
     ran_out = sol.result == diffrax.RESULTS.max_steps_reached
     failure = RESULTS.where(ran_out, RESULTS.out_of_steps, RESULTS.stalled)
     result = RESULTS.where(okay, result, failure)
-    result = RESULTS.where(start == RESULTS.successful, result, start)
+    result = RESULTS.where(run.start == RESULTS.successful, result, run.start)
     return Path(
         t=times,
         weight_decay=jnp.ones((), w0.dtype),
@@ -303,14 +267,46 @@ def _drift(
         result=result,
         stats={
             "solver": type(solver).__name__,
-            "rtol": rtol,
-            "atol": 0.0 if atol is None else atol,
+            "rtol": run.rtol,
+            "atol": 0.0 if run.atol is None else run.atol,
             "steps": sol.stats["num_steps"],
             "accepted": sol.stats["num_accepted_steps"],
             "rejected": sol.stats["num_rejected_steps"],
             "smallest_curvature": smallest,
         },
-        watched=watched,
+        watched=run.watched,
+    )
+
+
+def _integrate(
+    run: DriftRun, spectrum: Spectrum, solver: diffrax.AbstractSolver
+) -> diffrax.Solution:
+    """w as a vector at the slow times, from w(0) on; `spectrum` is that of w(0)."""
+    term, times = run.term, run.times
+    w0, loss = flatten(term.loss, run.params, term.static)
+
+    def field(s, w, args):
+        normal = normal_space(loss, w, spectrum.form, spectrum.rank)
+        force = ravel_pytree(term.penalty.gradient(loss.unravel(w)))[0]
+        return _PULL * normal.step - normal.tangential(force)
+
+    speed = norm(field(0.0, w0, None))
+    first = jnp.where(speed > 0, norm(w0) / jnp.where(speed > 0, speed, 1), times[-1])
+    first = jnp.where(first > 0, jnp.minimum(first, times[-1]), times[-1])
+    return diffrax.diffeqsolve(
+        diffrax.ODETerm(field),
+        solver,
+        t0=jnp.zeros((), w0.dtype),
+        t1=times[-1],
+        dt0=1e-3 * first,
+        y0=w0,
+        saveat=diffrax.SaveAt(ts=times),
+        stepsize_controller=diffrax.ClipStepSizeController(
+            Relative(run.rtol, run.atol), step_ts=times
+        ),
+        max_steps=run.max_steps,
+        throw=False,
+        adjoint=diffrax.ForwardMode(),
     )
 
 

@@ -179,19 +179,26 @@ def measure(
         eigenvalues = jnp.linalg.eigvalsh(jax.hessian(loss)(theta))
         values = -jnp.sort(-jnp.abs(eigenvalues))
         lowest = eigenvalues[0]
-    rank, gap, ambiguous = numerical_rank(values, theta.size, rtol)
-    return _found(values, rank, gap, ambiguous, lowest, theta.size, form, values.size)
-
-
-def _found(
-    values, rank, gap, ambiguous, lowest, size, form, expected, resolved=None
-) -> Spectrum:
-    last = values[jnp.maximum(rank - 1, 0)]
-    negative = (rank > 0) & (lowest < 0) & (-lowest >= last)
-    resolved = jnp.ones_like(ambiguous) if resolved is None else resolved
+    ranked = numerical_rank(values, theta.size, rtol)
     return Spectrum(
-        values, rank, gap, ambiguous, negative, size, form, expected, resolved
+        values=values,
+        rank=ranked.rank,
+        gap=ranked.gap,
+        ambiguous=ranked.ambiguous,
+        negative=_negative(values, ranked.rank, lowest),
+        parameters=theta.size,
+        form=form,
+        expected=values.size,
+        resolved=jnp.ones_like(ranked.ambiguous),
     )
+
+
+def _negative(
+    values: Float[Array, " k"], rank: Int[Array, ""], lowest: Float[Array, ""]
+) -> Bool[Array, ""]:
+    """Whether the lowest eigenvalue is negative, and above the gap in size."""
+    last = values[jnp.maximum(rank - 1, 0)]
+    return (rank > 0) & (lowest < 0) & (-lowest >= last)
 
 
 def _measure_matrix_free(
@@ -222,7 +229,14 @@ def _measure_matrix_free(
     gap = jnp.where(full & ~resolved, values[-1] / floor, gap)
     ambiguous = jnp.where(full & ~resolved, False, ambiguous | ~resolved)
     resolved = resolved | full
-    lowest = jnp.min(seen.values)
-    return _found(
-        values, rank, gap, ambiguous, lowest, theta.size, form, expected, resolved
+    return Spectrum(
+        values=values,
+        rank=rank,
+        gap=gap,
+        ambiguous=ambiguous,
+        negative=_negative(values, rank, jnp.min(seen.values)),
+        parameters=theta.size,
+        form=form,
+        expected=expected,
+        resolved=resolved,
     )
