@@ -10,6 +10,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import gradflow as gf
+from gradflow.manifold.jacobian_form import JacobianForm
 from gradflow.theory import second_order
 from gradflow.theory.second_order import backward_differences, inner, Point
 
@@ -316,7 +317,7 @@ def test_linear_regression_in_closed_form():
     speed = jnp.asarray(np.where(inside, 0.0, start) @ basis.T)
     term, _ = task.flow.term(task.model)
     path = jax.vmap(gf.models.LinearModel)(jnp.asarray(path))
-    fast = second_order.FastPath(term, path, scale, "jacobian")
+    fast = second_order.FastPath(term, path, scale, JacobianForm())
     numerical = inner(fast, ts, speed)
     np.testing.assert_allclose(numerical, exact, atol=5e-8 * np.abs(exact).max())
     # θ₂ less its growth ½t²w°'': the coefficient of λ² in g/(k + λ) + … e^{−(k + λ)t}.

@@ -24,7 +24,7 @@ from ..results import RESULTS
 from ..solvers import KKT5
 from ..solvers.controllers import Relative
 from ._growth import FollowGrowth, timescale
-from ._normal import exact_jacobian_normal, hessian_normal
+from .forms import AbstractForm
 
 # Steps of the linear equation, and the tolerance of the path. The error falls as the
 # fifth power of the steps, and grows with ‖DΦ‖: DΦ∇F, which is zero, is 4e-10 ‖∇F‖ at
@@ -39,7 +39,9 @@ _DENSE = 1500
 
 
 @eqx.filter_custom_jvp
-def tie(params: PyTree, end: PyTree, term: FlowTerm, form: str, time, result) -> PyTree:
+def tie(
+    params: PyTree, end: PyTree, term: FlowTerm, form: AbstractForm, time, result
+) -> PyTree:
     """`end`, the limit that was found from `params`, with the derivative of Φ."""
     del params, term, form, time, result
     return end
@@ -68,7 +70,7 @@ def pushforward(
     term: FlowTerm,
     params: PyTree,
     end: PyTree,
-    form: str,
+    form: AbstractForm,
     time: Float[Array, ""],
     v: Float[Array, " d"],
 ) -> Float[Array, " d"]:
@@ -85,7 +87,7 @@ def pushforward(
     """
     theta, loss = flatten(term.loss, params, term.static)
     w, _ = ravel_pytree(end)
-    if form == "hessian":
+    if not form.interpolating:
         # The Gauss–Newton matrix that KKT solvers iterate with is not ∇²F here.
         term = FlowTerm(Loss(term.loss), term.penalty, term.static)
     tableau = KKT5.tableau
@@ -101,8 +103,7 @@ def pushforward(
         return _linear_step(loss, length, points, v, tableau), None
 
     v, _ = jax.lax.scan(step, v, (lengths, nodes))
-    exact = exact_jacobian_normal if form == "jacobian" else hessian_normal
-    return exact(loss, w).tangential(v)
+    return form.exact_normal(loss, w).tangential(v)
 
 
 def _nodes(

@@ -19,12 +19,14 @@ from ..results import RESULTS
 from ..runs.solve import flees
 from ..solvers import KKT5
 from ..solvers.controllers import Relative
-from ._form import begin, choose_form, Form, likely_form
 from ._growth import FollowGrowth, timescale
-from ._matrix_free import count_outputs
-from ._normal import close, exact_jacobian_normal, hessian_normal
+from ._normal import close
 from ._separable import limit_direction, smallest_margin
 from ._variational import tie
+from .choice import begin, first_form, Form
+from .forms import AbstractForm
+from .hessian_form import HessianForm
+from .jacobian_form import count_outputs
 from .retraction import failed, nearest
 from .spectra import measure
 
@@ -131,17 +133,16 @@ def limit_map(
     term, params = begin(loss, model, trainable)
     if isinstance(loss, GradientFlow):
         loss, trainable = loss.loss, loss.trainable
-    first = likely_form(loss, params, term.static) if form == "auto" else form
-    first = choose_form(loss, params, term.static, first)
+    first = first_form(loss, params, term.static, form)
     solver = default_solver(loss, params, term.static) if solver is None else solver
     search = Search(rtol, atol, residual_tol, t_max, solver, max_steps)
     fixed, start = (_without_derivative(x) for x in (term, params))
     out = _limit(fixed, start, first, search)
-    if form == "auto" and first == "jacobian" and failed(out.result):
+    if form == "auto" and first.interpolating and failed(out.result):
         # It came to rest where the loss is not interpolated, so M is not {r = 0}. The
         # limit from there is the limit from the start.
         if (out.result == RESULTS.not_critical).all():
-            first = "hessian"
+            first = HessianForm()
             start, _ = partition(out.model, trainable)
             rest = _limit(fixed, start, first, search)
             steps = lambda k: 0 if k == "max_steps" else out.stats[k]
@@ -170,7 +171,7 @@ def default_solver(
     composite = isinstance(loss, AbstractCompositeLoss)
     if composite and count_outputs(loss, params, static) <= _FEW_OUTPUTS:
         return KKT5()
-    if likely_form(loss, params, static) == "jacobian":
+    if first_form(loss, params, static, "auto").interpolating:
         return KKT5()
     return diffrax.Tsit5()
 
@@ -187,7 +188,7 @@ class Search(eqx.Module):
 
 
 @eqx.filter_jit
-def _limit(term: FlowTerm, params: PyTree, form: str, search: Search) -> Limit:
+def _limit(term: FlowTerm, params: PyTree, form: AbstractForm, search: Search) -> Limit:
     theta, loss = flatten(term.loss, params, term.static)
     dtype = theta.dtype
     t_max, pace = search.t_max, timescale(term, params)
@@ -213,14 +214,14 @@ def _limit(term: FlowTerm, params: PyTree, form: str, search: Search) -> Limit:
         lambda: (end, _distance(loss, end, form, time)[0], jnp.array(False)),
     )
     # At rest where J explains nothing, and maybe a saddle: for the other form to tell.
-    resting = (form == "jacobian") & (residual <= close(dtype))
+    resting = form.interpolating & (residual <= close(dtype))
     resting = resting & (time * norm(speed) <= 10 * close(dtype) * norm(end))
     endless = _grows_forever(thetas, losses)
     result = RESULTS.where(resting, RESULTS.not_critical, RESULTS.not_converged)
     result = RESULTS.where(endless, RESULTS.no_minimiser, result)
     done = RESULTS.where(on_manifold, RESULTS.successful, RESULTS.not_critical)
     result = RESULTS.where(arrived, done, result)
-    if form == "hessian":
+    if not form.interpolating:
         saddle = arrived & measure(loss, w, form).negative
         result = RESULTS.where(saddle, RESULTS.saddle, result)
     ran_out = sol.result == diffrax.RESULTS.max_steps_reached
@@ -250,7 +251,7 @@ def _limit(term: FlowTerm, params: PyTree, form: str, search: Search) -> Limit:
 def _follow(
     term: FlowTerm,
     params: PyTree,
-    form: str,
+    form: AbstractForm,
     search: Search,
     pace: Float[Array, ""],
     decades: Float[Array, " decades"],
@@ -292,21 +293,18 @@ def _flat_and_loss(term: FlowTerm):
 
 
 def _distance(
-    loss: FlatLoss, theta: Float[Array, " d"], form: str, t: Float[Array, ""]
+    loss: FlatLoss, theta: Float[Array, " d"], form: AbstractForm, t: Float[Array, ""]
 ) -> tuple[Float[Array, ""], Bool[Array, ""]]:
     """The distance to M, relative to ‖θ‖ and to first order; and whether θ is leaving
     what it is close to. By the exact rank, so that a flow at rest is seen to be at rest
     even where it does not interpolate."""
-    if form == "jacobian":
-        normal = exact_jacobian_normal(loss, theta)
-    else:
-        normal = hessian_normal(loss, theta, time=t)
+    normal = form.exact_normal(loss, theta, time=t)
     size = jnp.maximum(norm(theta), jnp.finfo(theta.dtype).tiny)
     return norm(normal.step) / size, jnp.asarray(normal.leaving)
 
 
 def _finish(
-    loss: FlatLoss, theta: Float[Array, " d"], form: str, rtol: float | None
+    loss: FlatLoss, theta: Float[Array, " d"], form: AbstractForm, rtol: float | None
 ) -> tuple[Float[Array, " d"], Float[Array, ""], Bool[Array, ""]]:
     """The nearest point of M, its residual, and whether it is on M, and as near as it
     seemed to be: else it is not the limit."""
@@ -315,7 +313,7 @@ def _finish(
     return w, residual, on_manifold & near
 
 
-def _settled(term: FlowTerm, form: str):
+def _settled(term: FlowTerm, form: AbstractForm):
     """Whether M is within ε‖θ‖, and not to be left again; or nothing is finite."""
 
     def cond(t, y, args, **kwargs):

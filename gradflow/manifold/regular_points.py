@@ -15,8 +15,9 @@ from ..losses import AbstractLoss
 from ..results import RESULTS
 from ..runs.interpolate import holds_until
 from ..runs.path import check_path, Path
-from ._form import choose_form, Form
+from .choice import choose_form, Form
 from .diagnosis import dense_geometry, drift_and_bend
+from .forms import AbstractForm
 from .spectra import measure
 
 
@@ -129,13 +130,13 @@ def regularity(
                 f"finite. {RESULTS[path.result]}"
             )
     term, params = flow.term(path[0])
-    form = choose_form(flow.loss, params, term.static, form)
-    return _regularity(term, path, form, rtol)
+    source = choose_form(flow.loss, params, term.static, form)
+    return _regularity(term, path, source, rtol)
 
 
 @eqx.filter_jit
 def _regularity(
-    term: FlowTerm, path: Path, form: str, rtol: float | None
+    term: FlowTerm, path: Path, form: AbstractForm, rtol: float | None
 ) -> Regularity:
     first = jax.tree.map(lambda p: p[0], path.params)
     theta, loss = flatten(term.loss, first, term.static)
@@ -161,4 +162,4 @@ def _regularity(
     result = RESULTS.where(ambiguous[0], RESULTS.ambiguous_rank, result)
     failed = (result == RESULTS.successful) & ~path.succeeded
     result = RESULTS.where(failed, path.result, result)
-    return Regularity(path.slow_time, rank, ambiguous, eta, bend, form, result)
+    return Regularity(path.slow_time, rank, ambiguous, eta, bend, form.name, result)

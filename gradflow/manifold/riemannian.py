@@ -22,8 +22,10 @@ from ..runs.problem import as_metrics, check_problem
 from ..runs.solve import Solve, solve
 from ..solvers import AbstractKKT, KKT5
 from ..solvers.controllers import Relative
-from ._form import Form
-from ._normal import GAP, normal_space, ridge, weighted_jacobian
+from ._normal import weighted_jacobian
+from .choice import Form
+from .forms import AbstractForm
+from .jacobian_form import JacobianForm
 from .retraction import retract_in_form
 from .spectra import measure, Spectrum
 
@@ -105,13 +107,13 @@ def riemannian_flow(
     check_problem(term, params, watched)
     rtol = resolvable(rtol, params)
     times = _save_times(ts, slow_time, params)
-    form, start = retract_in_form(term.loss, params, term.static, form)
+    served, start = retract_in_form(term.loss, params, term.static, form)
     params, _ = flow.partition(start.model)
     run = DriftRun(term, params, start.result, times, watched, rtol, atol, max_steps)
-    if solver is None and form == "jacobian":
+    if solver is None and served.interpolating:
         out = _vanishing_decay(run)
     else:
-        out = _drift(run, form, diffrax.Dopri8() if solver is None else solver)
+        out = _drift(run, served, diffrax.Dopri8() if solver is None else solver)
     if throw:
         out = out.result.error_if(out, out.result != RESULTS.successful)
     return out
@@ -201,7 +203,7 @@ def _rank_and_scale(
 ) -> tuple[Int[Array, ""], Float[Array, ""]]:
     """The rank of J, below m where data are redundant, and the largest curvature."""
     w, loss = flatten(term.loss, params, term.static)
-    found = measure(loss, w, "jacobian")
+    found = measure(loss, w, JacobianForm())
     return found.rank, found.curvatures[0]
 
 
@@ -228,7 +230,7 @@ def _curvature_along(
 
 
 @eqx.filter_jit
-def _drift(run: DriftRun, form: str, solver: diffrax.AbstractSolver) -> Path:
+def _drift(run: DriftRun, form: AbstractForm, solver: diffrax.AbstractSolver) -> Path:
     """The equation of the drift itself, by `solver`."""
     term, times = run.term, run.times
     w0, loss = flatten(term.loss, run.params, term.static)
@@ -242,7 +244,7 @@ def _drift(run: DriftRun, form: str, solver: diffrax.AbstractSolver) -> Path:
         model = loss.model(w)
         seen = {name: metric(model) for name, metric in run.watched.items()}
         size = term.penalty(loss.unravel(w))
-        horizon = _horizon(loss, w, form, spectrum.rank, run.rtol)
+        horizon = _horizon(loss, w, spectrum, run.rtol)
         return seen, loss(w), size, horizon
 
     # One at a time: a Jacobian for each of the saved points would fill the memory.
@@ -286,7 +288,7 @@ def _integrate(
     w0, loss = flatten(term.loss, run.params, term.static)
 
     def field(s, w, args):
-        normal = normal_space(loss, w, spectrum.form, spectrum.rank)
+        normal = spectrum.source.normal(loss, w, spectrum.rank)
         force = ravel_pytree(term.penalty.gradient(loss.unravel(w)))[0]
         return _PULL * normal.step - normal.tangential(force)
 
@@ -311,23 +313,10 @@ def _integrate(
 
 
 def _horizon(
-    loss: FlatLoss, w: Float[Array, " d"], form: str, rank: Int[Array, ""], rtol: float
+    loss: FlatLoss, w: Float[Array, " d"], spectrum: Spectrum, rtol: float
 ) -> tuple[Float[Array, ""], Bool[Array, ""]]:
-    """The smallest normal curvature, and whether it is too small to tell the rank.
-
-    In the Jacobian form that is where the ridge alters P by more than 1000 rtol; in
-    the Hessian form, where the gap has closed.
-    """
-    if form == "jacobian":
-        # The Gram matrix costs a fraction of a singular value decomposition; it blurs
-        # curvatures below eps of the largest, where the rank has long been lost.
-        a, _ = weighted_jacobian(loss, w)
-        values = jnp.maximum(jnp.linalg.eigvalsh(a @ a.T)[::-1], 0)
-        lowest = ridge(w.dtype) ** 2 * jnp.sum(a * a) / (1000 * rtol)
-    else:
-        eigenvalues = jnp.linalg.eigvalsh(jax.hessian(loss)(w))
-        values = -jnp.sort(-jnp.abs(eigenvalues))
-        dropped = jnp.append(values, jnp.zeros_like(values[:1]))[rank]
-        lowest = GAP * dropped
+    """The smallest normal curvature, and whether it is too small to tell the rank."""
+    rank = spectrum.rank
+    values, lowest = spectrum.source.told_curvatures(loss, w, rank, rtol)
     last = jnp.where(rank > 0, values[jnp.maximum(rank - 1, 0)], jnp.inf)
     return last, last < lowest

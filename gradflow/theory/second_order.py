@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, PyTree
 from ..flow.flat import FlatLoss, flatten
 from ..flow.term import FlowTerm
 from ..manifold import Spectrum
-from ..manifold._normal import weighted_jacobian
+from ..manifold.forms import AbstractForm
 from ..penalties import AbstractPenalty
 from ..runs.interpolate import interpolate, place
 from ..runs.path import Path
@@ -85,7 +85,7 @@ def check_second_order(spectrum: Spectrum, penalty: AbstractPenalty) -> None:
             f"order: the second takes ∇²R, which {type(penalty).__name__} has not "
             "everywhere; give order=1."
         )
-    if spectrum.form == "hessian" and spectrum.parameters > DENSE_LIMIT:
+    if not spectrum.source.interpolating and spectrum.parameters > DENSE_LIMIT:
         raise ValueError(
             f"order: the second factorises the Hessian, for up to {DENSE_LIMIT} "
             f"parameters, got {spectrum.parameters}; give order=1."
@@ -98,7 +98,7 @@ def second_order(
     """The terms of order λ for the two paths of a two-phase prediction; `None` where
     they could not be found."""
     start = jax.tree.map(lambda p: p[0], drift.params)
-    along = FastPath(term, fast.params, fast_scale, spectrum.form)
+    along = FastPath(term, fast.params, fast_scale, spectrum.source)
     none = jnp.zeros_like(ravel_pytree(start)[0])
     _, h, speed = match(term, start, none, spectrum)
 
@@ -193,13 +193,7 @@ class Point(eqx.Module):
     def __init__(self, term: FlowTerm, params: PyTree, spectrum: Spectrum):
         """M at `params`, with the form and the rank of `spectrum`, of another point."""
         w, loss = flatten(term.loss, params, term.static)
-        if spectrum.form == "jacobian":
-            a, _ = weighted_jacobian(loss, w)
-            values, vectors = jnp.linalg.eigh(a @ a.T)
-            root = vectors.T @ a
-        else:
-            values, vectors = jnp.linalg.eigh(jax.hessian(loss)(w))
-            root = jnp.sqrt(jnp.abs(values))[:, None] * vectors.T
+        values, root = spectrum.source.root(loss, w)
         place = jnp.argsort(jnp.argsort(-jnp.abs(values)))
         self.loss, self.penalty, self.w, self.root = loss, term.penalty, w, root
         self.curvature = jnp.where(place < spectrum.rank, jnp.abs(values), jnp.inf)
@@ -348,7 +342,7 @@ class FastPath(eqx.Module):
     """At n even times, see `even_times`."""
     scale: Float[Array, ""]
     """τ of these times."""
-    form: str = eqx.field(static=True)
+    form: AbstractForm
 
     def at(
         self, t: Float[Array, ""], end: Float[Array, ""]
@@ -448,7 +442,7 @@ def _march(
         w, loss = fast.at(t, ts[-1])
         h = dx * (t + scale)
         right = h * source(t, w, loss) - alpha[1:] @ past
-        v = _shifted(loss, w, fast.form, h, alpha[0], right, past[0])
+        v = fast.form.solve_shifted(loss, w, alpha[0], h, right, past[0])
         return jnp.concatenate([v[None], past[:-1]]), v
 
     count = jnp.arange(alpha.size - 2, dtype=zero.dtype)
@@ -456,38 +450,6 @@ def _march(
     early = jnp.concatenate([zero[None], early])
     late = jax.lax.scan(advance, early[::-1], ts[alpha.size - 1 :])[1]
     return jnp.concatenate([early, late])
-
-
-def _shifted(
-    loss: FlatLoss,
-    w: Float[Array, " d"],
-    form: str,
-    h: Float[Array, ""],
-    alpha: Float[Array, ""],
-    right: Float[Array, " d"],
-    guess: Float[Array, " d"],
-) -> Float[Array, " d"]:
-    """Solves (α + hH) v = right. In the Jacobian form H = AᵀA + S, where S, from the
-    residuals, fades along the path: conjugate gradients, preconditioned by α + hAᵀA,
-    take a few iterations first and one in the end."""
-    if form == "hessian":
-        matrix = alpha * jnp.eye(w.size, dtype=w.dtype) + h * jax.hessian(loss)(w)
-        return jnp.linalg.solve(matrix, right)
-    a, _ = weighted_jacobian(loss, w)
-    kernel = a @ a.T + alpha / h * jnp.eye(a.shape[0], dtype=w.dtype)
-    factor = jax.scipy.linalg.cho_factor(kernel)
-    precondition = lambda v: (
-        (v - a.T @ jax.scipy.linalg.cho_solve(factor, a @ v)) / alpha
-    )
-    apply = lambda v: alpha * v + h * jax.jvp(loss.gradient, (w,), (v,))[1]
-    return jax.scipy.sparse.linalg.cg(
-        apply,
-        right,
-        guess,
-        tol=1e4 * float(jnp.finfo(w.dtype).eps),
-        maxiter=100,
-        M=precondition,
-    )[0]
 
 
 def backward_differences(order: int) -> Float[Array, " 6"]:
