@@ -6,8 +6,6 @@ which JAX transposes: the transpose is the adjoint equation p' = ∇²F(θ(t))p,
 backwards from P u.
 """
 
-from typing import Any
-
 import diffrax
 import equinox as eqx
 import jax
@@ -114,8 +112,10 @@ def _nodes(
     theta, _ = ravel_pytree(params)
     controller = FollowGrowth(Relative(_RTOL, growth=False), term)
 
-    def run(saveat, controller):
-        return diffrax.diffeqsolve(
+    def run(
+        saveat: diffrax.SaveAt, controller: diffrax.AbstractStepSizeController
+    ) -> PyTree:
+        solution = diffrax.diffeqsolve(
             term,
             KKT5(),
             t0=jnp.zeros_like(time),
@@ -129,11 +129,10 @@ def _nodes(
             throw=False,
             adjoint=diffrax.ForwardMode(),
         )
+        return solution.ys
 
-    taken: Any = run(
-        diffrax.SaveAt(t0=True, steps=True, fn=_force_along(term)), controller
-    )
-    times, force, change = taken.ys
+    every = diffrax.SaveAt(t0=True, steps=True, fn=_force_along(term))
+    times, force, change = run(every, controller)
     edges = _edges(times, force, change, time)
     lengths = jnp.diff(edges)
     order = np.argsort(c)
@@ -141,8 +140,7 @@ def _nodes(
     ts = ts.at[:, -1].set(edges[1:]).reshape(-1)
     landing = diffrax.ClipStepSizeController(controller, step_ts=ts)
     save = diffrax.SaveAt(ts=ts, fn=lambda t, y, args: ravel_pytree(y)[0])
-    path: Any = run(save, landing)
-    points = path.ys.reshape(_STEPS, c.size, theta.size)
+    points = run(save, landing).reshape(_STEPS, c.size, theta.size)
     return lengths, points[:, np.argsort(order)]
 
 
@@ -196,7 +194,8 @@ def _linear_step(
     tableau: diffrax.ButcherTableau,
 ) -> Float[Array, " d"]:
     """One step of v' = −∇²F(θ(t))v, L-stable and stiffly accurate."""
-    diagonal: Any = tableau.a_diagonal
+    diagonal = tableau.a_diagonal
+    assert diagonal is not None
     slopes = [-_hvp(loss, nodes[0])(v)]
     stage = v
     for theta, row, gamma in zip(nodes[1:], tableau.a_lower, diagonal[1:], strict=True):

@@ -272,5 +272,8 @@ def third_derivative(
     b: Float[Array, " d"],
 ) -> Float[Array, " d"]:
     """D³F[a, b], a vector: the derivative along b of ∇²F a."""
-    hvp = lambda th: jax.jvp(loss.gradient, (th,), (a,))[1]
-    return jax.jvp(hvp, (theta,), (b,))[1]
+
+    def curved(th: Float[Array, " d"]) -> Float[Array, " d"]:
+        return jax.jvp(loss.gradient, (th,), (a,))[1]
+
+    return jax.jvp(curved, (theta,), (b,))[1]

@@ -145,8 +145,8 @@ def limit_map(
             first = HessianForm()
             start, _ = partition(out.model, trainable)
             rest = _limit(fixed, start, first, search)
-            steps = lambda k: 0 if k == "max_steps" else out.stats[k]
-            stats = {k: v + steps(k) for k, v in rest.stats.items()}
+            taken = out.stats | {"max_steps": 0}
+            stats = {k: v + taken[k] for k, v in rest.stats.items()}
             time = out.time + rest.time
             out = eqx.tree_at(lambda o: (o.time, o.stats), rest, (time, stats))
     end, _ = partition(out.model, trainable)
@@ -158,8 +158,8 @@ def limit_map(
 
 
 def _without_derivative(tree: PyTree) -> PyTree:
-    stop = lambda x: jax.lax.stop_gradient(x) if eqx.is_array(x) else x
-    return jax.tree.map(stop, tree)
+    arrays, rest = eqx.partition(tree, eqx.is_array)
+    return eqx.combine(jax.lax.stop_gradient(arrays), rest)
 
 
 def default_solver(

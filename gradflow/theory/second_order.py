@@ -11,7 +11,8 @@ This expands dy/ds = −DΦ(θ_λ)∇R(θ_λ), which y = Φ(θ_λ) obeys exactly
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import diffrax
 import equinox as eqx
@@ -24,6 +25,7 @@ from jaxtyping import Array, Float, PyTree
 from ..flow.flat import FlatLoss, flatten
 from ..flow.term import FlowTerm
 from ..manifold import Spectrum
+from ..manifold.diagnosis import third_derivative
 from ..manifold.forms import AbstractForm
 from ..penalties import AbstractPenalty
 from ..runs.interpolate import interpolate, place
@@ -221,11 +223,7 @@ class Point(eqx.Module):
         self, a: Float[Array, "p d"], b: Float[Array, "p d"]
     ) -> Float[Array, "p d"]:
         """D³F[a, b] for p pairs."""
-
-        def one(a, b):
-            hvp = lambda w: jax.jvp(self.loss.gradient, (w,), (a,))[1]
-            return jax.jvp(hvp, (self.w,), (b,))[1]
-
+        one = partial(third_derivative, self.loss, self.w)
         return jax.vmap(one)(a, b)
 
     def bending(self) -> Float[Array, " d"]:
@@ -297,8 +295,8 @@ def outer(
         throw=False,
         adjoint=diffrax.ForwardMode(),
     )
-    ys: Any = solution.ys
-    return ys
+    assert solution.ys is not None
+    return solution.ys
 
 
 def _regular(drift: Path) -> int:
@@ -392,9 +390,9 @@ def inner_next(
     def source(t, w, loss):
         u = interpolate(first, place(t, ts[-1], fast.scale, ts.size))
         theta1 = u - t * speed
-        hvp = lambda v: lambda x: jax.jvp(loss.gradient, (x,), (v,))[1]
-        third = jax.jvp(hvp(theta1), (w,), (theta1,))[1]
-        grown = hvp(0.5 * t**2 * bend + t * rise)(w)
+        third = third_derivative(loss, w, theta1, theta1)
+        growing = 0.5 * t**2 * bend + t * rise
+        grown = jax.jvp(loss.gradient, (w,), (growing,))[1]
         decay = jax.jvp(lambda x: _pull(fast.term, x, loss), (w,), (theta1,))[1]
         return -0.5 * third - decay - grown - t * bend - rise
 
