@@ -279,7 +279,7 @@ def _label(ax: Axes, title: str, x: str) -> None:
 
 def _curvature(report: gf.Report) -> tuple[np.ndarray, np.ndarray]:
     theory = report.theory
-    return np.asarray(theory.drift.t), np.asarray(theory.smallest_curvature)
+    return np.asarray(theory.drift.s), np.asarray(theory.smallest_curvature)
 
 
 # Numbers

@@ -357,7 +357,7 @@ def dataset(sweep: gf.Sweep, report: gf.Report) -> xr.Dataset:
         coords={
             "weight_decay": np.asarray(sweep.weight_decay),
             "time": np.arange(sweep.t.shape[1]),
-            "drift_time": np.asarray(drift.t),
+            "drift_time": np.asarray(drift.s),
         },
     )
     out["t"].attrs["long_name"] = "time t"

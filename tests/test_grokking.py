@@ -67,13 +67,13 @@ def test_no_number_beyond_the_validity(diagonal):
     assert np.isnan(beyond.time) and np.isnan(beyond.error)
     until = theory.valid_until(0.1)
     assert 0 < until < 1 and f"s ≤ {until:.3g}" in str(beyond)
-    eta = np.interp(until, theory.drift.t, theory.smallest_curvature)
+    eta = np.interp(until, theory.drift.s, theory.smallest_curvature)
     assert eta > 1.0
     # From the start:
     assert theory.valid_until(10.0) == 0.0
     assert "too large" in theory.grokking_time(10.0).why
     horizons = [theory.valid_until(lam) for lam in (1e-1, 1e-2, 1e-3, 1e-5)]
-    assert np.all(np.diff(horizons) > 0) and horizons[-1] == theory.drift.t[-1]
+    assert np.all(np.diff(horizons) > 0) and horizons[-1] == theory.drift.s[-1]
 
 
 def test_names_and_thresholds(diagonal):

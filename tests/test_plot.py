@@ -92,6 +92,21 @@ def test_curves_collapse_on_the_slow_clock(results):
         assert off.max() < 2 * lam + 5e-2  # linear between the saved times
 
 
+def test_a_drift_is_drawn_and_told_in_slow_time(results):
+    drift = results[1].theory.drift
+    ax = gf.plot.drift(drift, axes())
+    assert ax.get_xlabel() == "slow time $s = \\lambda t$" and not ax.get_title()
+    assert labels(ax) == ["train loss", "test", "penalty $R$"]
+    np.testing.assert_array_equal(ax.get_lines()[-1].get_xdata(), drift.s[1:])
+    text = str(drift)
+    assert text.startswith("Drift of 8 parameters") and "s = 0 … 3" in text
+    assert "still drifting" in text and not drift.stationary
+    expected = gf.crossing_time(drift.s, drift.metrics["test"], drift.watched["test"])
+    np.testing.assert_equal(drift.crossing_time("test"), expected)
+    assert drift.succeeded and drift.verdict == gf.RESULTS[gf.RESULTS.successful]
+    np.testing.assert_array_equal(drift[-1].weights, drift.models.weights[-1])
+
+
 def test_report_has_six_labelled_panels(results):
     report = results[1]
     figure = Figure(figsize=(15, 8.6), layout="constrained")

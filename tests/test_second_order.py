@@ -72,7 +72,7 @@ def studied(request):
 
 def test_rates_over_two_decades(studied):
     _, _, theory, _, report = studied
-    assert np.all(report.valid_until == theory.drift.t[-1])
+    assert np.all(report.valid_until == theory.drift.s[-1])
     ends = report.weight_decay[[0, -1]]
     for rate, order in report.orders.items():
         sup = order.error.max(axis=1)
@@ -144,7 +144,7 @@ def test_the_ratio_is_that_of_the_next_term(studied):
     _, flow, theory, sweep, _ = studied
     term, _ = flow.term(eqx.combine(theory.limit, theory.drift.static))
     path = sweep[3]
-    lam, ends = float(path.weight_decay), theory.drift.t
+    lam, ends = float(path.weight_decay), theory.drift.s
     i = int(np.argmin(abs(path.slow_time - ends[-1] / 2)))
     t, s = float(path.t[i]), float(path.slow_time[i])
     flat = lambda model: ravel_pytree(flow.partition(model)[0])[0]
@@ -197,7 +197,7 @@ def test_where_the_solver_of_the_tangent_part_stops(studied, monkeypatch):
     term, _ = flow.term(eqx.combine(theory.limit, theory.drift.static))
     paths = theory.fast, theory.drift
     found = second_order.second_order(term, *paths, theory.spectrum, theory.fast_scale)
-    assert found.until == theory.drift.t[known - 1]
+    assert found.until == theory.drift.s[known - 1]
     ratio = theory.second.ratio[:known]
     np.testing.assert_allclose(found.ratio[:-1], ratio[:-1], rtol=1e-9)
     np.testing.assert_allclose(found.ratio[-1], ratio[-1], rtol=0.1)
@@ -215,7 +215,7 @@ def test_every_term_is_needed(studied):
     stack = jax.vmap(ravel_pytree(first)[1])
     along = lambda w1, bend: stack(
         second_order.outer(
-            term, drift.params, drift.t, drift.t, w1, theory.spectrum, bend
+            term, drift.params, drift.s, drift.s, w1, theory.spectrum, bend
         )
     )
     whole = along(start, 1.0)

@@ -88,7 +88,7 @@ def test_prediction_begins_at_the_model_and_passes_the_limit(studied):
         strict=True,
     ):
         np.testing.assert_allclose(a, b, atol=1e-12)
-    beyond = theory.predict(2 * theory.drift.t[-1] / 1e-3, 1e-3)
+    beyond = theory.predict(2 * theory.drift.s[-1] / 1e-3, 1e-3)
     assert all(jnp.isnan(x).all() for x in leaves(beyond))
 
 
@@ -252,7 +252,7 @@ def test_redundant_data():
     eta = jnp.linalg.svd(x, compute_uv=False)[3] ** 2 / 5
     np.testing.assert_allclose(theory.smallest_curvature, eta, rtol=1e-10)
     least = jnp.linalg.pinv(x) @ (x @ jnp.ones(9))
-    s = theory.drift.t[:, None]
+    s = theory.drift.s[:, None]
     exact = least[None] + jnp.exp(-s) * (theory.limit.weights - least)[None]
     np.testing.assert_allclose(theory.drift.models.weights, exact, atol=1e-7)
 

@@ -7,16 +7,22 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from .._checks import check_arguments, check_given, check_positive, is_concrete
+from .._checks import (
+    check_arguments,
+    check_given,
+    check_positive,
+    is_concrete,
+    word,
+)
 from ..flow.flat import flatten
 from ..flow.flow import flow_of, GradientFlow
 from ..flow.term import FlowTerm
 from ..losses import AbstractLoss
 from ..results import RESULTS
 from ..runs.interpolate import holds_until
-from ..runs.path import check_path, Path
 from .choice import choose_form, Form
 from .diagnosis import dense_geometry, drift_and_bend
+from .drift import Drift
 from .forms import AbstractForm
 from .spectra import measure
 
@@ -99,7 +105,7 @@ class Regularity(eqx.Module):
 
 def regularity(
     flow: GradientFlow | AbstractLoss,
-    path: Path,
+    path: Drift,
     *,
     form: Form = "auto",
     rtol: float | None = None,
@@ -122,7 +128,10 @@ def regularity(
     """
     flow = flow_of(flow)
     check_given(rtol=rtol)
-    check_path(path)
+    if not isinstance(path, Drift):
+        raise ValueError(
+            f"path: expected a drift from riemannian_flow, got {word(path)}."
+        )
     for leaf in jax.tree.leaves(path.params):
         if is_concrete(leaf) and not np.isfinite(leaf).all():
             raise ValueError(
@@ -136,7 +145,7 @@ def regularity(
 
 @eqx.filter_jit
 def _regularity(
-    term: FlowTerm, path: Path, form: AbstractForm, rtol: float | None
+    term: FlowTerm, path: Drift, form: AbstractForm, rtol: float | None
 ) -> Regularity:
     first = jax.tree.map(lambda p: p[0], path.params)
     theta, loss = flatten(term.loss, first, term.static)
@@ -162,4 +171,4 @@ def _regularity(
     result = RESULTS.where(ambiguous[0], RESULTS.ambiguous_rank, result)
     failed = (result == RESULTS.successful) & ~path.succeeded
     result = RESULTS.where(failed, path.result, result)
-    return Regularity(path.slow_time, rank, ambiguous, eta, bend, form.name, result)
+    return Regularity(path.s, rank, ambiguous, eta, bend, form.name, result)

@@ -17,13 +17,13 @@ from ..flow.flow import check_free, GradientFlow
 from ..flow.term import FlowTerm
 from ..metrics import Metric
 from ..results import RESULTS
-from ..runs.path import Path
 from ..runs.problem import as_metrics, check_problem
 from ..runs.solve import Solve, solve
 from ..solvers import AbstractKKT, KKT5
 from ..solvers.controllers import Relative
 from ._normal import weighted_jacobian
 from .choice import Form
+from .drift import Drift
 from .forms import AbstractForm
 from .jacobian_form import JacobianForm
 from .retraction import retract_in_form
@@ -52,7 +52,7 @@ def riemannian_flow(
     solver: diffrax.AbstractSolver | None = None,
     max_steps: int = 100_000,
     throw: bool = True,
-) -> Path:
+) -> Drift:
     """w' = −P(w)∇R(w) on M, in slow time s = λt, from the model.
 
     In the Jacobian form the default is the flow itself, by KKT5, at a weight decay of
@@ -80,10 +80,10 @@ def riemannian_flow(
     - `max_steps`: the most steps of the solver.
     - `throw`: whether to raise an error where the flow fails.
 
-    **Returns:** a [`gradflow.Path`][] whose time is slow time (its `weight_decay` is
-    1). `stats["smallest_curvature"]` is η(s), the smallest normal curvature of F, that
-    is the last of the singular values of (ℓ'')^½ J that count at w(0), squared: the
-    two-phase theory holds for λ ≪ η. The `result` is `successful`; `not_critical` where
+    **Returns:** a [`gradflow.manifold.Drift`][]. Its `smallest_curvature` is η(s), the
+    smallest normal curvature of F, that is the last of the singular values of
+    (ℓ'')^½ J that count at w(0), squared: the two-phase theory holds for λ ≪ η. The
+    `result` is `successful`; `not_critical` where
     `model` is not near M; `rank_lost` where η fell to what cannot be told from zero
     (1e-13 of the largest curvature; with `solver`, where the ridge alters P by more
     than 1000 `rtol`) or the path left M by more than 1000 `rtol`‖w‖; `out_of_steps` or
@@ -154,7 +154,7 @@ class DriftRun(eqx.Module):
     max_steps: int
 
 
-def _vanishing_decay(run: DriftRun) -> Path:
+def _vanishing_decay(run: DriftRun) -> Drift:
     """The flow at a λ at which its distance from w° is rounding."""
     times, start = run.times, run.start
     tiny = _vanishing(times.dtype) / 10
@@ -183,9 +183,8 @@ def _vanishing_decay(run: DriftRun) -> Path:
     # slow, smooth losses too can seem to slide.
     lost = lost & path.succeeded
     result = RESULTS.where(lost, RESULTS.rank_lost, path.result)
-    return Path(
-        t=times,
-        weight_decay=jnp.ones_like(lam),
+    return Drift(
+        s=times,
         params=path.params,
         static=path.static,
         metrics=path.metrics,
@@ -230,7 +229,7 @@ def _curvature_along(
 
 
 @eqx.filter_jit
-def _drift(run: DriftRun, form: AbstractForm, solver: diffrax.AbstractSolver) -> Path:
+def _drift(run: DriftRun, form: AbstractForm, solver: diffrax.AbstractSolver) -> Drift:
     """The equation of the drift itself, by `solver`."""
     term, times = run.term, run.times
     w0, loss = flatten(term.loss, run.params, term.static)
@@ -258,9 +257,8 @@ def _drift(run: DriftRun, form: AbstractForm, solver: diffrax.AbstractSolver) ->
     failure = RESULTS.where(ran_out, RESULTS.out_of_steps, RESULTS.stalled)
     result = RESULTS.where(okay, result, failure)
     result = RESULTS.where(run.start == RESULTS.successful, result, run.start)
-    return Path(
-        t=times,
-        weight_decay=jnp.ones((), w0.dtype),
+    return Drift(
+        s=times,
         params=jax.vmap(loss.unravel)(path),
         static=term.static,
         metrics=seen,

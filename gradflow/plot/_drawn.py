@@ -33,6 +33,24 @@ class Path(Protocol):
 
 
 @runtime_checkable
+class Drift(Protocol):
+    """As [`gradflow.manifold.Drift`][]: n slow times."""
+
+    @property
+    def s(self) -> Values: ...
+    @property
+    def params(self) -> Any: ...
+    @property
+    def train_loss(self) -> Values: ...
+    @property
+    def penalty(self) -> Values: ...
+    @property
+    def metrics(self) -> Mapping[str, Values]: ...
+    @property
+    def watched(self) -> Mapping[str, Any]: ...
+
+
+@runtime_checkable
 class Sweep(Protocol):
     """As [`gradflow.Sweep`][]: the paths of many lanes, stacked."""
 

@@ -126,15 +126,15 @@ def collapse(report: Report, ax: Axes | None = None, *, metric: str = "test") ->
     values = np.asarray(curves(report.sweep, metric))
     slow = np.asarray(report.sweep.slow_time)
     ax = sweep(report.sweep, ax, metric=metric, clock="s", colorbar=False)
-    x, y = positive(drift.t, curve)
+    x, y = positive(drift.s, curve)
     ax.plot(x, y, color=THEORY, lw=1.4, ls=(0, (4, 3)), label="drift $w^\\circ(s)$")
     _horizons(report, ax)
     # The fast phase, which is at smaller and smaller s, is not of interest here.
-    left = 1e-4 * float(drift.t[-1])
+    left = 1e-4 * float(drift.s[-1])
     shown = values[(slow >= left) & np.isfinite(values)]
     shown = np.append(shown, np.asarray(curve))
     shown = shown[shown > 0]
-    ax.set_xlim(left, float(drift.t[-1]) * 1.3)
+    ax.set_xlim(left, float(drift.s[-1]) * 1.3)
     ax.set_ylim(shown.min() / 1.3, shown.max() * 1.3)
     if shown.max() < 30 * shown.min():
         ax.set_yscale("linear")
@@ -208,9 +208,9 @@ def curvature(report: Report, ax: Axes | None = None) -> Axes:
     colours = Colours(report.weight_decay)
     for i, lam in enumerate(report.weight_decay):
         ax.axhline(lam, color=colours(i), lw=1.5)
-    ax.plot(*positive(drift.t, eta), color="black", lw=2.2, label="$\\eta(s)$")
+    ax.plot(*positive(drift.s, eta), color="black", lw=2.2, label="$\\eta(s)$")
     until = report.regular_until
-    if until < float(drift.t[-1]):
+    if until < float(drift.s[-1]):
         ax.axvline(until, color=TEST, ls=":", lw=1.8, label="$\\eta$ at a tenth")
     from matplotlib.lines import Line2D
 
@@ -229,7 +229,7 @@ def _horizons(report: Report, ax: Axes) -> None:
     colours = Colours(report.weight_decay)
     label = "theory holds up to here"
     for i, s in enumerate(report.valid_until):
-        if 0 < s < float(report.theory.drift.t[-1]):
+        if 0 < s < float(report.theory.drift.s[-1]):
             at = ax.get_xaxis_transform()
             ax.plot(s, 0.02, "v", color=colours(i), mec="black", transform=at, ms=7,
                 label=label, clip_on=False)  # fmt: skip

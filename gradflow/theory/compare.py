@@ -132,7 +132,7 @@ def rates(sweep: Sweep, theory: TwoPhase, found: Errors) -> dict[int, Order]:
     regular, whole = slow <= until, slow <= _end(theory, slow.dtype)
     known_to = (sweep.stats["rtol"], theory.fast.stats["rtol"])
     floor = 10 * max(float(np.max(e)) for e in (*known_to, theory.interpolation_error))
-    curvature = np.interp(until, theory.drift.t, theory.smallest_curvature)
+    curvature = np.interp(until, theory.drift.s, theory.smallest_curvature)
     largest = float(curvature) / 20
     ratio = _ratio(theory, slow) * lams[:, None]
     # A lane that slid along kinks is exact to three digits only.
@@ -204,7 +204,7 @@ def fit_rate(
 
 def _end(theory: TwoPhase, dtype: np.dtype) -> float:
     """The end of the drift, and a rounding more."""
-    return float(theory.drift.t[-1]) * (1 + 8 * np.finfo(dtype).eps)
+    return float(theory.drift.s[-1]) * (1 + 8 * np.finfo(dtype).eps)
 
 
 def _ratio(theory: TwoPhase, slow: np.ndarray) -> np.ndarray:
@@ -212,7 +212,7 @@ def _ratio(theory: TwoPhase, slow: np.ndarray) -> np.ndarray:
     if theory.second is None:
         return np.full_like(slow, np.nan)
     ratio = np.asarray(theory.second.ratio)
-    return np.interp(slow, np.asarray(theory.drift.t)[: ratio.size], ratio)
+    return np.interp(slow, np.asarray(theory.drift.s)[: ratio.size], ratio)
 
 
 def _sup(errors: np.ndarray, where: np.ndarray) -> np.ndarray:

@@ -163,7 +163,7 @@ def radial_law(flow: GradientFlow, theory: TwoPhase) -> RadialLaw:
     if not isinstance(theory, TwoPhase):
         raise ValueError(f"theory: expected a gradflow.TwoPhase, got {word(theory)}.")
     norm, rate = (np.asarray(x) for x in _radial(flow, theory))
-    s = np.asarray(theory.drift.t)
+    s = np.asarray(theory.drift.s)
     integral = CubicSpline(s, rate).antiderivative()(s)
     return RadialLaw(s, np.log(norm / norm[0]), integral)
 

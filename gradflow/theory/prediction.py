@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from .._checks import check_arguments, check_choice, check_numbers, check_positive
-from ..manifold import Spectrum
+from ..manifold import Drift, Spectrum
 from ..results import RESULTS
 from ..runs.interpolate import DEGREE, holds_until, interpolate, place
 from ..runs.path import Path
@@ -59,7 +59,7 @@ class TwoPhase(eqx.Module):
     """The model Φ(θ₀) at which the fast phase ends and the drift begins."""
     fast: Path
     """θ_GF, the flow without weight decay, in time t."""
-    drift: Path
+    drift: Drift
     """w°, the Riemannian flow of R on the critical manifold, in slow time s."""
     spectrum: Spectrum
     """The curvature of F at Φ(θ₀): rank, dimension of the manifold, gap."""
@@ -87,13 +87,13 @@ class TwoPhase(eqx.Module):
     @property
     def smallest_curvature(self) -> Float[Array, " n"]:
         """η(s) along the drift; theory needs λ ≪ η."""
-        return self.drift.stats["smallest_curvature"]
+        return self.drift.smallest_curvature
 
     @property
     def regular_until(self) -> float:
         """The slow time at which η has fallen to a tenth of what it was at the start of
         the drift, or the end of the drift."""
-        s, eta = np.asarray(self.drift.t), np.asarray(self.smallest_curvature)
+        s, eta = np.asarray(self.drift.s), np.asarray(self.smallest_curvature)
         flat = np.isinf(eta)  # no normal directions at all
         share = np.where(flat, 10.0, eta / np.where(flat, 1, 0.1 * eta[0]))
         return holds_until(s, share)
@@ -156,7 +156,7 @@ class TwoPhase(eqx.Module):
         check_positive(weight_decay, "weight_decay")
         if self._doubt() or self._fast_ratio(weight_decay) > _TERM_RATIO:
             return 0.0
-        s, lam = np.asarray(self.drift.t), float(weight_decay)
+        s, lam = np.asarray(self.drift.s), float(weight_decay)
         share = _CURVATURE_SHARE * np.asarray(self.smallest_curvature) / lam
         end = holds_until(s, share)
         if self.second is None:
@@ -235,7 +235,7 @@ class TwoPhase(eqx.Module):
         far; NaN where it is not known."""
         if self.second is None:
             return np.full_like(t, np.nan)
-        second, drift = self.second, np.asarray(self.drift.t)
+        second, drift = self.second, np.asarray(self.drift.s)
         known = np.asarray(second.ratio)
         along = np.maximum.accumulate(known)
         slow = np.interp(weight_decay * t, drift[: known.size], along)
@@ -281,7 +281,7 @@ class TwoPhase(eqx.Module):
     ) -> PyTree:
         """As `predict`, for one time: the trainable parameters alone. Order 3 is what
         is known of it: the term of order λ² as it is at the end of the fast phase."""
-        end_s = self.drift.t[-1]
+        end_s = self.drift.s[-1]
         s = lam * t
         # Beyond its last time the fast path has arrived.
         arrived = t >= self.fast.t[-1]
@@ -319,7 +319,7 @@ class TwoPhase(eqx.Module):
 
     def _along_drift(self, values: PyTree, s: Float[Array, ""]) -> PyTree:
         """`values` at the nodes of the drift, at slow time s."""
-        at = place(s, self.drift.t[-1], 1.0, len(self.drift))
+        at = place(s, self.drift.s[-1], 1.0, len(self.drift))
         return interpolate(values, at, self.drift_degree)
 
     @property
@@ -332,7 +332,7 @@ class TwoPhase(eqx.Module):
         lines = [
             f"Two-phase theory: {self.spectrum}",
             f"  fast phase to t = {float(self.fast.t[-1]):.3g}, drift to "
-            f"s = {float(self.drift.t[-1]):.3g}; smallest normal curvature η = "
+            f"s = {float(self.drift.s[-1]):.3g}; smallest normal curvature η = "
             f"{float(eta[0]):.2g} at its start, {float(eta[-1]):.2g} at its end",
         ]
         if self.second is not None:

@@ -136,7 +136,7 @@ class Report(eqx.Module):
             f"rank {int(spectrum.rank)}"
             + (" (rank ambiguous)" if bool(spectrum.ambiguous) else ""),
             f"  smallest normal curvature η: {curvature[0]:.2g} at the start of the "
-            f"drift, {curvature[-1]:.2g} at s = {float(theory.drift.t[-1]):.3g}; "
+            f"drift, {curvature[-1]:.2g} at s = {float(theory.drift.s[-1]):.3g}; "
             "theory asks for λ ≪ η",
             f"  error relative to ‖Φ‖: at all t; at orders 1 and 2 over "
             f"s ≤ {self.regular_until:.2g}; of the",

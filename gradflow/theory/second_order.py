@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, PyTree
 
 from ..flow.flat import FlatLoss, flatten
 from ..flow.term import FlowTerm
-from ..manifold import Spectrum
+from ..manifold import Drift, Spectrum
 from ..manifold.diagnosis import third_derivative
 from ..manifold.forms import AbstractForm
 from ..penalties import AbstractPenalty
@@ -95,7 +95,7 @@ def check_second_order(spectrum: Spectrum, penalty: AbstractPenalty) -> None:
 
 
 def second_order(
-    term: FlowTerm, fast: Path, drift: Path, spectrum: Spectrum, fast_scale: Array
+    term: FlowTerm, fast: Path, drift: Drift, spectrum: Spectrum, fast_scale: Array
 ) -> SecondOrder | None:
     """The terms of order λ for the two paths of a two-phase prediction; `None` where
     they could not be found."""
@@ -124,15 +124,15 @@ def second_order(
         count = 2 * count - 1
         rough, fine = fine, theta1(2 * count - 1)
     theta = fine[::2] + change
-    s = drift.t[: _regular(drift)]
-    tangent = outer(term, drift.params, drift.t, s, w1, spectrum)
+    s = drift.s[: _regular(drift)]
+    tangent = outer(term, drift.params, drift.s, s, w1, spectrum)
     # What the solver did not reach is infinite.
     n = int(jnp.sum(jnp.all(jnp.isfinite(tangent), axis=1)))
     if n < 8 or not bool(jnp.isfinite(mismatch)):  # interpolation takes 8
         return None
     nodes = jax.tree.map(lambda p: p[:n], drift.params)
     offset, ratio = _next(term, nodes, s[:n], tangent[:n], spectrum)
-    bend, rise = _start(term, start, w1, offset, drift.t, spectrum)
+    bend, rise = _start(term, start, w1, offset, drift.s, spectrum)
     growth = Growth(speed, bend, rise)
     q = inner_next(along, times(2 * count - 1), fine, growth)[::2]
     whole = jnp.linalg.norm(ravel_pytree(start)[0])
@@ -299,9 +299,9 @@ def outer(
     return solution.ys
 
 
-def _regular(drift: Path) -> int:
+def _regular(drift: Drift) -> int:
     """How many nodes of the drift there are before η has fallen to a thousandth."""
-    eta = np.asarray(drift.stats["smallest_curvature"])
+    eta = np.asarray(drift.smallest_curvature)
     fallen = np.flatnonzero(~(eta >= 1e-3 * eta[0]))
     return max(int(fallen[0]) if fallen.size else eta.size, 8)
 

@@ -15,7 +15,7 @@ from .._checks import check_arguments, check_choice, resolvable
 from ..flow.flow import check_free, GradientFlow
 from ..flow.term import FlowTerm
 from ..losses import AbstractCompositeLoss
-from ..manifold import Limit, limit_map, riemannian_flow, spectrum
+from ..manifold import Drift, Limit, limit_map, riemannian_flow, spectrum
 from ..metrics import Metric
 from ..results import RESULTS
 from ..runs.interpolate import DEGREE
@@ -99,7 +99,7 @@ def two_phase(
     )
     fast, error = runs.fast(model, until, tau)
     if found and not bool(fast.succeeded):
-        where = _end_of(flow, "fast", "t", fast)
+        where = _end_of(flow, fast)
         if throw:
             raise RuntimeError(where + RESULTS[fast.result])
     # A failed run ends in NaN: there the limit, wherever it got to, stands in.
@@ -129,7 +129,7 @@ def two_phase(
         where=where,
     )
     if not theory.stands:
-        where = where or _end_of(flow, "drift", "s", drift)
+        where = where or _end_of(flow, drift)
         if throw:
             raise RuntimeError(where + RESULTS[result])
         return dataclasses.replace(theory, where=where)
@@ -183,11 +183,11 @@ class _Runs(NamedTuple):
 
         return refined(run, self.target, most=self.most)
 
-    def drift(self, model: PyTree, slow_time: float) -> tuple[Path, Float[Array, ""]]:
+    def drift(self, model: PyTree, slow_time: float) -> tuple[Drift, Float[Array, ""]]:
         """The Riemannian flow, and what interpolating it adds."""
         end = jnp.asarray(slow_time, self.target.dtype)
 
-        def run(x: Float[np.ndarray, " n"]) -> Path:
+        def run(x: Float[np.ndarray, " n"]) -> Drift:
             return riemannian_flow(
                 self.flow,
                 model,
@@ -196,8 +196,9 @@ class _Runs(NamedTuple):
                 **self.options,
             )
 
-        degree = _degree(self.flow)
-        return refined(run, self.target, most=self.most, degree=degree)
+        return refined(
+            run, self.target, most=self.most, degree=_degree(self.flow), clock="s"
+        )
 
 
 def _degree(flow: GradientFlow) -> int:
@@ -216,11 +217,13 @@ def _with_second_order(term: FlowTerm, theory: TwoPhase) -> TwoPhase:
     return dataclasses.replace(theory, second=terms, result=result)
 
 
-def _end_of(flow: GradientFlow, phase: str, unit: str, path: Path) -> str:
-    """`_place` of where a run ended."""
-    reached = np.flatnonzero(np.isfinite(np.asarray(path.train_loss)))
+def _end_of(flow: GradientFlow, run: Path | Drift) -> str:
+    """`_place` of where the run along a phase ended."""
+    reached = np.flatnonzero(np.isfinite(np.asarray(run.train_loss)))
     last = int(reached[-1]) if reached.size else 0
-    return _place(flow, phase, f"{unit} = {float(path.t[last]):.3g}", path[last])
+    if isinstance(run, Drift):
+        return _place(flow, "drift", f"s = {float(run.s[last]):.3g}", run[last])
+    return _place(flow, "fast", f"t = {float(run.t[last]):.3g}", run[last])
 
 
 def _place(flow: GradientFlow, phase: str, reached: str, model: PyTree) -> str:
