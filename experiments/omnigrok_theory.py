@@ -108,7 +108,7 @@ class TSTheory(Teacher):
             valid=np.array([theory.valid_until(lam) for lam in self.lams]),
             lams=np.array(self.lams),
             drift=(
-                np.asarray(theory.drift.t),
+                np.asarray(theory.drift.s),
                 np.asarray(theory.drift.metrics["test"]),
             ),
             paths=paths,

@@ -151,7 +151,7 @@ def compare(
 
 def accuracy(name: str, report: gf.Report) -> list[Row]:
     """The rate of order 2, and what it gains at λ = 1e-3."""
-    rate = report.second_rate
+    rate = report.orders[2].rate
     span = report.weight_decay[rate.used]
     decades = float(np.log10(span.max() / span.min())) if span.size else 0.0
     # On the linear and the completion task the error may sink to the tolerance sooner.
@@ -161,7 +161,7 @@ def accuracy(name: str, report: gf.Report) -> list[Row]:
         Row(f"{name}: span", decades, "≥ 2 decades", wide, "in λ, of that rate"),
     ]
     i = int(np.argmin(np.abs(np.log(report.weight_decay / 1e-3))))
-    gain = report.sup_error_regular[i] / report.sup_second_error[i]
+    gain = report.orders[1].sup[i] / report.orders[2].sup[i]
     sentence = f"error of order 1 over order 2 at λ = {report.weight_decay[i]:.1e}"
     return [
         *rows,
@@ -172,8 +172,8 @@ def accuracy(name: str, report: gf.Report) -> list[Row]:
 def times(name: str, scale: float | None, report: gf.Report) -> list[Row]:
     """Predicted against measured grokking times, for every λ ≤ 1e-3 whose threshold is
     crossed while theory is valid."""
-    lams, measured = report.weight_decay, report.grokking_time
-    off = np.abs(report.predicted_grokking_time / measured - 1)
+    lams, measured = report.weight_decay, report.grokked.measured
+    off = np.abs(report.grokked.predicted / measured - 1)
     small = (lams <= 1.001e-3) & np.isfinite(measured)
     due = small & (lams * measured <= 0.98 * report.valid_until)
     label = f"{name}: grokking" + ("" if scale is None else f", scale {scale:g}")
@@ -192,14 +192,10 @@ def errors(reports: dict[str, gf.Report]) -> Figure:
     fig, axes = _row(len(reports))
     for (name, report), ax in zip(reports.items(), axes, strict=True):
         lams = report.weight_decay
-        found = (report.sup_error_regular, report.sup_second_error)
-        rates = (report.rate, report.second_rate)
-        for k, (error, rate, colour) in enumerate(
-            zip(found, rates, ORDERS, strict=True)
-        ):
-            label = f"order {k + 1}, rate {rate.exponent:.2f}"
-            ax.loglog(lams, error, "o-", color=colour, lw=1.8, label=label)
-            ax.loglog(lams, report.next_term[k], "--", color=colour, lw=1.2)
+        for (k, order), colour in zip(report.orders.items(), ORDERS, strict=True):
+            label = f"order {k}, rate {order.rate.exponent:.2f}"
+            ax.loglog(lams, order.sup, "o-", color=colour, lw=1.8, label=label)
+            ax.loglog(lams, order.next_term, "--", color=colour, lw=1.2)
         ax.plot([], [], "--", color="grey", lw=1.2, label="next term (error bar)")
         limit = float(np.interp(report.regular_until, *_curvature(report))) / 10
         if lams.min() < limit < 10 * lams.max():
@@ -215,7 +211,7 @@ def horizons(reports: dict[str, gf.Report]) -> Figure:
     for (name, report), ax in zip(reports.items(), axes, strict=True):
         colours = gf.plot.Colours(report.weight_decay)
         slow = np.asarray(report.sweep.slow_time)
-        for i, error in enumerate(np.asarray(report.second_error)):
+        for i, error in enumerate(report.orders[2].error):
             here = (error > 0) & (slow[i] > 1e-4)
             ax.loglog(slow[i][here], error[here], color=colours(i), lw=1.4)
             until = report.valid_until[i]
@@ -243,8 +239,8 @@ def grokking_times(scaled: dict[str, dict[float | None, gf.Report]]) -> Figure:
     )
     for (name, found), (top, low) in zip(scaled.items(), axes.T, strict=True):
         for (scale, report), colour in zip(found.items(), SCALES, strict=False):
-            lams, time = report.weight_decay, report.grokking_time
-            predicted = report.predicted_grokking_time
+            lams, time = report.weight_decay, report.grokked.measured
+            predicted = report.grokked.predicted
             label = "measured" if scale is None else f"initial scale {scale:g}"
             top.loglog(lams, time, "o", color=colour, label=label)
             top.loglog(lams, predicted, "-", color=colour, lw=1.4)
@@ -252,7 +248,7 @@ def grokking_times(scaled: dict[str, dict[float | None, gf.Report]]) -> Figure:
             top.loglog(lams, horizon / lams, ":", color=colour, lw=1.4)
             off = np.maximum(np.abs(predicted / time - 1), 1e-9)
             low.loglog(lams, off, "o-", color=colour, lw=1.4)
-            bar = report.predicted_grokking_error / time
+            bar = report.grokked.error / time
             low.loglog(lams, bar, "--", color=colour, lw=1.2)
         top.plot([], [], "-", color="grey", label="predicted")
         top.plot([], [], ":", color="grey", label="theory valid up to here")
@@ -283,40 +279,46 @@ def _label(ax: Axes, title: str, x: str) -> None:
 
 def _curvature(report: gf.Report) -> tuple[np.ndarray, np.ndarray]:
     theory = report.theory
-    return np.asarray(theory.drift.t), np.asarray(theory.smallest_curvature)
+    return np.asarray(theory.drift.s), np.asarray(theory.smallest_curvature)
 
 
 # Numbers
 
 
 def summarise(report: gf.Report) -> dict[str, Any]:
-    names = (
-        "sup_error_regular",
-        "sup_second_error",
-        "next_term",
-        "regular_until",
-        "valid_until",
-        "grokking_time",
-        "predicted_grokking_time",
-        "predicted_grokking_error",
-    )
+    first, second = report.orders[1], report.orders[2]
     return {
-        **{name: getattr(report, name) for name in names},
-        "rate": report.rate.exponent,
-        "second_rate": report.second_rate.exponent,
+        **along_lanes(report),
+        "next_term": np.stack([first.next_term, second.next_term]),
+        "regular_until": report.regular_until,
+        "rate": first.rate.exponent,
+        "second_rate": second.rate.exponent,
         "text": str(report),
+    }
+
+
+def along_lanes(report: gf.Report) -> dict[str, np.ndarray]:
+    """Errors and times, each a vector over λ."""
+    return {
+        "sup_error_regular": report.orders[1].sup,
+        "sup_second_error": report.orders[2].sup,
+        "valid_until": report.valid_until,
+        "grokking_time": report.grokked.measured,
+        "predicted_grokking_time": report.grokked.predicted,
+        "predicted_grokking_error": report.grokked.error,
     }
 
 
 def dataset(reports: dict[str, gf.Report]) -> xr.Dataset:
     """Errors and times, labelled by task and λ."""
     dims = ("task", "weight_decay")
-    names = ("sup_error_regular", "sup_second_error", "valid_until", "grokking_time")
-    names += ("predicted_grokking_time", "predicted_grokking_error")
-    stack = lambda name: np.stack([getattr(r, name) for r in reports.values()])
+    found = [along_lanes(report) for report in reports.values()]
     lams = next(iter(reports.values())).weight_decay
     coords = {"task": list(reports), "weight_decay": lams}
-    return xr.Dataset({name: (dims, stack(name)) for name in names}, coords=coords)
+    arrays = {
+        name: (dims, np.stack([each[name] for each in found])) for name in found[0]
+    }
+    return xr.Dataset(arrays, coords=coords)
 
 
 if __name__ == "__main__":

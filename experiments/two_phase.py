@@ -303,27 +303,24 @@ def collapse(report: gf.Report) -> Any:
 
 
 def report_numbers(report: gf.Report) -> dict[str, Any]:
-    names = (
-        "weight_decay",
-        "sup_error",
-        "sup_error_regular",
-        "sup_error_slow",
-        "memorisation_time",
-        "grokking_time",
-        "predicted_memorisation_time",
-        "predicted_grokking_time",
-        "delay",
-        "regular_until",
-    )
-    theory = report.theory
+    theory, first = report.theory, report.orders[1]
     eta = np.asarray(theory.smallest_curvature)
     return {
-        **{name: getattr(report, name) for name in names},
+        "weight_decay": report.weight_decay,
+        "sup_error": first.sup_all,
+        "sup_error_regular": first.sup,
+        "sup_error_slow": report.drift.sup,
+        "memorisation_time": report.memorised.measured,
+        "grokking_time": report.grokked.measured,
+        "predicted_memorisation_time": report.memorised.predicted,
+        "predicted_grokking_time": report.grokked.predicted,
+        "delay": report.delay,
+        "regular_until": report.regular_until,
         "rate": {
-            "exponent": report.rate.exponent,
-            "stderr": report.rate.stderr,
-            "used": report.rate.used,
-            "why": report.rate.why,
+            "exponent": first.rate.exponent,
+            "stderr": first.rate.stderr,
+            "used": first.rate.used,
+            "why": first.rate.why,
         },
         "rank": theory.spectrum.rank,
         "dimension": theory.spectrum.dimension,
@@ -345,12 +342,12 @@ def dataset(sweep: gf.Sweep, report: gf.Report) -> xr.Dataset:
         "slow_time": (lanes, sweep.slow_time),
         "train_loss": (lanes, sweep.train_loss),
         "penalty": (lanes, sweep.penalty),
-        "error": (lanes, report.error),
-        "drift_error": (lanes, report.drift_error),
+        "error": (lanes, report.orders[1].error),
+        "drift_error": (lanes, report.drift.error),
         **{f"metric_{k}": (lanes, v) for k, v in sweep.metrics.items()},
-        "memorisation_time": ("weight_decay", report.memorisation_time),
-        "grokking_time": ("weight_decay", report.grokking_time),
-        "predicted_grokking_time": ("weight_decay", report.predicted_grokking_time),
+        "memorisation_time": ("weight_decay", report.memorised.measured),
+        "grokking_time": ("weight_decay", report.grokked.measured),
+        "predicted_grokking_time": ("weight_decay", report.grokked.predicted),
         "drift_penalty": ("drift_time", drift.penalty),
         "smallest_curvature": ("drift_time", report.theory.smallest_curvature),
         **{f"drift_metric_{k}": ("drift_time", v) for k, v in drift.metrics.items()},
@@ -360,7 +357,7 @@ def dataset(sweep: gf.Sweep, report: gf.Report) -> xr.Dataset:
         coords={
             "weight_decay": np.asarray(sweep.weight_decay),
             "time": np.arange(sweep.t.shape[1]),
-            "drift_time": np.asarray(drift.t),
+            "drift_time": np.asarray(drift.s),
         },
     )
     out["t"].attrs["long_name"] = "time t"

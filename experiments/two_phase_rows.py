@@ -91,7 +91,7 @@ def first_below(t: np.ndarray, values: np.ndarray, level: float) -> float:
 
 def fast_phase(run: Run) -> list[Row]:
     """Proposition 1: θ_λ → θ_GF on a fixed interval of time."""
-    times = run.report.predicted_memorisation_time
+    times = run.report.memorised.predicted
     end = 10 * float(times[np.isfinite(times)].max(initial=0.0))
     end = end if end > 0 else float(run.theory.fast.t[-1])
     lams = run.report.weight_decay
@@ -109,24 +109,24 @@ def slow_phase(run: Run) -> list[Row]:
     """Proposition 2: θ_λ(s/λ) → w°(s), uniformly on s ∈ [ε, regular]."""
     report = run.report
     slow = np.asarray(run.sweep.slow_time)
-    inside = (slow >= report.after) & (slow <= report.regular_until)
-    sup = np.where(inside, report.drift_error, 0.0).max(axis=1)
+    inside = (slow >= report.drift.after) & (slow <= report.regular_until)
+    sup = np.where(inside, report.drift.error, 0.0).max(axis=1)
     # Both ends included, as saved times differ from lane to lane.
-    for end in (report.after, report.regular_until):
-        lanes = zip(slow, report.drift_error, strict=True)
+    for end in (report.drift.after, report.regular_until):
+        lanes = zip(slow, report.drift.error, strict=True)
         at = [value_at(s, e, end) for s, e in lanes]
         sup = np.maximum(sup, at)
     lams = report.weight_decay
-    largest = lams[report.rate.used].max(initial=0.0)
+    largest = lams[report.orders[1].rate.used].max(initial=0.0)
     rate = fit_rate(lams, sup, largest, 10 * run.rtol)
     sentence = (
-        f"drift: sup over s ∈ [{report.after:g}, {report.regular_until:.2g}] of "
+        f"drift: sup over s ∈ [{report.drift.after:g}, {report.regular_until:.2g}] of "
         "‖θ_λ(s/λ) − w°(s)‖ ~ λ^p"
     )
     composite = "composite prediction from t = 0 on: error ~ λ^p"
     return [
         near("P1-P2", rate.exponent, 1.0, 0.1, sentence),
-        near("P1-P2", report.rate.exponent, 1.0, 0.1, composite),
+        near("P1-P2", report.orders[1].rate.exponent, 1.0, 0.1, composite),
     ]
 
 
@@ -229,7 +229,7 @@ def widths(run: Run) -> list[Row]:
     if np.any(np.diff(curve) > 1e-9 * curve[0]):
         name, curve = "penalty", np.asarray(drift.penalty)
         values = np.asarray(run.sweep.penalty)
-    used = np.flatnonzero(report.rate.used)
+    used = np.flatnonzero(report.orders[1].rate.used)
     levels = curve[0] - np.array([0.1, 0.9]) * (curve[0] - curve[-1])
     drops, plateaus = [], []
     for i in used:
@@ -238,7 +238,7 @@ def widths(run: Run) -> list[Row]:
         late = np.asarray(run.sweep.slow_time[i]) >= 1e-3
         begin, end = (first_below(t[late], values[i][late], x) for x in levels)
         drops.append(np.log(end / begin))
-        plateaus.append(np.log(begin / report.memorisation_time[i]))
+        plateaus.append(np.log(begin / report.memorised.measured[i]))
     drops, plateaus = np.array(drops), np.array(plateaus)
     x = np.log(1 / report.weight_decay[used])
     if len(used) < 2 or not np.isfinite([*drops, *plateaus]).all():

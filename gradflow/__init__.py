@@ -43,9 +43,11 @@ from .sweeps.sweep import sweep as sweep
 from .sweeps.open import as_sweep as as_sweep, open_results as open_results
 from .theory.predicted_time import PredictedTime as PredictedTime
 from .theory.second_order import SecondOrder as SecondOrder
-from .theory.two_phase import two_phase as two_phase, TwoPhase as TwoPhase
+from .theory.prediction import TwoPhase as TwoPhase
+from .theory.two_phase import two_phase as two_phase
 from .sweeps.landscape import Landscape as Landscape, landscape as landscape
-from .theory.compare import compare as compare, Rate as Rate, Report as Report
+from .theory.compare import compare as compare
+from .theory.report import Rate as Rate, Report as Report
 from .runs.crossing import (
     crossing_error as crossing_error,
     crossing_time as crossing_time,

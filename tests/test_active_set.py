@@ -129,11 +129,11 @@ def test_drift_is_the_exact_one():
     times, corners = l1_drift(x, start, 5.0)
     assert len(times) > 20 and times[-2] < 4.5
     flow = gf.GradientFlow(loss_on(x, y), penalty=gf.L1())
-    path = gf.manifold.riemannian_flow(flow, Linear(jnp.asarray(start)), slow_time=5.0)
-    found, s = np.asarray(path.params.a), np.asarray(path.t)
+    drift = gf.manifold.riemannian_flow(flow, Linear(jnp.asarray(start)), slow_time=5.0)
+    found, s = np.asarray(drift.params.a), np.asarray(drift.s)
     exact = np.stack([np.interp(s, times, c) for c in corners.T], axis=1)
     np.testing.assert_allclose(found, exact, atol=1e-9)
-    assert (np.diff(np.asarray(path.penalty)) <= 1e-12).all()
+    assert (np.diff(np.asarray(drift.penalty)) <= 1e-12).all()
     n = x.shape[1]
     program = linprog(np.ones(2 * n), A_eq=np.hstack([x, -x]), b_eq=y)
     np.testing.assert_allclose(found[-1], program.x[:n] - program.x[n:], atol=1e-8)

@@ -12,7 +12,7 @@ from jax.flatten_util import ravel_pytree
 
 import gradflow as gf
 from gradflow import manifold
-from gradflow.manifold import _matrix_free
+from gradflow.manifold import _matrix_free, jacobian_form
 
 
 def flat(tree):
@@ -202,7 +202,7 @@ def test_size_decides(monkeypatch):
     loss, model = linear_problem(jr.key(0), samples=6, features=11)
     on = manifold.retract(loss, model).model
     dense = manifold.tangent_projection(loss, on, model).w
-    monkeypatch.setattr(_matrix_free, "_DENSE_JACOBIAN", 65)
+    monkeypatch.setattr(jacobian_form, "_DENSE", 65)
     monkeypatch.setattr(gf.flow.flat, "FlatLoss", NoMatrix)
     jax.clear_caches()
     free = manifold.tangent_projection(loss, on, model).w
@@ -211,7 +211,7 @@ def test_size_decides(monkeypatch):
     assert found.form == "jacobian" and found.rank == 6
     # Off M the residuals are seen without a matrix, too.
     assert manifold.spectrum(loss, model).form == "hessian"
-    monkeypatch.setattr(_matrix_free, "_DENSE_JACOBIAN", 66)
+    monkeypatch.setattr(jacobian_form, "_DENSE", 66)
     jax.clear_caches()
     with pytest.raises(AssertionError, match="a Jacobian was made"):
         manifold.tangent_projection(loss, on, model)

@@ -54,7 +54,7 @@ def test_conflicting_labels():
     assert theory.result == gf.RESULTS.successful
     np.testing.assert_allclose(jax.vmap(theory.limit)(x), mean, atol=1e-9)
     np.testing.assert_allclose(
-        theory.drift.train_loss, np.full(len(theory.drift), 0.5 * (half**2).mean())
+        theory.drift.srain_loss, np.full(len(theory.drift), 0.5 * (half**2).mean())
     )
     found = theory.spectrum
     assert found.form == "hessian" and found.rank == 4 and found.dimension == 14
@@ -165,7 +165,7 @@ def test_drift_to_fewer_coordinates_than_samples():
     assert 2.0 < told.regular_until < 60.0
     assert told.valid_until(1e-4) < told.regular_until
     early = manifold.riemannian_flow(
-        flow, theory.limit, slow_time=2.0, ts=theory.drift.t[theory.drift.t < 2.0]
+        flow, theory.limit, slow_time=2.0, ts=theory.drift.s[theory.drift.s < 2.0]
     )
     assert early.result == gf.RESULTS.successful
 

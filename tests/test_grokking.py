@@ -67,13 +67,13 @@ def test_no_number_beyond_the_validity(diagonal):
     assert np.isnan(beyond.time) and np.isnan(beyond.error)
     until = theory.valid_until(0.1)
     assert 0 < until < 1 and f"s ≤ {until:.3g}" in str(beyond)
-    eta = np.interp(until, theory.drift.t, theory.smallest_curvature)
+    eta = np.interp(until, theory.drift.s, theory.smallest_curvature)
     assert eta > 1.0
     # From the start:
     assert theory.valid_until(10.0) == 0.0
     assert "too large" in theory.grokking_time(10.0).why
     horizons = [theory.valid_until(lam) for lam in (1e-1, 1e-2, 1e-3, 1e-5)]
-    assert np.all(np.diff(horizons) > 0) and horizons[-1] == theory.drift.t[-1]
+    assert np.all(np.diff(horizons) > 0) and horizons[-1] == theory.drift.s[-1]
 
 
 def test_names_and_thresholds(diagonal):
@@ -276,7 +276,7 @@ def test_each_lane_of_a_sweep_is_landed_on():
     np.testing.assert_allclose(times[1:3], exact(lams[1:3]), rtol=1e-7)
     theory = gf.two_phase(flow, model, slow_time=5.0, metrics=watch)
     report = gf.compare(lanes, theory)
-    np.testing.assert_allclose(report.grokking_time, times, rtol=1e-9)
+    np.testing.assert_allclose(report.grokked.measured, times, rtol=1e-9)
 
 
 def test_a_crossing_that_cannot_be_landed_on_is_told():

@@ -14,6 +14,7 @@ from scipy.integrate import solve_ivp
 import gradflow as gf
 from gradflow import manifold
 from gradflow.flow.flat import flatten
+from gradflow.manifold.jacobian_form import JacobianForm
 from gradflow.manifold.limit import _finish
 
 
@@ -361,9 +362,9 @@ def test_the_last_move_is_as_short_as_it_seemed():
     loss = gf.SquaredError(jnp.eye(2), jnp.array([1.0, 0.25]))
     params, static = eqx.partition(Squares(jnp.array([1.0, 1e-10])), eqx.is_array)
     theta, flat_loss = flatten(loss, params, static)
-    end, residual, found = _finish(flat_loss, theta, "jacobian", None)
+    end, residual, found = _finish(flat_loss, theta, JacobianForm(), None)
     assert residual < 1e-10 and jnp.abs(end[1]) > 0.1 and not found
-    _, _, found = _finish(flat_loss, jnp.array([1 + 1e-8, 0.5]), "jacobian", None)
+    _, _, found = _finish(flat_loss, jnp.array([1 + 1e-8, 0.5]), JacobianForm(), None)
     assert found
 
 

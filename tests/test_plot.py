@@ -92,6 +92,21 @@ def test_curves_collapse_on_the_slow_clock(results):
         assert off.max() < 2 * lam + 5e-2  # linear between the saved times
 
 
+def test_a_drift_is_drawn_and_told_in_slow_time(results):
+    drift = results[1].theory.drift
+    ax = gf.plot.drift(drift, axes())
+    assert ax.get_xlabel() == "slow time $s = \\lambda t$" and not ax.get_title()
+    assert labels(ax) == ["train loss", "test", "penalty $R$"]
+    np.testing.assert_array_equal(ax.get_lines()[-1].get_xdata(), drift.s[1:])
+    text = str(drift)
+    assert text.startswith("Drift of 8 parameters") and "s = 0 … 3" in text
+    assert "still drifting" in text and not drift.stationary
+    expected = gf.crossing_time(drift.s, drift.metrics["test"], drift.watched["test"])
+    np.testing.assert_equal(drift.crossing_time("test"), expected)
+    assert drift.succeeded and drift.verdict == gf.RESULTS[gf.RESULTS.successful]
+    np.testing.assert_array_equal(drift[-1].weights, drift.models.weights[-1])
+
+
 def test_report_has_six_labelled_panels(results):
     report = results[1]
     figure = Figure(figsize=(15, 8.6), layout="constrained")
@@ -101,8 +116,9 @@ def test_report_has_six_labelled_panels(results):
     assert letters == list("abcdef")
     assert all(ax.get_xlabel() and ax.get_ylabel() for ax in panels)
     assert all(ax.get_legend() is not None for ax in panels)
-    for rate in (report.rate, report.second_rate):
-        assert any(f"{rate.exponent:.3f}" in text for text in labels(panels[3]))
+    for order in report.orders.values():
+        rate = f"rate {order.rate.exponent:.3f}"
+        assert any(rate in text for text in labels(panels[3]))
     figure.canvas.draw()
     sizes = [
         text.get_fontsize()
@@ -124,10 +140,10 @@ def test_a_report_without_grokking_says_so(results):
     report = results[1]
     ax = axes()
     never = np.full(len(LAMS), np.nan)
-    where = lambda r: (r.grokking_time, r.predicted_grokking_time)
+    where = lambda r: (r.grokked.measured, r.grokked.predicted)
     gf.plot.grokking(eqx.tree_at(where, report, (never, never)), ax)
     assert "does not" in ax.texts[0].get_text()
-    where = lambda r: r.predicted_grokking_time
+    where = lambda r: r.grokked.predicted
     ax = axes()
     gf.plot.grokking(eqx.tree_at(where, report, never), ax)
     assert "theory predicts no time" in ax.texts[0].get_text()

@@ -10,6 +10,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import gradflow as gf
+from gradflow.manifold.jacobian_form import JacobianForm
 from gradflow.theory import second_order
 from gradflow.theory.second_order import backward_differences, inner, Point
 
@@ -71,29 +72,30 @@ def studied(request):
 
 def test_rates_over_two_decades(studied):
     _, _, theory, _, report = studied
-    assert np.all(report.valid_until == theory.drift.t[-1])
+    assert np.all(report.valid_until == theory.drift.s[-1])
     ends = report.weight_decay[[0, -1]]
-    for error, rate in ((report.error, 1), (report.second_error, 2)):
-        sup = error.max(axis=1)
+    for rate, order in report.orders.items():
+        sup = order.error.max(axis=1)
         slopes = np.diff(np.log(sup)) / np.diff(np.log(report.weight_decay))
         whole = np.log(sup[0] / sup[-1]) / np.log(ends[0] / ends[1])
         assert abs(whole - rate) < 0.1, slopes
-    gain = report.error[1].max() / report.second_error[1].max()  # at λ = 1e-3
+    first, second = (report.orders[k].error[1].max() for k in (1, 2))  # at λ = 1e-3
+    gain = first / second
     assert gain > 10, gain
-    assert abs(report.second_rate.exponent - 2) < 0.1
+    assert abs(report.orders[2].rate.exponent - 2) < 0.1
     assert "theory: 2" in str(report)
 
 
 def test_error_bars(studied):
     _, _, _, _, report = studied
-    first, second = report.next_term
-    used = report.second_rate.used
+    first, second = report.orders[1], report.orders[2]
+    used = second.rate.used
     assert used.sum() >= 2
     # The triangle inequality; and the second error is small.
-    off = np.abs(first - report.sup_error_regular)
-    assert np.all(off <= 1.01 * report.sup_second_error), off
-    np.testing.assert_allclose(first, report.sup_error_regular, rtol=0.1)
-    ratio = report.sup_second_error[used] / second[used]
+    off = np.abs(first.next_term - first.sup)
+    assert np.all(off <= 1.01 * second.sup), off
+    np.testing.assert_allclose(first.next_term, first.sup, rtol=0.1)
+    ratio = second.sup[used] / second.next_term[used]
     assert np.all((ratio > 0.4) & (ratio < 2.5)), ratio
 
 
@@ -113,10 +115,9 @@ def test_start_and_end_of_the_fast_phase(studied):
 def test_normal_and_tangent_parts(studied):
     _, flow, theory, _, _ = studied
     term, _ = flow.term(eqx.combine(theory.limit, theory.drift.static))
-    form, rank = theory.spectrum.form, theory.spectrum.rank
     for i in (0, 25):
         params = jax.tree.map(lambda p, i=i: p[i], theory.drift.params)
-        at = Point(term, params, form, rank)
+        at = Point(term, params, theory.spectrum)
         w1 = jnp.asarray(vectors(theory.second.tangent)[i])
         h = jnp.asarray(vectors(theory.second.offset)[i])
         assert np.linalg.norm(at.project(h)) < 1e-10 * np.linalg.norm(h)
@@ -143,12 +144,12 @@ def test_the_ratio_is_that_of_the_next_term(studied):
     _, flow, theory, sweep, _ = studied
     term, _ = flow.term(eqx.combine(theory.limit, theory.drift.static))
     path = sweep[3]
-    lam, ends = float(path.weight_decay), theory.drift.t
+    lam, ends = float(path.weight_decay), theory.drift.s
     i = int(np.argmin(abs(path.slow_time - ends[-1] / 2)))
     t, s = float(path.t[i]), float(path.slow_time[i])
     flat = lambda model: ravel_pytree(flow.partition(model)[0])[0]
     drift = flow.partition(theory.predict(t, lam, order=1))[0]
-    at = Point(term, drift, theory.spectrum.form, theory.spectrum.rank)
+    at = Point(term, drift, theory.spectrum)
     left = flat(path[i]) - flat(theory.predict(t, lam, order=2))
     found = np.linalg.norm(left - at.project(left)) / np.linalg.norm(at.offset) / lam**2
     expected = np.interp(s, ends[: theory.second.ratio.size], theory.second.ratio)
@@ -168,7 +169,7 @@ def test_the_next_term_inside_the_fast_phase(studied):
     assert np.linalg.norm(left - expected) < 0.15 * np.linalg.norm(expected)
     term, _ = flow.term(eqx.combine(theory.limit, theory.drift.static))
     start = jax.tree.map(lambda p: p[0], theory.drift.params)
-    at = Point(term, start, theory.spectrum.form, theory.spectrum.rank)
+    at = Point(term, start, theory.spectrum)
     last = jnp.asarray(q[-1])
     found = jnp.linalg.norm(last - at.project(last)) / jnp.linalg.norm(at.offset)
     # The ratio at the very start takes a one-sided difference.
@@ -196,7 +197,7 @@ def test_where_the_solver_of_the_tangent_part_stops(studied, monkeypatch):
     term, _ = flow.term(eqx.combine(theory.limit, theory.drift.static))
     paths = theory.fast, theory.drift
     found = second_order.second_order(term, *paths, theory.spectrum, theory.fast_scale)
-    assert found.until == theory.drift.t[known - 1]
+    assert found.until == theory.drift.s[known - 1]
     ratio = theory.second.ratio[:known]
     np.testing.assert_allclose(found.ratio[:-1], ratio[:-1], rtol=1e-9)
     np.testing.assert_allclose(found.ratio[-1], ratio[-1], rtol=0.1)
@@ -207,18 +208,16 @@ def test_every_term_is_needed(studied):
     if name != "teacher_student":
         pytest.skip("one generic network is enough")
     term, _ = flow.term(eqx.combine(theory.limit, theory.drift.static))
-    form, rank = theory.spectrum.form, theory.spectrum.rank
-    second = theory.second
+    second, drift = theory.second, theory.drift
     nothing = lambda tree: jax.tree.map(jnp.zeros_like, tree)
     start = jnp.asarray(vectors(second.tangent)[0])
     first = jax.tree.map(lambda p: p[0], second.tangent)
     stack = jax.vmap(ravel_pytree(first)[1])
     along = lambda w1, bend: stack(
         second_order.outer(
-            term, theory.drift.params, theory.drift.t, theory.drift.t, w1, bend, form,
-            rank,
+            term, drift.params, drift.s, drift.s, w1, theory.spectrum, bend
         )
-    )  # fmt: skip
+    )
     whole = along(start, 1.0)
     for a, b in zip(leaves(whole), leaves(second.tangent), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -232,7 +231,7 @@ def test_every_term_is_needed(studied):
         maimed = dataclasses.replace(
             theory, second=dataclasses.replace(second, **change)
         )
-        sup = gf.compare(sweep, maimed).second_error.max(axis=1)
+        sup = gf.compare(sweep, maimed).orders[2].error.max(axis=1)
         lams = np.asarray(sweep.weight_decay)
         slope = np.log(sup[2] / sup[-1]) / np.log(lams[2] / lams[-1])
         assert abs(slope - 1) < 0.1, (name, slope)
@@ -251,7 +250,7 @@ def test_second_derivative_of_the_limit_map():
     limit = gf.manifold.limit_map(flow.loss, model, rtol=1e-11)
     term, params = flow.term(limit.model)
     found = gf.manifold.spectrum(flow.loss, limit.model)
-    at = Point(term, params, found.form, found.rank)
+    at = Point(term, params, found)
     h, gradient = (
         at.offset,
         at.drift - at.root.T @ (at.root @ at.offset),
@@ -286,7 +285,7 @@ def test_derivative_of_the_drift_field():
     limit = gf.manifold.limit_map(flow.loss, model, rtol=1e-11)
     term, params = flow.term(limit.model)
     found = gf.manifold.spectrum(flow.loss, limit.model)
-    at = Point(term, params, found.form, found.rank)
+    at = Point(term, params, found)
     unravel = ravel_pytree(params)[1]
     v = at.project(jax.random.normal(jax.random.key(9), at.w.shape))
     v = v / jnp.linalg.norm(v)
@@ -294,7 +293,7 @@ def test_derivative_of_the_drift_field():
     def field(step):
         moved = eqx.combine(unravel(at.w + step * v), term.static)
         moved = gf.manifold.retract(flow.loss, moved).model
-        return -Point(term, flow.partition(moved)[0], found.form, found.rank).drift
+        return -Point(term, flow.partition(moved)[0], found).drift
 
     step = 1e-4
     difference = (field(step) - field(-step)) / (2 * step)
@@ -318,21 +317,21 @@ def test_linear_regression_in_closed_form():
     speed = jnp.asarray(np.where(inside, 0.0, start) @ basis.T)
     term, _ = task.flow.term(task.model)
     path = jax.vmap(gf.models.LinearModel)(jnp.asarray(path))
-    numerical = inner(term, path, scale, ts, "jacobian", speed)
+    fast = second_order.FastPath(term, path, scale, JacobianForm())
+    numerical = inner(fast, ts, speed)
     np.testing.assert_allclose(numerical, exact, atol=5e-8 * np.abs(exact).max())
     # θ₂ less its growth ½t²w°'': the coefficient of λ² in g/(k + λ) + … e^{−(k + λ)t}.
     rest = force / k**3 * (1 - decayed) - force / k**2 * t * decayed
     rest = rest + (start - force / k) * t**2 / 2 * decayed
     exact = np.where(inside, rest, 0.0) @ basis.T
-    bend, rise = speed, jnp.zeros_like(speed)
-    numerical2 = second_order.inner_next(
-        term, path, scale, ts, "jacobian", numerical, speed, bend, rise
-    )
+    growth = second_order.Growth(speed, bend=speed, rise=jnp.zeros_like(speed))
+    numerical2 = second_order.inner_next(fast, ts, numerical, growth)
     np.testing.assert_allclose(numerical2, exact, atol=1e-6 * np.abs(exact).max())
     # w₁ vanishes, and h = −(∇²F)⁺w.
     last = gf.models.LinearModel(path.weights[-1])
-    rank = jnp.array(5)
-    w1, h, _ = second_order.match(term, last, numerical[-1], "jacobian", rank)
+    found = gf.manifold.spectrum(task.loss, last, form="jacobian")
+    assert found.rank == 5
+    w1, h, _ = second_order.match(term, last, numerical[-1], found)
     exact_h = -np.where(inside, force / k**2, 0.0) @ basis.T
     np.testing.assert_allclose(h, exact_h, atol=1e-9)
     assert jnp.abs(w1).max() < 1e-6

@@ -50,12 +50,13 @@ def studied(request):
 
 def test_error_is_of_order_one_over_three_decades(studied):
     _, _, _, report = studied
-    used = report.weight_decay[report.rate.used]
+    first = report.orders[1]
+    used = report.weight_decay[first.rate.used]
     assert used.max() / used.min() >= 999
-    assert abs(report.rate.exponent - 1) < 0.1
-    assert report.rate.stderr < 0.05
+    assert abs(first.rate.exponent - 1) < 0.1
+    assert first.rate.stderr < 0.05
     # Not only the rate: the bound itself, and it falls with every λ.
-    assert np.all(np.diff(report.sup_error) < 0) and report.sup_error[-1] < 1e-4
+    assert np.all(np.diff(first.sup_all) < 0) and first.sup_all[-1] < 1e-4
 
 
 def test_report_text(studied):
@@ -67,8 +68,10 @@ def test_report_text(studied):
 def test_drift_alone_is_the_composite_in_the_slow_phase(studied):
     _, _, _, report = studied
     np.testing.assert_allclose(
-        report.sup_error_slow[-1],
-        np.max(report.error[-1][np.asarray(report.sweep.slow_time[-1]) >= 0.1]),
+        report.drift.sup[-1],
+        np.max(
+            report.orders[1].error[-1][np.asarray(report.sweep.slow_time[-1]) >= 0.1]
+        ),
         rtol=1e-6,
     )
 
@@ -85,7 +88,7 @@ def test_prediction_begins_at_the_model_and_passes_the_limit(studied):
         strict=True,
     ):
         np.testing.assert_allclose(a, b, atol=1e-12)
-    beyond = theory.predict(2 * theory.drift.t[-1] / 1e-3, 1e-3)
+    beyond = theory.predict(2 * theory.drift.s[-1] / 1e-3, 1e-3)
     assert all(jnp.isnan(x).all() for x in leaves(beyond))
 
 
@@ -137,12 +140,11 @@ def test_predicted_grokking_time(studied):
     task, _, _, report = studied
     if task.name == "diagonal_network":
         pytest.skip("this small one does not cross its threshold by s = 1")
-    crossed = np.isfinite(report.grokking_time) & (report.weight_decay <= 1e-3)
+    told = report.grokked
+    crossed = np.isfinite(told.measured) & (report.weight_decay <= 1e-3)
     assert crossed.sum() >= 3
     np.testing.assert_allclose(
-        report.predicted_grokking_time[crossed],
-        report.grokking_time[crossed],
-        rtol=0.02,
+        told.predicted[crossed], told.measured[crossed], rtol=0.02
     )
 
 
@@ -250,7 +252,7 @@ def test_redundant_data():
     eta = jnp.linalg.svd(x, compute_uv=False)[3] ** 2 / 5
     np.testing.assert_allclose(theory.smallest_curvature, eta, rtol=1e-10)
     least = jnp.linalg.pinv(x) @ (x @ jnp.ones(9))
-    s = theory.drift.t[:, None]
+    s = theory.drift.s[:, None]
     exact = least[None] + jnp.exp(-s) * (theory.limit.weights - least)[None]
     np.testing.assert_allclose(theory.drift.models.weights, exact, atol=1e-7)
 

@@ -2,6 +2,7 @@
 tangent space, and the drift of the penalty along it."""
 
 from .diagnosis import diagnose as diagnose, Diagnosis as Diagnosis
+from .drift import Drift as Drift
 from .kinks import kink_crossings as kink_crossings, KinkCrossings as KinkCrossings
 from .limit import Limit as Limit, limit_map as limit_map
 from .regular_points import Regularity as Regularity, regularity as regularity

@@ -64,7 +64,10 @@ def change_of_speed(
     term: FlowTerm, params: PyTree
 ) -> tuple[Float[Array, " d"], Float[Array, " d"], Float[Array, ""]]:
     """v = θ'/‖θ'‖ and −∇²F v, zero at rest; and ‖θ'‖."""
-    velocity = lambda y: term.velocity(y, 0.0)
+
+    def velocity(y: PyTree) -> PyTree:
+        return term.velocity(y, 0.0)
+
     slope = velocity(params)
     speed = norm(slope)
     moving = (speed > 0) & jnp.isfinite(speed)

@@ -6,26 +6,14 @@ Lanczos, with full reorthogonalisation. How far each has come is measured, and r
 """
 
 from collections.abc import Callable
-from typing import Literal
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import lineax as lx
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float
 
-from .._checks import check_choice
-from ..flow.flat import FlatLoss
-from ..losses import AbstractCompositeLoss, AbstractLoss
-from ._normal import outer_root
-
-Method = Literal["dense", "matrix-free"] | None
-
-# Entries of A, and of ∇²F, up to which they are made: 256 MB, and what a second
-# decomposes.
-_DENSE_JACOBIAN = 2**25
-_DENSE_HESSIAN = 2**21
 # Entries of the Krylov basis kept for a spectrum, and vectors at most: 800 MB.
 _BASIS = 10**8
 _VECTORS = 300
@@ -39,38 +27,6 @@ class Operator(eqx.Module):
     rows: int
     columns: int
     symmetric: bool
-
-
-def choose_method(
-    method: Method, loss: AbstractLoss, params: PyTree, static: PyTree, form: str
-) -> str:
-    """Resolves `None`: dense while the matrix is small."""
-    check_choice(method, "method", (None, "dense", "matrix-free"))
-    if method is not None:
-        return method
-    d = sum(p.size for p in jax.tree.leaves(params))
-    if form == "hessian":
-        return "dense" if d * d <= _DENSE_HESSIAN else "matrix-free"
-    m = count_outputs(loss, params, static)
-    return "dense" if m * d <= _DENSE_JACOBIAN else "matrix-free"
-
-
-def count_outputs(loss: AbstractCompositeLoss, params: PyTree, static: PyTree) -> int:
-    """m, samples × outputs."""
-    outputs = lambda loss, p, static: loss.outputs(eqx.combine(p, static))
-    return eqx.filter_eval_shape(outputs, loss, params, static).size
-
-
-def operator(loss: FlatLoss, theta: Float[Array, " d"], form: str) -> Operator:
-    """A at θ, or ∇²F; each product costs about a gradient."""
-    d = theta.size
-    if form == "hessian":
-        _, hvp = jax.linearize(loss.gradient, theta)
-        return Operator(hvp, hvp, d, d, True)
-    root, _ = outer_root(loss, theta)
-    z, jvp = jax.linearize(loss.outputs, theta)
-    vjp = jax.linear_transpose(jvp, theta)
-    return Operator(lambda v: root(jvp(v)), lambda u: vjp(root(u))[0], z.size, d, False)
 
 
 def frobenius(op: Operator, theta: Float[Array, " d"]) -> Float[Array, ""]:

@@ -1,12 +1,9 @@
-"""The normal space of the critical manifold at a point, in two forms.
-
-Everything in this folder comes down to an orthonormal basis N of the normal space and
-the step that leads back to M, to first order. They are had from J where the loss is
-composite and interpolated (*Jacobian form*), and from ∇²F otherwise (*Hessian form*).
-"""
+"""What both forms of the critical manifold are made of: A and ρ, ranks, the normal
+space."""
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -20,7 +17,7 @@ from ..flow.flat import FlatLoss
 GAP = 1e3
 # What a force is off by at the start, in roundings of its terms. Until the flow is
 # close to M that may have grown as much as the distance has shrunk, by 1/`close`.
-_ROUNDINGS = 32
+ROUNDINGS = 32
 
 
 class NormalSpace(eqx.Module):
@@ -69,134 +66,24 @@ def weighted_jacobian(
     return root(loss.jacobian(theta)), rho
 
 
-def ridge(dtype: np.dtype) -> float:
-    """The ridge ε of the Jacobian form, relative to ‖A‖.
+class Ranked(NamedTuple):
+    """The rank that a list of values shows."""
 
-    A singular value σ is projected out with weight σ²/(σ² + ε²). Rounding leaves
-    σ ~ eps where the rank is lacking; ε = eps^⅔ lies far above it and yet alters the
-    projection by less than 1e-9 for every σ > 1e-6 (in float64).
-    """
-    return float(jnp.finfo(dtype).eps) ** (2 / 3)
-
-
-def jacobian_normal(loss: FlatLoss, theta: Float[Array, " d"]) -> NormalSpace:
-    """From the QR decomposition of [Aᵀ; εI], smooth in θ even where the rank drops.
-
-    With [Aᵀ; εI] = [N; ·] R, N Nᵀ = Aᵀ(AAᵀ + ε²)⁻¹A. The Gram matrix AAᵀ, whose
-    condition number is squared, is never formed; so ε can be tiny.
-    """
-    a, rho = weighted_jacobian(loss, theta)
-    m, d = a.shape
-    # The Frobenius norm, at least ‖A‖; the constant lets A = 0 through.
-    scale = jnp.linalg.norm(a) + jnp.finfo(a.dtype).tiny
-    eye = ridge(a.dtype) * scale * jnp.eye(m, dtype=a.dtype)
-    q, r = jnp.linalg.qr(jnp.concatenate([a.T, eye]))
-    back = jax.scipy.linalg.solve_triangular(r, rho, trans=1)
-    return NormalSpace(q[:d], -(q[:d] @ back), jnp.linalg.norm(rho) / scale)
-
-
-def exact_jacobian_normal(
-    loss: FlatLoss,
-    theta: Float[Array, " d"],
-    rank: Int[Array, ""] | None = None,
-    rtol: float | None = None,
-) -> NormalSpace:
-    """From singular values, the `rank` largest (the numerical rank unless given): P is
-    a projection exactly, and the residuals out of reach of J leave no trace in `step`;
-    but neither is smooth in θ.
-
-    Singular values below the gap may be those of directions that are yet to grow, such
-    as 2u of u² at a tiny u: the force Aᵀρ along them, far below that along others, is
-    no rounding if it is more than that of its terms, coordinate by coordinate.
-    """
-    a, rho = weighted_jacobian(loss, theta)
-    left, values, rows = jnp.linalg.svd(a, full_matrices=False)
-    if rank is None:
-        rank, _, _ = numerical_rank(values, theta.size, rtol)
-    kept = jnp.arange(values.size) < rank
-    basis = jnp.where(kept, rows.T, 0)
-    inverse = jnp.where(kept, 1 / jnp.where(kept, values, 1), 0)
-    scale = jnp.linalg.norm(values) + jnp.finfo(a.dtype).tiny
-    step = -(basis @ (inverse * (left.T @ rho)))
-    gradient = a.T @ rho
-    hidden = jnp.abs(gradient - basis @ (basis.T @ gradient))
-    terms = jnp.abs(a).T @ jnp.abs(rho) / close(a.dtype) + jnp.linalg.norm(gradient)
-    leaving = jnp.any(hidden > _ROUNDINGS * jnp.finfo(a.dtype).eps * terms)
-    return NormalSpace(basis, step, jnp.linalg.norm(rho) / scale, leaving)
-
-
-def hessian_normal(
-    loss: FlatLoss,
-    theta: Float[Array, " d"],
-    rank: Int[Array, ""] | None = None,
-    rtol: float | None = None,
-    damping: float = 0.0,
-    time: float | Float[Array, ""] = 0.0,
-) -> NormalSpace:
-    """From the eigenvectors of ∇²F whose |eigenvalue| is among the `rank` largest (the
-    numerical rank unless given).
-
-    At a distance δ from M the kernel of ∇²F is gone: its eigenvalues are O(δ), as is
-    μ = `damping` ‖∇F‖/‖θ‖. With the weights κ²/(κ² + μ²) a Newton step leaves these
-    directions alone, and its convergence is quadratic all the same.
-
-    Where the curvature κ is negative the flow leaves, unless it is at rest to rounding:
-    that of θ, moved along the eigenvector, and what e^{|κ|t} has made of it in the
-    `time` t since the start.
-    """
-    eigenvalues, vectors = jnp.linalg.eigh(jax.hessian(loss)(theta))
-    order = jnp.argsort(-jnp.abs(eigenvalues))
-    eigenvalues, vectors = eigenvalues[order], vectors[:, order]
-    if rank is None:
-        rank, _, _ = numerical_rank(jnp.abs(eigenvalues), theta.size, rtol)
-    kept = jnp.arange(theta.size) < rank
-    gradient = loss.gradient(theta)
-    tiny = jnp.finfo(theta.dtype).tiny
-    mu = damping * jnp.linalg.norm(gradient) / (jnp.linalg.norm(theta) + tiny)
-    weight = jnp.where(kept, 1 / (1 + (mu / jnp.where(kept, eigenvalues, 1)) ** 2), 0)
-    inverse = weight / jnp.where(kept, eigenvalues, 1)
-    along = vectors.T @ gradient
-    force = jnp.linalg.norm(gradient)
-    grown = jnp.exp(
-        jnp.minimum(jnp.abs(eigenvalues) * time, -math.log(close(theta.dtype)))
-    )
-    terms = jnp.abs(eigenvalues[0]) * (jnp.abs(vectors).T @ jnp.abs(theta)) * grown
-    noise = _ROUNDINGS * jnp.finfo(theta.dtype).eps * (terms + force)
-    moving = jnp.abs(along) > noise
-    return NormalSpace(
-        vectors * jnp.sqrt(weight)[None, :],
-        -(vectors @ (inverse * along)),
-        force / (jnp.linalg.norm(eigenvalues) + tiny),
-        jnp.any(kept & (eigenvalues < 0) & moving),
-    )
-
-
-def normal_space(
-    loss: FlatLoss,
-    theta: Float[Array, " d"],
-    form: str,
-    rank: Int[Array, ""] | None = None,
-    damping: float = 0.0,
-) -> NormalSpace:
-    """The normal space in the form asked for, smooth in θ where the rank is given;
-    `rank` and `damping` matter to the Hessian form."""
-    if form == "jacobian":
-        return jacobian_normal(loss, theta)
-    return hessian_normal(loss, theta, rank, damping=damping)
+    rank: Int[Array, ""]
+    gap: Float[Array, ""]
+    """The last value kept over the first one dropped."""
+    ambiguous: Bool[Array, ""]
+    """Whether the gap is below 1000, or less than 10 times larger than the next one."""
 
 
 def numerical_rank(
     values: Float[Array, " k"], size: int, rtol: float | None = None
-) -> tuple[Int[Array, ""], Float[Array, ""], Bool[Array, ""]]:
+) -> Ranked:
     """The rank that the largest gap in `values` (descending, none negative) shows.
 
     Values below eps·√size·max are rounding and count as equal to that floor; so does
     what would follow the last value, and nothing needs to be dropped. With `rtol`, the
     values above rtol·max are counted, whatever the gap.
-
-    **Returns:** the rank; the gap, the ratio of the last value kept to the first one
-    dropped; and whether the rank is ambiguous: a gap below 1000, or less than 10 times
-    larger than the next one.
     """
     top = values[0]
     floor = jnp.finfo(values.dtype).eps * math.sqrt(size) * top
@@ -213,7 +100,7 @@ def numerical_rank(
         gap = gaps[rank - 1]
         ambiguous = gap < GAP
     nothing = top == 0
-    return (
+    return Ranked(
         jnp.where(nothing, 0, rank),
         jnp.where(nothing, jnp.inf, gap),
         ambiguous & ~nothing,

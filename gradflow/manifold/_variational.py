@@ -6,8 +6,6 @@ which JAX transposes: the transpose is the adjoint equation p' = ∇²F(θ(t))p,
 backwards from P u.
 """
 
-from typing import Any
-
 import diffrax
 import equinox as eqx
 import jax
@@ -24,7 +22,7 @@ from ..results import RESULTS
 from ..solvers import KKT5
 from ..solvers.controllers import Relative
 from ._growth import FollowGrowth, timescale
-from ._normal import exact_jacobian_normal, hessian_normal
+from .forms import AbstractForm
 
 # Steps of the linear equation, and the tolerance of the path. The error falls as the
 # fifth power of the steps, and grows with ‖DΦ‖: DΦ∇F, which is zero, is 4e-10 ‖∇F‖ at
@@ -39,7 +37,9 @@ _DENSE = 1500
 
 
 @eqx.filter_custom_jvp
-def tie(params: PyTree, end: PyTree, term: FlowTerm, form: str, time, result) -> PyTree:
+def tie(
+    params: PyTree, end: PyTree, term: FlowTerm, form: AbstractForm, time, result
+) -> PyTree:
     """`end`, the limit that was found from `params`, with the derivative of Φ."""
     del params, term, form, time, result
     return end
@@ -68,7 +68,7 @@ def pushforward(
     term: FlowTerm,
     params: PyTree,
     end: PyTree,
-    form: str,
+    form: AbstractForm,
     time: Float[Array, ""],
     v: Float[Array, " d"],
 ) -> Float[Array, " d"]:
@@ -85,7 +85,7 @@ def pushforward(
     """
     theta, loss = flatten(term.loss, params, term.static)
     w, _ = ravel_pytree(end)
-    if form == "hessian":
+    if not form.interpolating:
         # The Gauss–Newton matrix that KKT solvers iterate with is not ∇²F here.
         term = FlowTerm(Loss(term.loss), term.penalty, term.static)
     tableau = KKT5.tableau
@@ -101,8 +101,7 @@ def pushforward(
         return _linear_step(loss, length, points, v, tableau), None
 
     v, _ = jax.lax.scan(step, v, (lengths, nodes))
-    exact = exact_jacobian_normal if form == "jacobian" else hessian_normal
-    return exact(loss, w).tangential(v)
+    return form.exact_normal(loss, w).tangential(v)
 
 
 def _nodes(
@@ -113,8 +112,10 @@ def _nodes(
     theta, _ = ravel_pytree(params)
     controller = FollowGrowth(Relative(_RTOL, growth=False), term)
 
-    def run(saveat, controller):
-        return diffrax.diffeqsolve(
+    def run(
+        saveat: diffrax.SaveAt, controller: diffrax.AbstractStepSizeController
+    ) -> PyTree:
+        solution = diffrax.diffeqsolve(
             term,
             KKT5(),
             t0=jnp.zeros_like(time),
@@ -128,11 +129,10 @@ def _nodes(
             throw=False,
             adjoint=diffrax.ForwardMode(),
         )
+        return solution.ys
 
-    taken: Any = run(
-        diffrax.SaveAt(t0=True, steps=True, fn=_force_along(term)), controller
-    )
-    times, force, change = taken.ys
+    every = diffrax.SaveAt(t0=True, steps=True, fn=_force_along(term))
+    times, force, change = run(every, controller)
     edges = _edges(times, force, change, time)
     lengths = jnp.diff(edges)
     order = np.argsort(c)
@@ -140,8 +140,7 @@ def _nodes(
     ts = ts.at[:, -1].set(edges[1:]).reshape(-1)
     landing = diffrax.ClipStepSizeController(controller, step_ts=ts)
     save = diffrax.SaveAt(ts=ts, fn=lambda t, y, args: ravel_pytree(y)[0])
-    path: Any = run(save, landing)
-    points = path.ys.reshape(_STEPS, c.size, theta.size)
+    points = run(save, landing).reshape(_STEPS, c.size, theta.size)
     return lengths, points[:, np.argsort(order)]
 
 
@@ -195,7 +194,8 @@ def _linear_step(
     tableau: diffrax.ButcherTableau,
 ) -> Float[Array, " d"]:
     """One step of v' = −∇²F(θ(t))v, L-stable and stiffly accurate."""
-    diagonal: Any = tableau.a_diagonal
+    diagonal = tableau.a_diagonal
+    assert diagonal is not None
     slopes = [-_hvp(loss, nodes[0])(v)]
     stage = v
     for theta, row, gamma in zip(nodes[1:], tableau.a_lower, diagonal[1:], strict=True):

@@ -16,24 +16,16 @@ from ..flow.flow import check_free, GradientFlow
 from ..flow.term import FlowTerm
 from ..results import RESULTS
 from ..runs.problem import check_problem
-from ._form import choose_form, Form
 from ._matrix_free import (
-    choose_method,
     curvature_inverse,
     frobenius,
     least_squares,
-    Method,
     Operator,
-    operator,
     project,
 )
-from ._normal import (
-    exact_jacobian_normal,
-    GAP,
-    hessian_normal,
-    outer_root,
-    weighted_jacobian,
-)
+from ._normal import GAP, outer_root
+from .choice import choose_form, Form, is_dense, Method
+from .forms import AbstractForm
 from .spectra import compiled_spectrum, Spectrum
 
 # How far beside a point the rank is looked at again, relative to ‖θ‖.
@@ -113,39 +105,44 @@ def diagnose(
     check_given(rtol=rtol, max_steps=max_steps)
     term, params = flow.term(model)
     check_problem(term, params)
-    form = choose_form(flow.loss, params, term.static, form)
-    method = choose_method(method, flow.loss, params, term.static, form)
-    spectrum = lambda p: compiled_spectrum(
-        term.loss, p, term.static, form, rtol, method, max_steps
-    )
+    source = choose_form(flow.loss, params, term.static, form)
+    dense = is_dense(method, source, flow.loss, params, term.static)
+
+    def spectrum(params: PyTree) -> Spectrum:
+        return compiled_spectrum(
+            term.loss, params, term.static, source, rtol, dense, max_steps
+        )
+
     found = spectrum(params)
-    displaced, settled = _displaced(term, params, found, method)
+    displaced, settled = _displaced(term, params, found, dense)
     rises = settled & _rises(found, spectrum(displaced), rtol)
-    return _diagnose(term, params, found, rises, method)
+    return _diagnose(term, params, found, rises, dense)
 
 
 @eqx.filter_jit
 def _displaced(
-    term: FlowTerm, params: PyTree, found: Spectrum, method: str
+    term: FlowTerm, params: PyTree, found: Spectrum, dense: bool
 ) -> tuple[PyTree, Bool[Array, ""]]:
     """A point of M beside, along a random tangent, if M is what it seems to be here:
     Newton steps in `rank` directions take h to h¹⁶. And whether the last one was
     small: without, the point tells nothing, for off M the rank is higher anyway."""
     theta, loss = flatten(term.loss, params, term.static)
     v = jr.normal(jr.key(4), theta.shape, theta.dtype)
-    if method == "matrix-free":
+    form = found.source
+    if dense:
+        v = form.exact_normal(loss, theta, found.rank).tangential(v)
+    else:
+        op = form.operator(loss, theta)
+        v, _ = project(op, v)
+
+    def step(th: Float[Array, " d"]) -> Float[Array, " d"]:
+        if dense:
+            return form.exact_normal(loss, th, found.rank).step
         # With the operator at θ throughout: beside θ, and off M, LSMR would invert the
         # small values too. It converges linearly, by a factor of h or less.
-        op = operator(loss, theta, found.form)
-        v, _ = project(op, v)
-        newton = lambda th: least_squares(op.apply, -_force(loss, th, op), op.columns)[
-            0
-        ]
-        step = lambda th: jnp.where(found.rank > 0, newton(th), 0)
-    else:
-        exact = exact_jacobian_normal if found.form == "jacobian" else hessian_normal
-        v = exact(loss, theta, found.rank).tangential(v)
-        step = lambda th: exact(loss, th, found.rank).step
+        newton, _ = least_squares(op.apply, -_force(loss, th, op), op.columns)
+        return jnp.where(found.rank > 0, newton, 0)
+
     size = jnp.linalg.norm(theta)
     size = jnp.where(size > 0, size, 1)
     # Within reach of Newton, where M bends the more the smaller its least σ.
@@ -161,7 +158,7 @@ def _displaced(
         return th + change, jnp.linalg.norm(change)
 
     first = (theta + h * v, jnp.zeros((), theta.dtype))
-    steps = 6 if method == "matrix-free" else 3
+    steps = 3 if dense else 6
     theta, last = jax.lax.fori_loop(0, steps, iterate, first)
     return loss.unravel(theta), last <= _SETTLED * h * length
 
@@ -183,14 +180,13 @@ def _diagnose(
     params: PyTree,
     found: Spectrum,
     rises: Bool[Array, ""],
-    method: str,
+    dense: bool,
 ) -> Diagnosis:
     theta, loss = flatten(term.loss, params, term.static)
-    form = found.form
     geometry = (
-        matrix_free_geometry(loss, theta, form)
-        if method == "matrix-free"
-        else dense_geometry(loss, theta, form, found.rank)
+        dense_geometry(loss, theta, found.source, found.rank)
+        if dense
+        else matrix_free_geometry(loss, theta, found.source)
     )
     u, bend, okay = drift_and_bend(term, loss, theta, geometry)
     okay = okay & geometry.okay & found.resolved
@@ -218,19 +214,11 @@ class Geometry(eqx.Module):
 
 
 def dense_geometry(
-    loss: FlatLoss, theta: Float[Array, " d"], form: str, rank: Int[Array, ""]
+    loss: FlatLoss, theta: Float[Array, " d"], form: AbstractForm, rank: Int[Array, ""]
 ) -> Geometry:
     """From singular values or eigenvalues, `rank` of them."""
-    if form == "jacobian":
-        a, _ = weighted_jacobian(loss, theta)
-        _, values, rows = jnp.linalg.svd(a, full_matrices=False)
-        curvatures, basis = values**2, rows.T
-        normal = exact_jacobian_normal(loss, theta, rank)
-    else:
-        curvatures, basis = jnp.linalg.eigh(jax.hessian(loss)(theta))
-        order = jnp.argsort(-jnp.abs(curvatures))
-        curvatures, basis = curvatures[order], basis[:, order]
-        normal = hessian_normal(loss, theta, rank)
+    curvatures, basis = form.decomposition(loss, theta)
+    normal = form.exact_normal(loss, theta, rank)
     kept = jnp.arange(curvatures.size) < rank
     yes = jnp.array(True)
     basis = jnp.where(kept[None], basis, 0)
@@ -245,10 +233,10 @@ def dense_geometry(
 
 
 def matrix_free_geometry(
-    loss: FlatLoss, theta: Float[Array, " d"], form: str
+    loss: FlatLoss, theta: Float[Array, " d"], form: AbstractForm
 ) -> Geometry:
     """From products with A or ∇²F, by LSMR."""
-    op = operator(loss, theta, form)
+    op = form.operator(loss, theta)
     force = _force(loss, theta, op)
     step, okay = least_squares(op.apply, -force, op.columns)
     scale = frobenius(op, theta) + jnp.finfo(theta.dtype).tiny
@@ -284,5 +272,8 @@ def third_derivative(
     b: Float[Array, " d"],
 ) -> Float[Array, " d"]:
     """D³F[a, b], a vector: the derivative along b of ∇²F a."""
-    hvp = lambda th: jax.jvp(loss.gradient, (th,), (a,))[1]
-    return jax.jvp(hvp, (theta,), (b,))[1]
+
+    def curved(th: Float[Array, " d"]) -> Float[Array, " d"]:
+        return jax.jvp(loss.gradient, (th,), (a,))[1]
+
+    return jax.jvp(curved, (theta,), (b,))[1]

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from .._checks import check_arguments, check_callable
 from ..runs.path import check_path, Path
+from .drift import Drift
 
 
 class KinkCrossings(eqx.Module):
@@ -21,8 +22,8 @@ class KinkCrossings(eqx.Module):
     """
 
     t: Float[np.ndarray, " k"]
-    """When: of the path's times, by linear interpolation; where the path stayed on the
-    kink, the first saved time there."""
+    """When, by linear interpolation: a time t, or a slow time s along a drift; where it
+    stayed on the kink, the first saved one there."""
     before: Float[np.ndarray, " k"]
     after: Float[np.ndarray, " k"]
     """The saved times between which the crossing lies for certain."""
@@ -52,7 +53,10 @@ class KinkCrossings(eqx.Module):
 
 
 def kink_crossings(
-    path: Path, preactivations: Callable[[Any], Array], *, tolerance: float = 1e-6
+    path: Path | Drift,
+    preactivations: Callable[[Any], Array],
+    *,
+    tolerance: float = 1e-6,
 ) -> KinkCrossings:
     """Locates and counts the sign changes of preactivations along a path.
 
@@ -69,7 +73,8 @@ def kink_crossings(
 
     **Raises:** `ValueError` where the path did not reach its end.
     """
-    check_path(path)
+    if not isinstance(path, Drift):
+        check_path(path)
     check_callable(preactivations, "preactivations")
     check_arguments(tolerance=tolerance)
     values = np.asarray(
@@ -81,7 +86,8 @@ def kink_crossings(
     )
     if not np.isfinite(values).all():
         raise ValueError("path: ended early; its preactivations are not finite.")
-    t, shape = np.asarray(path.t), values.shape[1:]
+    times = path.s if isinstance(path, Drift) else path.t
+    t, shape = np.asarray(times), values.shape[1:]
     values = values.reshape(t.size, -1)
     on = np.abs(values) <= tolerance * np.abs(values).max(axis=0)
     sliding = (on[1:] & on[:-1]).any(axis=0)

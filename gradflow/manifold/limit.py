@@ -19,12 +19,14 @@ from ..results import RESULTS
 from ..runs.solve import flees
 from ..solvers import KKT5
 from ..solvers.controllers import Relative
-from ._form import begin, choose_form, Form, likely_form
 from ._growth import FollowGrowth, timescale
-from ._matrix_free import count_outputs
-from ._normal import close, exact_jacobian_normal, hessian_normal
+from ._normal import close
 from ._separable import limit_direction, smallest_margin
 from ._variational import tie
+from .choice import begin, first_form, Form
+from .forms import AbstractForm
+from .hessian_form import HessianForm
+from .jacobian_form import count_outputs
 from .retraction import failed, nearest
 from .spectra import measure
 
@@ -131,21 +133,20 @@ def limit_map(
     term, params = begin(loss, model, trainable)
     if isinstance(loss, GradientFlow):
         loss, trainable = loss.loss, loss.trainable
-    first = likely_form(loss, params, term.static) if form == "auto" else form
-    first = choose_form(loss, params, term.static, first)
+    first = first_form(loss, params, term.static, form)
     solver = default_solver(loss, params, term.static) if solver is None else solver
-    options = (rtol, atol, residual_tol, t_max, solver, max_steps)
+    search = Search(rtol, atol, residual_tol, t_max, solver, max_steps)
     fixed, start = (_without_derivative(x) for x in (term, params))
-    out = _limit(fixed, start, first, *options)
-    if form == "auto" and first == "jacobian" and failed(out.result):
+    out = _limit(fixed, start, first, search)
+    if form == "auto" and first.interpolating and failed(out.result):
         # It came to rest where the loss is not interpolated, so M is not {r = 0}. The
         # limit from there is the limit from the start.
         if (out.result == RESULTS.not_critical).all():
-            first = "hessian"
+            first = HessianForm()
             start, _ = partition(out.model, trainable)
-            rest = _limit(fixed, start, first, *options)
-            steps = lambda k: 0 if k == "max_steps" else out.stats[k]
-            stats = {k: v + steps(k) for k, v in rest.stats.items()}
+            rest = _limit(fixed, start, first, search)
+            taken = out.stats | {"max_steps": 0}
+            stats = {k: v + taken[k] for k, v in rest.stats.items()}
             time = out.time + rest.time
             out = eqx.tree_at(lambda o: (o.time, o.stats), rest, (time, stats))
     end, _ = partition(out.model, trainable)
@@ -157,8 +158,8 @@ def limit_map(
 
 
 def _without_derivative(tree: PyTree) -> PyTree:
-    stop = lambda x: jax.lax.stop_gradient(x) if eqx.is_array(x) else x
-    return jax.tree.map(stop, tree)
+    arrays, rest = eqx.partition(tree, eqx.is_array)
+    return eqx.combine(jax.lax.stop_gradient(arrays), rest)
 
 
 def default_solver(
@@ -170,27 +171,27 @@ def default_solver(
     composite = isinstance(loss, AbstractCompositeLoss)
     if composite and count_outputs(loss, params, static) <= _FEW_OUTPUTS:
         return KKT5()
-    if likely_form(loss, params, static) == "jacobian":
+    if first_form(loss, params, static, "auto").interpolating:
         return KKT5()
     return diffrax.Tsit5()
 
 
+class Search(eqx.Module):
+    """How the limit is looked for: see `limit_map`."""
+
+    rtol: float
+    atol: float | None
+    residual_tol: float | None
+    t_max: float | None
+    solver: diffrax.AbstractSolver
+    max_steps: int
+
+
 @eqx.filter_jit
-def _limit(
-    term: FlowTerm,
-    params: PyTree,
-    form: str,
-    rtol: float,
-    atol: float | None,
-    residual_tol: float | None,
-    t_max: float | None,
-    solver: diffrax.AbstractSolver,
-    max_steps: int,
-) -> Limit:
+def _limit(term: FlowTerm, params: PyTree, form: AbstractForm, search: Search) -> Limit:
     theta, loss = flatten(term.loss, params, term.static)
     dtype = theta.dtype
-    zero = jnp.zeros((), dtype)
-    pace = timescale(term, params)
+    t_max, pace = search.t_max, timescale(term, params)
     if t_max is None:
         t_max = 1e10 * jnp.clip(
             jnp.where(pace < jnp.inf, pace, 1), 1, jnp.finfo(dtype).max ** 0.5
@@ -198,50 +199,29 @@ def _limit(
     t_max = jnp.asarray(t_max, dtype)
     # Decades of time at which parameters and loss are kept, to see how they end.
     decades = t_max * 10.0 ** np.arange(-3, 1).astype(dtype)
-    sol = diffrax.diffeqsolve(
-        term,
-        solver,
-        t0=zero,
-        t1=t_max,
-        dt0=1e-3 * jnp.minimum(pace, 1e-3 * t_max),
-        y0=params,
-        args=zero,
-        saveat=diffrax.SaveAt(
-            subs=[
-                diffrax.SubSaveAt(t1=True),
-                diffrax.SubSaveAt(ts=decades, fn=_flat_and_loss(term)),
-            ]
-        ),
-        stepsize_controller=diffrax.ClipStepSizeController(
-            FollowGrowth(Relative(rtol, atol, growth=False), term), step_ts=decades
-        ),
-        event=diffrax.Event(_settled(term, form)),
-        max_steps=max_steps,
-        throw=False,
-        adjoint=diffrax.ForwardMode(),
-    )
-    saved_t: Any = sol.ts
-    saved_y: Any = sol.ys
-    (time,), (thetas, losses) = saved_t[0], saved_y[1]
-    last = jax.tree.map(lambda y: y[0], saved_y[0])
+    sol = _follow(term, params, form, search, pace, decades)
+    ts, ys = sol.ts, sol.ys
+    assert ts is not None and ys is not None
+    (time,), (thetas, losses) = ts[0], ys[1]
+    last = jax.tree.map(lambda y: y[0], ys[0])
     end = flatten(term.loss, last, term.static)[0]
     speed = term.velocity(last, 0.0)
     sound = jnp.isfinite(norm(end) + norm(speed) + loss(end))
     arrived = sol.event_mask & sound
     w, residual, on_manifold = jax.lax.cond(
         arrived,
-        lambda: _finish(loss, end, form, residual_tol),
+        lambda: _finish(loss, end, form, search.residual_tol),
         lambda: (end, _distance(loss, end, form, time)[0], jnp.array(False)),
     )
     # At rest where J explains nothing, and maybe a saddle: for the other form to tell.
-    resting = (form == "jacobian") & (residual <= close(dtype))
+    resting = form.interpolating & (residual <= close(dtype))
     resting = resting & (time * norm(speed) <= 10 * close(dtype) * norm(end))
     endless = _grows_forever(thetas, losses)
     result = RESULTS.where(resting, RESULTS.not_critical, RESULTS.not_converged)
     result = RESULTS.where(endless, RESULTS.no_minimiser, result)
     done = RESULTS.where(on_manifold, RESULTS.successful, RESULTS.not_critical)
     result = RESULTS.where(arrived, done, result)
-    if form == "hessian":
+    if not form.interpolating:
         saddle = arrived & measure(loss, w, form).negative
         result = RESULTS.where(saddle, RESULTS.saddle, result)
     ran_out = sol.result == diffrax.RESULTS.max_steps_reached
@@ -257,9 +237,51 @@ def _limit(
     endless = result == RESULTS.no_minimiser
     direction = jnp.where(endless, limit_direction(thetas), 0)
     margin = jnp.where(endless, smallest_margin(loss, direction), 0)
-    model = loss.model(w)
-    stats, direction = sol.stats, loss.model(direction)
-    return Limit(model, residual, time, result, stats, direction, margin)
+    return Limit(
+        model=loss.model(w),
+        residual=residual,
+        time=time,
+        result=result,
+        stats=sol.stats,
+        direction=loss.model(direction),
+        margin=margin,
+    )
+
+
+def _follow(
+    term: FlowTerm,
+    params: PyTree,
+    form: AbstractForm,
+    search: Search,
+    pace: Float[Array, ""],
+    decades: Float[Array, " decades"],
+) -> diffrax.Solution:
+    """The flow until it has settled on M, or to the last of the `decades`: its end, and
+    θ and F at each of them. `pace` is the time in which it changes at its start."""
+    zero, t_max = jnp.zeros_like(pace), decades[-1]
+    return diffrax.diffeqsolve(
+        term,
+        search.solver,
+        t0=zero,
+        t1=t_max,
+        dt0=1e-3 * jnp.minimum(pace, 1e-3 * t_max),
+        y0=params,
+        args=zero,
+        saveat=diffrax.SaveAt(
+            subs=[
+                diffrax.SubSaveAt(t1=True),
+                diffrax.SubSaveAt(ts=decades, fn=_flat_and_loss(term)),
+            ]
+        ),
+        stepsize_controller=diffrax.ClipStepSizeController(
+            FollowGrowth(Relative(search.rtol, search.atol, growth=False), term),
+            step_ts=decades,
+        ),
+        event=diffrax.Event(_settled(term, form)),
+        max_steps=search.max_steps,
+        throw=False,
+        adjoint=diffrax.ForwardMode(),
+    )
 
 
 def _flat_and_loss(term: FlowTerm):
@@ -271,21 +293,18 @@ def _flat_and_loss(term: FlowTerm):
 
 
 def _distance(
-    loss: FlatLoss, theta: Float[Array, " d"], form: str, t: Float[Array, ""]
+    loss: FlatLoss, theta: Float[Array, " d"], form: AbstractForm, t: Float[Array, ""]
 ) -> tuple[Float[Array, ""], Bool[Array, ""]]:
     """The distance to M, relative to ‖θ‖ and to first order; and whether θ is leaving
     what it is close to. By the exact rank, so that a flow at rest is seen to be at rest
     even where it does not interpolate."""
-    if form == "jacobian":
-        normal = exact_jacobian_normal(loss, theta)
-    else:
-        normal = hessian_normal(loss, theta, time=t)
+    normal = form.exact_normal(loss, theta, time=t)
     size = jnp.maximum(norm(theta), jnp.finfo(theta.dtype).tiny)
     return norm(normal.step) / size, jnp.asarray(normal.leaving)
 
 
 def _finish(
-    loss: FlatLoss, theta: Float[Array, " d"], form: str, rtol: float | None
+    loss: FlatLoss, theta: Float[Array, " d"], form: AbstractForm, rtol: float | None
 ) -> tuple[Float[Array, " d"], Float[Array, ""], Bool[Array, ""]]:
     """The nearest point of M, its residual, and whether it is on M, and as near as it
     seemed to be: else it is not the limit."""
@@ -294,7 +313,7 @@ def _finish(
     return w, residual, on_manifold & near
 
 
-def _settled(term: FlowTerm, form: str):
+def _settled(term: FlowTerm, form: AbstractForm):
     """Whether M is within ε‖θ‖, and not to be left again; or nothing is finite."""
 
     def cond(t, y, args, **kwargs):

@@ -7,16 +7,23 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from .._checks import check_arguments, check_given, check_positive, is_concrete
+from .._checks import (
+    check_arguments,
+    check_given,
+    check_positive,
+    is_concrete,
+    word,
+)
 from ..flow.flat import flatten
 from ..flow.flow import flow_of, GradientFlow
 from ..flow.term import FlowTerm
 from ..losses import AbstractLoss
 from ..results import RESULTS
 from ..runs.interpolate import holds_until
-from ..runs.path import check_path, Path
-from ._form import choose_form, Form
+from .choice import choose_form, Form
 from .diagnosis import dense_geometry, drift_and_bend
+from .drift import Drift
+from .forms import AbstractForm
 from .spectra import measure
 
 
@@ -98,7 +105,7 @@ class Regularity(eqx.Module):
 
 def regularity(
     flow: GradientFlow | AbstractLoss,
-    path: Path,
+    path: Drift,
     *,
     form: Form = "auto",
     rtol: float | None = None,
@@ -121,7 +128,10 @@ def regularity(
     """
     flow = flow_of(flow)
     check_given(rtol=rtol)
-    check_path(path)
+    if not isinstance(path, Drift):
+        raise ValueError(
+            f"path: expected a drift from riemannian_flow, got {word(path)}."
+        )
     for leaf in jax.tree.leaves(path.params):
         if is_concrete(leaf) and not np.isfinite(leaf).all():
             raise ValueError(
@@ -129,13 +139,13 @@ def regularity(
                 f"finite. {RESULTS[path.result]}"
             )
     term, params = flow.term(path[0])
-    form = choose_form(flow.loss, params, term.static, form)
-    return _regularity(term, path, form, rtol)
+    source = choose_form(flow.loss, params, term.static, form)
+    return _regularity(term, path, source, rtol)
 
 
 @eqx.filter_jit
 def _regularity(
-    term: FlowTerm, path: Path, form: str, rtol: float | None
+    term: FlowTerm, path: Drift, form: AbstractForm, rtol: float | None
 ) -> Regularity:
     first = jax.tree.map(lambda p: p[0], path.params)
     theta, loss = flatten(term.loss, first, term.static)
@@ -161,4 +171,4 @@ def _regularity(
     result = RESULTS.where(ambiguous[0], RESULTS.ambiguous_rank, result)
     failed = (result == RESULTS.successful) & ~path.succeeded
     result = RESULTS.where(failed, path.result, result)
-    return Regularity(path.slow_time, rank, ambiguous, eta, bend, form, result)
+    return Regularity(path.s, rank, ambiguous, eta, bend, form.name, result)

@@ -10,10 +10,11 @@ from ..flow.flat import FlatLoss, flatten
 from ..flow.flow import GradientFlow
 from ..losses import AbstractLoss
 from ..results import is_known, RESULTS
-from ._form import begin, choose_form, Form, likely_form
-from ._normal import normal_space
+from .choice import begin, first_form, Form
+from .forms import AbstractForm
+from .hessian_form import HessianForm
 
-# Of the Hessian form, while it is away from M; see `hessian_normal`.
+# Of the Hessian form, while it is away from M; see there.
 _DAMPING = 3.0
 
 
@@ -78,18 +79,17 @@ def retract_in_form(
     loss: AbstractLoss,
     params: PyTree,
     static: PyTree,
-    form: str,
+    form: Form,
     rtol: float | None = None,
     max_steps: int = 64,
-) -> tuple[str, Retraction]:
+) -> tuple[AbstractForm, Retraction]:
     """The retraction, and the form that served: `"auto"` tries the likely one first."""
-    first = likely_form(loss, params, static) if form == "auto" else form
-    first = choose_form(loss, params, static, first)
-    out = _retract(loss, params, static, first, rtol, max_steps)
-    if form == "auto" and first == "jacobian" and failed(out.result):
-        first = "hessian"
-        out = _retract(loss, params, static, first, rtol, max_steps)
-    return first, out
+    served = first_form(loss, params, static, form)
+    out = _retract(loss, params, static, served, rtol, max_steps)
+    if form == "auto" and served.interpolating and failed(out.result):
+        served = HessianForm()
+        out = _retract(loss, params, static, served, rtol, max_steps)
+    return served, out
 
 
 @eqx.filter_jit
@@ -97,7 +97,7 @@ def _retract(
     loss: AbstractLoss,
     params: PyTree,
     static: PyTree,
-    form: str,
+    form: AbstractForm,
     rtol: float | None,
     max_steps: int,
 ) -> Retraction:
@@ -110,7 +110,7 @@ def _retract(
 def nearest(
     loss: FlatLoss,
     theta: Float[Array, " d"],
-    form: str,
+    form: AbstractForm,
     rtol: float | None = None,
     max_steps: int = 64,
 ) -> tuple[Float[Array, " d"], Float[Array, ""], Int[Array, ""], Bool[Array, ""]]:
@@ -120,7 +120,7 @@ def nearest(
 
     def body(carry):
         w, last, steps, _ = carry
-        normal = normal_space(loss, w, form, damping=_DAMPING)
+        normal = form.normal(loss, w, damping=_DAMPING)
         size = jnp.linalg.norm(normal.step)
         tangent = normal.tangential(theta - w)
         slide = jnp.linalg.norm(tangent)
@@ -137,7 +137,7 @@ def nearest(
     w, _, steps, _ = jax.lax.while_loop(
         lambda carry: ~carry[3] & (carry[2] < max_steps), body, start
     )
-    end = normal_space(loss, w, form)
+    end = form.normal(loss, w)
     size = jnp.maximum(jnp.linalg.norm(w), jnp.finfo(w.dtype).tiny)
     # A step that does not see the residuals, as where J lacks rank, proves nothing: so
     # their own size counts as well.

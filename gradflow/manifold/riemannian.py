@@ -17,15 +17,17 @@ from ..flow.flow import check_free, GradientFlow
 from ..flow.term import FlowTerm
 from ..metrics import Metric
 from ..results import RESULTS
-from ..runs.path import Path
 from ..runs.problem import as_metrics, check_problem
 from ..runs.solve import Solve, solve
 from ..solvers import AbstractKKT, KKT5
 from ..solvers.controllers import Relative
-from ._form import Form
-from ._normal import GAP, normal_space, ridge, weighted_jacobian
+from ._normal import weighted_jacobian
+from .choice import Form
+from .drift import Drift
+from .forms import AbstractForm
+from .jacobian_form import JacobianForm
 from .retraction import retract_in_form
-from .spectra import measure
+from .spectra import measure, Spectrum
 
 # Rate, in slow time, at which errors normal to M are pulled back to it. None (0) lets
 # them grow as 1/σ_min (1e-5 at σ_min = 1e-6); faster ones (4, 20) cost steps.
@@ -50,7 +52,7 @@ def riemannian_flow(
     solver: diffrax.AbstractSolver | None = None,
     max_steps: int = 100_000,
     throw: bool = True,
-) -> Path:
+) -> Drift:
     """w' = −P(w)∇R(w) on M, in slow time s = λt, from the model.
 
     In the Jacobian form the default is the flow itself, by KKT5, at a weight decay of
@@ -78,10 +80,10 @@ def riemannian_flow(
     - `max_steps`: the most steps of the solver.
     - `throw`: whether to raise an error where the flow fails.
 
-    **Returns:** a [`gradflow.Path`][] whose time is slow time (its `weight_decay` is
-    1). `stats["smallest_curvature"]` is η(s), the smallest normal curvature of F, that
-    is the last of the singular values of (ℓ'')^½ J that count at w(0), squared: the
-    two-phase theory holds for λ ≪ η. The `result` is `successful`; `not_critical` where
+    **Returns:** a [`gradflow.manifold.Drift`][]. Its `smallest_curvature` is η(s), the
+    smallest normal curvature of F, that is the last of the singular values of
+    (ℓ'')^½ J that count at w(0), squared: the two-phase theory holds for λ ≪ η. The
+    `result` is `successful`; `not_critical` where
     `model` is not near M; `rank_lost` where η fell to what cannot be told from zero
     (1e-13 of the largest curvature; with `solver`, where the ridge alters P by more
     than 1000 `rtol`) or the path left M by more than 1000 `rtol`‖w‖; `out_of_steps` or
@@ -105,26 +107,13 @@ def riemannian_flow(
     check_problem(term, params, watched)
     rtol = resolvable(rtol, params)
     times = _save_times(ts, slow_time, params)
-    form, start = retract_in_form(term.loss, params, term.static, form)
+    served, start = retract_in_form(term.loss, params, term.static, form)
     params, _ = flow.partition(start.model)
-    if solver is None and form == "jacobian":
-        out = _vanishing_decay(
-            term, params, start.result, times, watched, rtol, atol, max_steps
-        )
+    run = DriftRun(term, params, start.result, times, watched, rtol, atol, max_steps)
+    if solver is None and served.interpolating:
+        out = _vanishing_decay(run)
     else:
-        solver = diffrax.Dopri8() if solver is None else solver
-        out = _drift(
-            term,
-            params,
-            start.result,
-            times,
-            watched,
-            form,
-            rtol,
-            atol,
-            solver,
-            max_steps,
-        )
+        out = _drift(run, served, diffrax.Dopri8() if solver is None else solver)
     if throw:
         out = out.result.error_if(out, out.result != RESULTS.successful)
     return out
@@ -149,45 +138,53 @@ def _save_times(
     return ts
 
 
-def _vanishing_decay(
-    term: FlowTerm,
-    params: PyTree,
-    start: RESULTS,
-    times: Float[Array, " n"],
-    watched: dict[str, Metric],
-    rtol: float,
-    atol: float | None,
-    max_steps: int,
-) -> Path:
+class DriftRun(eqx.Module):
+    """A drift that is asked for: see `riemannian_flow`."""
+
+    term: FlowTerm
+    params: PyTree
+    """Those of w(0), on M."""
+    start: RESULTS
+    """Of the retraction to M."""
+    times: Float[Array, " n"]
+    """The slow times s to save at."""
+    watched: dict[str, Metric]
+    rtol: float
+    atol: float | None
+    max_steps: int
+
+
+def _vanishing_decay(run: DriftRun) -> Drift:
     """The flow at a λ at which its distance from w° is rounding."""
+    times, start = run.times, run.start
     tiny = _vanishing(times.dtype) / 10
-    rank, largest = _rank_and_scale(term, params)
+    rank, largest = _rank_and_scale(run.term, run.params)
     lam = tiny * largest
-    run = Solve.of(
-        term,
-        params,
-        lam,
-        times / lam,
-        watched,
-        KKT5(),
-        rtol=rtol,
-        atol=atol,
-        max_steps=max_steps,
+    path = solve(
+        Solve.of(
+            run.term,
+            run.params,
+            lam,
+            times / lam,
+            run.watched,
+            KKT5(),
+            rtol=run.rtol,
+            atol=run.atol,
+            max_steps=run.max_steps,
+        )
     )
-    path = solve(run)
-    smallest, largest, moved, size = _curvature_along(term, path.params, rank)
+    smallest, largest, moved, size = _curvature_along(run.term, path.params, rank)
     # The largest along the path: at a point where all of J vanishes no value is small
     # beside another.
     # Where the path ends off M, as at a cusp, it is no longer the flow on M either.
     lost = jnp.any(smallest < 10 * tiny * jnp.max(largest))
-    lost = lost | jnp.any(moved > 1000 * rtol * size)
+    lost = lost | jnp.any(moved > 1000 * run.rtol * size)
     # Of two reservations the loss of rank comes first: near it, where the iteration is
     # slow, smooth losses too can seem to slide.
     lost = lost & path.succeeded
     result = RESULTS.where(lost, RESULTS.rank_lost, path.result)
-    return Path(
-        t=times,
-        weight_decay=jnp.ones_like(lam),
+    return Drift(
+        s=times,
         params=path.params,
         static=path.static,
         metrics=path.metrics,
@@ -195,7 +192,7 @@ def _vanishing_decay(
         penalty=path.penalty,
         result=RESULTS.where(start == RESULTS.successful, result, start),
         stats={**path.stats, "smallest_curvature": smallest},
-        watched=watched,
+        watched=run.watched,
     )
 
 
@@ -205,7 +202,7 @@ def _rank_and_scale(
 ) -> tuple[Int[Array, ""], Float[Array, ""]]:
     """The rank of J, below m where data are redundant, and the largest curvature."""
     w, loss = flatten(term.loss, params, term.static)
-    found = measure(loss, w, "jacobian")
+    found = measure(loss, w, JacobianForm())
     return found.rank, found.curvatures[0]
 
 
@@ -232,69 +229,36 @@ def _curvature_along(
 
 
 @eqx.filter_jit
-def _drift(
-    term: FlowTerm,
-    params: PyTree,
-    start: RESULTS,
-    times: Float[Array, " n"],
-    watched: dict[str, Metric],
-    form: str,
-    rtol: float,
-    atol: float | None,
-    solver: diffrax.AbstractSolver,
-    max_steps: int,
-) -> Path:
-    w0, loss = flatten(term.loss, params, term.static)
-    start_spectrum = measure(loss, w0, form)
-    rank = start_spectrum.rank
-
-    def field(s, w, args):
-        normal = normal_space(loss, w, form, rank)
-        force = ravel_pytree(term.penalty.gradient(loss.unravel(w)))[0]
-        return _PULL * normal.step - normal.tangential(force)
-
-    speed = norm(field(0.0, w0, None))
-    first = jnp.where(speed > 0, norm(w0) / jnp.where(speed > 0, speed, 1), times[-1])
-    first = jnp.where(first > 0, jnp.minimum(first, times[-1]), times[-1])
-    sol = diffrax.diffeqsolve(
-        diffrax.ODETerm(field),
-        solver,
-        t0=jnp.zeros((), w0.dtype),
-        t1=times[-1],
-        dt0=1e-3 * first,
-        y0=w0,
-        saveat=diffrax.SaveAt(ts=times),
-        stepsize_controller=diffrax.ClipStepSizeController(
-            Relative(rtol, atol), step_ts=times
-        ),
-        max_steps=max_steps,
-        throw=False,
-        adjoint=diffrax.ForwardMode(),
-    )
+def _drift(run: DriftRun, form: AbstractForm, solver: diffrax.AbstractSolver) -> Drift:
+    """The equation of the drift itself, by `solver`."""
+    term, times = run.term, run.times
+    w0, loss = flatten(term.loss, run.params, term.static)
+    spectrum = measure(loss, w0, form)
+    sol = _integrate(run, spectrum, solver)
 
     # Diffrax fills what it did not reach with infinities.
     path = jnp.where(jnp.isfinite(sol.ys), sol.ys, jnp.nan)
 
     def record(w):
         model = loss.model(w)
-        seen = {name: metric(model) for name, metric in watched.items()}
+        seen = {name: metric(model) for name, metric in run.watched.items()}
         size = term.penalty(loss.unravel(w))
-        return seen, loss(w), size, _horizon(loss, w, form, rank, rtol)
+        horizon = _horizon(loss, w, spectrum, run.rtol)
+        return seen, loss(w), size, horizon
 
     # One at a time: a Jacobian for each of the saved points would fill the memory.
     seen, train_loss, penalty, (smallest, lost) = jax.lax.map(record, path)
     # Where all of ∇²F vanishes no curvature is small beside another there.
-    vanished = smallest < _vanishing(w0.dtype) * start_spectrum.curvatures[0]
+    vanished = smallest < _vanishing(w0.dtype) * spectrum.curvatures[0]
     lost = lost | vanished
     result = RESULTS.where(jnp.any(lost), RESULTS.rank_lost, RESULTS.successful)
     okay = sol.result == diffrax.RESULTS.successful
     ran_out = sol.result == diffrax.RESULTS.max_steps_reached
     failure = RESULTS.where(ran_out, RESULTS.out_of_steps, RESULTS.stalled)
     result = RESULTS.where(okay, result, failure)
-    result = RESULTS.where(start == RESULTS.successful, result, start)
-    return Path(
-        t=times,
-        weight_decay=jnp.ones((), w0.dtype),
+    result = RESULTS.where(run.start == RESULTS.successful, result, run.start)
+    return Drift(
+        s=times,
         params=jax.vmap(loss.unravel)(path),
         static=term.static,
         metrics=seen,
@@ -303,35 +267,54 @@ def _drift(
         result=result,
         stats={
             "solver": type(solver).__name__,
-            "rtol": rtol,
-            "atol": 0.0 if atol is None else atol,
+            "rtol": run.rtol,
+            "atol": 0.0 if run.atol is None else run.atol,
             "steps": sol.stats["num_steps"],
             "accepted": sol.stats["num_accepted_steps"],
             "rejected": sol.stats["num_rejected_steps"],
             "smallest_curvature": smallest,
         },
-        watched=watched,
+        watched=run.watched,
+    )
+
+
+def _integrate(
+    run: DriftRun, spectrum: Spectrum, solver: diffrax.AbstractSolver
+) -> diffrax.Solution:
+    """w as a vector at the slow times, from w(0) on; `spectrum` is that of w(0)."""
+    term, times = run.term, run.times
+    w0, loss = flatten(term.loss, run.params, term.static)
+
+    def field(s, w, args):
+        normal = spectrum.source.normal(loss, w, spectrum.rank)
+        force = ravel_pytree(term.penalty.gradient(loss.unravel(w)))[0]
+        return _PULL * normal.step - normal.tangential(force)
+
+    speed = norm(field(0.0, w0, None))
+    first = jnp.where(speed > 0, norm(w0) / jnp.where(speed > 0, speed, 1), times[-1])
+    first = jnp.where(first > 0, jnp.minimum(first, times[-1]), times[-1])
+    return diffrax.diffeqsolve(
+        diffrax.ODETerm(field),
+        solver,
+        t0=jnp.zeros((), w0.dtype),
+        t1=times[-1],
+        dt0=1e-3 * first,
+        y0=w0,
+        saveat=diffrax.SaveAt(ts=times),
+        stepsize_controller=diffrax.ClipStepSizeController(
+            Relative(run.rtol, run.atol), step_ts=times
+        ),
+        max_steps=run.max_steps,
+        throw=False,
+        adjoint=diffrax.ForwardMode(),
     )
 
 
 def _horizon(
-    loss: FlatLoss, w: Float[Array, " d"], form: str, rank: Int[Array, ""], rtol: float
+    loss: FlatLoss, w: Float[Array, " d"], spectrum: Spectrum, rtol: float
 ) -> tuple[Float[Array, ""], Bool[Array, ""]]:
-    """The smallest normal curvature, and whether it is too small to tell the rank.
-
-    In the Jacobian form that is where the ridge alters P by more than 1000 rtol; in
-    the Hessian form, where the gap has closed.
-    """
-    if form == "jacobian":
-        # The Gram matrix costs a fraction of a singular value decomposition; it blurs
-        # curvatures below eps of the largest, where the rank has long been lost.
-        a, _ = weighted_jacobian(loss, w)
-        values = jnp.maximum(jnp.linalg.eigvalsh(a @ a.T)[::-1], 0)
-        lowest = ridge(w.dtype) ** 2 * jnp.sum(a * a) / (1000 * rtol)
-    else:
-        eigenvalues = jnp.linalg.eigvalsh(jax.hessian(loss)(w))
-        values = -jnp.sort(-jnp.abs(eigenvalues))
-        dropped = jnp.append(values, jnp.zeros_like(values[:1]))[rank]
-        lowest = GAP * dropped
+    """The smallest normal curvature, and whether it is too small to tell the rank."""
+    rank = spectrum.rank
+    values, lowest = spectrum.source.told_curvatures(loss, w, rank, rtol)
     last = jnp.where(rank > 0, values[jnp.maximum(rank - 1, 0)], jnp.inf)
     return last, last < lowest

@@ -3,7 +3,6 @@
 import math
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
@@ -12,9 +11,10 @@ from ..flow.flat import FlatLoss, flatten
 from ..flow.flow import GradientFlow
 from ..losses import AbstractLoss
 from ..results import RESULTS
-from ._form import begin, choose_form, Form
-from ._matrix_free import choose_method, extremes, Method, operator
-from ._normal import GAP, numerical_rank, weighted_jacobian
+from ._matrix_free import extremes
+from ._normal import GAP, numerical_rank
+from .choice import begin, choose_form, Form, is_dense, Method
+from .forms import AbstractForm
 
 
 class Spectrum(eqx.Module):
@@ -33,7 +33,8 @@ class Spectrum(eqx.Module):
     """Whether ∇²F has a negative eigenvalue above the gap: a saddle, or not in M.
     Always false in the Jacobian form, which cannot see it."""
     parameters: int = eqx.field(static=True)
-    form: str = eqx.field(static=True)
+    source: AbstractForm
+    """What `values` are of."""
     expected: int = eqx.field(static=True)
     """The largest rank there can be: min(m, d), or d."""
     resolved: Bool[Array, ""]
@@ -41,10 +42,15 @@ class Spectrum(eqx.Module):
     matrix-free process may have stopped before."""
 
     @property
+    def form(self) -> str:
+        """`"jacobian"` or `"hessian"`."""
+        return self.source.name
+
+    @property
     def curvatures(self) -> Float[Array, " k"]:
         """|eigenvalues| of ∇²F, descending: σ² in the Jacobian form (where d − k more
         are zero)."""
-        return self.values**2 if self.form == "jacobian" else self.values
+        return self.source.curvatures(self.values)
 
     @property
     def dimension(self) -> Int[Array, ""]:
@@ -61,20 +67,19 @@ class Spectrum(eqx.Module):
     def deficient(self) -> Bool[Array, ""]:
         """Whether J has less than full rank: some data are redundant, or M is singular
         here. False in the Hessian form, where there is no rank to expect."""
-        if self.form == "hessian":
-            return jnp.zeros_like(self.ambiguous)
-        return self.rank < self.expected
+        if self.source.interpolating:
+            return self.rank < self.expected
+        return jnp.zeros_like(self.ambiguous)
 
     def __str__(self) -> str:
         if not is_concrete(self.rank) or self.rank.ndim > 0:
             return repr(self)
-        what = {"jacobian": "singular values of J", "hessian": "|eigenvalues| of ∇²F"}
         lines = [
             f"Critical manifold of dimension {self.dimension}: rank {self.rank}"
             f"{' (rank ambiguous)' if self.ambiguous else ''} in {self.parameters} "
             f"parameters",
-            f"  {what[self.form]}: {self.values[0]:.3g} … {self.values[-1]:.3g}; gap "
-            f"{self.gap:.1e} (at least {GAP:.0e} is asked)",
+            f"  {self.source.measured}: {self.values[0]:.3g} … {self.values[-1]:.3g}; "
+            f"gap {self.gap:.1e} (at least {GAP:.0e} is asked)",
             f"  smallest normal curvature {self.smallest_curvature:.3g}",
         ]
         if self.negative:
@@ -141,9 +146,9 @@ def spectrum(
     check_given(rtol=rtol, max_steps=max_steps)
     term, params = begin(loss, model, trainable)
     loss, static = term.loss, term.static
-    form = choose_form(loss, params, static, form)
-    method = choose_method(method, loss, params, static, form)
-    return compiled_spectrum(loss, params, static, form, rtol, method, max_steps)
+    source = choose_form(loss, params, static, form)
+    dense = is_dense(method, source, loss, params, static)
+    return compiled_spectrum(loss, params, static, source, rtol, dense, max_steps)
 
 
 @eqx.filter_jit
@@ -151,57 +156,57 @@ def compiled_spectrum(
     loss: AbstractLoss,
     params: PyTree,
     static: PyTree,
-    form: str,
+    form: AbstractForm,
     rtol: float | None,
-    method: str,
+    dense: bool,
     max_steps: int | None,
 ) -> Spectrum:
     theta, flat = flatten(loss, params, static)
-    return measure(flat, theta, form, rtol, method, max_steps)
+    return measure(flat, theta, form, rtol, dense, max_steps)
 
 
 def measure(
     loss: FlatLoss,
     theta: Float[Array, " d"],
-    form: str,
+    form: AbstractForm,
     rtol: float | None = None,
-    method: str = "dense",
+    dense: bool = True,
     max_steps: int | None = None,
 ) -> Spectrum:
     """`spectrum` for a vector."""
-    if method == "matrix-free":
+    if not dense:
         return _measure_matrix_free(loss, theta, form, rtol, max_steps)
-    if form == "jacobian":
-        a, _ = weighted_jacobian(loss, theta)
-        values = jnp.linalg.svd(a, compute_uv=False)
-        lowest = jnp.zeros((), theta.dtype)
-    else:
-        eigenvalues = jnp.linalg.eigvalsh(jax.hessian(loss)(theta))
-        values = -jnp.sort(-jnp.abs(eigenvalues))
-        lowest = eigenvalues[0]
-    rank, gap, ambiguous = numerical_rank(values, theta.size, rtol)
-    return _found(values, rank, gap, ambiguous, lowest, theta.size, form, values.size)
-
-
-def _found(
-    values, rank, gap, ambiguous, lowest, size, form, expected, resolved=None
-) -> Spectrum:
-    last = values[jnp.maximum(rank - 1, 0)]
-    negative = (rank > 0) & (lowest < 0) & (-lowest >= last)
-    resolved = jnp.ones_like(ambiguous) if resolved is None else resolved
+    values, lowest = form.values(loss, theta)
+    ranked = numerical_rank(values, theta.size, rtol)
     return Spectrum(
-        values, rank, gap, ambiguous, negative, size, form, expected, resolved
+        values=values,
+        rank=ranked.rank,
+        gap=ranked.gap,
+        ambiguous=ranked.ambiguous,
+        negative=_negative(values, ranked.rank, lowest),
+        parameters=theta.size,
+        source=form,
+        expected=values.size,
+        resolved=jnp.ones_like(ranked.ambiguous),
     )
+
+
+def _negative(
+    values: Float[Array, " k"], rank: Int[Array, ""], lowest: Float[Array, ""]
+) -> Bool[Array, ""]:
+    """Whether the lowest eigenvalue is negative, and above the gap in size."""
+    last = values[jnp.maximum(rank - 1, 0)]
+    return (rank > 0) & (lowest < 0) & (-lowest >= last)
 
 
 def _measure_matrix_free(
     loss: FlatLoss,
     theta: Float[Array, " d"],
-    form: str,
+    form: AbstractForm,
     rtol: float | None,
     max_steps: int | None,
 ) -> Spectrum:
-    op = operator(loss, theta, form)
+    op = form.operator(loss, theta)
     seen = extremes(op, theta.dtype, max_steps)
     order = jnp.argsort(-jnp.abs(seen.values))
     values, bounds = jnp.abs(seen.values)[order], seen.bounds[order]
@@ -217,12 +222,19 @@ def _measure_matrix_free(
     resolved = below & jnp.all(settled | ~kept)
     # Or none is zero: the smallest has converged, far above rounding.
     floor = jnp.finfo(theta.dtype).eps * math.sqrt(theta.size) * values[0]
-    full = settled[-1] & (values[-1] > GAP * floor) & (form == "jacobian")
+    full = settled[-1] & (values[-1] > GAP * floor) & form.interpolating
     rank = jnp.where(full & ~resolved, expected, rank)
     gap = jnp.where(full & ~resolved, values[-1] / floor, gap)
     ambiguous = jnp.where(full & ~resolved, False, ambiguous | ~resolved)
     resolved = resolved | full
-    lowest = jnp.min(seen.values)
-    return _found(
-        values, rank, gap, ambiguous, lowest, theta.size, form, expected, resolved
+    return Spectrum(
+        values=values,
+        rank=rank,
+        gap=gap,
+        ambiguous=ambiguous,
+        negative=_negative(values, rank, jnp.min(seen.values)),
+        parameters=theta.size,
+        source=form,
+        expected=expected,
+        resolved=resolved,
     )

@@ -11,9 +11,9 @@ from ..flow.flat import flatten
 from ..flow.flow import GradientFlow
 from ..losses import AbstractLoss
 from ..results import RESULTS
-from ._form import begin, choose_form, Form
-from ._matrix_free import choose_method, Method, operator, project
-from ._normal import exact_jacobian_normal, hessian_normal
+from ._matrix_free import project
+from .choice import begin, choose_form, Form, is_dense, Method
+from .forms import AbstractForm
 
 
 def tangent_projection(
@@ -68,10 +68,10 @@ def tangent_projection(
     term, params = begin(loss, model, trainable)
     loss, static = term.loss, term.static
     v = _like(v, params)
-    form = choose_form(loss, params, static, form)
-    if choose_method(method, loss, params, static, form) == "dense":
-        return _project(loss, params, static, v, form, rtol)
-    out, okay = _project_matrix_free(loss, params, static, v, form, max_steps)
+    source = choose_form(loss, params, static, form)
+    if is_dense(method, source, loss, params, static):
+        return _project(loss, params, static, v, source, rtol)
+    out, okay = _project_matrix_free(loss, params, static, v, source, max_steps)
     if throw:
         result = RESULTS.where(okay, RESULTS.successful, RESULTS.unresolved)
         out = result.error_if(out, ~okay)
@@ -84,14 +84,11 @@ def _project(
     params: PyTree,
     static: PyTree,
     v: PyTree,
-    form: str,
+    form: AbstractForm,
     rtol: float | None,
 ) -> PyTree:
     theta, flat = flatten(loss, params, static)
-    if form == "jacobian":
-        normal = exact_jacobian_normal(flat, theta, rtol=rtol)
-    else:
-        normal = hessian_normal(flat, theta, rtol=rtol)
+    normal = form.exact_normal(flat, theta, rtol=rtol)
     return flat.unravel(normal.tangential(ravel_pytree(v)[0]))
 
 
@@ -101,11 +98,11 @@ def _project_matrix_free(
     params: PyTree,
     static: PyTree,
     v: PyTree,
-    form: str,
+    form: AbstractForm,
     max_steps: int | None,
 ) -> tuple[PyTree, Bool[Array, ""]]:
     theta, flat = flatten(loss, params, static)
-    op = operator(flat, theta, form)
+    op = form.operator(flat, theta)
     out, okay = project(op, ravel_pytree(v)[0], max_steps)
     return flat.unravel(jnp.where(okay, out, jnp.nan)), okay
 

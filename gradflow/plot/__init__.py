@@ -1,11 +1,11 @@
-"""Figures of paths, sweeps and reports, with Matplotlib.
+"""Figures of paths, drifts, sweeps and reports, with Matplotlib.
 
 Every function draws into the axes it is given and returns them; without any it makes a
 figure of its own with `pyplot`.
 """
 
 from ._landscape import landscape as landscape
-from ._paths import path as path, sweep as sweep
+from ._paths import drift as drift, path as path, sweep as sweep
 from ._report import (
     collapse as collapse,
     curvature as curvature,

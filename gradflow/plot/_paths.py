@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from ._drawn import Path, Sweep
+from ._drawn import Drift, Path, Sweep, Values
 from ._style import (
     Axes,
     Clock,
@@ -28,14 +28,34 @@ def path(path: Path, ax: Axes | None = None, *, clock: Clock = "t") -> Axes:
 
     **Arguments:**
 
-    - `path`: from `gradflow.simulate` or `gradflow.manifold.riemannian_flow`.
+    - `path`: from `gradflow.simulate` or `gradflow.descent`.
     - `ax`: where to draw; a new figure unless given.
     - `clock`: time `"t"` or slow time `"s"` = λt.
 
     **Returns:** the axes, logarithmic both ways. Thresholds are dotted lines, in the
     colour of their metric.
     """
-    x = _time(path, clock)
+    title = f"$\\lambda$ = {power(float(path.weight_decay))}" if clock == "t" else ""
+    return _quantities(path, _time(path, clock), LABELS[clock], title, ax)
+
+
+def drift(drift: Drift, ax: Axes | None = None) -> Axes:
+    """Train loss, metrics and penalty along a drift against slow time s.
+
+    **Arguments:**
+
+    - `drift`: from `gradflow.manifold.riemannian_flow`.
+    - `ax`: where to draw; a new figure unless given.
+
+    **Returns:** the axes, as of `gradflow.plot.path`.
+    """
+    return _quantities(drift, drift.s, LABELS["s"], "", ax)
+
+
+def _quantities(
+    path: Path | Drift, x: Values, label: str, title: str, ax: Axes | None
+) -> Axes:
+    """What was watched along a path or a drift, against its times `x`."""
     ax = new_axes(ax)
     ax.plot(*positive(x, path.train_loss), color=TRAIN, lw=2, label="train loss")
     colours = {"train": TRAIN, "test": TEST}
@@ -50,9 +70,7 @@ def path(path: Path, ax: Axes | None = None, *, clock: Clock = "t") -> Axes:
         if threshold is not None and threshold > 0:
             ax.axhline(threshold, color=colour, ls=":", lw=1.2)
     ax.plot(*positive(x, path.penalty), color=PENALTY, lw=2, label="penalty $R$")
-    lam = float(path.weight_decay)
-    title = f"$\\lambda$ = {power(lam)}" if clock == "t" else ""
-    finish(ax, LABELS[clock], "loss, penalty", title)
+    finish(ax, label, "loss, penalty", title)
     log_axes(ax)
     legend(ax)
     return ax

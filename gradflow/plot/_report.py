@@ -26,6 +26,8 @@ from ._style import (
     TRAIN,
 )
 
+ORDERS = (TRAIN, TEST)  # the colours of orders 1 and 2
+
 
 def report(report: Report, fig: Figure | None = None) -> Figure:
     """The two-phase theory against simulation, in six panels.
@@ -78,7 +80,7 @@ def report(report: Report, fig: Figure | None = None) -> Figure:
 
 
 def _has_test(report: Report) -> bool:
-    return "test" in report.sweep.metrics and "test" in report.predicted_metrics
+    return "test" in report.sweep.metrics and "test" in report.curves.metrics
 
 
 def losses(report: Report, ax: Axes | None = None) -> Axes:
@@ -93,14 +95,13 @@ def losses(report: Report, ax: Axes | None = None) -> Axes:
             continue
         test = np.asarray(paths.metrics["test"][i])
         ax.plot(*positive(t[i], test), color=colours(i), lw=2.2)
-        predicted = report.predicted_metrics["test"][i]
-        x, y = positive(report.predicted_t[i], predicted)
+        x, y = positive(report.curves.t[i], report.curves.metrics["test"][i])
         ax.plot(x, y, color=THEORY, lw=1.4, ls=(0, (4, 3)))
-        for time, name, marker in (
-            (report.memorisation_time[i], "train", "s"),
-            (report.grokking_time[i], "test", "o"),
+        for times, name, marker in (
+            (report.memorised, "train", "s"),
+            (report.grokked, "test", "o"),
         ):
-            if time > 0:
+            if (time := times.measured[i]) > 0:
                 level = thresholds[name]
                 ax.plot(time, level, marker, color=colours(i), mec="black", ms=7)
     from matplotlib.lines import Line2D
@@ -125,15 +126,15 @@ def collapse(report: Report, ax: Axes | None = None, *, metric: str = "test") ->
     values = np.asarray(curves(report.sweep, metric))
     slow = np.asarray(report.sweep.slow_time)
     ax = sweep(report.sweep, ax, metric=metric, clock="s", colorbar=False)
-    x, y = positive(drift.t, curve)
+    x, y = positive(drift.s, curve)
     ax.plot(x, y, color=THEORY, lw=1.4, ls=(0, (4, 3)), label="drift $w^\\circ(s)$")
     _horizons(report, ax)
     # The fast phase, which is at smaller and smaller s, is not of interest here.
-    left = 1e-4 * float(drift.t[-1])
+    left = 1e-4 * float(drift.s[-1])
     shown = values[(slow >= left) & np.isfinite(values)]
     shown = np.append(shown, np.asarray(curve))
     shown = shown[shown > 0]
-    ax.set_xlim(left, float(drift.t[-1]) * 1.3)
+    ax.set_xlim(left, float(drift.s[-1]) * 1.3)
     ax.set_ylim(shown.min() / 1.3, shown.max() * 1.3)
     if shown.max() < 30 * shown.min():
         ax.set_yscale("linear")
@@ -146,29 +147,26 @@ def error(report: Report, ax: Axes | None = None) -> Axes:
     """The largest error of the prediction against λ, at order 1 and 2, with lines of
     these slopes. Filled: used to fit. Dashes: the error as estimated."""
     ax = new_axes(ax)
-    order = np.argsort(report.weight_decay)
-    lams = report.weight_decay[order]
-    series = [(1, report.sup_error_regular, report.rate, TRAIN)]
-    if report.second_error is not None:
-        series.append((2, report.sup_second_error, report.second_rate, TEST))
-    whole = report.sup_error[order]
+    rising = np.argsort(report.weight_decay)
+    lams = report.weight_decay[rising]
+    whole = report.orders[1].sup_all[rising]
     ax.plot(lams, whole, "^--", color="grey", ms=5, lw=1, label="order 1, all times")
-    for slope, values, rate, colour in series:
-        values, used = values[order], rate.used[order]
-        estimate = report.next_term[slope - 1][order]
-        ax.plot(lams, estimate, "--", color=colour, lw=1.2)
+    # The slope in λ that theory gives an order is its number.
+    for (slope, order), colour in zip(report.orders.items(), ORDERS, strict=False):
+        values, used = order.sup[rising], order.rate.used[rising]
+        ax.plot(lams, order.next_term[rising], "--", color=colour, lw=1.2)
         ax.plot(lams, values, "o", mfc="white", mec=colour, ms=7)
         label = f"order {slope}: " + (
-            f"rate {rate.exponent:.3f}" if used.any() else "no rate"
+            f"rate {order.rate.exponent:.3f}" if used.any() else "no rate"
         )
         ax.plot(lams[used], values[used], "o", color=colour, ms=7, label=label)
         if used.any():
             anchor = np.flatnonzero(used)[-1]
             guide = values[anchor] * (lams / lams[anchor]) ** slope
             ax.plot(lams, 0.4 * guide, ":", color="black", lw=1.5)
-    if len(series) == 2:
+    if len(report.orders) == 2:
         ax.plot([], [], "--", color="grey", lw=1.2, label="next term, estimated")
-    slopes = "slope 1" if len(series) == 1 else "slopes 1 and 2"
+    slopes = "slope 1" if len(report.orders) == 1 else "slopes 1 and 2"
     ax.plot([], [], ":", color="black", lw=1.5, label=slopes)
     finish(ax, "weight decay $\\lambda$", "error relative to $\\|\\Phi\\|$")
     log_axes(ax)
@@ -179,7 +177,7 @@ def error(report: Report, ax: Axes | None = None) -> Axes:
 def grokking(report: Report, ax: Axes | None = None) -> Axes:
     """Measured against predicted grokking times; a diagonal line is agreement."""
     ax = new_axes(ax)
-    x, y = report.predicted_grokking_time, report.grokking_time
+    x, y = report.grokked.predicted, report.grokked.measured
     colours = Colours(report.weight_decay)
     shown = (x > 0) & (y > 0)
     for i in np.flatnonzero(shown).tolist():
@@ -210,9 +208,9 @@ def curvature(report: Report, ax: Axes | None = None) -> Axes:
     colours = Colours(report.weight_decay)
     for i, lam in enumerate(report.weight_decay):
         ax.axhline(lam, color=colours(i), lw=1.5)
-    ax.plot(*positive(drift.t, eta), color="black", lw=2.2, label="$\\eta(s)$")
+    ax.plot(*positive(drift.s, eta), color="black", lw=2.2, label="$\\eta(s)$")
     until = report.regular_until
-    if until < float(drift.t[-1]):
+    if until < float(drift.s[-1]):
         ax.axvline(until, color=TEST, ls=":", lw=1.8, label="$\\eta$ at a tenth")
     from matplotlib.lines import Line2D
 
@@ -231,7 +229,7 @@ def _horizons(report: Report, ax: Axes) -> None:
     colours = Colours(report.weight_decay)
     label = "theory holds up to here"
     for i, s in enumerate(report.valid_until):
-        if 0 < s < float(report.theory.drift.t[-1]):
+        if 0 < s < float(report.theory.drift.s[-1]):
             at = ax.get_xaxis_transform()
             ax.plot(s, 0.02, "v", color=colours(i), mec="black", transform=at, ms=7,
                 label=label, clip_on=False)  # fmt: skip

@@ -1,7 +1,8 @@
 """Paths saved at as many times as interpolating between them needs."""
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
@@ -13,17 +14,20 @@ from ..results import RESULTS
 from .interpolate import DEGREE, interpolate
 from .path import Path
 
+P = TypeVar("P", bound=eqx.Module)  # a `Path`, or what is saved like one
+
 FEWEST = 65
 MOST = 1025
 
 
 def refined(
-    run: Callable[[Float[np.ndarray, " n"]], Path],
+    run: Callable[[Float[np.ndarray, " n"]], P],
     target: float | Float[Array, ""],
     *,
     most: int = MOST,
     degree: int = DEGREE,
-) -> tuple[Path, Float[Array, ""]]:
+    clock: str = "t",
+) -> tuple[P, Float[Array, ""]]:
     """A path at 65, 129, 257, … even places, until interpolation adds at most `target`.
 
     Every run goes from the start and lands on 64 places and on the end, so that it
@@ -35,6 +39,7 @@ def refined(
     - `target`: the error of the parameters, a length.
     - `most`: the most places, 64·2ᵏ + 1.
     - `degree`: of the interpolation; 1 for a path with kinks.
+    - `clock`: the field of the path that holds its times.
 
     **Returns:** the path, and its estimated error. With `most` places, and where the
     path did not reach its end, the error may be larger than `target`. Along kinks there
@@ -57,12 +62,12 @@ def refined(
             more.append(run(part))
             if not _reached(more[-1]):
                 return path, error
-        path = _merge([path, *more])
+        path = _merge([path, *more], clock)
         error = _error(path, degree)
     return path, error
 
 
-def _reached(path: Path) -> bool:
+def _reached(path: Any) -> bool:
     """Whether the run came to its end, however."""
     return bool(jnp.isfinite(path.train_loss[-1]))
 
@@ -70,18 +75,19 @@ def _reached(path: Path) -> bool:
 _SINGULAR = 1e-7  # the part of η(0) below which the manifold of a drift is singular
 
 
-def _error(path: Path, degree: int) -> Float[Array, ""]:
+def _error(path: Any, degree: int) -> Float[Array, ""]:
     eta = path.stats.get("smallest_curvature")
-    regular = jnp.ones_like(path.t, bool)
+    regular = jnp.ones_like(path.train_loss, bool)
     if eta is not None:
         regular = jnp.cumsum(~(eta >= _SINGULAR * eta[0])) == 0
     return interpolation_error(path.params, regular, degree)
 
 
-def _merge(paths: list[Path]) -> Path:
+def _merge(paths: list[Any], clock: str) -> Any:
     """One path with the times of all, of which each ran alone; they share the last."""
     first, *others = paths
-    times = np.concatenate([first.t, *(p.t[:-1] for p in others)])
+    ends = (getattr(p, clock)[:-1] for p in others)
+    times = np.concatenate([getattr(first, clock), *ends])
     order = np.argsort(times)
 
     def join(one: Array, *rest: Array) -> Array:
@@ -99,21 +105,18 @@ def _merge(paths: list[Path]) -> Path:
     result = first.result
     for other in others:
         result = RESULTS.where(result == RESULTS.successful, other.result, result)
-    along = lambda p: (p.t, p.params, p.metrics, p.train_loss, p.penalty)
-    t, params, metrics, train_loss, penalty = jax.tree.map(join, *map(along, paths))
-    return Path(
-        t=t,
-        weight_decay=first.weight_decay,
-        params=params,
-        static=first.static,
-        metrics=metrics,
-        train_loss=train_loss,
-        penalty=penalty,
+    names = (clock, "params", "metrics", "train_loss", "penalty")
+    along = ({name: getattr(p, name) for name in names} for p in paths)
+    # The time of a crossing is not landed on in a path of many runs.
+    alone = {"again": None} if isinstance(first, Path) else {}
+    return dataclasses.replace(
+        first,
+        **jax.tree.map(join, *along),
+        **alone,
         result=result,
         stats={
             k: stat(k, v, *(p.stats[k] for p in others)) for k, v in first.stats.items()
         },
-        watched=first.watched,
     )
 
 

@@ -1,161 +1,22 @@
 """How far theory and simulation are apart, for every weight decay."""
 
 import dataclasses
-from typing import Any
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Bool, Float
+from jaxtyping import Array, Float, PyTree
 
 from .._checks import check_arguments, word
 from ..results import RESULTS
-from ..runs.interpolate import holds_until
 from ..runs.path import landed_crossing_time, Path
 from ..sweeps.result import Sweep
 from .predicted_time import PredictedTime
-from .two_phase import TwoPhase
-
-
-class Rate(eqx.Module):
-    """The exponent p of an error C λᵖ, by least squares in the logarithms."""
-
-    exponent: float
-    stderr: float
-    """Its standard error; NaN for two points."""
-    used: Bool[np.ndarray, " L"]
-    """Which λ were used, a vector of booleans."""
-    why: str
-    """Why these; or why there is no rate."""
-
-    def __str__(self) -> str:
-        if not np.isfinite(self.exponent):
-            return f"no rate: {self.why}"
-        return f"{self.exponent:.3f} ± {self.stderr:.3f} over {self.why}"
-
-
-class Report(eqx.Module):
-    """The two-phase prediction against the true flow, lane by lane.
-
-    Errors are ‖θ_λ(t) − prediction‖/‖Φ(θ₀)‖ and NaN for a lane that failed. Print it
-    for a table; `report.plot()` draws it.
-    """
-
-    sweep: Sweep
-    theory: TwoPhase
-    weight_decay: Float[np.ndarray, " L"]
-    error: Float[np.ndarray, "L n"]
-    """At every saved time."""
-    drift_error: Float[np.ndarray, "L n"]
-    """The same against the drift alone: ‖θ_λ − w°(λt)‖."""
-    sup_error: Float[np.ndarray, " L"]
-    """Over all times."""
-    sup_error_slow: Float[np.ndarray, " L"]
-    """Over s ≥ ε, against the drift alone: ‖θ_λ − w°(λt)‖."""
-    sup_error_regular: Float[np.ndarray, " L"]
-    """Over s ≤ `regular_until`: what the rate is fitted to."""
-    regular_until: float
-    """The slow time at which the smallest normal curvature of F along the drift has
-    fallen to a tenth of its initial value (or the end of the drift)."""
-    after: float
-    """ε."""
-    rate: Rate
-    second_error: Float[np.ndarray, "L n"] | None
-    """`error` of the prediction of order 2; `None` where it was not computed."""
-    sup_second_error: Float[np.ndarray, " L"]
-    """Over s ≤ `regular_until`, as `sup_error_regular`; NaN where not computed."""
-    next_term: Float[np.ndarray, "2 L"]
-    """The error bars: what the next term would add, at order 1 and at order 2, over
-    s ≤ `regular_until`. At order 1 it is known, λ‖e₁ + w₁ + h‖; at order 2 it is that
-    times λρ, the ratio of the two terms normal to the manifold."""
-    second_rate: Rate
-    valid_until: Float[np.ndarray, " L"]
-    """The slow time up to which theory is claimed to hold."""
-    memorisation_time: Float[np.ndarray, " L"]
-    grokking_time: Float[np.ndarray, " L"]
-    predicted_memorisation_time: Float[np.ndarray, " L"]
-    """NaN where it is not within `valid_until`."""
-    predicted_grokking_time: Float[np.ndarray, " L"]
-    """NaN where it is not within `valid_until`."""
-    predicted_grokking_error: Float[np.ndarray, " L"]
-    """Its estimated error, a time; NaN at order 1."""
-    predicted_t: Float[np.ndarray, "L k"]
-    """Times up to `valid_until`, at which the metrics of the prediction were
-    evaluated; NaN where that is 0."""
-    predicted_metrics: dict[str, Float[np.ndarray, "L k"]]
-    """Of the highest order known."""
-
-    @property
-    def delay(self) -> Float[np.ndarray, " L"]:
-        """Grokking time minus memorisation time."""
-        return self.grokking_time - self.memorisation_time
-
-    def __str__(self) -> str:
-        curvature = np.asarray(self.theory.smallest_curvature)
-        lines = [
-            "Two-phase theory against simulation "
-            f"({self.sweep.stats['solver']}, {len(self.weight_decay)} weight decays)",
-            f"  critical manifold of dimension {int(self.theory.spectrum.dimension)}, "
-            f"rank {int(self.theory.spectrum.rank)}"
-            + (" (rank ambiguous)" if bool(self.theory.spectrum.ambiguous) else ""),
-            f"  smallest normal curvature η: {curvature[0]:.2g} at the start of the "
-            f"drift, {curvature[-1]:.2g} at s = {float(self.theory.drift.t[-1]):.3g}; "
-            "theory asks for λ ≪ η",
-            f"  error relative to ‖Φ‖: at all t; at orders 1 and 2 over "
-            f"s ≤ {self.regular_until:.2g}; of the",
-            f"  drift alone over s ≥ {self.after:.2g}. Next term: estimated error of "
-            "order 2. Valid: up to this s",
-            f"  {'λ':>9} {'all t':>9} {'order 1':>9} {'order 2':>9} {'next term':>9} "
-            f"{'drift':>9} {'valid':>7}",
-        ]
-        lanes = np.argsort(-self.weight_decay)
-        for i in lanes:
-            row = (
-                f"  {self.weight_decay[i]:9.2e} {self.sup_error[i]:9.2e} "
-                f"{self.sup_error_regular[i]:9.2e} {_number(self.sup_second_error[i])} "
-                f"{_number(self.next_term[1, i])} {self.sup_error_slow[i]:9.2e} "
-                f"{self.valid_until[i]:7.3g} "
-                f"{'*' if self.rate.used[i] else ''}"
-                f"{'°' if self.second_rate.used[i] else ''}"
-            )
-            lane = self.sweep[i]
-            if not bool(lane.succeeded):
-                row += f"  FAILED: {RESULTS[lane.result]}"
-            lines.append(row.rstrip())
-        lines.append(f"  rate of the error in λ: {self.rate}, marked * (theory: 1)")
-        if self.second_error is not None:
-            rate = f"{self.second_rate}, marked °"
-            lines.append(f"  of order 2: {rate} (theory: 2)")
-        lines += self._times(lanes) if self.theory.drift.watched else []
-        if not bool(self.theory.result == RESULTS.successful):
-            lines.append(f"  theory: {RESULTS[self.theory.result]}")
-        return "\n".join(lines)
-
-    def _times(self, lanes: np.ndarray) -> list[str]:
-        predicted = self.predicted_grokking_time
-        lines = [
-            f"  {'λ':>9} {'memorised':>10} {'grokked':>10} {'predicted':>10} "
-            f"{'± about':>9} {'delay':>10}"
-        ]
-        lines += [
-            f"  {self.weight_decay[i]:9.2e} {_time(self.memorisation_time[i])} "
-            f"{_time(self.grokking_time[i])} {_time(predicted[i])} "
-            f"{_number(self.predicted_grokking_error[i])} {_time(self.delay[i])}"
-            for i in lanes
-        ]
-        if (np.isfinite(self.grokking_time) & ~np.isfinite(predicted)).any():
-            lines.append(
-                "  no time is predicted where theory does not hold until the crossing"
-            )
-        return lines
-
-    def plot(self, **kwargs: Any) -> Any:
-        """The report as a figure; see `gradflow.plot.report`."""
-        from .. import plot
-
-        return plot.report(self, **kwargs)
+from .prediction import Predicted, TwoPhase
+from .report import Curves, DriftAlone, Order, Rate, Report, Times
 
 
 def compare(sweep: Sweep, theory: TwoPhase, *, after: float = 0.1) -> Report:
@@ -182,96 +43,139 @@ def compare(sweep: Sweep, theory: TwoPhase, *, after: float = 0.1) -> Report:
     if not isinstance(theory, TwoPhase):
         raise ValueError(f"theory: expected a gradflow.TwoPhase, got {word(theory)}.")
     check_arguments(after=after)
-    same = jax.tree.structure(sweep.paths.params) == jax.tree.structure(
-        theory.drift.params
-    ) and all(
-        a.shape[2:] == b.shape[1:]
-        for a, b in zip(
-            jax.tree.leaves(sweep.paths.params),
-            jax.tree.leaves(theory.drift.params),
-            strict=True,
-        )
-    )
-    if not same:
-        raise ValueError("theory: made for a model of another structure than sweep's.")
-    begins = zip(
-        jax.tree.leaves(sweep.paths.params),
-        jax.tree.leaves(theory.fast.params),
-        strict=True,
-    )
-    at_start = np.asarray(sweep.t[:, 0]) == 0
-    for a, b in begins:
-        if at_start.any() and not np.allclose(np.asarray(a)[at_start, 0], b[0]):
-            raise ValueError("theory: made for another initial model than sweep's.")
-    until = _regular_until(theory)
+    check_same_model(sweep, theory)
+    found, slow = errors(sweep, theory), np.asarray(sweep.slow_time)
+    late = (slow >= after) & (slow <= _end(theory, slow.dtype))
     lams = np.asarray(sweep.weight_decay)
-    bare = (dataclasses.replace(path, again=None) for path in sweep)
-    found = [jax.tree.map(np.asarray, _errors(theory, path)) for path in bare]
-    if theory.second is None:
-        unknown = lambda each: (*each[:2], *2 * (np.full_like(each[0], np.nan),))
-        found = [unknown(each) for each in found]
-    errors, drift_errors, second_errors, second_terms = (
-        np.stack(each) for each in zip(*found, strict=True)
-    )
-    slow = np.asarray(sweep.slow_time)
-    last = float(theory.drift.t[-1]) * (1 + 8 * np.finfo(slow.dtype).eps)
-    regular = _sup_until(errors, slow, until)
-    known_to = (sweep.stats["rtol"], theory.fast.stats["rtol"])
-    floor = 10 * max(float(np.max(e)) for e in (*known_to, theory.interpolation_error))
-    curvature = np.interp(until, theory.drift.t, theory.smallest_curvature)
-    measured = [_times(path, theory) for path in sweep]
-    curves = [theory._predicted(lam) for lam in lams]
-    predicted = [
-        {
-            name: theory._time_from(lam, name, t, values)
-            for name in ("train", "test")
-            if name in theory.drift.watched
-        }
-        for lam, (t, values) in zip(lams, curves, strict=True)
-    ]
-    never = PredictedTime(np.nan, np.nan, 1, "")
-    get = lambda name: [p.get(name, never) for p in predicted]
-    sup_second = _sup_until(second_errors, slow, until)
-    # A lane that slid along kinks is exact to three digits only.
-    exact = np.asarray(sweep.result == RESULTS.successful)
-    fitted = lambda values: np.where(exact, values, np.nan)
-    ratio = _ratio(theory, slow) * lams[:, None]
-    largest = float(curvature) / 20
-    steepest = _sup(ratio, slow <= until)
+    predicted = [theory.predicted(lam) for lam in lams]
     return Report(
         sweep=sweep,
         theory=theory,
-        weight_decay=lams,
-        error=errors,
-        drift_error=drift_errors,
-        sup_error=_sup(errors, slow <= last),
-        sup_error_slow=_sup(drift_errors, (slow >= after) & (slow <= last)),
-        sup_error_regular=regular,
-        regular_until=until,
-        after=after,
-        rate=fit_rate(lams, fitted(regular), largest, floor),
-        second_error=None if theory.second is None else second_errors,
-        sup_second_error=sup_second,
-        next_term=np.stack(
-            [
-                _sup(s, slow <= until)
-                for s in (second_terms, second_terms * (ratio + _mismatch(theory)))
-            ]
-        ),
-        second_rate=fit_rate(
-            lams, np.where(steepest <= 0.1, sup_second, np.nan), largest, floor
+        orders=rates(sweep, theory, found),
+        drift=DriftAlone(found.drift, _sup(found.drift, late), after),
+        memorised=times(sweep, theory, "train", predicted),
+        grokked=times(sweep, theory, "test", predicted),
+        curves=Curves(
+            np.stack([each.t for each in predicted]),
+            {
+                name: np.stack([each.best[name] for each in predicted])
+                for name in theory.drift.watched
+            },
         ),
         valid_until=np.array([theory.valid_until(lam) for lam in lams]),
-        memorisation_time=np.array([m["train"] for m in measured]),
-        grokking_time=np.array([m["test"] for m in measured]),
-        predicted_memorisation_time=np.array([p.time for p in get("train")]),
-        predicted_grokking_time=np.array([p.time for p in get("test")]),
-        predicted_grokking_error=np.array([p.error for p in get("test")]),
-        predicted_t=np.stack([t for t, _ in curves]),
-        predicted_metrics={
-            name: np.stack([found.curves[:2][-1][name] for _, found in curves])
-            for name in theory.drift.watched
-        },
+    )
+
+
+def check_same_model(sweep: Sweep, theory: TwoPhase) -> None:
+    """Raises `ValueError` unless both start from the same parameters."""
+    many, one = sweep.paths.params, theory.drift.params
+    same = jax.tree.structure(many) == jax.tree.structure(one)
+    pairs = zip(jax.tree.leaves(many), jax.tree.leaves(one), strict=same)
+    if not same or any(a.shape[2:] != b.shape[1:] for a, b in pairs):
+        raise ValueError("theory: made for a model of another structure than sweep's.")
+    # Lanes whose first saved time is later do not tell.
+    at_start = np.asarray(sweep.t[:, 0]) == 0
+    fast = theory.fast.params
+    for a, b in zip(jax.tree.leaves(many), jax.tree.leaves(fast), strict=True):
+        if at_start.any() and not np.allclose(np.asarray(a)[at_start, 0], b[0]):
+            raise ValueError("theory: made for another initial model than sweep's.")
+
+
+class Errors(NamedTuple):
+    """All relative to ‖Φ(θ₀)‖, at the saved times of one lane, or of L."""
+
+    orders: dict[int, Float[Array | np.ndarray, "*L n"]]
+    """‖θ_λ − prediction‖ for the orders known, of 1 and 2."""
+    drift: Float[Array | np.ndarray, "*L n"]
+    """‖θ_λ − w°(λt)‖."""
+    term: Float[Array | np.ndarray, "*L n"] | None
+    """‖λ(e₁ + w₁ + h)‖, the term of order λ; `None` where it is not known."""
+
+
+def errors(sweep: Sweep, theory: TwoPhase) -> Errors:
+    """The errors of the predictions at all saved times of all lanes."""
+    # What runs a path again takes no part in this, and would compile it anew.
+    lanes = (dataclasses.replace(path, again=None) for path in sweep)
+    found = [jax.tree.map(np.asarray, _errors(theory, path)) for path in lanes]
+    return jax.tree.map(lambda *each: np.stack(each), *found)
+
+
+@eqx.filter_jit
+def _errors(theory: TwoPhase, path: Path) -> Errors:
+    """`errors` of one lane."""
+    norm = optax.tree.norm
+    size = norm(jax.tree.map(lambda w: w[0], theory.drift.params))
+
+    def at(t: Float[Array, ""], params: PyTree) -> Errors:
+        lam = path.weight_decay
+        told = {k: theory.predict_params(t, lam, order=k) for k in theory.orders}
+        fast = theory.predict_params(t, jnp.zeros_like(lam), order=1)
+        still_fast = jax.tree.map(lambda f, w: f - w[0], fast, theory.drift.params)
+        off = {k: _minus(params, each) for k, each in told.items()}
+        off_drift = jax.tree.map(lambda a, b: a + b, off[1], still_fast)
+        term = norm(_minus(told[2], told[1])) / size if 2 in told else None
+        sizes = {k: norm(each) / size for k, each in off.items()}
+        return Errors(sizes, norm(off_drift) / size, term)
+
+    return jax.lax.map(lambda tp: at(*tp), (path.t, path.params))
+
+
+def _minus(a: PyTree, b: PyTree) -> PyTree:
+    return jax.tree.map(lambda a, b: a - b, a, b)
+
+
+def rates(sweep: Sweep, theory: TwoPhase, found: Errors) -> dict[int, Order]:
+    """The suprema of the errors, what the next term would add to them, and the rates
+    at which they fall with λ: see `compare`."""
+    lams, slow = np.asarray(sweep.weight_decay), np.asarray(sweep.slow_time)
+    until = theory.regular_until
+    regular, whole = slow <= until, slow <= _end(theory, slow.dtype)
+    known_to = (sweep.stats["rtol"], theory.fast.stats["rtol"])
+    floor = 10 * max(float(np.max(e)) for e in (*known_to, theory.interpolation_error))
+    curvature = np.interp(until, theory.drift.s, theory.smallest_curvature)
+    largest = float(curvature) / 20
+    ratio = _ratio(theory, slow) * lams[:, None]
+    # A lane that slid along kinks is exact to three digits only.
+    exact = {1: np.asarray(sweep.result == RESULTS.successful)}
+    terms = {1: np.full_like(slow, np.nan)}
+    if theory.second is not None and found.term is not None:
+        exact[2] = _sup(ratio, regular) <= 0.1
+        mismatch = float(theory.second.mismatch)
+        terms = {1: found.term, 2: found.term * (ratio + mismatch)}
+    out = {}
+    for k, error in found.orders.items():
+        sup = _sup_until(error, slow, until)
+        fitted = np.where(exact[k], sup, np.nan)
+        out[k] = Order(
+            error=error,
+            sup_all=_sup(error, whole),
+            sup=sup,
+            next_term=_sup(terms[k], regular),
+            rate=fit_rate(lams, fitted, largest, floor),
+        )
+    return out
+
+
+def times(
+    sweep: Sweep, theory: TwoPhase, name: str, predicted: list[Predicted]
+) -> Times:
+    """When the metric `name` passes its threshold for good: as measured on each lane,
+    and from what is predicted for it. NaN where there is no such metric."""
+    watched = theory.drift.watched
+    measured = [
+        landed_crossing_time(path, name, watched[name])
+        if name in path.metrics and name in watched
+        else np.nan
+        for path in sweep
+    ]
+    told = [PredictedTime(np.nan, np.nan, 1, "")] * len(measured)
+    if name in watched:
+        lanes = zip(np.asarray(sweep.weight_decay), predicted, strict=True)
+        told = [theory.time_from(lam, name, each) for lam, each in lanes]
+    return Times(
+        np.array(measured),
+        np.array([each.time for each in told]),
+        np.array([each.error for each in told]),
     )
 
 
@@ -298,37 +202,9 @@ def fit_rate(
     return Rate(slope, float(stderr), used, why)
 
 
-def _mismatch(theory: TwoPhase) -> float:
-    return 0.0 if theory.second is None else float(theory.second.mismatch)
-
-
-def _regular_until(theory: TwoPhase) -> float:
-    """Where η has fallen to a tenth."""
-    s, eta = np.asarray(theory.drift.t), np.asarray(theory.smallest_curvature)
-    flat = np.isinf(eta)  # no normal directions at all
-    return holds_until(s, np.where(flat, 10.0, eta / np.where(flat, 1, 0.1 * eta[0])))
-
-
-@eqx.filter_jit
-def _errors(theory: TwoPhase, path: Path) -> tuple[Any, Any, Any, Any]:
-    """‖θ_λ − prediction‖, ‖θ_λ − w°(λt)‖, ‖θ_λ − prediction of order 2‖ and ‖term of
-    order λ‖, all relative to ‖Φ‖, at the saved times."""
-    norm = optax.tree.norm
-    size = norm(jax.tree.map(lambda w: w[0], theory.drift.params))
-    minus = lambda a, b: jax.tree.map(lambda a, b: a - b, a, b)
-    order = 1 if theory.second is None else 2
-
-    def at(t, params):
-        predict = lambda lam, order: theory._predict_params(t, lam, order=order)
-        composite, better = (predict(path.weight_decay, k) for k in (1, order))
-        fast = predict(jnp.zeros_like(path.weight_decay), 1)
-        still_fast = jax.tree.map(lambda f, w: f - w[0], fast, theory.drift.params)
-        off = minus(params, composite)
-        off_drift = jax.tree.map(lambda a, b: a + b, off, still_fast)
-        second = (minus(params, better), minus(better, composite))
-        return tuple(norm(x) / size for x in (off, off_drift, *second))
-
-    return jax.lax.map(lambda tp: at(*tp), (path.t, path.params))
+def _end(theory: TwoPhase, dtype: np.dtype) -> float:
+    """The end of the drift, and a rounding more."""
+    return float(theory.drift.s[-1]) * (1 + 8 * np.finfo(dtype).eps)
 
 
 def _ratio(theory: TwoPhase, slow: np.ndarray) -> np.ndarray:
@@ -336,7 +212,7 @@ def _ratio(theory: TwoPhase, slow: np.ndarray) -> np.ndarray:
     if theory.second is None:
         return np.full_like(slow, np.nan)
     ratio = np.asarray(theory.second.ratio)
-    return np.interp(slow, np.asarray(theory.drift.t)[: ratio.size], ratio)
+    return np.interp(slow, np.asarray(theory.drift.s)[: ratio.size], ratio)
 
 
 def _sup(errors: np.ndarray, where: np.ndarray) -> np.ndarray:
@@ -354,21 +230,3 @@ def _sup_until(errors: np.ndarray, slow: np.ndarray, until: float) -> np.ndarray
     pairs = zip(slow, logs, strict=True)
     at_end = np.exp([np.interp(until, s, e) for s, e in pairs])
     return np.maximum(inside, at_end)
-
-
-def _times(path: Path, theory: TwoPhase) -> dict[str, float]:
-    watched = theory.drift.watched
-    return {
-        name: landed_crossing_time(path, name, watched[name])
-        if name in path.metrics and name in watched
-        else np.nan
-        for name in ("train", "test")
-    }
-
-
-def _number(x: Any) -> str:
-    return f"{x:9.2e}" if np.isfinite(x) else f"{'–':>9}"
-
-
-def _time(t: Any) -> str:
-    return f"{t:10.4g}" if np.isfinite(t) else f"{'–':>10}"

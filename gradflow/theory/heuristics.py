@@ -66,16 +66,11 @@ def widths(path: Path, *, train: str = "train", test: str = "test") -> Widths:
     if not memorised > 0:
         return Widths(np.nan, np.nan, np.nan, np.nan)
     plateau, last = np.interp(memorised, t, values), values[-1]
-    at = lambda share: crossing_time(
-        t,
-        values,
-        Metric(
-            lambda model: model,
-            threshold=float(plateau + share * (last - plateau)),
-            higher_is_better=bool(last > plateau),
-        ),
+    rises = bool(last > plateau)
+    begin, end = (
+        _crossing(t, values, float(plateau + share * (last - plateau)), rises)
+        for share in (0.1, 0.9)
     )
-    begin, end = at(0.1), at(0.9)
     return Widths(
         float(np.log(begin / memorised)), float(np.log(end / begin)), begin, end
     )
@@ -118,14 +113,19 @@ def onset(flow: GradientFlow, path: Path, *, share: float = 0.01) -> Onset:
         raise ValueError("path: expected one with weight decay.")
     bare = dataclasses.replace(path, again=None)  # which is another one each time
     force, decay = (np.asarray(x) for x in _forces(flow, bare))
-    below = lambda values, level: crossing_time(
-        path.t, values, Metric(lambda model: model, threshold=level)
-    )
     return Onset(
-        t_gf=below(force / force[0], share),
-        t_wd=below(force / (float(path.weight_decay) * decay), 1.0),
+        t_gf=_crossing(path.t, force / force[0], share),
+        t_wd=_crossing(path.t, force / (float(path.weight_decay) * decay), 1.0),
         balance=float(force[0] / decay[-1]),
     )
+
+
+def _crossing(
+    t: Array | np.ndarray, values: np.ndarray, level: float, rises: bool = False
+) -> float:
+    """When `values` have passed a level for good, from above unless they rise."""
+    metric = Metric(lambda model: model, threshold=level, higher_is_better=rises)
+    return crossing_time(t, values, metric)
 
 
 @eqx.filter_jit
@@ -163,7 +163,7 @@ def radial_law(flow: GradientFlow, theory: TwoPhase) -> RadialLaw:
     if not isinstance(theory, TwoPhase):
         raise ValueError(f"theory: expected a gradflow.TwoPhase, got {word(theory)}.")
     norm, rate = (np.asarray(x) for x in _radial(flow, theory))
-    s = np.asarray(theory.drift.t)
+    s = np.asarray(theory.drift.s)
     integral = CubicSpline(s, rate).antiderivative()(s)
     return RadialLaw(s, np.log(norm / norm[0]), integral)
 

@@ -66,7 +66,10 @@ def predicted_time(
     - `delay`: the time in which the prediction moves by the error of its paths.
     """
     order = min(len(curves), 2)
-    nothing = lambda why: PredictedTime(np.nan, np.nan, order, why)
+
+    def nothing(why: str) -> PredictedTime:
+        return PredictedTime(np.nan, np.nan, order, why)
+
     if metric.threshold is None:
         return nothing("the metric has no threshold")
     times = [crossing_time(t, curve, metric) for curve in curves]

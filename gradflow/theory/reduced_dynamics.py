@@ -39,8 +39,9 @@ class Cliff(eqx.Module):
 
     def __check_init__(self):
         _check_positive(norm=self.norm, height=self.height, softness=self.softness)
-        inside = lambda v: (v > 0) & (v < np.pi / 2)
-        check_number(self.angle, "angle", "0 < θ < π/2", inside)
+        check_number(
+            self.angle, "angle", "0 < θ < π/2", lambda v: (v > 0) & (v < np.pi / 2)
+        )
 
     def critical_norm(self, messiness: float | Scalar) -> Scalar:
         """w_c(m)."""
@@ -229,6 +230,6 @@ class ReducedDynamics(eqx.Module):
         return float(total / (self.decoder_rate * weight_decay))
 
 
-def _check_positive(**values: Any) -> None:
+def _check_positive(**values: object) -> None:
     for name, value in values.items():
         check_positive(value, name)

@@ -11,7 +11,8 @@ This expands dy/ds = −DΦ(θ_λ)∇R(θ_λ), which y = Φ(θ_λ) obeys exactly
 """
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import NamedTuple
 
 import diffrax
 import equinox as eqx
@@ -19,12 +20,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from ..flow.flat import FlatLoss, flatten
 from ..flow.term import FlowTerm
-from ..manifold import Spectrum
-from ..manifold._normal import weighted_jacobian
+from ..manifold import Drift, Spectrum
+from ..manifold.diagnosis import third_derivative
+from ..manifold.forms import AbstractForm
 from ..penalties import AbstractPenalty
 from ..runs.interpolate import interpolate, place
 from ..runs.path import Path
@@ -85,7 +87,7 @@ def check_second_order(spectrum: Spectrum, penalty: AbstractPenalty) -> None:
             f"order: the second takes ∇²R, which {type(penalty).__name__} has not "
             "everywhere; give order=1."
         )
-    if spectrum.form == "hessian" and spectrum.parameters > DENSE_LIMIT:
+    if not spectrum.source.interpolating and spectrum.parameters > DENSE_LIMIT:
         raise ValueError(
             f"order: the second factorises the Hessian, for up to {DENSE_LIMIT} "
             f"parameters, got {spectrum.parameters}; give order=1."
@@ -93,24 +95,28 @@ def check_second_order(spectrum: Spectrum, penalty: AbstractPenalty) -> None:
 
 
 def second_order(
-    term: FlowTerm, fast: Path, drift: Path, spectrum: Spectrum, fast_scale: Array
+    term: FlowTerm, fast: Path, drift: Drift, spectrum: Spectrum, fast_scale: Array
 ) -> SecondOrder | None:
     """The terms of order λ for the two paths of a two-phase prediction; `None` where
     they could not be found."""
-    form, rank = spectrum.form, spectrum.rank
     start = jax.tree.map(lambda p: p[0], drift.params)
-    end = fast.t[-1]
-    times = lambda n: even_times(np.linspace(0, 1, n), end, fast_scale)
+    along = FastPath(term, fast.params, fast_scale, spectrum.source)
     none = jnp.zeros_like(ravel_pytree(start)[0])
-    _, h, speed = match(term, start, none, form, rank)
-    theta1 = lambda n: inner(term, fast.params, fast_scale, times(n), form, speed)
+    _, h, speed = match(term, start, none, spectrum)
+
+    def times(n: int) -> Float[Array, " n"]:
+        return even_times(np.linspace(0, 1, n), fast.t[-1], fast_scale)
+
+    def theta1(n: int) -> Float[Array, "n d"]:
+        return inner(along, times(n), speed)
+
     count = FEWEST
     rough, fine = theta1(count), theta1(2 * count - 1)
     while True:
         # The error falls 32 times with the spacing: one more is had by extrapolation.
         change = (fine[::2] - rough) / (2**_ORDER - 1)
-        w1, *_ = match(term, start, fine[-1] + change[-1], form, rank)
-        off, *_ = match(term, start, fine[-1], form, rank)
+        w1, *_ = match(term, start, fine[-1] + change[-1], spectrum)
+        off, *_ = match(term, start, fine[-1], spectrum)
         mismatch = jnp.linalg.norm(w1 - off) / jnp.linalg.norm(w1 + h)
         inside = _largest_share(change, rough)
         if not bool(jnp.maximum(mismatch, inside) > _MISMATCH) or 2 * count > MOST:
@@ -118,19 +124,17 @@ def second_order(
         count = 2 * count - 1
         rough, fine = fine, theta1(2 * count - 1)
     theta = fine[::2] + change
-    s = drift.t[: _regular(drift)]
-    tangent = outer(term, drift.params, drift.t, s, w1, 1.0, form, rank)
+    s = drift.s[: _regular(drift)]
+    tangent = outer(term, drift.params, drift.s, s, w1, spectrum)
     # What the solver did not reach is infinite.
     n = int(jnp.sum(jnp.all(jnp.isfinite(tangent), axis=1)))
     if n < 8 or not bool(jnp.isfinite(mismatch)):  # interpolation takes 8
         return None
     nodes = jax.tree.map(lambda p: p[:n], drift.params)
-    offset, ratio = _next(term, nodes, s[:n], tangent[:n], form, rank)
-    bend, rise = _start(term, start, w1, offset, drift.t, form, rank)
-    q = inner_next(
-        term, fast.params, fast_scale, times(2 * count - 1), form, fine, speed, bend,
-        rise,
-    )[::2]  # fmt: skip
+    offset, ratio = _next(term, nodes, s[:n], tangent[:n], spectrum)
+    bend, rise = _start(term, start, w1, offset, drift.s, spectrum)
+    growth = Growth(speed, bend, rise)
+    q = inner_next(along, times(2 * count - 1), fine, growth)[::2]
     whole = jnp.linalg.norm(ravel_pytree(start)[0])
     first, more = (jnp.linalg.norm(x, axis=1) / whole for x in (theta, q))
     e1 = theta - (w1 + h)[None]
@@ -162,12 +166,14 @@ def _start(
     w1: Float[Array, " d"],
     offset: Float[Array, "n d"],
     nodes: Float[Array, " nodes"],
-    form: str,
-    rank: Int[Array, ""],
+    spectrum: Spectrum,
 ) -> tuple[Float[Array, " d"], Float[Array, " d"]]:
     """w°''(0) and a'(0), a = w₁ + h, at the start of the drift."""
-    at = Point(term, start, form, rank)
-    h = lambda s: interpolate(offset, place(s, nodes[-1], 1.0, nodes.size))
+    at = Point(term, start, spectrum)
+
+    def h(s: Float[Array, ""]) -> Float[Array, " d"]:
+        return interpolate(offset, place(s, nodes[-1], 1.0, nodes.size))
+
     # At 0 itself the position is clipped, and its derivative halved.
     beside = 1e-6 * nodes[1]
     rise = jax.jvp(h, (beside,), (jnp.ones_like(beside),))[1]
@@ -186,19 +192,13 @@ class Point(eqx.Module):
     drift: Float[Array, " d"]  # P∇R
     offset: Float[Array, " d"]  # h = −H⁺∇R
 
-    def __init__(self, term: FlowTerm, params: PyTree, form: str, rank: Int[Array, ""]):
-        """M at `params`; `rank` is that of ∇²F along M."""
+    def __init__(self, term: FlowTerm, params: PyTree, spectrum: Spectrum):
+        """M at `params`, with the form and the rank of `spectrum`, of another point."""
         w, loss = flatten(term.loss, params, term.static)
-        if form == "jacobian":
-            a, _ = weighted_jacobian(loss, w)
-            values, vectors = jnp.linalg.eigh(a @ a.T)
-            root = vectors.T @ a
-        else:
-            values, vectors = jnp.linalg.eigh(jax.hessian(loss)(w))
-            root = jnp.sqrt(jnp.abs(values))[:, None] * vectors.T
+        values, root = spectrum.source.root(loss, w)
         place = jnp.argsort(jnp.argsort(-jnp.abs(values)))
         self.loss, self.penalty, self.w, self.root = loss, term.penalty, w, root
-        self.curvature = jnp.where(place < rank, jnp.abs(values), jnp.inf)
+        self.curvature = jnp.where(place < spectrum.rank, jnp.abs(values), jnp.inf)
         self.sign = jnp.sign(values)
         gradient = self._gradient(w)
         self.drift = self.project(gradient)
@@ -223,11 +223,7 @@ class Point(eqx.Module):
         self, a: Float[Array, "p d"], b: Float[Array, "p d"]
     ) -> Float[Array, "p d"]:
         """D³F[a, b] for p pairs."""
-
-        def one(a, b):
-            hvp = lambda w: jax.jvp(self.loss.gradient, (w,), (a,))[1]
-            return jax.jvp(hvp, (self.w,), (b,))[1]
-
+        one = partial(third_derivative, self.loss, self.w)
         return jax.vmap(one)(a, b)
 
     def bending(self) -> Float[Array, " d"]:
@@ -257,12 +253,11 @@ def match(
     term: FlowTerm,
     start: PyTree,
     theta1: Float[Array, " d"],
-    form: str,
-    rank: Int[Array, ""],
+    spectrum: Spectrum,
 ) -> tuple[Float[Array, " d"], Float[Array, " d"], Float[Array, " d"]]:
     """w₁(0) = P(Φ)[θ₁ + tP∇R(Φ)], given what is in the brackets at a large time; h(Φ)
     and P∇R(Φ)."""
-    at = Point(term, start, form, rank)
+    at = Point(term, start, spectrum)
     return at.project(theta1), at.offset, at.drift
 
 
@@ -273,9 +268,8 @@ def outer(
     nodes: Float[Array, " nodes"],
     ts: Float[Array, " n"],
     w1: Float[Array, " d"],
-    bend: float,
-    form: str,
-    rank: Int[Array, ""],
+    spectrum: Spectrum,
+    bend: float = 1.0,
 ) -> Float[Array, "n d"]:
     """w₁ at the slow times `ts`, along the drift known at `nodes`. It is smooth, and
     not held to M: a plain solver and its dense output will do. `bend` is 1; with 0 the
@@ -283,7 +277,7 @@ def outer(
 
     def field(s, v, args):
         here = interpolate(path, place(s, nodes[-1], 1.0, nodes.size))
-        return Point(term, here, form, rank).tangent_rate(v, bend)
+        return Point(term, here, spectrum).tangent_rate(v, bend)
 
     size = jnp.linalg.norm(w1) + jnp.linalg.norm(ravel_pytree(path)[0])
     scale = size / (w1.size * nodes.size) ** 0.5
@@ -301,13 +295,13 @@ def outer(
         throw=False,
         adjoint=diffrax.ForwardMode(),
     )
-    ys: Any = solution.ys
-    return ys
+    assert solution.ys is not None
+    return solution.ys
 
 
-def _regular(drift: Path) -> int:
+def _regular(drift: Drift) -> int:
     """How many nodes of the drift there are before η has fallen to a thousandth."""
-    eta = np.asarray(drift.stats["smallest_curvature"])
+    eta = np.asarray(drift.smallest_curvature)
     fallen = np.flatnonzero(~(eta >= 1e-3 * eta[0]))
     return max(int(fallen[0]) if fallen.size else eta.size, 8)
 
@@ -318,19 +312,18 @@ def _next(
     nodes: PyTree,
     s: Float[Array, " n"],
     tangent: Float[Array, "n d"],
-    form: str,
-    rank: Int[Array, ""],
+    spectrum: Spectrum,
 ) -> tuple[Float[Array, "n d"], Float[Array, " n"]]:
     """h, and ‖b‖/‖h‖: b = −H⁺(½D³F[a, a] + ∇²R a + da/ds), a = w₁ + h, is what the
     terms of order λ² in λ dθ/ds = −∇F − λ∇R leave normal to M."""
-    offset = jax.lax.map(lambda p: Point(term, p, form, rank).offset, nodes)
+    offset = jax.lax.map(lambda p: Point(term, p, spectrum).offset, nodes)
     first = tangent + offset
     rise, run = jnp.gradient(first, axis=0), jnp.gradient(s)
     rate = jnp.asarray(rise) / jnp.asarray(run)[:, None]
 
     def at(args):
         p, a, rate, h = args
-        here = Point(term, p, form, rank)
+        here = Point(term, p, spectrum)
         force = 0.5 * here.third(a[None], a[None])[0] + here.penalty_hvp(a) + rate
         size = jnp.linalg.norm(h)
         ratio = jnp.linalg.norm(here.inverse(force)) / jnp.where(size > 0, size, 1.0)
@@ -339,52 +332,71 @@ def _next(
     return offset, jax.lax.map(at, (nodes, first, rate, offset))
 
 
+class FastPath(eqx.Module):
+    """The fast path θ_GF, interpolated, and what drives it."""
+
+    term: FlowTerm
+    params: PyTree
+    """At n even times, see `even_times`."""
+    scale: Float[Array, ""]
+    """τ of these times."""
+    form: AbstractForm
+
+    def at(
+        self, t: Float[Array, ""], end: Float[Array, ""]
+    ) -> tuple[Float[Array, " d"], FlatLoss]:
+        """θ_GF(t) as a vector, `end` being its last time, and F."""
+        nodes = jax.tree.leaves(self.params)[0].shape[0]
+        params = interpolate(self.params, place(t, end, self.scale, nodes))
+        return flatten(self.term.loss, params, self.term.static)
+
+
+class Growth(NamedTuple):
+    """How the terms grow along the fast path: as the drift that follows begins."""
+
+    speed: Float[Array, " d"]
+    """P∇R(Φ) = −w°'(0)."""
+    bend: Float[Array, " d"]
+    """w°''(0)."""
+    rise: Float[Array, " d"]
+    """a'(0), a = w₁ + h."""
+
+
 @eqx.filter_jit
 def inner(
-    term: FlowTerm,
-    path: PyTree,
-    scale: Float[Array, ""],
-    ts: Float[Array, " n"],
-    form: str,
-    speed: Float[Array, " d"],
+    fast: FastPath, ts: Float[Array, " n"], speed: Float[Array, " d"]
 ) -> Float[Array, "n d"]:
     """u = θ₁ + tv at the times `ts`, where v = `speed` = P∇R(Φ): what is left of θ₁
     without its growth, u' = −H(u − tv) − ∇R + v."""
 
     def source(t, w, loss):
         grown = t * jax.jvp(loss.gradient, (w,), (speed,))[1]
-        return grown - _pull(term, w, loss) + speed
+        return grown - _pull(fast.term, w, loss) + speed
 
-    return _march(term, path, scale, ts, form, source)
+    return _march(fast, ts, source)
 
 
 @eqx.filter_jit
 def inner_next(
-    term: FlowTerm,
-    path: PyTree,
-    scale: Float[Array, ""],
+    fast: FastPath,
     ts: Float[Array, " n"],
-    form: str,
     first: Float[Array, "n d"],
-    speed: Float[Array, " d"],
-    bend: Float[Array, " d"],
-    rise: Float[Array, " d"],
+    growth: Growth,
 ) -> Float[Array, "n d"]:
     """q = θ₂ − ½t²w°'' − ta', the term of order λ² without its growth, at the times
-    `ts` at which u is `first`: θ₂' = −Hθ₂ − ½D³F[θ₁, θ₁] − ∇²Rθ₁. `bend` is w°''(0),
-    and `rise` is a'(0), a = w₁ + h."""
+    `ts` at which u is `first`: θ₂' = −Hθ₂ − ½D³F[θ₁, θ₁] − ∇²Rθ₁."""
+    speed, bend, rise = growth
 
     def source(t, w, loss):
-        u = interpolate(first, place(t, ts[-1], scale, ts.size))
+        u = interpolate(first, place(t, ts[-1], fast.scale, ts.size))
         theta1 = u - t * speed
-        hvp = lambda v: lambda x: jax.jvp(loss.gradient, (x,), (v,))[1]
-        third = jax.jvp(hvp(theta1), (w,), (theta1,))[1]
-        grown = hvp(0.5 * t**2 * bend + t * rise)(w)
-        pull = lambda x: _pull(term, x, loss)
-        decay = jax.jvp(pull, (w,), (theta1,))[1]
+        third = third_derivative(loss, w, theta1, theta1)
+        growing = 0.5 * t**2 * bend + t * rise
+        grown = jax.jvp(loss.gradient, (w,), (growing,))[1]
+        decay = jax.jvp(lambda x: _pull(fast.term, x, loss), (w,), (theta1,))[1]
         return -0.5 * third - decay - grown - t * bend - rise
 
-    return _march(term, path, scale, ts, form, source)
+    return _march(fast, ts, source)
 
 
 def _pull(term: FlowTerm, w: Float[Array, " d"], loss: FlatLoss) -> Float[Array, " d"]:
@@ -393,12 +405,9 @@ def _pull(term: FlowTerm, w: Float[Array, " d"], loss: FlatLoss) -> Float[Array,
 
 
 def _march(
-    term: FlowTerm,
-    path: PyTree,
-    scale: Float[Array, ""],
+    fast: FastPath,
     ts: Float[Array, " n"],
-    form: str,
-    source: Callable,
+    source: Callable[[Array, Array, FlatLoss], Array],
 ) -> Float[Array, "n d"]:
     """u' = −H(θ_GF)u + source(t, θ_GF, F), u(0) = 0, at the times `ts`.
 
@@ -407,17 +416,14 @@ def _march(
     point, and H only there. The spectrum is real, so that its stability is that of an
     L-stable method.
     """
-    alpha = backward_differences(_ORDER)
-    nodes = jax.tree.leaves(path)[0].shape[0]
-    at = lambda t: interpolate(path, place(t, ts[-1], scale, nodes))
-    first = jax.tree.map(lambda p: p[0], path)
-    theta, _ = flatten(term.loss, first, term.static)
+    alpha, scale = backward_differences(_ORDER), fast.scale
+    zero = jnp.zeros_like(ravel_pytree(jax.tree.map(lambda p: p[0], fast.params))[0])
     dx = jnp.log1p(ts[-1] / scale) / (ts.size - 1)
 
     def rate(x, u):
         """du/dx, where the problem is not stiff yet."""
         t = scale * jnp.expm1(x)
-        w, loss = flatten(term.loss, at(t), term.static)
+        w, loss = fast.at(t, ts[-1])
         hu = jax.jvp(loss.gradient, (w,), (u,))[1]
         return scale * jnp.exp(x) * (source(t, w, loss) - hu)
 
@@ -431,50 +437,17 @@ def _march(
         return v, v
 
     def advance(past, t):
-        w, loss = flatten(term.loss, at(t), term.static)
+        w, loss = fast.at(t, ts[-1])
         h = dx * (t + scale)
         right = h * source(t, w, loss) - alpha[1:] @ past
-        v = _shifted(loss, w, form, h, alpha[0], right, past[0])
+        v = fast.form.solve_shifted(loss, w, alpha[0], h, right, past[0])
         return jnp.concatenate([v[None], past[:-1]]), v
 
-    zero = jnp.zeros_like(theta)
-    count = jnp.arange(alpha.size - 2, dtype=theta.dtype)
+    count = jnp.arange(alpha.size - 2, dtype=zero.dtype)
     early = jax.lax.scan(runge_kutta, zero, count)[1]
     early = jnp.concatenate([zero[None], early])
     late = jax.lax.scan(advance, early[::-1], ts[alpha.size - 1 :])[1]
     return jnp.concatenate([early, late])
-
-
-def _shifted(
-    loss: FlatLoss,
-    w: Float[Array, " d"],
-    form: str,
-    h: Float[Array, ""],
-    alpha: Float[Array, ""],
-    right: Float[Array, " d"],
-    guess: Float[Array, " d"],
-) -> Float[Array, " d"]:
-    """Solves (α + hH) v = right. In the Jacobian form H = AᵀA + S, where S, from the
-    residuals, fades along the path: conjugate gradients, preconditioned by α + hAᵀA,
-    take a few iterations first and one in the end."""
-    if form == "hessian":
-        matrix = alpha * jnp.eye(w.size, dtype=w.dtype) + h * jax.hessian(loss)(w)
-        return jnp.linalg.solve(matrix, right)
-    a, _ = weighted_jacobian(loss, w)
-    kernel = a @ a.T + alpha / h * jnp.eye(a.shape[0], dtype=w.dtype)
-    factor = jax.scipy.linalg.cho_factor(kernel)
-    precondition = lambda v: (
-        (v - a.T @ jax.scipy.linalg.cho_solve(factor, a @ v)) / alpha
-    )
-    apply = lambda v: alpha * v + h * jax.jvp(loss.gradient, (w,), (v,))[1]
-    return jax.scipy.sparse.linalg.cg(
-        apply,
-        right,
-        guess,
-        tol=1e4 * float(jnp.finfo(w.dtype).eps),
-        maxiter=100,
-        M=precondition,
-    )[0]
 
 
 def backward_differences(order: int) -> Float[Array, " 6"]:

@@ -1,0 +1,125 @@
+"""What a Riemannian flow gives: the models along the critical manifold in slow time."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float, PyTree, Scalar
+
+from ..metrics import Metric
+from ..results import in_words, RESULTS
+from ..runs.crossing import crossing_time
+
+
+class Drift(eqx.Module):
+    """The drift w°(s) of the penalty on the critical manifold, saved at n slow times.
+
+    Every array has the n slow times as its first axis. Where it ended early, what comes
+    after its end is NaN. `drift[i]` is the model at `drift.s[i]`. Print it for a
+    summary; `drift.plot()` draws it.
+    """
+
+    s: Float[Array, " n"]
+    """The slow times, s = λt for whatever λ."""
+    params: PyTree
+    """The trainable parameters, stacked along the slow times."""
+    static: PyTree
+    """All the rest of the model."""
+    metrics: dict[str, Float[Array, " n"]]
+    """The metrics asked for, by name."""
+    train_loss: Float[Array, " n"]
+    """F: that of the manifold, but for rounding."""
+    penalty: Float[Array, " n"]
+    """R, which falls."""
+    result: RESULTS
+    """How it ended."""
+    stats: dict[str, Any]
+    """The solver, its tolerance, the steps it took, and `"smallest_curvature"`."""
+    watched: dict[str, Metric]
+    """The metrics themselves, with their thresholds."""
+
+    @property
+    def slow_time(self) -> Float[Array, " n"]:
+        """The same as `s`, by the name that it has in a [`gradflow.Path`][]."""
+        return self.s
+
+    @property
+    def smallest_curvature(self) -> Float[Array, " n"]:
+        """η(s), the smallest normal curvature of F: theory asks for λ ≪ η."""
+        return self.stats["smallest_curvature"]
+
+    @property
+    def models(self) -> PyTree:
+        """The models, every trainable leaf stacked along the slow times."""
+        return eqx.combine(self.params, self.static)
+
+    def __getitem__(self, index: int | np.integer) -> PyTree:
+        """The model at `s[index]`."""
+        return eqx.combine(jax.tree.map(lambda p: p[index], self.params), self.static)
+
+    def __len__(self) -> int:
+        return self.s.shape[0]
+
+    @property
+    def succeeded(self) -> Bool[Array, ""]:
+        """Whether it reached its last slow time. (It may have `slid`: see `result`.)"""
+        return (self.result == RESULTS.successful) | (self.result == RESULTS.slid)
+
+    @property
+    def verdict(self) -> str:
+        """How it ended, and what to do about it, in words."""
+        return in_words(self.result, str(self.stats.get("solver", "")), self.s.dtype)
+
+    def crossing_time(self, name: str) -> float:
+        """The slow time from which metric `name` is past its threshold for good, by
+        interpolation: see [`gradflow.crossing_time`][]."""
+        return crossing_time(self.s, self.metrics[name], self.watched[name])
+
+    @property
+    def speed(self) -> Scalar:
+        """‖dw/ds‖/‖w‖ over the last two slow times: how fast it still is."""
+        last = [p[-1] for p in jax.tree.leaves(self.params)]
+        step = [p[-1] - p[-2] for p in jax.tree.leaves(self.params)]
+        size = optax.tree.norm
+        return size(step) / (size(last) * (self.s[-1] - self.s[-2]))
+
+    @property
+    def stationary(self) -> Bool[Array, ""]:
+        """Whether it has come to rest: `speed` below 1e-3."""
+        return self.speed < 1e-3
+
+    def __str__(self) -> str:
+        d = sum(p[0].size for p in jax.tree.leaves(self.params))
+        watched = {"train loss": self.train_loss, "penalty": self.penalty}
+        trends = (_trend(*each) for each in (watched | self.metrics).items())
+        lines = [
+            f"Drift of {d} parameters on the critical manifold, s = "
+            f"{float(self.s[0]):.3g} … {float(self.s[-1]):.3g}, {len(self)} slow times",
+            f"  {self.stats['solver']}, rtol {float(self.stats['rtol']):.1g}: "
+            f"{int(self.stats['steps'])} steps, {int(self.stats['rejected'])} rejected",
+            f"  {', '.join(trends)}",
+            f"  {_trend('smallest normal curvature η', self.smallest_curvature)}",
+        ]
+        if not bool(self.succeeded):
+            lines.append(f"  FAILED: {self.verdict}")
+        elif bool(self.result == RESULTS.slid):
+            lines.append(f"  WARNING: {RESULTS[self.result]}")
+        elif len(self) > 1:
+            state = "at rest" if bool(self.stationary) else "still drifting"
+            lines.append(f"  {state}: ‖dw/ds‖/‖w‖ = {float(self.speed):.2g}")
+        return "\n".join(lines)
+
+    def plot(self, **kwargs: Any) -> Any:
+        """Loss, metrics and penalty against slow time; see `gradflow.plot.drift`."""
+        from .. import plot
+
+        return plot.drift(self, **kwargs)
+
+
+def _trend(name: str, values: Array) -> str:
+    """From the first to the last of the values that there are."""
+    v = np.asarray(values)
+    finite = v[np.isfinite(v)]
+    return f"{name} {v[0]:.3g} → {finite[-1] if finite.size else np.nan:.3g}"

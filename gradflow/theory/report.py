@@ -1,0 +1,197 @@
+"""What comparing theory with simulation gives: errors, rates and times, as a table."""
+
+from typing import Any
+
+import equinox as eqx
+import numpy as np
+from jaxtyping import Bool, Float
+
+from ..results import RESULTS
+from ..sweeps.result import Sweep
+from .prediction import TwoPhase
+
+# Of each order: how the lanes that its rate is fitted to are marked in the table.
+_MARKS = {1: "*", 2: "°"}
+
+
+class Rate(eqx.Module):
+    """The exponent p of an error C λᵖ, by least squares in the logarithms."""
+
+    exponent: float
+    stderr: float
+    """Its standard error; NaN for two points."""
+    used: Bool[np.ndarray, " L"]
+    """Which λ were used, a vector of booleans."""
+    why: str
+    """Why these; or why there is no rate."""
+
+    def __str__(self) -> str:
+        if not np.isfinite(self.exponent):
+            return f"no rate: {self.why}"
+        return f"{self.exponent:.3f} ± {self.stderr:.3f} over {self.why}"
+
+
+class Order(eqx.Module):
+    """The prediction of one order against the flow, for L weight decays. Errors are
+    ‖θ_λ(t) − prediction‖/‖Φ(θ₀)‖, and NaN for a lane that failed."""
+
+    error: Float[np.ndarray, "L n"]
+    """At every saved time."""
+    sup_all: Float[np.ndarray, " L"]
+    """The largest over all times."""
+    sup: Float[np.ndarray, " L"]
+    """The largest over s ≤ `regular_until`: what the rate is fitted to."""
+    next_term: Float[np.ndarray, " L"]
+    """The error bar: what the next term would add, over s ≤ `regular_until`. At order 1
+    it is known, λ‖e₁ + w₁ + h‖ (NaN where order 2 was not computed); at order 2 it is
+    that times λρ, the ratio of the two terms normal to the manifold."""
+    rate: Rate
+
+
+class DriftAlone(eqx.Module):
+    """The drift w°(λt) against the flow, without the fast phase."""
+
+    error: Float[np.ndarray, "L n"]
+    """‖θ_λ(t) − w°(λt)‖/‖Φ(θ₀)‖ at every saved time."""
+    sup: Float[np.ndarray, " L"]
+    """The largest over s ≥ `after`."""
+    after: float
+    """ε, a slow time by which the fast phase is over."""
+
+
+class Times(eqx.Module):
+    """When a metric passes its threshold for good, for L weight decays: times t, NaN
+    where it does not."""
+
+    measured: Float[np.ndarray, " L"]
+    predicted: Float[np.ndarray, " L"]
+    """NaN where it is not within `valid_until`, too."""
+    error: Float[np.ndarray, " L"]
+    """The estimated error of `predicted`, a time; NaN at order 1."""
+
+
+class Curves(eqx.Module):
+    """The metrics of the prediction, of the highest order known."""
+
+    t: Float[np.ndarray, "L k"]
+    """Times up to `valid_until`; NaN where that is 0."""
+    metrics: dict[str, Float[np.ndarray, "L k"]]
+    """By name, at these times."""
+
+
+class Report(eqx.Module):
+    """The two-phase prediction against the true flow, lane by lane.
+
+    Print it for a table; `report.plot()` draws it.
+    """
+
+    sweep: Sweep
+    theory: TwoPhase
+    orders: dict[int, Order]
+    """Of the prediction: 1, and 2 where it was computed, as in `report.orders[2]`."""
+    drift: DriftAlone
+    memorised: Times
+    """Of the metric `"train"`."""
+    grokked: Times
+    """Of the metric `"test"`."""
+    curves: Curves
+    valid_until: Float[np.ndarray, " L"]
+    """The slow time up to which theory is claimed to hold."""
+
+    @property
+    def weight_decay(self) -> Float[np.ndarray, " L"]:
+        """λ of every lane."""
+        return np.asarray(self.sweep.weight_decay)
+
+    @property
+    def regular_until(self) -> float:
+        """The slow time at which the smallest normal curvature of F along the drift has
+        fallen to a tenth of its initial value (or the end of the drift)."""
+        return self.theory.regular_until
+
+    @property
+    def delay(self) -> Float[np.ndarray, " L"]:
+        """Grokking time minus memorisation time, as measured."""
+        return self.grokked.measured - self.memorised.measured
+
+    def __str__(self) -> str:
+        lanes = np.argsort(-self.weight_decay).tolist()
+        lines = [*self._head(), *(self._row(i) for i in lanes)]
+        for k, order in self.orders.items():
+            what = "rate of the error in λ" if k == 1 else f"of order {k}"
+            lines.append(f"  {what}: {order.rate}, marked {_MARKS[k]} (theory: {k})")
+        if self.theory.drift.watched:
+            lines += self._times(lanes)
+        if not bool(self.theory.result == RESULTS.successful):
+            lines.append(f"  theory: {RESULTS[self.theory.result]}")
+        return "\n".join(lines)
+
+    def _head(self) -> list[str]:
+        theory = self.theory
+        curvature, spectrum = np.asarray(theory.smallest_curvature), theory.spectrum
+        return [
+            "Two-phase theory against simulation "
+            f"({self.sweep.stats['solver']}, {len(self.weight_decay)} weight decays)",
+            f"  critical manifold of dimension {int(spectrum.dimension)}, "
+            f"rank {int(spectrum.rank)}"
+            + (" (rank ambiguous)" if bool(spectrum.ambiguous) else ""),
+            f"  smallest normal curvature η: {curvature[0]:.2g} at the start of the "
+            f"drift, {curvature[-1]:.2g} at s = {float(theory.drift.s[-1]):.3g}; "
+            "theory asks for λ ≪ η",
+            f"  error relative to ‖Φ‖: at all t; at orders 1 and 2 over "
+            f"s ≤ {self.regular_until:.2g}; of the",
+            f"  drift alone over s ≥ {self.drift.after:.2g}. Next term: estimated "
+            "error of order 2. Valid: up to this s",
+            f"  {'λ':>9} {'all t':>9} {'order 1':>9} {'order 2':>9} {'next term':>9} "
+            f"{'drift':>9} {'valid':>7}",
+        ]
+
+    def _row(self, i: int) -> str:
+        """The errors of lane i."""
+        first, second = self.orders[1], self.orders.get(2)
+        row = f"  {self.weight_decay[i]:9.2e} {first.sup_all[i]:9.2e} "
+        row += f"{first.sup[i]:9.2e} "
+        of_second = (np.nan, np.nan)
+        if second is not None:
+            of_second = (second.sup[i], second.next_term[i])
+        row += "".join(f"{_number(x)} " for x in of_second)
+        row += f"{self.drift.sup[i]:9.2e} {self.valid_until[i]:7.3g} "
+        orders = self.orders.items()
+        row += "".join(_MARKS[k] for k, order in orders if order.rate.used[i])
+        lane = self.sweep[i]
+        if not bool(lane.succeeded):
+            row += f"  FAILED: {RESULTS[lane.result]}"
+        return row.rstrip()
+
+    def _times(self, lanes: list[int]) -> list[str]:
+        memorised, grokked = self.memorised, self.grokked
+        lines = [
+            f"  {'λ':>9} {'memorised':>10} {'grokked':>10} {'predicted':>10} "
+            f"{'± about':>9} {'delay':>10}"
+        ]
+        lines += [
+            f"  {self.weight_decay[i]:9.2e} {_time(memorised.measured[i])} "
+            f"{_time(grokked.measured[i])} {_time(grokked.predicted[i])} "
+            f"{_number(grokked.error[i])} {_time(self.delay[i])}"
+            for i in lanes
+        ]
+        unpredicted = ~np.isfinite(grokked.predicted)
+        if (np.isfinite(grokked.measured) & unpredicted).any():
+            lines.append(
+                "  no time is predicted where theory does not hold until the crossing"
+            )
+        return lines
+
+    def plot(self, **kwargs: Any) -> Any:
+        """The report as a figure; see `gradflow.plot.report`."""
+        from .. import plot
+
+        return plot.report(self, **kwargs)
+
+
+def _number(x: float) -> str:
+    return f"{x:9.2e}" if np.isfinite(x) else f"{'–':>9}"
+
+
+def _time(t: float) -> str:
+    return f"{t:10.4g}" if np.isfinite(t) else f"{'–':>10}"
