@@ -14,7 +14,10 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, PyTree
+
+from ._typing import Given
 
 Wrong = bool | Bool[Array, ""]
 """Whether an argument is: False, or traced."""
@@ -30,7 +33,7 @@ def is_key(x) -> bool:
     return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
-def word(x: Any) -> str:
+def word(x: Given) -> str:
     """What `x` is, in one short line."""
     if isinstance(x, type):
         return f"the class {x.__name__}"
@@ -43,7 +46,7 @@ def word(x: Any) -> str:
     return text if len(text) <= 60 and "\n" not in text else f"a {type(x).__name__}"
 
 
-def _array(x: Any) -> np.ndarray | Array | None:
+def _array(x: Given) -> np.ndarray | Array | None:
     """Real numbers as an array; `None` where `x` is something else."""
     if is_key(x) or x is None:
         return None
@@ -55,7 +58,9 @@ def _array(x: Any) -> np.ndarray | Array | None:
     return array if real or jnp.issubdtype(array.dtype, jnp.integer) else None
 
 
-def check_number(x: Any, name: str, expected: str, okay: Callable[[Any], Any]) -> Wrong:
+def check_number(
+    x: Given, name: str, expected: str, okay: Callable[[Any], Any]
+) -> Wrong:
     """Raises unless `x` is one finite real number for which `okay` holds.
 
     **Returns:** False; where `x` is being traced, whether it is wrong.
@@ -66,7 +71,7 @@ def check_number(x: Any, name: str, expected: str, okay: Callable[[Any], Any]) -
 
 
 def check_numbers(
-    x: Any, name: str, expected: str, okay: Callable[[Any], Any]
+    x: Given, name: str, expected: str, okay: Callable[[Any], Any]
 ) -> Wrong:
     """The same for one number or a vector."""
     array = _array(x)
@@ -79,7 +84,7 @@ def check_numbers(
     return False
 
 
-def check_one(x: Any, name: str) -> None:
+def check_one(x: Given, name: str) -> None:
     """Raises where a sweep is what is wanted."""
     if np.ndim(x) != 0:
         raise ValueError(
@@ -87,11 +92,11 @@ def check_one(x: Any, name: str) -> None:
         )
 
 
-def check_positive(x: Any, name: str) -> Wrong:
+def check_positive(x: Given, name: str) -> Wrong:
     return check_number(x, name, "a positive number", lambda v: v > 0)
 
 
-def check_integer(x: Any, name: str, least: int = 1) -> Wrong:
+def check_integer(x: Given, name: str, least: int = 1) -> Wrong:
     """Raises unless `x` is an integer from `least` on, known now."""
     whole = isinstance(x, int | np.integer) and not isinstance(x, bool)
     if not whole or x < least:
@@ -99,19 +104,19 @@ def check_integer(x: Any, name: str, least: int = 1) -> Wrong:
     return False
 
 
-def check_choice(x: Any, name: str, among: tuple) -> None:
+def check_choice(x: Given, name: str, among: tuple) -> None:
     """Raises unless `x` is one of a few values."""
     if not any(x is one or (type(x) is type(one) and x == one) for one in among):
         expected = ", ".join(map(repr, among))
         raise ValueError(f"{name}: expected one of {expected}, got {word(x)}.")
 
 
-def check_callable(x: Any, name: str, of: str = "the model") -> None:
+def check_callable(x: Given, name: str, of: str = "the model") -> None:
     if not callable(x) or isinstance(x, type):
         raise ValueError(f"{name}: expected a function of {of}, got {word(x)}.")
 
 
-def as_level(x: Any, name: str = "threshold") -> float | None:
+def as_level(x: Given, name: str = "threshold") -> float | None:
     """A number known now, as a plain one; or `None`."""
     if x is None:
         return None
@@ -204,20 +209,20 @@ def check_model(params: PyTree) -> None:
     check_finite(params, "model")
 
 
-def check_init_scale(init_scale: Any, name: str = "init_scale") -> Wrong:
+def check_init_scale(init_scale: Given, name: str = "init_scale") -> Wrong:
     return check_number(init_scale, name, "one positive number", lambda v: v > 0)
 
 
-def check_from_zero(x: Any, name: str) -> Wrong:
+def check_from_zero(x: Given, name: str) -> Wrong:
     return check_number(x, name, "a finite number, 0 or more", lambda v: v >= 0)
 
 
-def check_fraction(x: Any, name: str) -> Wrong:
+def check_fraction(x: Given, name: str) -> Wrong:
     between = lambda v: (v > 0) & (v < 1)
     return check_number(x, name, "a number between 0 and 1", between)
 
 
-def check_solver(solver: Any, name: str = "solver") -> Wrong:
+def check_solver(solver: Given, name: str = "solver") -> Wrong:
     """Raises unless it is a solver that estimates its error."""
     if isinstance(solver, diffrax.AbstractAdaptiveSolver):
         return False
@@ -227,7 +232,7 @@ def check_solver(solver: Any, name: str = "solver") -> Wrong:
     raise ValueError(f"{name}: expected one such as gradflow.KKT4(), got {got}.")
 
 
-def check_rate(rate: Any, name: str) -> Wrong:
+def check_rate(rate: Given, name: str) -> Wrong:
     """A number, or a schedule: a function of the step."""
     if not callable(rate):
         return check_positive(rate, name)
@@ -258,7 +263,7 @@ _ARGUMENTS: dict[str, Callable[[Any, str], Wrong]] = {
 """What an argument of that name has to be, wherever there is one."""
 
 
-def check_arguments(**values: Any) -> Wrong:
+def check_arguments(**values: Given) -> Wrong:
     """Raises unless each argument is what its name stands for.
 
     **Returns:** False; where some are being traced, whether one is wrong.
@@ -269,7 +274,7 @@ def check_arguments(**values: Any) -> Wrong:
     return wrong
 
 
-def check_given(**values: Any) -> Wrong:
+def check_given(**values: Given) -> Wrong:
     """The same for arguments that may be left out, where they are not `None`."""
     return check_arguments(**{k: v for k, v in values.items() if v is not None})
 
@@ -292,12 +297,12 @@ def resolvable(rtol, params: PyTree):
 
 
 def check_horizon(
-    weight_decay: Any,
-    slow_time: Any,
-    t1: Any,
-    ts: Any,
-    saves: Any,
-    dtype: Any = np.float64,
+    weight_decay: Given,
+    slow_time: Given,
+    t1: Given,
+    ts: Given,
+    saves: Given,
+    dtype: DTypeLike = np.float64,
 ) -> Wrong:
     """Of when a run ends, and what it saves. Weight decays may be many; `dtype` is that
     of the parameters, in which times are counted."""
@@ -334,7 +339,7 @@ def check_horizon(
     return wrong
 
 
-def check_times(ts: Any, name: str, least: int = 2) -> Wrong:
+def check_times(ts: Given, name: str, least: int = 2) -> Wrong:
     """Of a vector of increasing times, so many at least."""
     values = _array(ts)
     if values is None or values.ndim != 1 or values.size < least:

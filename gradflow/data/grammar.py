@@ -50,7 +50,10 @@ def synthetic_reviews(seed: int, count: int) -> Reviews:
     **Returns:** the reviews, of `data` "synthetic reviews (a grammar)".
     """
     rng = np.random.default_rng(seed)
-    one = lambda words: words[rng.integers(len(words))]
+
+    def one(words):
+        return words[rng.integers(len(words))]
+
     chance = {}
     for words in (_PRAISE, _BLAME):
         weights = 1 / np.arange(1, len(words) + 1)

@@ -118,8 +118,13 @@ def mnist(
             expected = f"{len(content[images])} labels, one for each image"
             got = f"shape {content[labels].shape}"
             raise problem(files[labels], expected, got, _HOW)
-    flat = lambda images: images.reshape(len(images), -1) / 255
-    whole = lambda labels: labels.astype(int)
+
+    def flat(images):
+        return images.reshape(len(images), -1) / 255
+
+    def whole(labels):
+        return labels.astype(int)
+
     return (
         flat(content["images"]),
         whole(content["labels"]),

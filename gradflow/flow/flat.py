@@ -18,7 +18,10 @@ def operations(jaxpr: Any) -> Iterator[Any]:
     """All equations of a program, and of those inside of it."""
     for equation in jaxpr.eqns:
         yield equation
-        inner = lambda p: hasattr(p, "eqns")
+
+        def inner(p):
+            return hasattr(p, "eqns")
+
         for param in jax.tree.leaves(list(equation.params.values()), is_leaf=inner):
             if inner(param):
                 yield from operations(param)
@@ -42,7 +45,10 @@ def linearized(fn: Callable, x: PyTree) -> tuple[PyTree, Callable, Callable]:
         if "custom_vjp" not in str(error):
             raise
     out, back = jax.vjp(fn, x)
-    pull = lambda v: back(v)[0]
+
+    def pull(v):
+        return back(v)[0]
+
     try:
         _, forth = jax.vjp(pull, jax.tree.map(jnp.zeros_like, out))
         jax.eval_shape(forth, x)
@@ -144,8 +150,13 @@ class FlatLoss(eqx.Module):
         x = self.composite.samples
         n = m if x is None else jax.tree.leaves(x)[0].shape[0]
         block = _block_length(n, theta.nbytes * (m // n))
-        spread = lambda v: jnp.broadcast_to(weights, v.shape)
-        weighted = lambda v: v if weights is None else v * spread(v)
+
+        def spread(v):
+            return jnp.broadcast_to(weights, v.shape)
+
+        def weighted(v):
+            return v if weights is None else v * spread(v)
+
         if block == n:
             jac = self.jacobian(theta)
             return weighted(jac) @ jac.T
@@ -178,7 +189,10 @@ class FlatLoss(eqx.Module):
     ) -> Float[Array, "m m"]:
         """The same where outputs are not known to split into samples."""
         z, push, pull = self.linearize(theta)
-        row = lambda e: push(weighted(pull(e)))
+
+        def row(e):
+            return push(weighted(pull(e)))
+
         return jax.lax.map(row, jnp.eye(z.size, dtype=z.dtype), batch_size=block)
 
     @property

@@ -1,7 +1,5 @@
 """The gradient flow θ' = −∇F(θ) − λ∇R(θ), as a Diffrax term."""
 
-from typing import Any
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -9,6 +7,7 @@ import optax
 from jaxtyping import PyTree, Scalar
 
 from .._checks import check_init_scale, check_model, is_concrete, word
+from .._typing import Given
 from ..losses import AbstractLoss
 from ..penalties import AbstractPenalty, L2
 from .term import FlowTerm, Sphere, Tangential
@@ -122,7 +121,7 @@ def _split(model: PyTree, trainable: PyTree) -> tuple[PyTree, PyTree]:
     return params, static
 
 
-def check_flow(flow: Any) -> None:
+def check_flow(flow: Given) -> None:
     """Raises unless it is a flow. A loss alone does not say which penalty."""
     if not isinstance(flow, GradientFlow):
         loss = isinstance(flow, AbstractLoss)
@@ -130,7 +129,7 @@ def check_flow(flow: Any) -> None:
         raise ValueError(f"flow: expected a GradientFlow, got {word(flow)}{remedy}.")
 
 
-def flow_of(loss: Any, trainable: PyTree = eqx.is_inexact_array) -> GradientFlow:
+def flow_of(loss: Given, trainable: PyTree = eqx.is_inexact_array) -> GradientFlow:
     """The flow of a loss alone, whatever the penalty: from the loss, or from a flow.
 
     **Raises:** `ValueError` for anything else; for a flow that holds the norm; and
@@ -144,7 +143,7 @@ def flow_of(loss: Any, trainable: PyTree = eqx.is_inexact_array) -> GradientFlow
     return GradientFlow(loss, trainable=trainable)
 
 
-def check_free(flow: Any) -> None:
+def check_free(flow: Given) -> None:
     """Raises unless it is a flow, of parameters whose norm is not held."""
     check_flow(flow)
     if flow.hold_norm:
@@ -172,5 +171,8 @@ def scaled(
     """
     check_init_scale(alpha, "alpha")
     params, static = _split(model, trainable)
-    times = lambda p: jnp.asarray(alpha, p.dtype) * p
+
+    def times(p):
+        return jnp.asarray(alpha, p.dtype) * p
+
     return eqx.combine(jax.tree.map(times, params), static)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree, Scalar
 
+from .._typing import RealScalarLike
 from ..losses import AbstractLoss
 from ..penalties import AbstractPenalty
 
@@ -82,13 +83,13 @@ class FlowTerm(diffrax.AbstractTerm):
         decay = self.penalty.gradient(params)
         return jax.tree.map(lambda f, r: -f - weight_decay * r, force, decay)
 
-    def vf(self, t: Any, y: PyTree, args: Any) -> PyTree:
+    def vf(self, t: RealScalarLike, y: PyTree, args: PyTree) -> PyTree:
         return self.velocity(y, args)
 
-    def contr(self, t0: Any, t1: Any, **kwargs: Any) -> Any:
+    def contr(self, t0: Any, t1: Any, **kwargs: PyTree) -> Any:
         return t1 - t0
 
-    def prod(self, vf: PyTree, control: Any) -> PyTree:
+    def prod(self, vf: PyTree, control: RealScalarLike) -> PyTree:
         return jax.tree.map(lambda v: v * control, vf)
 
 
@@ -104,5 +105,5 @@ class Tracked(eqx.Module):
 class TrackedFlowTerm(FlowTerm):
     """The same flow with a `Tracked` state."""
 
-    def vf(self, t: Any, y: Tracked, args: Any) -> Tracked:
+    def vf(self, t: RealScalarLike, y: Tracked, args: PyTree) -> Tracked:
         return Tracked(super().vf(t, y.params, args), jnp.zeros_like(y.multiplier))

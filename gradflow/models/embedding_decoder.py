@@ -95,7 +95,10 @@ def messy_embedding(
     """
     check_sizes(symbols=symbols, dimension=dimension)
     random_key, linear_key = jr.split(key)
-    uniform = lambda k, n: jr.uniform(k, (symbols, n), minval=-1.0)
+
+    def uniform(k, n):
+        return jr.uniform(k, (symbols, n), minval=-1.0)
+
     line = jnp.linspace(-1, 1, symbols)[:, None]
     linear = jnp.concatenate([line, 0.3 * uniform(linear_key, dimension - 1)], axis=1)
     return messiness * uniform(random_key, dimension) + (1 - messiness) * linear

@@ -68,7 +68,10 @@ class LSTMClassifier(eqx.Module):
             for cell, state in zip(self.cells, states, strict=True):
                 new = cell(x, state)
                 if self.skip_padding:
-                    keep = lambda a, b: jnp.where(word == 0, a, b)
+
+                    def keep(a, b):
+                        return jnp.where(word == 0, a, b)
+
                     new = jax.tree.map(keep, state, new)
                 moved.append(new)
                 x = new[0]

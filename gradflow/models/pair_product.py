@@ -53,7 +53,10 @@ class PairProduct(eqx.Module):
 
     def __call__(self, pair: Int[Array, "2"]) -> Float[Array, " c"]:
         k = _side(self.left.shape[1])
-        matrix = lambda table, symbol: table[symbol].reshape(k, k)
+
+        def matrix(table, symbol):
+            return table[symbol].reshape(k, k)
+
         product = matrix(self.left, pair[0]) @ matrix(self.right, pair[1])
         hidden = jax.nn.relu(jnp.dot(self.inner, product.reshape(-1)))
         return jnp.dot(self.outer, hidden)

@@ -22,7 +22,10 @@ class Attention(eqx.Module):
 
     def project(self, x: Float[Array, "n d"], m: int) -> "Projections":
         """Q at the last m of n positions, K and V at all: linear in x."""
-        of = lambda weights, x: jnp.einsum("hkd,nd->nhk", weights, x)
+
+        def of(weights, x):
+            return jnp.einsum("hkd,nd->nhk", weights, x)
+
         q = of(self.query, x[x.shape[0] - m :])
         return q, of(self.key, x), of(self.value, x)
 
@@ -107,7 +110,10 @@ class Transformer(eqx.Module):
         if width % heads:
             raise ValueError(f"heads: expected a divisor of {width}, got {heads}.")
         keys = iter(jr.split(key, 3 + 6 * layers))
-        normal = lambda *shape, fan: jr.normal(next(keys), shape) / fan**0.5
+
+        def normal(*shape, fan):
+            return jr.normal(next(keys), shape) / fan**0.5
+
         size = width // heads
         self.embedding = normal(symbols, width, fan=width)
         self.positions = normal(length, width, fan=width)
@@ -149,7 +155,10 @@ class Transformer(eqx.Module):
         n, most = symbols.shape[0], self.positions.shape[0]
         if n > most:
             raise ValueError(f"symbols: at most {most} are read, got {n}.")
-        last = lambda i: m if i == len(self.blocks) - 1 else n
+
+        def last(i):
+            return m if i == len(self.blocks) - 1 else n
+
         x = self.embedding[symbols] + self.positions[:n]
         projections = self._projections(symbols, x, last(0))
         for i, block in enumerate(self.blocks):

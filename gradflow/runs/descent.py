@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, get_args
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from .._checks import (
     check_choice,
     check_one,
 )
+from .._typing import Given
 from ..flow.flow import check_flow, GradientFlow, scaled
 from ..metrics import Metric
 from .methods import (
@@ -135,17 +136,17 @@ def prepare_descent(
     model: PyTree,
     watched: dict[str, Metric],
     *,
-    weight_decay: Any,
-    learning_rate: Any,
-    init_scale: Any,
-    steps: Any,
+    weight_decay: Given,
+    learning_rate: Given,
+    init_scale: Given,
+    steps: Given,
     slow_time: float | None,
     t1: float | None,
-    at: Any,
+    at: Given,
     saves: int,
-    method: Any,
-    optimiser: Any,
-    batch_size: Any,
+    method: Given,
+    optimiser: Given,
+    batch_size: Given,
     key: PRNGKeyArray | None,
     progress: bool = False,
 ) -> Descend:

@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree, Scalar
 
 from .._checks import is_concrete, is_key, word
+from .._typing import Given
 from ..flow.flat import FlatLoss, flatten
 from ..flow.term import FlowTerm
 from ..losses import SquaredError
@@ -45,7 +47,7 @@ class Scheduled(eqx.Module):
 _BLOCK = 2**16
 
 
-def scheduled(schedule: Schedule, numbers: np.ndarray, dtype: Any) -> Scheduled:
+def scheduled(schedule: Schedule, numbers: np.ndarray, dtype: DTypeLike) -> Scheduled:
     """The learning rate, and the times of the saved steps.
 
     **Raises:** `ValueError` for a schedule whose values are being traced.
@@ -68,7 +70,7 @@ def scheduled(schedule: Schedule, numbers: np.ndarray, dtype: Any) -> Scheduled:
         return Scheduled(schedule, jnp.asarray(times, dtype))
 
 
-def check_optimiser(optimiser: Any) -> None:
+def check_optimiser(optimiser: Given) -> None:
     """Raises `ValueError` for what is no optimiser, nor a function of a learning
     rate."""
     if isinstance(optimiser, optax.GradientTransformation | optax.MultiSteps):
@@ -149,12 +151,18 @@ class DescentOptimiser(NamedTuple):
         # Optax counts steps in integers, and mixes them with floats.
         with jax.numpy_dtype_promotion("standard"):
             updates, new = self.made.update(grads, state, params, **told)
-        like = lambda old, new: new if is_key(new) else jnp.asarray(new, old.dtype)
+
+        def like(old, new):
+            return new if is_key(new) else jnp.asarray(new, old.dtype)
+
         return jax.tree.map(like, params, updates), jax.tree.map(like, state, new)
 
     def try_on(self, params: PyTree) -> PyTree:
         """The update from `params` of ½‖θ‖², or an error."""
-        size = lambda p: 0.5 * sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(p))
+
+        def size(p):
+            return 0.5 * sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(p))
+
         moved, _ = self.update(size, lambda p: p, self.made.init(params), params)
         if jax.tree.map(jnp.shape, moved) != jax.tree.map(jnp.shape, params):
             raise ValueError("updates of another shape")
@@ -189,7 +197,7 @@ def projection(term: FlowTerm, params: PyTree) -> Projection:
 
 
 def check_projection(
-    term: FlowTerm, params: PyTree, optimiser: Any, batch_size: int | None
+    term: FlowTerm, params: PyTree, optimiser: Given, batch_size: int | None
 ) -> None:
     """Raises where there is nothing to project onto."""
     if optimiser is not None or batch_size is not None:

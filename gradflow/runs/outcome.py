@@ -39,7 +39,10 @@ def named_wrong(path: Path, wrong: Wrong) -> Path:
     `wrong` says so."""
     if wrong is False:
         return path
-    values = lambda p: (p.params, p.metrics, p.train_loss, p.penalty)
+
+    def values(p):
+        return (p.params, p.metrics, p.train_loss, p.penalty)
+
     none = jax.tree.map(lambda x: jnp.where(wrong, jnp.nan, x), values(path))
     result = RESULTS.where(wrong, RESULTS.wrong_argument, path.result)
     return eqx.tree_at(lambda p: (*values(p), p.result), path, (*none, result))

@@ -12,6 +12,7 @@ import optax
 from jaxtyping import Array, Float, PyTree, Scalar
 
 from .._checks import is_concrete, word
+from .._typing import Given
 from ..metrics import Metric
 from ..results import in_words, is_known, RESULTS
 from .columns import one_dataset
@@ -65,7 +66,7 @@ def landed_crossing_time(path: "Path", name: str, metric: Metric) -> float:
     return time
 
 
-def check_path(path: Any) -> None:
+def check_path(path: Given) -> None:
     """Raises unless it is one path."""
     if not isinstance(path, Path):
         raise ValueError(f"path: expected a gradflow.Path, got {word(path)}.")

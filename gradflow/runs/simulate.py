@@ -5,7 +5,6 @@ import functools
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 import diffrax
 import equinox as eqx
@@ -22,6 +21,7 @@ from .._checks import (
     is_concrete,
     resolvable,
 )
+from .._typing import Given
 from ..flow.flat import flatten
 from ..flow.flow import check_flow, GradientFlow, scaled
 from ..flow.nonsmooth import may_have_kinks
@@ -159,7 +159,7 @@ def simulate(
     return fail_unless_reached(path, path) if throw else path
 
 
-def _underivable(values: PyTree, solver: str, adjoint: Any) -> PyTree:
+def _underivable(values: PyTree, solver: str, adjoint: Given) -> PyTree:
     """`values`; who differentiates what comes of them gets an error."""
     told = (
         f"adjoint: a run by {solver} has no derivative; give solver=diffrax.Tsit5(), "

@@ -305,11 +305,7 @@ def _integrate(
         [solution.stats[f"num_{k}steps"] for k in ("", "accepted_", "rejected_")]
     )
     if before is not None:
-        # The start is saved with the first step that is accepted.
-        past = (ts <= before.t) & (before.counts[1] > 0)
-        there = lambda x: jnp.reshape(past, (-1,) + (1,) * (x.ndim - 1))
-        earlier = lambda old, new: jnp.where(there(new), old, new)
-        saved = jax.tree.map(earlier, before.saved, saved)
+        saved = _with_earlier(before, ts, saved)
         counts = counts + before.counts
     state = None
     if in_parts:
@@ -332,6 +328,18 @@ def _integrate(
     return _Integrated(
         term, saved, end, reached[0], counts, solution.solver_state, result, state
     )
+
+
+def _with_earlier(before: Solved, ts: Float[Array, " n"], saved: PyTree) -> PyTree:
+    """What a part saved, and at earlier times what those before it did. The start is
+    saved with the first step that is accepted."""
+    past = (ts <= before.t) & (before.counts[1] > 0)
+
+    def merge(old: Array, new: Array) -> Array:
+        there = jnp.reshape(past, (-1,) + (1,) * (new.ndim - 1))
+        return jnp.where(there, old, new)
+
+    return jax.tree.map(merge, before.saved, saved)
 
 
 def _record(

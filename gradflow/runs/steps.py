@@ -95,7 +95,10 @@ def _descend(
     zero, count = jnp.zeros_like(numbers[0]), run.saves
     if before is None:
         start = descent.start()
-        empty = lambda x: jnp.full((count, *x.shape), jnp.nan, x.dtype)
+
+        def empty(x):
+            return jnp.full((count, *x.shape), jnp.nan, x.dtype)
+
         none = jax.tree.map(empty, jax.eval_shape(lambda s: descent.record(s), start))
         before = Descended(zero, start, zero, none)
     last = numbers[-1]
@@ -108,7 +111,10 @@ def _descend(
 
     def until_next_save(at: _Shown) -> _Shown:
         done, shown = descent.until(at, numbers[at.done.place])
-        put = lambda all, x: all.at[done.place].set(x)
+
+        def put(all, x):
+            return all.at[done.place].set(x)
+
         saved = jax.tree.map(put, done.saved, descent.record(done.state))
         return _Shown(Descended(done.steps, done.state, done.place + 1, saved), shown)
 
@@ -181,7 +187,10 @@ class _Descent(eqx.Module):
         """The parameters after a step of size h, and the optimiser's memory."""
         run, term = self.run, self.term
         params, penalty, lam = state.params, term.penalty, run.weight_decay
-        along = lambda p, scale, v: jax.tree.map(lambda a, b: a + scale * b, p, v)
+
+        def along(p, scale, v):
+            return jax.tree.map(lambda a, b: a + scale * b, p, v)
+
         decay = -h * lam
         if self.project is not None:
             moved = along(params, decay, penalty.gradient(params))
@@ -224,7 +233,10 @@ class _Descent(eqx.Module):
             return stop, state, shown
 
         carry = (at.done.steps, at.done.state, at.shown)
-        unfinished = lambda carry: carry[0] < end
+
+        def unfinished(carry):
+            return carry[0] < end
+
         i, state, shown = jax.lax.while_loop(unfinished, block_of_steps, carry)
         return _Shown(Descended(i, state, at.done.place, at.done.saved), shown)
 

@@ -1,6 +1,6 @@
 """Which times, and which steps, are saved."""
 
-from typing import Any
+from typing import NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from .._checks import (
     is_concrete,
 )
 from .._norms import norm
+from .._typing import Given
 from ..flow.term import FlowTerm
 from ..metrics import Metric
 from ..solvers import measure_size, Size
@@ -35,13 +36,13 @@ _MOST_STEPS = 2**62  # of an integer of 64 bits
 
 
 def saved_steps(
-    steps: Any,
+    steps: Given,
     slow_time: float | None,
     t1: float | None,
-    at: Any,
+    at: Given,
     saves: int,
-    weight_decay: Any,
-    learning_rate: Any,
+    weight_decay: Given,
+    learning_rate: Given,
 ) -> np.ndarray:
     """The numbers of steps after which to save."""
     lengths = dict(steps=steps, slow_time=slow_time, t1=t1, at=at)
@@ -90,7 +91,10 @@ def log_spaced_steps(steps: int, saves: int = 65) -> np.ndarray:
     if saves > steps:
         return np.arange(steps + 1)
     few, many = saves - 1, 64 * saves
-    spaced = lambda k: np.unique(np.rint(np.geomspace(1, steps, k)).astype(np.int64))
+
+    def spaced(k):
+        return np.unique(np.rint(np.geomspace(1, steps, k)).astype(np.int64))
+
     # Where integers coincide, finer spacing makes up for those that are lost.
     while few < many:
         middle = (few + many) // 2
@@ -116,11 +120,20 @@ def prepare(
     """The times to save; and, if asked for, what `choose_solver` wants to know."""
     if ts is not None and not measure:
         return jnp.asarray(ts, weight_decay.dtype), None
-    array = lambda x: None if x is None else jnp.asarray(x, weight_decay.dtype)
-    return _prepare(
-        term, params, weight_decay, array(slow_time), array(t1), array(ts), saves,
-        watched, measure,
-    )  # fmt: skip
+
+    def array(x):
+        return None if x is None else jnp.asarray(x, weight_decay.dtype)
+
+    span = _Span(array(slow_time), array(t1), array(ts))
+    return _prepare(term, params, weight_decay, span, saves, watched, measure)
+
+
+class _Span(NamedTuple):
+    """How far a run goes: one of three."""
+
+    slow_time: Scalar | None
+    t1: Scalar | None
+    ts: Float[Array, " n"] | None
 
 
 @eqx.filter_jit
@@ -128,16 +141,15 @@ def _prepare(
     term: FlowTerm,
     params: PyTree,
     weight_decay: Scalar,
-    slow_time: Scalar | None,
-    t1: Scalar | None,
-    ts: Float[Array, " n"] | None,
+    span: _Span,
     saves: int,
     watched: dict[str, Metric],
     measure: bool,
 ) -> tuple[Float[Array, " n"], Size | None]:
     check_scalars(term.loss, watched, term.model(params))
+    ts = span.ts
     if ts is None:
-        end = t1 if slow_time is None else slow_time / weight_decay
+        end = span.t1 if span.slow_time is None else span.slow_time / weight_decay
         ts = _save_times(term, params, weight_decay, end, saves)
     if not measure:
         return ts, None

@@ -17,6 +17,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree, Scalar
 
 from .._norms import rms
+from .._typing import BoolScalarLike, RealScalarLike
 from ..flow.term import FlowTerm, Tracked, TrackedFlowTerm
 from ..results import RESULTS
 from .base import AbstractFlowSolver, Controller, Followed, Saved
@@ -58,7 +59,7 @@ class _State(eqx.Module):
 class SignedFlowTerm(FlowTerm):
     """The flow with a `Signed` state."""
 
-    def vf(self, t: Any, y: Signed, args: Any) -> Signed:
+    def vf(self, t: RealScalarLike, y: Signed, args: PyTree) -> Signed:
         inner = _on_orthant(self, y.sign).vf(t, y.tracked, args)
         return Signed(inner, jnp.zeros_like(y.sign), jnp.zeros_like(y.landing))
 
@@ -84,7 +85,9 @@ class ActiveSet(
     def order(self, terms: PyTree[diffrax.AbstractTerm]) -> int | None:
         return self.solver.order(terms)
 
-    def func(self, terms: Any, t0: Any, y0: PyTree, args: Any) -> PyTree:
+    def func(
+        self, terms: diffrax.AbstractTerm, t0: RealScalarLike, y0: PyTree, args: PyTree
+    ) -> PyTree:
         return terms.vf(t0, y0, args)
 
     @property
@@ -137,7 +140,14 @@ class ActiveSet(
         work = self.solver.work(term, state.inner)
         return {k: v for k, v in work.items() if k != "conditioning"}
 
-    def init(self, terms: Any, t0: Any, t1: Any, y0: Signed, args: Any) -> _State:
+    def init(
+        self,
+        terms: diffrax.AbstractTerm,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        y0: Signed,
+        args: PyTree,
+    ) -> _State:
         term, _ = unwrap(terms, y0.tracked)
         inner_term = _on_orthant(term, y0.sign)
         inner = self.solver.init(inner_term, t0, t1, y0.tracked, args)
@@ -149,13 +159,13 @@ class ActiveSet(
     @eqx.filter_jit  # Diffrax traces a step several times
     def step(
         self,
-        terms: Any,
-        t0: Any,
-        t1: Any,
+        terms: diffrax.AbstractTerm,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
         y0: Signed,
-        args: Any,
+        args: PyTree,
         solver_state: _State,
-        made_jump: Any,
+        made_jump: BoolScalarLike,
     ) -> tuple[Signed, Signed, dict, _State, diffrax.RESULTS]:
         term, params = unwrap(terms, y0.tracked)
         y1, error, dense, inner, result = self.solver.step(
@@ -167,10 +177,9 @@ class ActiveSet(
             solver_state.inner,
             made_jump,
         )
-        flat = lambda tree: ravel_pytree(tree)[0]
         theta, unravel = ravel_pytree(y1.params)
-        before, sign, h = flat(params), y0.sign, t1 - t0
-        slopes = jax.vmap(flat)(dense["k"].params)
+        before, sign, h = ravel_pytree(params)[0], y0.sign, t1 - t0
+        slopes = jax.vmap(lambda k: ravel_pytree(k)[0])(dense["k"].params)
         start, end = slopes[0], slopes[1]
         force = _force(term, y1, args)
         pull = args * _weights(term, y1.params)

@@ -1,7 +1,6 @@
 """Step-size controllers: the tolerance, and what ends a step early."""
 
 from collections.abc import Callable
-from typing import Any
 
 import diffrax
 import equinox as eqx
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree, Scalar
 
 from .._norms import norm, rms
+from .._typing import RealScalarLike
 
 SHARE = 0.02
 """The part of the root mean square of θ that counts as the least size of a coordinate:
@@ -215,12 +215,19 @@ def lasting(
     return 1 + jnp.minimum(more, _MOST)
 
 
-def tolerance(size: PyTree, rtol: Any, atol: Any = 0.0, share: float = SHARE) -> PyTree:
+def tolerance(
+    size: PyTree, rtol: RealScalarLike, atol: RealScalarLike = 0.0, share: float = SHARE
+) -> PyTree:
     """atol + rtol (|θᵢ| + share rms(θ)), above zero, for θ of the given `size`."""
     least = share * rms(size)
-    cast = lambda x, like: jnp.asarray(x, like.dtype)
+
+    def cast(x, like):
+        return jnp.asarray(x, like.dtype)
+
     # An error counts for up to 100 times more, twice, and is to be above underflow.
-    floor = lambda v: 1e3 * jnp.finfo(v.dtype).tiny
+    def floor(v):
+        return 1e3 * jnp.finfo(v.dtype).tiny
+
     return jax.tree.map(
         lambda v: cast(atol, v) + cast(rtol, v) * (jnp.abs(v) + cast(least, v))
         + floor(v),

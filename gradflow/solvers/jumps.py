@@ -44,7 +44,9 @@ def find_jumps(
         return pull(mu)[0], jax.grad(loss.outer)(z)
 
     def apart(a, b):
-        share = lambda u, v: norm(u - v) / jnp.maximum(norm(u), norm(v))
+        def share(u, v):
+            return norm(u - v) / jnp.maximum(norm(u), norm(v))
+
         return sum(jnp.nan_to_num(share(u, v)) for u, v in zip(a, b, strict=True))
 
     def halve(carry):
@@ -53,7 +55,10 @@ def find_jumps(
         at = slopes(middle)
         below, above = apart(at_low, at), apart(at, at_high)
         left = below > above
-        pick = lambda a, b: jax.tree.map(lambda a, b: jnp.where(left, a, b), a, b)
+
+        def pick(a, b):
+            return jax.tree.map(lambda a, b: jnp.where(left, a, b), a, b)
+
         low, high = pick((low, middle), (middle, high))
         at_low, at_high = pick((at_low, at), (at, at_high))
         change = jnp.maximum(below, above)
@@ -69,7 +74,10 @@ def find_jumps(
     start = (count, one, two, *ends, zero, zero)
     # Between neighbouring numbers rounding is all there is, and jumps.
     resolved = _RESOLVED * jnp.finfo(one.dtype).eps * norm(one)
-    apart_yet = lambda s: (s[0] < _HALVINGS) & (norm(s[2] - s[1]) > resolved)
+
+    def apart_yet(s):
+        return (s[0] < _HALVINGS) & (norm(s[2] - s[1]) > resolved)
+
     out = jax.lax.while_loop(apart_yet, halve, start)
     _, low, high, _, _, first, change = out
     left = asked & (change > _JUMP * first)

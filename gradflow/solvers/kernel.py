@@ -47,7 +47,10 @@ def stage_inverse(
 ) -> Float[Array, "d d"]:
     """(α + c Σ μᵢ∇²zᵢ)⁻¹, with α = 1 + cλ∇²R: what a change of θ does to a stage, μ
     being fixed."""
-    weighted = lambda th: jnp.vdot(multiplier, loss.outputs(th))
+
+    def weighted(th):
+        return jnp.vdot(multiplier, loss.outputs(th))
+
     curvature = jax.jacrev(jax.grad(weighted))(theta)
     return jnp.linalg.inv(alpha + c * curvature)
 
@@ -65,7 +68,10 @@ def curved_kernel(
         kernel = loss.tangent_kernel(theta, weights)
     if loss.outer_curvature is None:
         z = loss.outputs(theta)
-        hvp = lambda u: loss.outer_hvp(z, u)
+
+        def hvp(u):
+            return loss.outer_hvp(z, u)
+
         kernel = jax.lax.map(hvp, kernel.T, batch_size=256).T
     return kernel
 
@@ -83,11 +89,16 @@ def _factorise(
         matrix = cho_factor(ridge / w * eye + kernel, lower=True)[0]
         pivots = jnp.zeros(kernel.shape[0], jnp.int32)
         smallest = w * jnp.min(jnp.diag(matrix)) ** 2
-        solve = lambda b: cho_solve((matrix, True), b)
+
+        def solve(b):
+            return cho_solve((matrix, True), b)
     else:
         matrix, pivots = lu_factor(ridge / w * eye + kernel)
         smallest = w * jnp.min(jnp.abs(jnp.diag(matrix)))
-        solve = lambda b: lu_solve((matrix, pivots), b)
+
+        def solve(b):
+            return lu_solve((matrix, pivots), b)
+
     if len(eye) <= _INVERTED:
         matrix = solve(eye)
     return Factor(matrix, pivots, jnp.asarray(shift, kernel.dtype), smallest)
@@ -130,14 +141,20 @@ class StageMatrix(eqx.Module):
         fresh, whole = effort >= RENEWED, effort == WHOLE
         shift = (alpha if jnp.ndim(alpha) == 0 else 1) / c
         definite = loss.outer_curvature is not None
-        make = lambda: _factorise(loss, shift, kernel, definite)
+
+        def make():
+            return _factorise(loss, shift, kernel, definite)
+
         if inverse is not None:
             shift = jnp.where(whole, 1 / c, shift)
-            make = lambda: jax.lax.cond(
-                whole,
-                lambda: _factorise(loss, shift, kernel, False),
-                lambda: _factorise(loss, shift, kernel, definite),
-            )
+
+            def make():
+                return jax.lax.cond(
+                    whole,
+                    lambda: _factorise(loss, shift, kernel, False),
+                    lambda: _factorise(loss, shift, kernel, definite),
+                )
+
         factor = jax.lax.cond(fresh | _drifted(factor, shift), make, lambda: factor)
         return cls(loss, kernel, inverse, alpha, shift, factor, fresh, whole)
 

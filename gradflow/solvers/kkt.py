@@ -14,6 +14,7 @@ from jax.scipy.linalg import cho_factor
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
 from .._norms import norm
+from .._typing import BoolScalarLike, RealScalarLike
 from ..flow.flat import FlatLoss
 from ..flow.term import FlowTerm, Tracked, TrackedFlowTerm
 from ..results import RESULTS
@@ -91,7 +92,10 @@ class _Problem(eqx.Module):
         # (One along whose kinks coordinates are held has the curvature of that.)
         held = isinstance(penalty, OnOrthant)
         if not (held or penalty.separable):
-            decay = lambda th: ravel_pytree(penalty.gradient(self.loss.unravel(th)))[0]
+
+            def decay(th):
+                return ravel_pytree(penalty.gradient(self.loss.unravel(th)))[0]
+
             matrix = jnp.eye(theta.size, dtype=theta.dtype) + pull * jax.jacfwd(decay)(
                 theta
             )
@@ -191,11 +195,18 @@ class AbstractKKT(
             "conditioning": smallest / jnp.max(jnp.diag(state.kernel)),
         }
 
-    def func(self, terms: AbstractTerm, t0: Any, y0: PyTree, args: Any) -> PyTree:
+    def func(
+        self, terms: AbstractTerm, t0: RealScalarLike, y0: PyTree, args: PyTree
+    ) -> PyTree:
         return terms.vf(t0, y0, args)
 
     def init(
-        self, terms: AbstractTerm, t0: Any, t1: Any, y0: PyTree, args: Any
+        self,
+        terms: AbstractTerm,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        y0: PyTree,
+        args: PyTree,
     ) -> _State:
         term, params = unwrap(terms, y0)
         theta, loss = flat_problem(term, params)
@@ -222,12 +233,12 @@ class AbstractKKT(
     def step(
         self,
         terms: AbstractTerm,
-        t0: Any,
-        t1: Any,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
         y0: PyTree,
-        args: Any,
+        args: PyTree,
         solver_state: _State,
-        made_jump: Any,
+        made_jump: BoolScalarLike,
     ) -> tuple[PyTree, PyTree, dict, _State, diffrax.RESULTS]:
         del made_jump  # the flow is autonomous
         term, params = unwrap(terms, y0)

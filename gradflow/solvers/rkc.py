@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 from diffrax import AbstractTerm, ThirdOrderHermitePolynomialInterpolation
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree, Scalar
 
 from .._norms import norm
+from .._typing import BoolScalarLike, RealScalarLike
 from ..flow.flat import linearized
 from ..flow.term import FlowTerm
 from ..results import RESULTS
@@ -128,11 +130,18 @@ class RKC2(AbstractFlowSolver, diffrax.AbstractAdaptiveSolver[_State]):
         its Jacobian with a vector. (Diffrax forgets what a rejected step has done.)"""
         return {"evaluations": state.evaluations, "products": state.products}
 
-    def func(self, terms: AbstractTerm, t0: Any, y0: PyTree, args: Any) -> PyTree:
+    def func(
+        self, terms: AbstractTerm, t0: RealScalarLike, y0: PyTree, args: PyTree
+    ) -> PyTree:
         return terms.vf(t0, y0, args)
 
     def init(
-        self, terms: AbstractTerm, t0: Any, t1: Any, y0: PyTree, args: Any
+        self,
+        terms: AbstractTerm,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        y0: PyTree,
+        args: PyTree,
     ) -> _State:
         dtype = jnp.asarray(terms.contr(t0, t1)).dtype
         slope, push, _ = linearized(lambda y: terms.vf(t0, y, args), y0)
@@ -145,12 +154,12 @@ class RKC2(AbstractFlowSolver, diffrax.AbstractAdaptiveSolver[_State]):
     def step(
         self,
         terms: AbstractTerm,
-        t0: Any,
-        t1: Any,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
         y0: PyTree,
-        args: Any,
+        args: PyTree,
         solver_state: _State,
-        made_jump: Any,
+        made_jump: BoolScalarLike,
     ) -> tuple[PyTree, PyTree, dict, _State, diffrax.RESULTS]:
         h = jnp.asarray(terms.contr(t0, t1))
         state = solver_state
@@ -227,7 +236,7 @@ class _Chebyshev:
     those here are equal, and lose none in any precision.
     """
 
-    def __init__(self, s: Int[Array, ""], dtype: Any):
+    def __init__(self, s: Int[Array, ""], dtype: DTypeLike):
         s = s.astype(dtype)
         self.dtype = dtype
         self.w = _DAMPING / s**2  # w₀ − 1
@@ -322,10 +331,10 @@ def _combine(*terms: tuple[Any, PyTree]) -> PyTree:
     return jax.tree.map(leaf, *trees)
 
 
-def _norm(tree: PyTree, dtype: Any) -> Scalar:
+def _norm(tree: PyTree, dtype: DTypeLike) -> Scalar:
     return jnp.sqrt(sum(jnp.sum(x * x).astype(dtype) for x in jax.tree.leaves(tree)))
 
 
-def _unit(tree: PyTree, dtype: Any) -> PyTree:
+def _unit(tree: PyTree, dtype: DTypeLike) -> PyTree:
     size = _norm(tree, dtype)
     return _combine((1 / jnp.where(size > 0, size, 1), tree))

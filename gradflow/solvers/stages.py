@@ -149,7 +149,10 @@ class Stages(eqx.Module):
                 one, jnp.array(0), jnp.zeros_like(one), one, jnp.zeros_like(self.y0),
                 one,
             )  # fmt: skip
-            allowed = lambda it: jnp.where(it.weight < 1, 4, 1) * self.most
+
+            def allowed(it):
+                return jnp.where(it.weight < 1, 4, 1) * self.most
+
             it = jax.lax.while_loop(
                 lambda it: (it.status == _GOING) & (it.count < allowed(it)) & done.ok,
                 lambda it: self._iterate(base, i == len(a) - 1, it, kinked),

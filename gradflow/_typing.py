@@ -1,0 +1,15 @@
+"""Types that many files share."""
+
+from typing import Any, TypeAlias
+
+import numpy as np
+from jaxtyping import Array
+
+Given: TypeAlias = Any
+"""What a user gave, of whatever type: it is yet to be checked."""
+
+RealScalarLike: TypeAlias = float | int | Array | np.ndarray | np.generic
+"""A real number, of Python, NumPy or JAX."""
+
+BoolScalarLike: TypeAlias = bool | Array | np.ndarray | np.generic
+"""Yes or no, of Python, NumPy or JAX."""
