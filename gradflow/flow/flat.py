@@ -1,5 +1,6 @@
 """The loss as a function of one flat vector θ: J, the tangent kernel JJᵀ, products."""
 
+import abc
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree, Scalar
 
 from ..losses import AbstractCompositeLoss, AbstractLoss
-from .term import place
+from .term import AbstractChart, Flat
 
 
 def operations(jaxpr: Any) -> Iterator[Any]:
@@ -71,18 +72,19 @@ def _block_length(n: int, row_bytes: int) -> int:
     return -(-n // min(blocks, n))
 
 
-class FlatLoss(eqx.Module):
-    """A loss as a function of one vector θ ∈ ℝᵈ, for what needs a matrix.
+class AbstractFlatLoss(eqx.Module):
+    """A loss F = ℓ(z(θ)) as a function of one vector θ ∈ ℝᵈ, for what needs a matrix.
 
     To be made inside a jitted function: it holds the closure that rebuilds the pytree.
     """
 
-    loss: AbstractLoss
-    static: PyTree
-    unravel: Callable[[Array], PyTree] = eqx.field(static=True)
+    loss: eqx.AbstractVar[AbstractLoss]
+    chart: eqx.AbstractVar[AbstractChart]
+    unravel: eqx.AbstractVar[Callable[[Array], PyTree]]
 
     def model(self, theta: Float[Array, " d"]) -> PyTree:
-        return eqx.combine(*place(self.unravel(theta), self.static))
+        params = self.chart.place(self.unravel(theta))
+        return eqx.combine(params, self.chart.static)
 
     def __call__(self, theta: Float[Array, " d"]) -> Scalar:
         return self.loss(self.model(theta))
@@ -90,24 +92,36 @@ class FlatLoss(eqx.Module):
     def gradient(self, theta: Float[Array, " d"]) -> Float[Array, " d"]:
         return jax.grad(self)(theta)
 
+    @property
+    @abc.abstractmethod
+    def opaque(self) -> bool:
+        """Whether nothing is known of its structure: z(θ) = θ."""
+
+    @abc.abstractmethod
     def outputs(self, theta: Float[Array, " d"]) -> Float[Array, " m"]:
         """z(θ)."""
-        return self.composite.outputs(self.model(theta))
 
+    @abc.abstractmethod
     def outer(self, z: Float[Array, " m"]) -> Scalar:
         """ℓ(z)."""
-        return self.composite.outer(z)
 
+    @abc.abstractmethod
     def outer_from(
         self, residuals: Float[Array, " m"], z: Float[Array, " m"]
     ) -> Scalar:
         """ℓ(z), from ∇ℓ(z) where that is known better than z."""
-        return self.composite.outer_from(residuals, z)
 
     @property
+    @abc.abstractmethod
     def outer_curvature(self) -> float | None:
         """w where ℓ'' = w I everywhere, `None` otherwise."""
-        return self.composite.outer_curvature
+
+    @abc.abstractmethod
+    def tangent_kernel(
+        self, theta: Float[Array, " d"], weights: Float[Array, " d"] | None = None
+    ) -> Float[Array, "m m"]:
+        """J diag(w) Jᵀ, the empirical neural tangent kernel (Jacot et al., 2018) where
+        the weights w are one."""
 
     def outer_hvp(
         self, z: Float[Array, " m"], u: Float[Array, " m"]
@@ -124,6 +138,33 @@ class FlatLoss(eqx.Module):
     def residuals(self, theta: Float[Array, " d"]) -> Float[Array, " m"]:
         """∇ℓ(z(θ))."""
         return jax.grad(self.outer)(self.outputs(theta))
+
+
+class FlatLoss(AbstractFlatLoss):
+    """One that is composite, or of which only F itself is asked."""
+
+    loss: AbstractLoss
+    chart: AbstractChart
+    unravel: Callable[[Array], PyTree] = eqx.field(static=True)
+
+    @property
+    def opaque(self) -> bool:
+        return False
+
+    def outputs(self, theta: Float[Array, " d"]) -> Float[Array, " m"]:
+        return self.composite.outputs(self.model(theta))
+
+    def outer(self, z: Float[Array, " m"]) -> Scalar:
+        return self.composite.outer(z)
+
+    def outer_from(
+        self, residuals: Float[Array, " m"], z: Float[Array, " m"]
+    ) -> Scalar:
+        return self.composite.outer_from(residuals, z)
+
+    @property
+    def outer_curvature(self) -> float | None:
+        return self.composite.outer_curvature
 
     def jacobian(self, theta: Float[Array, " d"]) -> Float[Array, "m d"]:
         """J = ∂z/∂θ: sample by sample, at the cost of one gradient for each output of a
@@ -144,8 +185,7 @@ class FlatLoss(eqx.Module):
     def tangent_kernel(
         self, theta: Float[Array, " d"], weights: Float[Array, " d"] | None = None
     ) -> Float[Array, "m m"]:
-        """J diag(w) Jᵀ, the empirical neural tangent kernel (Jacot et al., 2018) where
-        the weights w are one. J is made in blocks of rows of at most 256 MB."""
+        # J is made in blocks of rows of at most 256 MB.
         m = jax.eval_shape(self.outputs, theta).shape[0]
         x = self.composite.samples
         n = m if x is None else jax.tree.leaves(x)[0].shape[0]
@@ -209,8 +249,16 @@ class FlatLoss(eqx.Module):
         return self.loss
 
 
-class FlatOpaqueLoss(FlatLoss):
+class FlatOpaqueLoss(AbstractFlatLoss):
     """Any loss taken as a composite one: z(θ) = θ, J = I and ℓ = F."""
+
+    loss: AbstractLoss
+    chart: AbstractChart
+    unravel: Callable[[Array], PyTree] = eqx.field(static=True)
+
+    @property
+    def opaque(self) -> bool:
+        return True
 
     def outputs(self, theta: Float[Array, " d"]) -> Float[Array, " d"]:
         return theta
@@ -237,5 +285,13 @@ def flatten(
     loss: AbstractLoss, params: PyTree, static: PyTree
 ) -> tuple[Float[Array, " d"], FlatLoss]:
     """The parameters as one vector, and the loss as a function of it."""
+    return flatten_on(loss, params, Flat(static))
+
+
+def flatten_on(
+    loss: AbstractLoss, params: PyTree, chart: AbstractChart
+) -> tuple[Float[Array, " d"], FlatLoss]:
+    """The parameters of a state on a chart as one vector, and the loss as a function of
+    it."""
     theta, unravel = ravel_pytree(params)
-    return theta, FlatLoss(loss, static, unravel)
+    return theta, FlatLoss(loss, chart, unravel)

@@ -10,7 +10,7 @@ from .._checks import check_init_scale, check_model, is_concrete, word
 from .._typing import Given
 from ..losses import AbstractLoss
 from ..penalties import AbstractPenalty, L2
-from .term import FlowTerm, Sphere, Tangential
+from .term import Flat, FlowTerm, Sphere, Tangential
 
 
 class GradientFlow(eqx.Module):
@@ -77,7 +77,7 @@ class GradientFlow(eqx.Module):
         """
         params, static = self.partition(model)
         if not self.hold_norm:
-            return FlowTerm(self.loss, self.penalty, static), params
+            return FlowTerm(self.loss, self.penalty, Flat(static)), params
         norm = optax.tree.norm(params)
         if is_concrete(norm) and not norm > 0:
             raise ValueError("model: parameters of norm 0 leave no direction to hold.")

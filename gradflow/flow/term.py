@@ -1,6 +1,6 @@
 """The right-hand side of the flow, as a Diffrax term."""
 
-from typing import Any
+import abc
 
 import diffrax
 import equinox as eqx
@@ -14,9 +14,28 @@ from ..losses import AbstractLoss
 from ..penalties import AbstractPenalty
 
 
-class Sphere(eqx.Module):
-    """What is not trained of a model whose parameters are held at a norm w: those of a
-    state φ are θ = wφ/‖φ‖.
+class AbstractChart(eqx.Module):
+    """How the parameters θ of a model are had from those of a state, and what of the
+    model is not trained."""
+
+    static: eqx.AbstractVar[PyTree]
+
+    @abc.abstractmethod
+    def place(self, params: PyTree) -> PyTree:
+        """θ."""
+
+
+class Flat(AbstractChart):
+    """The state is θ itself."""
+
+    static: PyTree
+
+    def place(self, params: PyTree) -> PyTree:
+        return params
+
+
+class Sphere(AbstractChart):
+    """Of parameters that are held at a norm w: those of a state φ are θ = wφ/‖φ‖.
 
     The plain flow of φ ↦ F(wφ/‖φ‖) from ‖φ‖ = w is the flow on the sphere itself: its
     gradient is tangent, so ‖φ‖ never changes. Every solver serves it as it is.
@@ -26,16 +45,8 @@ class Sphere(eqx.Module):
     norm: Scalar
 
     def place(self, params: PyTree) -> PyTree:
-        """θ."""
         scale = self.norm / optax.tree.norm(params)
         return jax.tree.map(lambda p: scale * p, params)
-
-
-def place(params: PyTree, static: PyTree) -> tuple[PyTree, PyTree]:
-    """The parameters of a model, and all the rest of it, from those of a state."""
-    if isinstance(static, Sphere):
-        return static.place(params), static.static
-    return params, static
 
 
 class Tangential(AbstractPenalty):
@@ -62,20 +73,22 @@ class Tangential(AbstractPenalty):
         return self.penalty.terms()
 
 
-class FlowTerm(diffrax.AbstractTerm):
-    """θ' = −∇F(θ) − λ∇R(θ) as a Diffrax term that knows its loss.
+class AbstractFlowTerm(diffrax.AbstractTerm):
+    """θ' = −∇F(θ) − λ∇R(θ) as a Diffrax term that knows its loss; `args` is the weight
+    decay λ. What the state carries beside the parameters is for subclasses to say."""
 
-    The state is the pytree of trainable parameters; `args` is the weight decay λ. Made
-    by `GradientFlow.term`.
-    """
+    loss: eqx.AbstractVar[AbstractLoss]
+    penalty: eqx.AbstractVar[AbstractPenalty]
+    chart: eqx.AbstractVar[AbstractChart]
 
-    loss: AbstractLoss
-    penalty: AbstractPenalty
-    static: PyTree
+    @property
+    def static(self) -> PyTree:
+        """What of the model is not trained."""
+        return self.chart.static
 
     def model(self, params: PyTree) -> PyTree:
         """The model with parameters `params`."""
-        return eqx.combine(*place(params, self.static))
+        return eqx.combine(self.chart.place(params), self.chart.static)
 
     def velocity(self, params: PyTree, weight_decay: float | Scalar) -> PyTree:
         """θ' = −∇F(θ) − λ∇R(θ), a pytree like the parameters."""
@@ -83,14 +96,25 @@ class FlowTerm(diffrax.AbstractTerm):
         decay = self.penalty.gradient(params)
         return jax.tree.map(lambda f, r: -f - weight_decay * r, force, decay)
 
-    def vf(self, t: RealScalarLike, y: PyTree, args: PyTree) -> PyTree:
-        return self.velocity(y, args)
-
-    def contr(self, t0: Any, t1: Any, **kwargs: PyTree) -> Any:
+    def contr(
+        self, t0: RealScalarLike, t1: RealScalarLike, **kwargs: PyTree
+    ) -> RealScalarLike:
         return t1 - t0
 
     def prod(self, vf: PyTree, control: RealScalarLike) -> PyTree:
         return jax.tree.map(lambda v: v * control, vf)
+
+
+class FlowTerm(AbstractFlowTerm):
+    """The flow with the pytree of trainable parameters as its state. Made by
+    `GradientFlow.term`."""
+
+    loss: AbstractLoss
+    penalty: AbstractPenalty
+    chart: AbstractChart
+
+    def vf(self, t: RealScalarLike, y: PyTree, args: PyTree) -> PyTree:
+        return self.velocity(y, args)
 
 
 class Tracked(eqx.Module):
@@ -102,8 +126,13 @@ class Tracked(eqx.Module):
     multiplier: Float[Array, "*times m"]
 
 
-class TrackedFlowTerm(FlowTerm):
+class TrackedFlowTerm(AbstractFlowTerm):
     """The same flow with a `Tracked` state."""
 
+    loss: AbstractLoss
+    penalty: AbstractPenalty
+    chart: AbstractChart
+
     def vf(self, t: RealScalarLike, y: Tracked, args: PyTree) -> Tracked:
-        return Tracked(super().vf(t, y.params, args), jnp.zeros_like(y.multiplier))
+        still = jnp.zeros_like(y.multiplier)
+        return Tracked(self.velocity(y.params, args), still)

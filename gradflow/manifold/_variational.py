@@ -87,7 +87,7 @@ def pushforward(
     w, _ = ravel_pytree(end)
     if not form.interpolating:
         # The Gauss–Newton matrix that KKT solvers iterate with is not ∇²F here.
-        term = FlowTerm(Loss(term.loss), term.penalty, term.static)
+        term = FlowTerm(Loss(term.loss), term.penalty, term.chart)
     tableau = KKT5.tableau
     lengths, nodes = _nodes(term, params, 2 * time, np.asarray(tableau.c))
     first = jnp.broadcast_to(theta, (1, theta.size))

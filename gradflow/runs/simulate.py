@@ -22,7 +22,7 @@ from .._checks import (
     resolvable,
 )
 from .._typing import Given
-from ..flow.flat import flatten
+from ..flow.flat import flatten_on
 from ..flow.flow import check_flow, GradientFlow, scaled
 from ..flow.nonsmooth import may_have_kinks
 from ..flow.term import FlowTerm
@@ -185,7 +185,7 @@ def _underivable(values: PyTree, solver: str, adjoint: Given) -> PyTree:
 
 @eqx.filter_jit
 def _kinked(term: FlowTerm, params: PyTree) -> bool:
-    theta, loss = flatten(term.loss, params, term.static)
+    theta, loss = flatten_on(term.loss, params, term.chart)
     return may_have_kinks(loss, theta)
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
 from .._norms import norm, rms
-from ..flow.term import FlowTerm, place, Sphere
+from ..flow.term import FlowTerm, Sphere
 from ..metrics import Metric
 from ..penalties import AbstractPenalty
 from ..results import RESULTS
@@ -172,7 +172,7 @@ def _solve(
         t=run.ts,
         weight_decay=lam,
         params=models,
-        static=place(run.params, term.static)[1],
+        static=term.static,
         metrics=seen,
         train_loss=train_loss,
         penalty=penalty,
@@ -194,7 +194,7 @@ def _flow_solver(run: Solve) -> AbstractFlowSolver:
     remedy = f"give gradflow.Moreau({kind}(…), epsilon=…), which is smooth."
     if type(kinked[0]).prox is AbstractPenalty.prox:
         remedy = "there is no smooth form of it here."
-    if isinstance(run.term.static, Sphere):
+    if isinstance(run.term.chart, Sphere):
         raise ValueError(
             f"penalty: a flow that holds the norm has no use for the kinks of {kind}; "
             + remedy
@@ -361,7 +361,7 @@ def _record(
         return jax.tree.map(lambda x: jnp.where(reached, x, jnp.nan), values)
 
     params, seen, train_loss, penalty = jax.lax.map(record, out.saved)
-    models = jax.vmap(lambda p: place(p, run.term.static)[0])(params)
+    models = jax.vmap(run.term.chart.place)(params)
     return models, seen, train_loss, penalty
 
 

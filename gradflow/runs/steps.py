@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Int, PRNGKeyArray, PyTree, Scalar
 
-from ..flow.term import FlowTerm, Sphere
+from ..flow.term import Flat, FlowTerm, Sphere
 from ..metrics import Metric
 from ..results import RESULTS
 from .methods import (
@@ -148,11 +148,11 @@ class _Descent(eqx.Module):
     @classmethod
     def of(cls, run: Descend) -> "_Descent":
         term, sphere = run.term, None
-        if isinstance(term.static, Sphere):
-            sphere, penalty = term.static, run.term.penalty
+        if isinstance(term.chart, Sphere):
+            sphere, penalty = term.chart, run.term.penalty
             # That of θ itself, not of the point that the sphere makes it.
             free: Any = penalty
-            term = FlowTerm(term.loss, free.penalty, sphere.static)
+            term = FlowTerm(term.loss, free.penalty, Flat(sphere.static))
         return cls(
             run=run,
             term=term,

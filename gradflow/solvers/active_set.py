@@ -18,7 +18,9 @@ from jaxtyping import Array, Float, PyTree, Scalar
 
 from .._norms import rms
 from .._typing import BoolScalarLike, RealScalarLike
-from ..flow.term import FlowTerm, Tracked, TrackedFlowTerm
+from ..flow.term import AbstractChart, AbstractFlowTerm, Tracked, TrackedFlowTerm
+from ..losses import AbstractLoss
+from ..penalties import AbstractPenalty
 from ..results import RESULTS
 from .base import AbstractFlowSolver, Controller, Followed, Saved
 from .controllers import Landing
@@ -56,8 +58,12 @@ class _State(eqx.Module):
     force: Float[Array, " d"]  # ∇(F + λS) where the last step ended
 
 
-class SignedFlowTerm(FlowTerm):
+class SignedFlowTerm(AbstractFlowTerm):
     """The flow with a `Signed` state."""
+
+    loss: AbstractLoss
+    penalty: AbstractPenalty
+    chart: AbstractChart
 
     def vf(self, t: RealScalarLike, y: Signed, args: PyTree) -> Signed:
         inner = _on_orthant(self, y.sign).vf(t, y.tracked, args)
@@ -99,10 +105,12 @@ class ActiveSet(
         """Of the solver within, to which Diffrax gives the tolerances."""
         return self.solver.root_finder
 
-    def follow(self, term: FlowTerm, params: PyTree, weight_decay: Scalar) -> Followed:
+    def follow(
+        self, term: AbstractFlowTerm, params: PyTree, weight_decay: Scalar
+    ) -> Followed:
         """Coordinates that start at zero are held there if they may be."""
         tracked = self.solver.follow(term, params, weight_decay).state
-        out = SignedFlowTerm(term.loss, term.penalty, term.static)
+        out = SignedFlowTerm(term.loss, term.penalty, term.chart)
         theta, _ = ravel_pytree(params)
         weights = _weights(term, params)
         force = _force(out, tracked, weight_decay)
@@ -130,11 +138,11 @@ class ActiveSet(
     def reservation(self, saved: Saved) -> RESULTS:
         return self.solver.reservation(saved)
 
-    def loss_of(self, term: FlowTerm, y: Signed) -> Scalar:
+    def loss_of(self, term: AbstractFlowTerm, y: Signed) -> Scalar:
         """F, through the multiplier; see `AbstractKKT.loss_of`."""
         return self.solver.loss_of(term, y.tracked)
 
-    def work(self, term: FlowTerm, state: _State) -> dict[str, Array]:
+    def work(self, term: AbstractFlowTerm, state: _State) -> dict[str, Array]:
         """See `AbstractKKT.work`. There is no `conditioning`: J loses rank by what is
         held at zero."""
         work = self.solver.work(term, state.inner)
@@ -238,15 +246,17 @@ class ActiveSet(
         return y1, error, dict(y0=y0, y1=y1, k=k), _State(inner, force), result
 
 
-def _weights(term: FlowTerm, params: PyTree) -> Float[Array, " d"]:
+def _weights(term: AbstractFlowTerm, params: PyTree) -> Float[Array, " d"]:
     return ravel_pytree(term.penalty.absolute_weights(params))[0]
 
 
-def _on_orthant(term: FlowTerm, sign: Float[Array, " d"]) -> TrackedFlowTerm:
-    return TrackedFlowTerm(term.loss, OnOrthant(term.penalty, sign), term.static)
+def _on_orthant(term: AbstractFlowTerm, sign: Float[Array, " d"]) -> TrackedFlowTerm:
+    return TrackedFlowTerm(term.loss, OnOrthant(term.penalty, sign), term.chart)
 
 
-def _force(term: FlowTerm, y: Tracked, weight_decay: Scalar) -> Float[Array, " d"]:
+def _force(
+    term: AbstractFlowTerm, y: Tracked, weight_decay: Scalar
+) -> Float[Array, " d"]:
     """∇(F + λS), by the multiplier: on the critical manifold ∇F is as small as λ."""
     theta, loss = flat_problem(term, y.params)
     _, pull = jax.vjp(loss.outputs, theta)

@@ -8,7 +8,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree, Scalar
 
-from ..flow.term import FlowTerm
+from ..flow.term import AbstractFlowTerm
 from ..results import RESULTS
 from .curvature import steps_at_the_limit
 
@@ -24,7 +24,7 @@ class Followed(NamedTuple):
     """What `diffrax.diffeqsolve` is given to follow a flow."""
 
     solver: diffrax.AbstractSolver
-    term: FlowTerm
+    term: AbstractFlowTerm
     state: PyTree
     """The initial state: the parameters, and what the solver carries beside them."""
 
@@ -32,7 +32,7 @@ class Followed(NamedTuple):
 class Saved(NamedTuple):
     """A run of n saved times, for the judgement of its solver."""
 
-    term: FlowTerm
+    term: AbstractFlowTerm
     params: PyTree
     """At all times, stacked."""
     ts: Float[Array, " n"]
@@ -66,7 +66,9 @@ class AbstractFlowSolver(eqx.Module):
         """As in `path.stats`."""
 
     @abc.abstractmethod
-    def follow(self, term: FlowTerm, params: PyTree, weight_decay: Scalar) -> Followed:
+    def follow(
+        self, term: AbstractFlowTerm, params: PyTree, weight_decay: Scalar
+    ) -> Followed:
         """With what, and from where, the flow `term` is integrated from `params`."""
 
     @abc.abstractmethod
@@ -83,7 +85,7 @@ class AbstractFlowSolver(eqx.Module):
         """The parameters in a state."""
 
     @abc.abstractmethod
-    def loss_of(self, term: FlowTerm, y: PyTree) -> Scalar:
+    def loss_of(self, term: AbstractFlowTerm, y: PyTree) -> Scalar:
         """F in a state."""
 
     @abc.abstractmethod
@@ -91,7 +93,7 @@ class AbstractFlowSolver(eqx.Module):
         """The part of `rtol` that a step is given, so that the path is within it."""
 
     @abc.abstractmethod
-    def work(self, term: FlowTerm, state: PyTree) -> dict[str, Array]:
+    def work(self, term: AbstractFlowTerm, state: PyTree) -> dict[str, Array]:
         """What the accepted steps took beside their number, from the final state of
         the solver; of these `sliding` are steps along kinks of the loss."""
 
@@ -117,7 +119,9 @@ class AbstractPlain(AbstractFlowSolver):
     def name(self) -> str:
         return type(self.solver).__name__
 
-    def follow(self, term: FlowTerm, params: PyTree, weight_decay: Scalar) -> Followed:
+    def follow(
+        self, term: AbstractFlowTerm, params: PyTree, weight_decay: Scalar
+    ) -> Followed:
         return Followed(self.solver, term, params)
 
     def controlled(self, controller: Controller) -> Controller:
@@ -130,13 +134,13 @@ class AbstractPlain(AbstractFlowSolver):
     def params_of(self, y: PyTree) -> PyTree:
         return y
 
-    def loss_of(self, term: FlowTerm, y: PyTree) -> Scalar:
+    def loss_of(self, term: AbstractFlowTerm, y: PyTree) -> Scalar:
         return term.loss(term.model(y))
 
     def tolerance_share(self, rtol: Scalar) -> Scalar | float:
         return 1.0
 
-    def work(self, term: FlowTerm, state: PyTree) -> dict[str, Array]:
+    def work(self, term: AbstractFlowTerm, state: PyTree) -> dict[str, Array]:
         return {}
 
 

@@ -9,7 +9,7 @@ import jax
 from jaxtyping import PyTree, Scalar
 
 from .._checks import is_concrete
-from ..flow.term import FlowTerm
+from ..flow.term import AbstractFlowTerm
 from ..losses import AbstractCompositeLoss
 from ..penalties import Moreau
 from .curvature import sharpness
@@ -36,7 +36,7 @@ class Size(eqx.Module):
 
 
 def measure_size(
-    term: FlowTerm,
+    term: AbstractFlowTerm,
     params: PyTree,
     weight_decay: float | Scalar,
     t1: float | Scalar,

@@ -8,11 +8,11 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree, Scalar
 
 from ..flow.flat import linearized
-from ..flow.term import FlowTerm
+from ..flow.term import AbstractFlowTerm
 
 
 @eqx.filter_jit
-def sharpness(term: FlowTerm, params: PyTree) -> Float[Array, ""]:
+def sharpness(term: AbstractFlowTerm, params: PyTree) -> Float[Array, ""]:
     """L = ‖∇²F(θ₀)‖₂, from below, by power iteration until it changes by less than 1 %,
     20 times at most."""
     theta, unravel = ravel_pytree(params)
@@ -37,7 +37,7 @@ def sharpness(term: FlowTerm, params: PyTree) -> Float[Array, ""]:
 
 
 def steps_at_the_limit(
-    term: FlowTerm, models: PyTree, ts: Float[Array, " n"]
+    term: AbstractFlowTerm, models: PyTree, ts: Float[Array, " n"]
 ) -> Scalar:
     """∫L dt along n saved models, about the number of steps that an explicit method
     takes at its stability limit. L may change a lot from one to the next: its geometric

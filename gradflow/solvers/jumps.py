@@ -5,13 +5,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from .._norms import norm
-from ..flow.flat import FlatLoss
-from ..flow.term import FlowTerm
+from ..flow.flat import AbstractFlatLoss
+from ..flow.term import AbstractFlowTerm
 from ..losses import Huber
 from ..penalties import Moreau
 
 
-def curvature_jumps(term: FlowTerm) -> bool:
+def curvature_jumps(term: AbstractFlowTerm) -> bool:
     """Whether ∇²F or ∇²R has jumps, of which the flow crosses many."""
     parts = (part for _, part in term.penalty.terms())
     return isinstance(term.loss, Huber) or any(isinstance(p, Moreau) for p in parts)
@@ -28,7 +28,7 @@ _RESOLVED = 64  # the roundings of θ to which the way is halved at most
 
 
 def find_jumps(
-    loss: FlatLoss,
+    loss: AbstractFlatLoss,
     one: Float[Array, " d"],
     two: Float[Array, " d"],
     mu: Float[Array, " m"],

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax.scipy.linalg import cho_factor, cho_solve, lu_factor, lu_solve
 from jaxtyping import Array, Bool, Float, Int, Scalar
 
-from ..flow.flat import FlatLoss, FlatOpaqueLoss
+from ..flow.flat import AbstractFlatLoss
 
 
 class Factor(eqx.Module):
@@ -30,16 +30,16 @@ _FEW = 100
 
 
 def is_small(
-    loss: FlatLoss, theta: Float[Array, " d"], multiplier: Float[Array, " m"]
+    loss: AbstractFlatLoss, theta: Float[Array, " d"], multiplier: Float[Array, " m"]
 ) -> bool:
     """Whether the Hessian Σ μᵢ∇²zᵢ is cheap. (Of an opaque loss it is zero.)"""
-    opaque = isinstance(loss, FlatOpaqueLoss)
+    opaque = loss.opaque
     few = theta.size <= _FEW and multiplier.size <= _INVERTED
     return few and not opaque
 
 
 def stage_inverse(
-    loss: FlatLoss,
+    loss: AbstractFlatLoss,
     theta: Float[Array, " d"],
     multiplier: Float[Array, " m"],
     alpha: Float[Array, "d d"],
@@ -56,7 +56,7 @@ def stage_inverse(
 
 
 def curved_kernel(
-    loss: FlatLoss,
+    loss: AbstractFlatLoss,
     theta: Float[Array, " d"],
     weights: Float[Array, " d"] | Float[Array, "d d"] | None,
 ) -> Float[Array, "m m"]:
@@ -77,7 +77,7 @@ def curved_kernel(
 
 
 def _factorise(
-    loss: FlatLoss, shift: Scalar, kernel: Float[Array, "m m"], definite: bool
+    loss: AbstractFlatLoss, shift: Scalar, kernel: Float[Array, "m m"], definite: bool
 ) -> Factor:
     """The matrix shift I + ℓ''K, or shift/w I + K where ℓ'' = w I."""
     # Rounding may make a singular kernel indefinite; the ridge moves only how fast the
@@ -115,7 +115,7 @@ class StageMatrix(eqx.Module):
     """The matrix of the chord iteration of all stages of a step: shift I + ℓ''K with
     K = J α⁻¹Jᵀ, or, where the `whole` curvature is in it, K = J(α + c Σ μᵢ∇²zᵢ)⁻¹Jᵀ."""
 
-    loss: FlatLoss
+    loss: AbstractFlatLoss
     kernel: Float[Array, "m m"]
     inverse: Float[Array, "d d"] | None
     """(α + c Σ μᵢ∇²zᵢ)⁻¹, where it is affordable."""
@@ -129,7 +129,7 @@ class StageMatrix(eqx.Module):
     @classmethod
     def of(
         cls,
-        loss: FlatLoss,
+        loss: AbstractFlatLoss,
         kernel: Float[Array, "m m"],
         inverse: Float[Array, "d d"] | None,
         alpha: Scalar | Float[Array, " d"],

@@ -15,8 +15,8 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
 from .._norms import norm
 from .._typing import BoolScalarLike, RealScalarLike
-from ..flow.flat import FlatLoss
-from ..flow.term import FlowTerm, Tracked, TrackedFlowTerm
+from ..flow.flat import AbstractFlatLoss
+from ..flow.term import AbstractFlowTerm, Tracked, TrackedFlowTerm
 from ..results import RESULTS
 from .base import AbstractFlowSolver, Controller, Followed, Saved
 from .controllers import lasting
@@ -58,8 +58,8 @@ class _State(eqx.Module):
 class _Problem(eqx.Module):
     """What one step solves."""
 
-    term: FlowTerm
-    loss: FlatLoss
+    term: AbstractFlowTerm
+    loss: AbstractFlatLoss
     theta: Float[Array, " d"]
     h: Scalar
     weight_decay: Scalar
@@ -140,7 +140,7 @@ class AbstractKKT(
     sees_growth: ClassVar[bool] = True
     sees_jumps: ClassVar[bool] = True
     follows_kinks: ClassVar[bool] = True
-    term_structure: ClassVar = FlowTerm
+    term_structure: ClassVar = AbstractFlowTerm
     interpolation_cls: ClassVar = ThirdOrderHermitePolynomialInterpolation.from_k
     tableau: AbstractClassVar[diffrax.ButcherTableau]
 
@@ -148,10 +148,12 @@ class AbstractKKT(
     def name(self) -> str:
         return type(self).__name__
 
-    def follow(self, term: FlowTerm, params: PyTree, weight_decay: Scalar) -> Followed:
+    def follow(
+        self, term: AbstractFlowTerm, params: PyTree, weight_decay: Scalar
+    ) -> Followed:
         """With the multiplier saved beside the parameters; see `loss_of`."""
         theta, loss = flat_problem(term, params)
-        tracked = TrackedFlowTerm(term.loss, term.penalty, term.static)
+        tracked = TrackedFlowTerm(term.loss, term.penalty, term.chart)
         return Followed(self, tracked, Tracked(params, loss.residuals(theta)))
 
     def controlled(self, controller: Controller) -> Controller:
@@ -165,7 +167,7 @@ class AbstractKKT(
     def params_of(self, y: Tracked) -> PyTree:
         return y.params
 
-    def loss_of(self, term: FlowTerm, y: Tracked) -> Scalar:
+    def loss_of(self, term: AbstractFlowTerm, y: Tracked) -> Scalar:
         """F, through the multiplier: its relative error is that of the parameters, even
         where F itself is tiny."""
         theta, loss = flat_problem(term, y.params)
@@ -177,7 +179,7 @@ class AbstractKKT(
     def reservation(self, saved: Saved) -> RESULTS:
         return RESULTS.successful
 
-    def work(self, term: FlowTerm, state: _State) -> dict[str, Array]:
+    def work(self, term: AbstractFlowTerm, state: _State) -> dict[str, Array]:
         """What the accepted steps took, from the final state
         (`SaveAt(solver_state=True)`): `iterations`, each at the cost of the outputs,
         one Jacobian-vector and two vector-Jacobian products; tangent `kernels` made;
@@ -213,7 +215,7 @@ class AbstractKKT(
         residuals = loss.residuals(theta)
         (m,) = residuals.shape
         return _State(
-            slope=ravel_pytree(FlowTerm.vf(term, t0, params, args))[0],
+            slope=ravel_pytree(term.velocity(params, args))[0],
             multiplier=residuals,
             kernel=jnp.zeros((m, m), theta.dtype),
             stale=jnp.array(True),

@@ -7,8 +7,8 @@ from diffrax import AbstractTerm
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree, Scalar
 
-from ..flow.flat import FlatLoss, FlatOpaqueLoss, flatten
-from ..flow.term import FlowTerm, Tracked
+from ..flow.flat import AbstractFlatLoss, FlatOpaqueLoss, flatten_on
+from ..flow.term import AbstractFlowTerm, Tracked
 from ..losses import AbstractCompositeLoss
 from ..penalties import AbstractPenalty
 from .kernel import DENSE_LIMIT
@@ -52,17 +52,19 @@ def only_holds(penalty: AbstractPenalty, params: PyTree) -> bool:
     return isinstance(rest, float) and rest == 0.0
 
 
-def unwrap(terms: AbstractTerm, y: PyTree) -> tuple[FlowTerm, PyTree]:
+def unwrap(terms: AbstractTerm, y: PyTree) -> tuple[AbstractFlowTerm, PyTree]:
     """The flow's own term, and the parameters in its state."""
     term: Any = terms
-    while not isinstance(term, FlowTerm):  # Diffrax wraps terms
+    while not isinstance(term, AbstractFlowTerm):  # Diffrax wraps terms
         term = term.term
     return term, y.params if isinstance(y, Tracked) else y
 
 
-def flat_problem(term: FlowTerm, params: PyTree) -> tuple[Float[Array, " d"], FlatLoss]:
+def flat_problem(
+    term: AbstractFlowTerm, params: PyTree
+) -> tuple[Float[Array, " d"], AbstractFlatLoss]:
     """θ, and its loss: a composite one, or one taken as such."""
-    theta, loss = flatten(term.loss, params, term.static)
+    theta, loss = flatten_on(term.loss, params, term.chart)
     if isinstance(term.loss, AbstractCompositeLoss):
         return theta, loss
     if theta.size > DENSE_LIMIT:
@@ -72,4 +74,4 @@ def flat_problem(term: FlowTerm, params: PyTree) -> tuple[Float[Array, " d"], Fl
             f"{DENSE_LIMIT} parameters); give it as SquaredError, CrossEntropy or other"
             " composite losses, or take RKC2."
         )
-    return theta, FlatOpaqueLoss(loss.loss, loss.static, loss.unravel)
+    return theta, FlatOpaqueLoss(loss.loss, loss.chart, loss.unravel)

@@ -14,9 +14,9 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, Scalar
 
 from .._norms import norm
-from ..flow.flat import FlatLoss, FlatOpaqueLoss
+from ..flow.flat import AbstractFlatLoss
 from ..flow.nonsmooth import may_have_kinks
-from ..flow.term import FlowTerm
+from ..flow.term import AbstractFlowTerm
 from .controllers import tolerance
 from .jumps import find_jumps
 from .kernel import StageMatrix
@@ -91,8 +91,8 @@ class Solution(NamedTuple):
 class Stages(eqx.Module):
     """The stage equations of one step, from y0."""
 
-    term: FlowTerm
-    loss: FlatLoss
+    term: AbstractFlowTerm
+    loss: AbstractFlatLoss
     y0: Float[Array, " d"]
     h: Scalar
     c: Scalar
@@ -247,7 +247,7 @@ class Stages(eqx.Module):
         if loss.outer_curvature is not None:
             return jnp.array(True)
         eps = jnp.finfo(z.dtype).eps
-        if isinstance(loss, FlatOpaqueLoss):
+        if loss.opaque:
             resolved = norm(self.matrix.kernel @ z)
             settled = norm(off) < 0.5 * it.off
         else:

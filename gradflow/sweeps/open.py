@@ -12,7 +12,6 @@ import numpy as np
 from jaxtyping import PyTree
 
 from ..flow.flow import check_flow, GradientFlow
-from ..flow.term import place
 from ..metrics import Metric
 from ..results import from_codes
 from ..runs.columns import xarray
@@ -82,7 +81,7 @@ def as_sweep(
         t=flat("t"),
         weight_decay=jnp.asarray(lams, flat("t").dtype),
         params=tree.unflatten([flat(name) for name in names]),
-        static=place(params, term.static)[1],
+        static=term.static,
         metrics={name: flat(f"metric_{name}") for name in sorted(watched)},
         train_loss=flat("train_loss"),
         penalty=flat("penalty"),

@@ -21,7 +21,6 @@ from .._checks import (
     resolvable,
 )
 from ..flow.flow import GradientFlow, scaled
-from ..flow.term import place
 from ..metrics import Metric
 from ..runs.descent import prepare_descent
 from ..runs.problem import as_metrics, check_problem
@@ -203,7 +202,7 @@ class Recipe:
     def owned(self, lane: int) -> Owned:
         problem = self.problem(lane)
         term, params = problem.flow.term(problem.model)
-        return Owned(place(params, term.static)[1], problem.watched)
+        return Owned(term.static, problem.watched)
 
     def start(self, lane: int) -> tuple[Any, Any]:
         """The flow as a term, and the scaled parameters."""
