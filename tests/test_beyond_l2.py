@@ -1,22 +1,18 @@
 """The experiments beyond ℓ2, on tiny settings and in this process."""
 
 import json
-import pathlib
-import sys
 
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-FOLDER = pathlib.Path(__file__).parents[1] / "experiments"
-sys.path.insert(0, str(FOLDER))
-
 pytest.importorskip("tyro")
 xr = pytest.importorskip("xarray")
-import beyond_l2 as script  # noqa: E402
-import common  # noqa: E402
 import oracles  # noqa: E402
-from beyond_l2_loop import subgradient_loop  # noqa: E402
+
+from experiments import beyond_l2 as script  # noqa: E402
+from experiments.beyond_l2.loop import subgradient_loop  # noqa: E402
+from experiments.shared import common  # noqa: E402
 
 
 def run(name, tmp_path, **settings):

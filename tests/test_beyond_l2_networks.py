@@ -3,8 +3,6 @@
 import dataclasses
 import functools
 import math
-import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +11,13 @@ import pytest
 from idx_files import write_mnist
 from numpy.testing import assert_array_equal
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "experiments"))
 pytest.importorskip("tyro")
 pytest.importorskip("xarray")
-import beyond_l2_grid as grid  # noqa: E402
-import beyond_l2_networks as networks  # noqa: E402
-
 import gradflow as gf  # noqa: E402
+from experiments.beyond_l2 import (
+    grid,  # noqa: E402
+    networks,  # noqa: E402
+)
 
 
 @pytest.fixture(autouse=True)

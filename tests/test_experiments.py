@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-FOLDER = pathlib.Path(__file__).parents[1] / "experiments"
-sys.path.insert(0, str(FOLDER))
+ROOT = pathlib.Path(__file__).parents[1]
 
 pytest.importorskip("tyro")
 xr = pytest.importorskip("xarray")
-import common  # noqa: E402
-import two_phase as script  # noqa: E402
-import two_phase_rows as rows  # noqa: E402
+from experiments.shared import common  # noqa: E402
+from experiments.two_phase import (  # noqa: E402
+    rows,
+    study as script,
+)
 
 
 @pytest.fixture(scope="module")
@@ -89,8 +90,9 @@ def test_processes_need_a_store():
 
 
 def test_help_names_every_option():
-    command = [sys.executable, str(FOLDER / "two_phase.py"), "--help"]
-    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    command = [sys.executable, "-m", "experiments.two_phase", "--help"]
+    run = dict(capture_output=True, text=True, check=True, cwd=ROOT)
+    out = subprocess.run(command, **run).stdout
     for name in (
         "task",
         "weight-decay",

@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import math
-import pathlib
-import sys
 
 import equinox as eqx
 import jax
@@ -13,18 +11,16 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-FOLDER = pathlib.Path(__file__).parents[1] / "experiments"
-sys.path.insert(0, str(FOLDER))
-
 pytest.importorskip("tyro")
 xr = pytest.importorskip("xarray")
-import common  # noqa: E402
-import omnigrok as script  # noqa: E402
-import omnigrok_teacher as teacher  # noqa: E402
-import omnigrok_theory as theory  # noqa: E402
-import omnigrok_transformer as transformer  # noqa: E402
-
 import gradflow as gf  # noqa: E402
+from experiments import omnigrok as script  # noqa: E402
+from experiments.omnigrok import (  # noqa: E402
+    teacher,
+    theory,
+    transformer,
+)
+from experiments.shared import common  # noqa: E402
 
 TINY = dict(modulus=5, fraction=0.6, width=8, hidden=8)
 

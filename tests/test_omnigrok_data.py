@@ -3,8 +3,6 @@ process; and what its criteria make of made-up runs."""
 
 import dataclasses
 import math
-import pathlib
-import sys
 
 import jax
 import jax.random as jr
@@ -12,18 +10,18 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "experiments"))
 pytest.importorskip("tyro")
 xr = pytest.importorskip("xarray")
 pytest.importorskip("sklearn")
-import omnigrok as script  # noqa: E402
-import omnigrok_addition as addition  # noqa: E402
-import omnigrok_data as data  # noqa: E402
-import omnigrok_images as images  # noqa: E402
-import omnigrok_scans as scans  # noqa: E402
-import runs  # noqa: E402
-
 import gradflow as gf  # noqa: E402
+from experiments import omnigrok as script  # noqa: E402
+from experiments.omnigrok import (  # noqa: E402
+    addition,
+    data,
+    images,
+    scans,
+)
+from experiments.shared import runs  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

@@ -2,19 +2,14 @@
 
 import functools
 import json
-import pathlib
-import sys
 
 import numpy as np
 import pytest
 
-FOLDER = pathlib.Path(__file__).parents[1] / "experiments"
-sys.path.insert(0, str(FOLDER))
-
 pytest.importorskip("tyro")
 pytest.importorskip("zarr")
 xr = pytest.importorskip("xarray")
-import phase_diagram as script  # noqa: E402
+from experiments.phase_diagram import study as script  # noqa: E402
 
 
 def curve(t, drop):

@@ -1,18 +1,13 @@
 """experiments/theory_limits.py, on a small setting and in this process."""
 
 import json
-import pathlib
-import sys
 
 import numpy as np
 import pytest
 
-FOLDER = pathlib.Path(__file__).parents[1] / "experiments"
-sys.path.insert(0, str(FOLDER))
-
 pytest.importorskip("tyro")
 xr = pytest.importorskip("xarray")
-import theory_limits as script  # noqa: E402
+from experiments.theory_limits import study as script  # noqa: E402
 
 
 def small(key, init_scale=1.0):

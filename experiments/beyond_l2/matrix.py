@@ -11,7 +11,10 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import xarray as xr
-from common import (
+
+import gradflow as gf
+
+from ..shared.common import (
     bar,
     below,
     check,
@@ -30,8 +33,6 @@ from common import (
     spread,
     steps_until,
 )
-
-import gradflow as gf
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,25 +7,25 @@ claimed against outside oracles, and writes summary.json, arrays.nc and figures.
 
 from typing import Any
 
-import beyond_l2_data
-import beyond_l2_depth
-import beyond_l2_matrix
-import beyond_l2_networks
-import beyond_l2_samples
-import beyond_l2_sparse
-import beyond_l2_theorems
+from . import data
+from . import depth
+from . import matrix
+from . import networks
+from . import samples
+from . import sparse
+from . import theorems
 import tyro
-from common import run_named, Settings
+from ..shared.common import run_named, Settings
 
 # One module for each family of experiments, with its sub-commands in EXPERIMENTS.
 FAMILIES = (
-    beyond_l2_sparse,
-    beyond_l2_samples,
-    beyond_l2_data,
-    beyond_l2_depth,
-    beyond_l2_matrix,
-    beyond_l2_theorems,
-    beyond_l2_networks,
+    sparse,
+    samples,
+    data,
+    depth,
+    matrix,
+    theorems,
+    networks,
 )
 EXPERIMENTS = {k: v for family in FAMILIES for k, v in family.EXPERIMENTS.items()}
 
@@ -39,7 +39,3 @@ def parse(arguments: list[str] | None = None) -> Settings:
     return tyro.extras.subcommand_cli_from_dict(
         EXPERIMENTS, description=__doc__, args=arguments
     )
-
-
-if __name__ == "__main__":
-    main(parse())

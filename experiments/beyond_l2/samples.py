@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import xarray as xr
-from beyond_l2_common import dataset, padded, story, trace
-from beyond_l2_sparse import flow, METHODS
-from common import (
+
+import gradflow as gf
+
+from ..shared.common import (
     bar,
     below,
     check,
@@ -22,8 +23,8 @@ from common import (
     Settings,
     steps_until,
 )
-
-import gradflow as gf
+from .common import dataset, padded, story, trace
+from .sparse import flow, METHODS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,14 +16,14 @@ import jax.random as jr
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
-import tyro
 import xarray as xr
-from common import attempt, Clock, near, parse_weight_decay, Row, write
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import gradflow as gf
 from gradflow.plot import SIZE
+
+from ..shared.common import attempt, Clock, near, parse_weight_decay, Row, write
 
 ORDERS = ("#0072B2", "#D55E00")
 SCALES = ("#009E73", "#0072B2", "#CC79A7")
@@ -317,7 +317,3 @@ def dataset(reports: dict[str, gf.Report]) -> xr.Dataset:
     lams = next(iter(reports.values())).weight_decay
     coords = {"task": list(reports), "weight_decay": lams}
     return xr.Dataset({name: (dims, stack(name)) for name in names}, coords=coords)
-
-
-if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))

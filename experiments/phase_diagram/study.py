@@ -21,7 +21,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 import xarray as xr
-from common import bar, check, Clock, Distributed, parse_weight_decay, Row, write
 from jaxtyping import Array
 from matplotlib.axes import Axes
 from matplotlib.colors import BoundaryNorm, ListedColormap, LogNorm
@@ -29,6 +28,16 @@ from matplotlib.figure import Figure
 
 import gradflow as gf
 from gradflow.plot import SIZE
+
+from ..shared.common import (
+    bar,
+    check,
+    Clock,
+    Distributed,
+    parse_weight_decay,
+    Row,
+    write,
+)
 
 Name = Literal["diagonal", "teacher_student"]
 
@@ -341,7 +350,3 @@ def cells(ax: Axes, data: xr.Dataset, values: np.ndarray, cmap: Any, norm: Any) 
     ax.set_xlabel("weight decay $\\lambda$", fontsize=SIZE)
     ax.tick_params(labelsize=SIZE - 1)
     return mesh
-
-
-if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))

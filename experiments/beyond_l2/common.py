@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import xarray as xr
-from common import COLOURS, finish, marks, panels
 from matplotlib.figure import Figure
 
 import gradflow as gf
+
+from ..shared.common import COLOURS, finish, marks, panels
 
 
 def timed(fn: Callable[[], gf.Path]) -> tuple[gf.Path, float, float]:

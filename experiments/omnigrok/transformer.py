@@ -19,7 +19,11 @@ import jax.random as jr
 import numpy as np
 import optax
 import xarray as xr
-from common import (
+from matplotlib.figure import Figure
+
+import gradflow as gf
+
+from ..shared.common import (
     check,
     COLOURS,
     finish,
@@ -28,11 +32,8 @@ from common import (
     panels,
     Settings,
 )
-from matplotlib.figure import Figure
-from omnigrok_teacher import draw, scan_rows
-from runs import reached, save_steps, single, store_of, trained
-
-import gradflow as gf
+from ..shared.runs import reached, save_steps, single, store_of, trained
+from .teacher import draw, scan_rows
 
 ADAM = functools.partial(optax.adam, b1=0.9, b2=0.98)
 

@@ -14,12 +14,13 @@ import jax.random as jr
 import numpy as np
 import optax
 import xarray as xr
-from common import bar, check, COLOURS, finish, marks, panels, Row
 from matplotlib.figure import Figure
-from runs import first, save_steps, single, stored
 from scipy.stats import spearmanr
 
 import gradflow as gf
+
+from ..shared.common import bar, check, COLOURS, finish, marks, panels, Row
+from ..shared.runs import first, save_steps, single, stored
 
 # As in the paper's code: sums over the layers, and norms that are not squared.
 PENALTIES: dict[str, gf.AbstractPenalty] = {

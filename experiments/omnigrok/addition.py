@@ -17,10 +17,11 @@ import jax.random as jr
 import numpy as np
 import optax
 import xarray as xr
-from common import check, COLOURS, finish, Outcome, panels, Row, Settings
-from runs import single, store_of
 
 import gradflow as gf
+
+from ..shared.common import check, COLOURS, finish, Outcome, panels, Row, Settings
+from ..shared.runs import single, store_of
 
 
 @functools.cache

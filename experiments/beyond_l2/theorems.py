@@ -12,9 +12,19 @@ from typing import Any
 import jax.random as jr
 import numpy as np
 import xarray as xr
-from common import bar, check, finish, Outcome, panels, Row, Settings, steps_until
 
 import gradflow as gf
+
+from ..shared.common import (
+    bar,
+    check,
+    finish,
+    Outcome,
+    panels,
+    Row,
+    Settings,
+    steps_until,
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from common import below, near, relative, Row
 from scipy.interpolate import PchipInterpolator
 
 import gradflow as gf
 from gradflow.compare import fit_rate
+
+from ..shared.common import below, near, relative, Row
 
 
 @dataclasses.dataclass(frozen=True)

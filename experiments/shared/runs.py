@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import xarray as xr
-from common import plain, Settings
 
 import gradflow as gf
+
+from .common import plain, Settings
 
 Arrays = dict[str, np.ndarray]
 

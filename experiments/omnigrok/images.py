@@ -16,9 +16,12 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import xarray as xr
-from common import check, COLOURS, finish, law, Outcome, panels, Row
 from matplotlib.axes import Axes
-from omnigrok_scans import (
+
+import gradflow as gf
+
+from ..shared.common import check, COLOURS, finish, law, Outcome, panels, Row
+from .scans import (
     dataset,
     delay_rows,
     draw,
@@ -35,8 +38,6 @@ from omnigrok_scans import (
     Trained,
     with_level,
 )
-
-import gradflow as gf
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,8 +5,10 @@ import dataclasses
 import jax.random as jr
 import numpy as np
 import xarray as xr
-from beyond_l2_common import padded
-from common import (
+
+import gradflow as gf
+
+from ..shared.common import (
     bar,
     below,
     check,
@@ -17,8 +19,7 @@ from common import (
     Settings,
     steps_until,
 )
-
-import gradflow as gf
+from .common import padded
 
 
 @dataclasses.dataclass(frozen=True)

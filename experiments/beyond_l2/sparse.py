@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import xarray as xr
-from beyond_l2_common import dataset, story, timed, trace
-from beyond_l2_loop import subgradient_loop
-from common import (
+
+import gradflow as gf
+
+from ..shared.common import (
     bar,
     below,
     check,
@@ -27,8 +28,8 @@ from common import (
     spread,
     steps_until,
 )
-
-import gradflow as gf
+from .common import dataset, story, timed, trace
+from .loop import subgradient_loop
 
 METHODS = ("subgradient", "proximal", "projected")
 

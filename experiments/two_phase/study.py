@@ -18,14 +18,14 @@ import jax.random as jr
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
-import two_phase_panels as panels
-import two_phase_rows as rows
 import tyro
 import xarray as xr
-from common import attempt, Clock, Distributed, parse_weight_decay, Row, write
-from two_phase_rows import Run
 
 import gradflow as gf
+
+from ..shared.common import attempt, Clock, Distributed, parse_weight_decay, Row, write
+from . import panels as panels, rows as rows
+from .rows import Run
 
 TASKS: dict[str, Callable[..., gf.tasks.Task]] = {
     "linear_regression": gf.tasks.linear_regression,
@@ -371,7 +371,3 @@ def dataset(sweep: gf.Sweep, report: gf.Report) -> xr.Dataset:
 
 def count(model: Any) -> int:
     return rows.vector(model).size
-
-
-if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))

@@ -15,12 +15,13 @@ import jax.random as jr
 import numpy as np
 import optax
 import xarray as xr
-from common import check, COLOURS, finish, marks, Row, Settings
 from matplotlib.axes import Axes
-from runs import first, for_good, read, save_steps, single, stored, write
 from scipy.ndimage import median_filter
 
 import gradflow as gf
+
+from ..shared.common import check, COLOURS, finish, marks, Row, Settings
+from ..shared.runs import first, for_good, read, save_steps, single, stored, write
 
 NOISE = 5
 

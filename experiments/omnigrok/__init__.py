@@ -7,23 +7,23 @@ writes summary.json, arrays.nc and figures.
 
 from typing import Any
 
-import omnigrok_addition
-import omnigrok_data
-import omnigrok_images
-import omnigrok_teacher
-import omnigrok_theory
-import omnigrok_transformer
+from . import addition
+from . import data
+from . import images
+from . import teacher
+from . import theory
+from . import transformer
 import tyro
-from common import run_named, Settings
+from ..shared.common import run_named, Settings
 
 # One module for each family of experiments, with its sub-commands in EXPERIMENTS.
 FAMILIES: tuple[Any, ...] = (
-    omnigrok_teacher,
-    omnigrok_theory,
-    omnigrok_transformer,
-    omnigrok_addition,
-    omnigrok_images,
-    omnigrok_data,
+    teacher,
+    theory,
+    transformer,
+    addition,
+    images,
+    data,
 )
 EXPERIMENTS = {k: v for family in FAMILIES for k, v in family.EXPERIMENTS.items()}
 
@@ -37,7 +37,3 @@ def parse(arguments: list[str] | None = None) -> Settings:
     return tyro.extras.subcommand_cli_from_dict(
         EXPERIMENTS, description=__doc__, args=arguments
     )
-
-
-if __name__ == "__main__":
-    main(parse())

@@ -6,10 +6,10 @@ from math import comb
 import jax.random as jr
 import numpy as np
 import xarray as xr
-from beyond_l2_common import padded
-from beyond_l2_samples import first
-from beyond_l2_sparse import flow, flow_times
-from common import (
+
+import gradflow as gf
+
+from ..shared.common import (
     bar,
     below,
     check,
@@ -21,8 +21,9 @@ from common import (
     relative,
     Settings,
 )
-
-import gradflow as gf
+from .common import padded
+from .samples import first
+from .sparse import flow, flow_times
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,12 +10,13 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 import xarray as xr
-from common import bar, check, COLOURS, finish, Outcome, panels, Row
 from jaxtyping import Array
 from matplotlib.figure import Figure
-from omnigrok_teacher import Teacher, title
 
 import gradflow as gf
+
+from ..shared.common import bar, check, COLOURS, finish, Outcome, panels, Row
+from .teacher import Teacher, title
 
 
 class ErrorOf(eqx.Module):

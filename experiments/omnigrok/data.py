@@ -15,9 +15,12 @@ from typing import Any
 
 import jax.random as jr
 import numpy as np
-from common import check, Outcome, panels, Row
 from matplotlib.figure import Figure
-from omnigrok_scans import (
+
+import gradflow as gf
+
+from ..shared.common import check, Outcome, panels, Row
+from .scans import (
     dataset,
     delay_rows,
     draw,
@@ -34,8 +37,6 @@ from omnigrok_scans import (
     Trained,
     with_level,
 )
-
-import gradflow as gf
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,12 @@ from pathlib import Path
 
 import jax.random as jr
 import numpy as np
-from beyond_l2_grid import (
+
+import gradflow as gf
+from gradflow.tasks.task import at_zero
+
+from ..shared.common import check, Outcome, Row, Settings
+from .grid import (
     curves,
     dataset,
     grid,
@@ -24,10 +29,6 @@ from beyond_l2_grid import (
     train,
     Trained,
 )
-from common import check, Outcome, Row, Settings
-
-import gradflow as gf
-from gradflow.tasks.task import at_zero
 
 
 @dataclasses.dataclass(frozen=True)

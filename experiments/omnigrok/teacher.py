@@ -18,7 +18,12 @@ import jax.random as jr
 import numpy as np
 import optax
 import xarray as xr
-from common import (
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+import gradflow as gf
+
+from ..shared.common import (
     bar,
     check,
     COLOURS,
@@ -31,11 +36,7 @@ from common import (
     Settings,
     slope_row,
 )
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from runs import reached, store_of, trained
-
-import gradflow as gf
+from ..shared.runs import reached, store_of, trained
 
 SAVES = 400  # of a descent: 3 % from one to the next in 1e5 steps
 
