@@ -1,4 +1,4 @@
-"""Traces of linear models, for the experiments of `beyond_l2.py`."""
+"""Sparse recovery: settings, descents and flows, and traces of linear models."""
 
 import dataclasses
 import time
@@ -8,13 +8,67 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 import numpy as np
 import xarray as xr
 from matplotlib.figure import Figure
 
 import gradflow as gf
 
-from ..shared.common import COLOURS, finish, marks, panels
+from ..shared.command import Settings
+from ..shared.figures import COLOURS, finish, marks, panels
+from ..shared.rows import Row
+
+METHODS = ("subgradient", "proximal", "projected")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sparse(Settings):
+    """Of all experiments on sparse vectors."""
+
+    features: int = 100
+    sparsity: int = 5
+    alpha: float = 0.1
+    """The step size α."""
+    beta: float = 1e-5
+    """The strength β of the penalty."""
+    zeta: float = 1e-6
+    """Of the start."""
+
+    def task(self, seed: int | None = None, **options: Any) -> gf.tasks.Task:
+        fixed = dict(features=self.features, sparsity=self.sparsity, scale=self.zeta)
+        key = jr.key(self.seed if seed is None else seed)
+        return gf.tasks.sparse_recovery(key, **(fixed | options))
+
+
+def descend(
+    task: gf.tasks.Task, alpha: float, beta: float, at: Any,
+    method: Any = "subgradient", metrics: Any = None,
+) -> gf.Path:  # fmt: skip
+    """Through the steps `at`; with the task's metrics unless others are given."""
+    watched = task.metrics if metrics is None else metrics
+    return gf.descent(
+        task.flow, task.model, weight_decay=beta, learning_rate=alpha, at=at,
+        method=method, metrics=watched,
+    )  # fmt: skip
+
+
+def flow(task: gf.tasks.Task, beta: float, ts: Any, rtol: float = 1e-8) -> gf.Path:
+    return gf.simulate(
+        task.flow, task.model, weight_decay=beta, ts=jnp.asarray(ts),
+        metrics=task.metrics, rtol=rtol, max_steps=10**6,
+    )  # fmt: skip
+
+
+def flow_times(t1: float, saves: int) -> np.ndarray:
+    return np.concatenate([[0.0], np.geomspace(1e-2, t1, saves)])
+
+
+def unless(rows: list[Row], gate: Any) -> list[Row]:
+    """Rows that are judged only where the first of them, the oracle, holds."""
+    if gate:
+        return rows
+    return [rows[0], *(dataclasses.replace(row, ok=None) for row in rows[1:])]
 
 
 def timed(fn: Callable[[], gf.Path]) -> tuple[gf.Path, float, float]:
@@ -39,12 +93,23 @@ def padded(task: gf.tasks.Task, rows: int) -> gf.tasks.Task:
     x, y = jnp.pad(loss.x, ((0, more), (0, 0))), jnp.pad(loss.y, (0, more))
     loss = gf.SquaredError(x, y, reduction="sum")
     train = gf.tasks.RelativeError(loss.outputs, loss.y)
-    metrics = {**task.metrics, "train": eqx.tree_at(_fn, task.metrics["train"], train)}
+    of_train = eqx.tree_at(lambda metric: metric.fn, task.metrics["train"], train)
+    metrics = {**task.metrics, "train": of_train}
     return dataclasses.replace(task, loss=loss, metrics=metrics)
 
 
-def _fn(metric: gf.Metric) -> Any:
-    return metric.fn
+def from_there_on(good: np.ndarray) -> np.ndarray:
+    """Whether it holds for this number of measurements, the last axis, and all larger
+    ones."""
+    return np.flip(np.logical_and.accumulate(np.flip(good, -1), -1), -1)
+
+
+def least(samples: Any, good: np.ndarray) -> np.ndarray:
+    """The least N from which on all are good, for each row; one more than the largest
+    where there is none."""
+    number = lambda row: samples[int(row.argmax())] if row.any() else samples[-1] + 1
+    rows = from_there_on(good).reshape(-1, good.shape[-1])
+    return np.array([int(number(row)) for row in rows]).reshape(good.shape[:-1])
 
 
 class Trace(NamedTuple):
@@ -84,23 +149,25 @@ def trace(
     )
 
 
-def dataset(traces: dict[str, Trace], **attrs: Any) -> xr.Dataset:
+def dataset(traces: dict[str, Trace]) -> xr.Dataset:
     """Every trace under its name."""
     arrays: dict[str, Any] = {}
     for name, one in traces.items():
-        key = name.replace(" ", "_")
         for field, value in one._asdict().items():
-            dims = (f"{key}_time", "coordinate")[: value.ndim]
-            arrays[f"{key}_{field}"] = (dims, value)
-    return xr.Dataset(arrays, attrs=attrs)
+            dims = (f"{name}_time", "coordinate")[: value.ndim]
+            arrays[f"{name}_{field}"] = (dims, value)
+    return xr.Dataset(arrays)
+
+
+def traces_of(data: xr.Dataset) -> dict[str, Trace]:
+    """What `dataset` was given."""
+    names = [str(k).removesuffix("_ratio") for k in data if str(k).endswith("_ratio")]
+    fields = Trace._fields
+    return {n: Trace(*(data[f"{n}_{field}"].values for field in fields)) for n in names}
 
 
 def story(
-    traces: dict[str, Trace],
-    target: np.ndarray,
-    times: dict[str, float],
-    title: str,
-    support: np.ndarray | None = None,
+    traces: dict[str, Trace], target: np.ndarray, times: dict[str, float], title: str
 ) -> Figure:
     """The paper's panels: errors, the ratio of the forces, norms, components."""
     fig, axes = panels(4)
@@ -118,7 +185,7 @@ def story(
     axes[0].set_ylim(bottom=1e-8)
     axes[2].axhline(np.abs(target).sum(), color="black", ls=":", lw=1)
     name, trace = next(iter(traces.items()))
-    on = np.flatnonzero(target) if support is None else support
+    on = np.flatnonzero(target)
     off = np.setdiff1d(np.arange(target.size), on)
     axes[3].plot(trace.steps[1:], trace.a[1:, off], color="lightgrey", lw=0.5)
     for i, colour in zip(on, COLOURS * len(on), strict=False):

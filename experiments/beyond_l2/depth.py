@@ -1,155 +1,121 @@
-"""P2-D1: depth recovers sparse targets without any penalty."""
+"""Depth recovers sparse targets without any penalty."""
 
 import dataclasses
 
-import jax.random as jr
 import numpy as np
 import xarray as xr
+from matplotlib.figure import Figure
 
-import gradflow as gf
-
-from ..shared.common import (
-    bar,
-    below,
-    check,
-    COLOURS,
-    finish,
-    Outcome,
-    panels,
-    Settings,
-    steps_until,
-)
-from .common import padded
+from ..shared.command import bar
+from ..shared.figures import COLOURS, finish, panels
+from ..shared.rows import check, Row
+from ..shared.runs import steps_until
+from .common import descend, padded, Sparse
+from .samples import SAMPLES
 
 
 @dataclasses.dataclass(frozen=True)
-class D1(Settings):
+class D1(Sparse):
     """Figures 9, 17 and 18: a = A₁ ⊙ ⋯ ⊙ A_L by gradient descent alone."""
 
-    features: int = 100
-    sparsity: int = 5
-    samples: tuple[int, ...] = (10, 20, 30, 40, 50, 60, 70, 80, 90, 100)
+    samples: tuple[int, ...] = SAMPLES
     depths: tuple[int, ...] = (1, 2, 3, 4)
-    alpha: float = 0.1
+    beta: float = 0.0
     zeta: float = 1e-2
     """Of the start where L > 1: Gaussian factors, which break the symmetry of signs. At
     L = 1 it is 1e-6."""
     steps: int = 10**6
+    shown: int = 50
+    """The number of measurements whose runs are drawn."""
 
-    def run(self) -> Outcome:
+    def compute(self) -> xr.Dataset:
         samples = self.samples[2:9:2] if self.quick else self.samples
         depths = self.depths[:3] if self.quick else self.depths
-        shape = (len(depths), len(samples))
-        errors, fits, t1, t2 = (np.full(shape, np.nan) for _ in range(4))
-        unseen = np.full(len(samples), np.nan)
-        sparse = np.zeros(len(samples), bool)
         at = steps_until(self.steps, 129)
-        shown = {}
-        for i, depth in enumerate(depths):
-            for j, n in enumerate(bar(samples, f"L = {depth}")):
-                one = gf.tasks.sparse_recovery(
-                    jr.key(self.seed),
-                    features=self.features,
-                    sparsity=self.sparsity,
-                    samples=n,
-                    depth=depth,
-                    scale=self.zeta if depth > 1 else 1e-6,
-                )
-                unseen[j] = one.truth.unseen()
-                sparse[j] = one.truth.recovers_target()
-                task = padded(one, self.features)
-                path = gf.descent(
-                    task.flow,
-                    task.model,
-                    weight_decay=0.0,
-                    learning_rate=self.alpha,
-                    at=at,
-                    metrics=task.metrics,
-                )
-                errors[i, j] = path.metrics["test"][-1]
-                fits[i, j] = path.metrics["train"][-1]
-                t1[i, j] = path.crossing_time("train") / self.alpha
-                t2[i, j] = path.crossing_time("test") / self.alpha
-                if n == 50:
-                    a = np.asarray(one.truth.coefficients(path.models))
-                    shown[depth] = (a, np.asarray(path.metrics["test"]), one.truth)
-        numbers_n = np.array(samples)
-        inner = numbers_n < self.features
-        enough = inner & (numbers_n >= 40) & sparse
-        gain = errors[0] / errors[1]
-        off = np.abs(errors[0] / unseen - 1)[inner].max()
-        checks = [
-            below("P2-D1 L = 1", off, 1e-4, "recovery error of L = 1 is ‖P a*‖/‖a*‖"),
-            check(
-                "P2-D1 L = 2", gain[enough].min(initial=np.inf), "≥ 5",
-                gain[enough].min(initial=np.inf) >= 5,
-                "error of L = 1 over that of L = 2, least over 40 ≤ N < n",
-            ),
-        ]  # fmt: skip
-        for i, depth in enumerate(depths[2:], start=2):
-            ratio = errors[0] / errors[i]
-            late = [n for n, f in zip(samples, fits[i], strict=True) if f > 1e-3]
-            # What has not fitted the data yet can't be judged.
-            judged = fits[i][enough].max(initial=0) < 0.1
-            checks.append(
-                check(
-                    f"P2-D1 L = {depth}",
-                    ratio[enough].min(initial=np.inf),
-                    "≥ 5",
-                    ratio[enough].min(initial=np.inf) >= 5 if judged else None,
-                    f"the same of L = {depth}; not fitted to 1e-3 by the end: N in "
-                    f"{late}",
-                )  # fmt: skip
+        names = ("error", "fit", "t1", "t2", "unseen", "recovers")
+        found = {name: np.full((len(depths), len(samples)), np.nan) for name in names}
+        shape = (len(depths), at.size)
+        curves, target = np.full(shape, np.nan), np.full(self.features, np.nan)
+        components = np.full((*shape, self.features), np.nan)
+        for i, j in bar(np.ndindex(*found["t1"].shape), "L, N"):
+            depth = depths[i]
+            scale = self.zeta if depth > 1 else 1e-6
+            one = self.task(samples=samples[j], depth=depth, scale=scale)
+            path = descend(padded(one, self.features), self.alpha, self.beta, at)
+            values = (
+                path.metrics["test"][-1],
+                path.metrics["train"][-1],
+                path.crossing_time("train") / self.alpha,
+                path.crossing_time("test") / self.alpha,
+                one.truth.unseen(),
+                one.truth.recovers_target(),
             )
-        t1 = np.where(np.isnan(t1), np.inf, t1)
-        middle = [float(np.median(row[enough])) for row in t1]
-        checks.append(
-            check(
-                "P2-D1 slower",
-                np.diff(middle).min(),
-                "> 0",
-                np.diff(middle).min() > 0,
-                "steps until fitted, median over N ≥ 40, grow with L: "
-                + ", ".join(f"{m:.3g}" for m in middle),
-            )  # fmt: skip
-        )
-        t2 = np.where(np.isnan(t2), np.inf, t2)
-        reached = (np.isfinite(t1) & np.isfinite(t2))[:, enough]
-        with np.errstate(invalid="ignore"):
-            apart = ((t2 - t1) / t1)[:, enough]
-        delay = [
-            float(np.median(d[on])) if on.any() else np.nan
-            for d, on in zip(apart[1:], reached[1:], strict=True)
-        ]
-        print(f"delay (t₂ − t₁)/t₁ for L = {depths[1:]}: {delay}")
-        fig, axes = panels(2 + len(shown), 3)
-        for depth, row, colour in zip(depths, errors, COLOURS, strict=False):
-            axes[0].plot(samples, row, "o-", color=colour, label=f"L = {depth}")
-        axes[0].plot(samples, unseen, "k:", label="$\\|Pa^*\\|/\\|a^*\\|$")
-        finish(axes[0], "recovery error", "measurements N", log="y")
-        for (depth, (a, test, truth)), ax, colour in zip(
-            shown.items(), axes[2:], COLOURS, strict=False
-        ):
-            axes[1].plot(at[1:], test[1:], color=colour, label=f"L = {depth}")
-            on = np.asarray(truth.target != 0)
-            ax.plot(at[1:], a[1:, ~on], color="lightgrey", lw=0.5)
-            ax.plot(at[1:], a[1:, on], color=colour, lw=1.2)
-            finish(ax, f"components, L = {depth}, N = 50", log="x")
-        finish(axes[1], "recovery error, N = 50")
-        dims = ("L", "N")
-        data = xr.Dataset(
+            for name, value in zip(names, values, strict=True):
+                found[name][i, j] = float(value)
+            if samples[j] == self.shown:
+                components[i] = np.asarray(one.truth.coefficients(path.models))
+                curves[i], target = path.metrics["test"], np.asarray(one.truth.target)
+        axes = {"L": list(depths), "N": list(samples), "step": at}
+        return xr.Dataset(
             {
-                "error": (dims, errors),
-                "fit": (dims, fits),
-                "t1": (dims, t1),
-                "t2": (dims, t2),
-                "unseen": ("N", unseen),
-                "basis_pursuit_recovers": ("N", sparse),
+                **{k: (("L", "N"), v) for k, v in found.items()},
+                "components": (("L", "step", "coordinate"), components),
+                "curve": (("L", "step"), curves),
+                "target": ("coordinate", target),
             },
-            coords={"L": list(depths), "N": list(samples)},
+            axes,
         )
-        numbers = {"delay": delay, "fitted": t1, "errors": errors, "gain": gain}
-        return Outcome(numbers, checks, data, {"depth": fig})
+
+    def judge(self, data: xr.Dataset) -> list[Row]:
+        errors, fits = data.error.values, data.fit.values
+        depths, n = data.L.values, data.N.values
+        inner = n < self.features
+        enough = inner & (n >= 40) & (data.recovers.values[-1] > 0)
+        off = np.abs(errors[0] / data.unseen.values[-1] - 1)[inner].max()
+        sentence = "recovery error of L = 1 is ‖P a*‖/‖a*‖"
+        rows = [check("L = 1", off, "≤ 1e-4", sentence)]
+        for i, depth in enumerate(depths[1:], start=1):
+            gain = (errors[0] / errors[i])[enough].min(initial=np.inf)
+            late = n[fits[i] > 1e-3].tolist()
+            sentence = f"error of L = 1 over that of L = {depth}, least over 40 ≤ N < n"
+            if depth > 2:
+                sentence += f"; not fitted to 1e-3 by the end: N in {late}"
+            # What has not fitted the data yet can't be judged.
+            given = depth == 2 or fits[i][enough].max(initial=0) < 0.1
+            rows.append(check(f"L = {depth}", gain, "≥ 5", sentence, given=given))
+        t1, t2 = (
+            data[k].where(np.isfinite(data[k]), np.inf).values for k in ("t1", "t2")
+        )
+        middle = [float(np.median(row[enough])) for row in t1]
+        delays = [
+            float(np.median(((late - early) / early)[on])) if on.any() else np.nan
+            for early, late in zip(t1[1:, enough], t2[1:, enough], strict=True)
+            for on in [np.isfinite(early) & np.isfinite(late)]
+        ]
+        told = ", ".join(f"{m:.3g}" for m in middle)
+        sentence = (
+            f"steps until fitted, median over N ≥ 40, grow with L: {told}; delays "
+        )
+        sentence += f"(t₂ − t₁)/t₁ of L > 1: {', '.join(f'{d:.3g}' for d in delays)}"
+        return [*rows, check("slower", np.diff(middle).min(), "> 0", sentence)]
+
+    def draw(self, data: xr.Dataset) -> dict[str, Figure]:
+        depths, steps = data.L.values, data.step.values[1:]
+        there = bool(np.isfinite(data.target).all())
+        fig, axes = panels(2 + len(depths) * there, 3)
+        for depth, row, colour in zip(depths, data.error.values, COLOURS, strict=False):
+            axes[0].plot(data.N, row, "o-", color=colour, label=f"L = {depth}")
+        axes[0].plot(data.N, data.unseen[-1], "k:", label="$\\|Pa^*\\|/\\|a^*\\|$")
+        finish(axes[0], "recovery error", "measurements N", log="y")
+        on, where = data.target.values != 0, f"N = {self.shown}"
+        for i, (ax, colour) in enumerate(zip(axes[2:], COLOURS, strict=False)):
+            a, label = data.components.values[i, 1:], f"L = {depths[i]}"
+            axes[1].plot(steps, data.curve[i, 1:], color=colour, label=label)
+            ax.plot(steps, a[:, ~on], color="lightgrey", lw=0.5)
+            ax.plot(steps, a[:, on], color=colour, lw=1.2)
+            finish(ax, f"components, {label}, {where}", log="x")
+        finish(axes[1], f"recovery error, {where}")
+        return {"depth": fig}
 
 
 EXPERIMENTS = {"d1": D1}

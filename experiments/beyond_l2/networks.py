@@ -1,4 +1,4 @@
-"""P2-NL1, NL2, MA1 and MN1: networks under ℓ1, ℓ2, nuclear and Sobolev penalties.
+"""Networks under ℓ1, ℓ2, nuclear and Sobolev penalties.
 
 All are trained by Adam, in single precision as in the paper's code. There the penalties
 are sums over the layers of norms that are not squared, Σ_W ‖W‖, for ℓ2 too; and the
@@ -9,32 +9,38 @@ are parts of them, and each experiment tells the command for the whole.
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
+import equinox as eqx
+import jax
 import jax.random as jr
 import numpy as np
+import xarray as xr
+from matplotlib.figure import Figure
 
 import gradflow as gf
-from gradflow.tasks.task import at_zero
 
-from ..shared.common import check, Outcome, Row, Settings
+from ..shared.command import Settings
+from ..shared.rows import check, Row
+from ..shared.runs import runs_of, words
 from .grid import (
+    control_rows,
     curves,
-    dataset,
+    first_fit_rows,
     grid,
-    lines,
+    norm_rows,
     norms,
     order_rows,
-    train,
-    Trained,
+    train_grid,
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Grid(Settings):
-    """A grid of runs, which goes on where it was interrupted."""
+    """A grid of runs, which goes on where it was interrupted. If quick, a few of the
+    strongest β."""
 
+    penalties: tuple[str, ...] = ("l1",)
     alphas: tuple[float, ...] = (1e-2,)
     """Learning rates α."""
     betas: tuple[float, ...] = ()
@@ -42,32 +48,46 @@ class Grid(Settings):
     steps: int = 10_000
     """Of Adam, in each run."""
 
-    def folder(self, name: str) -> Path:
-        return (self.out or Path("results/beyond_l2") / name) / "runs"
-
-    def strongest(self, count: int) -> tuple[float, ...]:
-        """The β to run: a few of the largest if quick."""
-        return self.betas[-count:] if self.quick else self.betas
-
-    def most(self, steps: int) -> int:
-        return min(self.steps, steps) if self.quick else self.steps
-
     def train(
-        self, task: gf.tasks.Task, penalties: Sequence[str], folder: str, most: int
-    ) -> list[Trained]:
-        """Every penalty, α and β; `most` steps, and the strongest β alone, if quick."""
-        return train(
-            task,
-            grid(penalties, self.alphas, self.strongest(3)),
-            steps=self.most(most),
-            every=100,
-            seed=self.seed,
-            folder=self.folder(folder),
-        )
+        self, task: gf.tasks.Task, every: int = 100, **options: Any
+    ) -> xr.Dataset:
+        """Every penalty, α and β."""
+        lanes = grid(self.penalties, self.alphas, self.betas)
+        options = dict(steps=self.steps, every=every, seed=self.seed, **options)
+        return train_grid(task, lanes, self.store(), **options)
 
 
 @dataclasses.dataclass(frozen=True)
-class NL1(Grid):
+class Regression(Grid):
+    """A wide teacher and its student."""
+
+    width: int = 500
+
+    def judge(self, data: xr.Dataset) -> list[Row]:
+        runs = runs_of(data)
+        best = min(runs, key=lambda run: np.nanmin(run.arrays["test"]))
+        least = np.nanmin(best.arrays["test"]) / data.attrs["nothing"]
+        sentence = f"{words(best.lane)}: least test loss, relative to that of f = 0"
+        rows = [*first_fit_rows(runs), *order_rows(runs)]
+        return [*rows, check("best", least, "", sentence)]
+
+    def draw(self, data: xr.Dataset) -> dict[str, Figure]:
+        levels = {"f = 0": float(data.attrs["nothing"])}
+        return {"grid": curves(runs_of(data), "loss", "a wide student: losses", levels)}
+
+
+def below_nothing(task: gf.tasks.Task) -> gf.tasks.Task:
+    """The task with a test threshold of what f = 0 has: so few samples of so wide a
+    teacher do not tell much more of it."""
+    test = task.metrics["test"].fn
+    zero = jax.tree.map(lambda x: 0 * x if eqx.is_array(x) else x, task.model)
+    level = float(test(zero))
+    metrics = {**task.metrics, "test": gf.Metric(test, threshold=level)}
+    return dataclasses.replace(task, metrics=metrics)
+
+
+@dataclasses.dataclass(frozen=True)
+class NL1(Regression):
     """Figures 10 and 31-33: a wide ReLU student of a wide teacher under ℓ1, ℓ2, ℓ_*.
 
     All of it: --penalties l1 l2 nuclear --alphas 1e-4 5.5e-4 1e-3 5.5e-3 1e-2 5.5e-2
@@ -75,37 +95,37 @@ class NL1(Grid):
     """
 
     penalties: tuple[str, ...] = ("l1", "l2")
-    alphas: tuple[float, ...] = (1e-2,)
     betas: tuple[float, ...] = (3e-6, 1e-5, 3e-5, 1e-4)
     steps: int = 20_000
-    width: int = 500
 
-    def run(self) -> Outcome:
-        task = gf.tasks.wide_teacher(
-            jr.key(self.seed), width=self.width, penalty=gf.L1()
-        )
+    def quick_changes(self) -> dict[str, Any]:
+        return dict(betas=self.betas[-3:], steps=6000)
+
+    def compute(self) -> xr.Dataset:
+        key = jr.key(self.seed)
+        task = gf.tasks.wide_teacher(key, width=self.width, penalty=gf.L1())
         task = below_nothing(task)
-        runs = self.train(task, self.penalties, "nl1", 6000)
-        return regression("P2-NL1", task, runs)
+        return self.train(task).assign_attrs(nothing=task.metrics["test"].threshold)
 
 
 @dataclasses.dataclass(frozen=True)
-class NL2(Grid):
+class NL2(Regression):
     """Figures 11 and 34: the same under the distance of the derivatives (Sobolev).
 
     All of it: --alphas 1e-4 1e-3 1e-2 --betas 1e-7 1e-6 1e-5 1e-4 1e-3 1e-2 1e-1
     --steps 100000.
     """
 
-    alphas: tuple[float, ...] = (1e-2,)
+    penalties: tuple[str, ...] = ("sobolev",)
     betas: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1)
-    steps: int = 10_000
     squared: bool = False
     """Penalise the mean over samples of squares, as in the paper's text, and not the
     root of their sum, as in its code."""
-    width: int = 500
 
-    def run(self) -> Outcome:
+    def quick_changes(self) -> dict[str, Any]:
+        return dict(betas=self.betas[-3:], steps=3000)
+
+    def compute(self) -> xr.Dataset:
         task = gf.tasks.wide_teacher(jr.key(self.seed), width=self.width)
         squared = task.penalty
         assert isinstance(squared, gf.Sobolev)
@@ -113,61 +133,14 @@ class NL2(Grid):
             task.model, squared.x, target=squared.target, root=not self.squared
         )
         task = below_nothing(task)
-        runs = train(
-            task,
-            grid(("sobolev",), self.alphas, self.strongest(3)),
-            steps=self.most(3000),
-            every=100,
-            seed=self.seed,
-            folder=self.folder("nl2_squared" if self.squared else "nl2"),
-            penalties={"sobolev": sobolev},
-        )
-        found = regression("P2-NL2", task, runs)
-        last = max(runs, key=lambda run: run.cell.beta)
-        h = last.arrays["value"]
-        words = f"β = {last.cell.beta:g}: h(θ) at the end, relative to the start"
-        row = check("P2-NL2", h[-1] / h[0], "≤ 0.1", h[-1] <= 0.1 * h[0], words)
-        found.checks.append(row)
-        return found
+        runs = self.train(task, penalties={"sobolev": sobolev})
+        return runs.assign_attrs(nothing=task.metrics["test"].threshold)
 
-
-def below_nothing(task: gf.tasks.Task) -> gf.tasks.Task:
-    """The task with a test threshold of what f = 0 has: so few samples of so wide a
-    teacher do not tell much more of it."""
-    test = task.metrics["test"].fn
-    level = at_zero(test, task.model)
-    metrics = {**task.metrics, "test": gf.Metric(test, threshold=level)}
-    return dataclasses.replace(task, metrics=metrics)
-
-
-def regression(name: str, task: gf.tasks.Task, runs: list[Trained]) -> Outcome:
-    nothing = task.metrics["test"].threshold
-    rows = [*first_fit_rows(name, runs), *order_rows(name, runs)]
-    best = min(runs, key=lambda run: np.nanmin(run.arrays["test"]))
-    least = float(np.nanmin(best.arrays["test"]) / nothing)
-    words = f"{best.cell}: least test loss, relative to that of f = 0 (for information)"
-    rows.append(check(name, least, "", None, words))
-    levels = {"f = 0": nothing}
-    return Outcome(
-        {"runs": lines(runs), "test_loss_of_zero": nothing},
-        rows,
-        dataset(runs),
-        {"grid": curves(runs, "loss", f"{name}: losses", levels)},
-    )
-
-
-def first_fit_rows(name: str, runs: list[Trained], what: str = "half") -> list[Row]:
-    """Memorisation comes before generalisation, in every run that generalises: before
-    the test metric is half way to its threshold, or there (`what="grokked"`)."""
-    done = [run for run in runs if math.isfinite(run.grokked)]
-    early = [run for run in done if run.memorised < getattr(run, what)]
-    place = "half way" if what == "half" else "at its threshold"
-    words = (
-        f"{len(early)} of {len(done)} runs that generalise memorise before the test "
-        f"metric is {place}"
-    )
-    ok = len(early) == len(done) if done else None
-    return [check(name, len(early), f"= {len(done)}", ok, words)]
+    def judge(self, data: xr.Dataset) -> list[Row]:
+        last = max(runs_of(data), key=lambda run: run.lane["beta"])
+        h, beta = last.arrays["value"], last.lane["beta"]
+        sentence = f"β = {beta:g}: h(θ) at the end, relative to the start"
+        return [*super().judge(data), check("h", h[-1] / h[0], "≤ 0.1", sentence)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,94 +152,39 @@ class MA1(Grid):
 
     That the ℓ2 norm grows from memorisation to generalisation does not come out: it has
     a dip there, and is above only at the end of 20 000 steps. From a start of half the
-    size (that of PyTorch) α = 1e-2 takes all weights to zero where β ≥ 1e-5.
+    size (that of PyTorch) α = 1e-2 takes all weights to zero where β ≥ 1e-5. Quick: one
+    run, the fastest known to show all of it.
     """
 
-    penalties: tuple[str, ...] = ("l1",)
-    alphas: tuple[float, ...] = (1e-2,)
     betas: tuple[float, ...] = (0.0, 1e-6, 3e-6, 1e-5, 3e-5)
     steps: int = 20_000
     batch_size: int = 2048
     init_scale: float = 1.0
 
-    def run(self) -> Outcome:
-        name = "P2-MA1"
+    def quick_changes(self) -> dict[str, Any]:
+        return dict(betas=(3e-5,), steps=4500)
+
+    def compute(self) -> xr.Dataset:
         task = gf.tasks.modular_addition(jr.key(self.seed), init_scale=self.init_scale)
-        cells = grid(self.penalties, self.alphas, self.betas)
-        if self.quick:  # one run, the fastest known to show all of it
-            cells = grid(("l1",), (1e-2,), (3e-5,))
-        runs = train(
-            task,
-            cells,
-            steps=self.most(4500),
-            every=50,
-            seed=self.seed,
-            folder=self.folder("ma1"),
-            batch_size=self.batch_size,
-        )
-        rows = [*first_fit_rows(name, runs), *order_rows(name, runs)]
-        rows += [row for run in runs for row in norm_rows(name, run)]
-        rows += control_rows(name, runs)
-        figures = {"grid": curves(runs, "accuracy", f"{name}: addition mod 97", {})}
+        return self.train(task, every=50, batch_size=self.batch_size)
+
+    def judge(self, data: xr.Dataset) -> list[Row]:
+        runs = runs_of(data)
+        rows = [*first_fit_rows(runs), *order_rows(runs)]
+        rows += [row for run in runs for row in norm_rows(run)]
+        return rows + control_rows(runs)
+
+    def draw(self, data: xr.Dataset) -> dict[str, Figure]:
+        runs = runs_of(data)
+        figures = {"grid": curves(runs, "accuracy", "addition mod 97", {})}
         for run in runs:
-            if run.cell.beta > 0 and math.isfinite(run.grokked):
-                figures[f"norms_{str(run.cell).replace(' ', '_')}"] = norms(
-                    run, f"addition mod 97, {run.cell.title}"
+            if run.lane["beta"] > 0 and math.isfinite(run.grokked):
+                name = "norms_{penalty}_alpha={alpha:g}_beta={beta:g}".format(
+                    **run.lane
                 )
-        return Outcome(
-            {"runs": lines(runs), **ends(runs)}, rows, dataset(runs), figures
-        )
-
-
-def ends(runs: list[Trained]) -> dict:
-    """The ℓ2 norm of every run where it counts."""
-    return {
-        "l2_norm": [
-            {
-                **run.cell._asdict(),
-                "memorised": run.at("norm_l2", run.memorised),
-                "half": run.at("norm_l2", run.half),
-                "generalised": run.at("norm_l2", run.grokked),
-                "end": float(run.arrays["norm_l2"][-1]),
-            }
-            for run in runs
-        ]
-    }
-
-
-def norm_rows(name: str, run: Trained) -> list[Row]:
-    """‖θ‖₂ under ℓ1 grows from memorisation to generalisation: to a test accuracy of
-    one half, to its threshold, and to the end, where the network still generalises."""
-    if run.cell.penalty != "l1" or run.cell.beta == 0:
-        return []
-    start = run.at("norm_l2", run.memorised)
-    end = run.steps[-1] if math.isfinite(run.grokked) else math.inf
-    rows = []
-    for words, when in (
-        ("at test accuracy 0.5", run.half),
-        ("at test accuracy 0.99", run.grokked),
-        ("at the end", end),
-    ):
-        if math.isinf(when):
-            continue
-        ratio = run.at("norm_l2", when) / start
-        sentence = (
-            f"{run.cell}: ℓ2 norm {words} (step {when:.0f}), relative to memorisation "
-            f"(step {run.memorised:.0f})"
-        )
-        rows.append(check(name, ratio, "> 1", ratio > 1, sentence))
-    return rows
-
-
-def control_rows(name: str, runs: list[Trained]) -> list[Row]:
-    """Whether a run without penalty generalises too: then the penalty is not why."""
-    rows = []
-    for run in runs:
-        if run.cell.beta == 0:
-            test = float(run.arrays["test"].max())
-            words = f"{run.cell}: best test accuracy without penalty (for information)"
-            rows.append(check(name, test, "", None, words))
-    return rows
+                title = f"addition mod 97, {words(run.lane, latex=True)}"
+                figures[name] = norms(run, title)
+        return figures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,7 +201,6 @@ class MN1(Grid):
     """Folder with MNIST's four IDX files."""
     published: bool = True
     """Whether they must have the checksums of the published ones."""
-    penalties: tuple[str, ...] = ("l1",)
     alphas: tuple[float, ...] = (1e-3,)
     betas: tuple[float, ...] = (0.0, 5e-4, 1e-3, 2e-3, 3e-3)
     samples: int = 1000
@@ -291,28 +208,25 @@ class MN1(Grid):
     width: int = 200
     init_scale: float = 10.0
 
-    def run(self) -> Outcome:
-        name = "P2-MN1"
+    def quick_changes(self) -> dict[str, Any]:
+        return dict(betas=self.betas[-3:], steps=9000)
+
+    def compute(self) -> xr.Dataset:
         task = gf.tasks.image_classification(
-            jr.key(self.seed),
-            samples=self.samples,
-            width=self.width,
-            init_scale=self.init_scale,
-            data=self.data,
-            published=self.published,
-        )
-        runs = self.train(task, self.penalties, "mn1", 9000)
+            jr.key(self.seed), samples=self.samples, width=self.width,
+            init_scale=self.init_scale, data=self.data, published=self.published,
+        )  # fmt: skip
+        return self.train(task).assign_attrs(data=task.truth.data)
+
+    def judge(self, data: xr.Dataset) -> list[Row]:
+        runs = runs_of(data)
         # Digits look so much alike that half of the test is right at once.
-        rows = first_fit_rows(name, runs, "grokked")
-        rows += order_rows(name, runs)
-        rows += control_rows(name, runs)
-        title = f"{name}: {task.truth.data}, {self.samples} samples"
-        return Outcome(
-            {"runs": lines(runs), "data": task.truth.data},
-            rows,
-            dataset(runs),
-            {"grid": curves(runs, "accuracy", title, {})},
-        )
+        rows = first_fit_rows(runs, "grokked")
+        return [*rows, *order_rows(runs), *control_rows(runs)]
+
+    def draw(self, data: xr.Dataset) -> dict[str, Figure]:
+        title = f"{data.attrs['data']}, {self.samples} samples"
+        return {"grid": curves(runs_of(data), "accuracy", title, {})}
 
 
 EXPERIMENTS = {"nl1": NL1, "nl2": NL2, "ma1": MA1, "mn1": MN1}

@@ -1,3 +1,3 @@
-from . import main, parse
+from . import STUDY
 
-main(parse())
+STUDY.main(STUDY.parse())

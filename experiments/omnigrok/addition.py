@@ -1,4 +1,4 @@
-"""P3-AD and P3-AD-T: toy addition, in the plane of norm w and messiness m.
+"""Toy addition, in the plane of norm w and messiness m.
 
 Of the three trainings in the paper's table 1 these are the first, the landscape, where
 the decoder alone is trained, at a norm and a messiness that are held; and the second,
@@ -7,6 +7,7 @@ the reduced trajectory of (w, m), on a cliff whose law is known.
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -17,11 +18,14 @@ import jax.random as jr
 import numpy as np
 import optax
 import xarray as xr
+from matplotlib.figure import Figure
 
 import gradflow as gf
 
-from ..shared.common import check, COLOURS, finish, Outcome, panels, Row, Settings
-from ..shared.runs import single, store_of
+from ..shared.command import Settings
+from ..shared.figures import cells, COLOURS, finish, panels
+from ..shared.rows import check, Row
+from ..shared.runs import single
 
 
 @functools.cache
@@ -58,53 +62,49 @@ class AD(Settings):
             messiness=(0.0, 0.1, 0.2), steps=3000,
         )  # fmt: skip
 
-    def run(self) -> Outcome:
-        name, mine = "P3-AD", self.effective()
+    def compute(self) -> xr.Dataset:
         runs: Any = gf.sweep(
-            mine.problem,
-            axes={"size": mine.sizes, "messiness": mine.messiness},
-            init_scale=mine.alphas,
+            self.problem,
+            axes={"size": self.sizes, "messiness": self.messiness},
+            init_scale=self.alphas,
             weight_decay=0.0,
-            learning_rate=mine.learning_rate,
-            optimiser=falling_adam(mine.learning_rate, max(mine.steps // 3, 1)),
-            at=[0, mine.steps],
-            store=store_of(mine, "ad"),
+            learning_rate=self.learning_rate,
+            optimiser=falling_adam(self.learning_rate, max(self.steps // 3, 1)),
+            at=[0, self.steps],
+            store=self.store(),
         )
         ends = runs.isel(time=-1).astype(float)
-        maps = {key: ends[f"metric_{key}"].values for key in ("train", "test")}
-        alphas, m = np.array(mine.alphas), np.array(mine.messiness)
-        edges = np.array([edge(alphas, row, mine.level) for row in maps["train"]])
-        rows = [row for i, size in enumerate(mine.sizes)
-                for row in spread_rows(name, size, maps["train"][i], maps["test"][i],
-                                       mine.level)]  # fmt: skip
-        tests = np.array(
-            [
-                inside(train, test, mine.level)
-                for train, test in zip(maps["train"], maps["test"], strict=True)
-            ]
-        )
-        rows += tip_rows(name, mine.sizes, m, edges, tests)
-        turned, angles = angle_rows(name, mine.sizes, m, edges)
-        rows += turned
-        fig, axes = panels(
-            2 * len(mine.sizes), columns=len(mine.sizes), size=(4.2, 3.6)
-        )
-        for i, size in enumerate(mine.sizes):
-            for ax, (key, values) in zip(axes[i :: len(mine.sizes)], maps.items(),
-                                         strict=True):  # fmt: skip
-                floor = np.log10(np.maximum(values[i], 1e-6))
-                mesh = ax.pcolormesh(
-                    alphas, m, floor, vmin=-6, vmax=0.5, shading="nearest"
-                )
-                ax.figure.colorbar(mesh, ax=ax).set_label(rf"$\log_{{10}}$ {key} loss")
-                ax.plot(edges[i], m, "o-", color=COLOURS[1], ms=3)
-                title = f"{name}: {size} of 55 pairs, {key}"
-                finish(ax, title, r"norm $\alpha$", "messiness $m$", log="x")
-        coordinates = {"size": list(mine.sizes), "messiness": m, "alpha": alphas}
         dims = ("size", "messiness", "alpha")
-        arrays = xr.Dataset({k: (dims, v) for k, v in maps.items()}, coordinates)
-        arrays = arrays.assign(edge=(("size", "messiness"), edges))
-        return Outcome({"edges": edges, "angles": angles}, rows, arrays, {"ad": fig})
+        axes = dict(zip(dims, (self.sizes, self.messiness, self.alphas), strict=True))
+        maps = {k: (dims, ends[f"metric_{k}"].values) for k in ("train", "test")}
+        return xr.Dataset(maps, {k: list(v) for k, v in axes.items()})
+
+    def edges(self, data: xr.Dataset) -> np.ndarray:
+        alphas = data.alpha.values
+        return np.array([edge(alphas, row, self.level) for row in data.train.values])
+
+    def judge(self, data: xr.Dataset) -> list[Row]:
+        sizes, m, edges = data["size"].values, data.messiness.values, self.edges(data)
+        rows, tests = [], []
+        for size, *maps in zip(sizes, data.train.values, data.test.values, strict=True):
+            rows += spread_rows(size, *maps, self.level)
+            tests.append(inside(*maps, self.level))
+        rows += tip_rows(sizes, m, edges, np.array(tests))
+        return rows + angle_rows(sizes, m, edges)[0]
+
+    def draw(self, data: xr.Dataset) -> dict[str, Figure]:
+        sizes, m, edges = data["size"].values, data.messiness.values, self.edges(data)
+        fig, axes = panels(2 * len(sizes), columns=len(sizes), size=(4.2, 3.6))
+        for i, size in enumerate(sizes):
+            for ax, key in zip(axes[i :: len(sizes)], ("train", "test"), strict=True):
+                values = np.log10(np.maximum(data[key].values[i], 1e-6))
+                style = dict(vmin=-6, vmax=0.5, shading="nearest")
+                label = rf"$\log_{{10}}$ {key} loss"
+                cells(ax, data.alpha.values, m, values, label, **style)
+                ax.plot(edges[i], m, "o-", color=COLOURS[1], ms=3)
+                title = f"{size} of 55 pairs, {key}"
+                finish(ax, title, r"norm $\alpha$", "messiness $m$", log="x")
+        return {"ad": fig}
 
     def problem(self, size: int, messiness: float) -> tuple:
         """Flow, model and metrics, as `gf.sweep` takes them."""
@@ -146,27 +146,22 @@ def inside(train: np.ndarray, test: np.ndarray, level: float) -> np.ndarray:
 
 
 def spread_rows(
-    name: str, size: int, train: np.ndarray, test: np.ndarray, level: float
+    size: int, train: np.ndarray, test: np.ndarray, level: float
 ) -> list[Row]:
     """In region II, at norms where the train loss is below the level for every m, the
     test loss varies with m five times as much as the train loss; for the paper's 45."""
     plain = (train < level).all(axis=0)
-    words = f"{size} pairs: spread over m of the test loss in region II, over train's"
+    sentence = f"{size} pairs: over m, of the test loss in region II, over train's"
     if not plain.any():
-        return [check(name, math.nan, "≥ 5", None, f"{words}: no norm is in it")]
-    ratio = np.ptp(test[:, plain], axis=0) / np.maximum(
-        np.ptp(train[:, plain], axis=0), 1e-12
-    )
-    least = float(np.min(ratio))
-    return [check(name, least, "≥ 5", least >= 5, f"{words} (least over w)")]
+        sentence += ": no norm is in it"
+        return [check("spread", math.nan, "≥ 5", sentence, given=False)]
+    least = np.maximum(np.ptp(train[:, plain], axis=0), 1e-12)
+    ratio = np.min(np.ptp(test[:, plain], axis=0) / least)
+    return [check("spread", ratio, "≥ 5", f"{sentence} (least over w)")]
 
 
 def tip_rows(
-    name: str,
-    sizes: Sequence[int],
-    messiness: np.ndarray,
-    edges: np.ndarray,
-    tests: np.ndarray,
+    sizes: Sequence[int], messiness: np.ndarray, edges: np.ndarray, tests: np.ndarray
 ) -> list[Row]:
     """Weight decay takes w along the edge to its tip, where the least norm fits the
     data. With 45 pairs or more that is to be a point that generalises, with 35 or fewer
@@ -176,22 +171,22 @@ def tip_rows(
     near = 0.125 * messiness[-1]
     for size, row, test in zip(sizes, edges, tests, strict=True):
         if np.isnan(row).all():
-            words = f"{size} pairs: the train loss is nowhere below the level"
-            rows.append(check(name, math.nan, "", None, words))
+            sentence = f"{size} pairs: the train loss is nowhere below the level"
+            rows.append(check("tip", math.nan, "", sentence))
             continue
         i, many = int(np.nanargmin(row)), size >= 45
-        tip = float(messiness[i])
-        words = f"{size} pairs: messiness where the edge has its least norm"
+        sentence = f"{size} pairs: messiness where the edge has its least norm"
         bound = f"≤ {near:.3g}" if many else f"> {near:.3g}"
-        rows.append(check(name, tip, bound, (tip <= near) == many, words))
-        words = f"{size} pairs: test loss there, just inside"
+        ok = bool((messiness[i] <= near) == many)
+        rows.append(Row("tip", float(messiness[i]), bound, ok, sentence))
         bound = "< 1" if many else "≥ 1"
-        rows.append(check(name, test[i], bound, (test[i] < 1) == many, words))
+        sentence = f"{size} pairs: test loss at the tip, just inside"
+        rows.append(check("tip", test[i], bound, sentence))
     return rows
 
 
 def angle_rows(
-    name: str, sizes: Sequence[int], messiness: np.ndarray, edges: np.ndarray
+    sizes: Sequence[int], messiness: np.ndarray, edges: np.ndarray
 ) -> tuple[list[Row], np.ndarray]:
     """The edge turns with the number of pairs: tan θ = dm/d log w, by least squares,
     falls from each to the next. And the angles."""
@@ -205,9 +200,9 @@ def angle_rows(
     angles = np.arctan2(1.0, np.array(slopes))
     told = ", ".join(f"{a:.3g}" for a in angles)
     fall = float(np.max(np.diff(angles), initial=-np.inf))
-    ok = fall < 0 if len(angles) > 1 and np.isfinite(angles).all() else None
-    words = f"largest change of the edge's angle θ from {sizes} pairs on: {told}"
-    return [check(name, fall, "< 0", ok, words)], angles
+    given = len(angles) > 1 and np.isfinite(angles).all()
+    sentence = f"largest change of the edge's angle θ from {list(sizes)} pairs on: "
+    return [check("angle", fall, "< 0", sentence + told, given=given)], angles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,56 +228,46 @@ class ADT(Settings):
     def quick_changes(self) -> dict[str, Any]:
         return dict(angles=(0.9, 1.2), ratios=(0.1, 1.0, 10.0), weight_decays=(0.01,))
 
-    def run(self) -> Outcome:
-        name, mine = "P3-AD-T", self.effective()
-        shape = (len(mine.weight_decays), len(mine.angles), len(mine.ratios))
-        times = {key: np.zeros(shape) for key in ("measured", "paper", "general")}
-        for place in np.ndindex(shape):
-            gamma, angle, ratio = (
-                values[i]
-                for values, i in zip(
-                    (mine.weight_decays, mine.angles, mine.ratios), place, strict=True
-                )
-            )
-            for key, value in mine.times(gamma, angle, ratio).items():
-                times[key][place] = value
-        off = {k: times["measured"] / times[k] - 1 for k in ("paper", "general")}
-        matched = np.abs(np.log(mine.ratios)) < math.log(1.2)
-        near = (
-            float(np.abs(off["paper"][..., matched]).max())
-            if matched.any()
-            else math.nan
-        )
-        words = "off by, where w²η_R = η_D half way along the edge"
-        whole = float(np.abs(off["general"]).max())
-        far = float(np.abs(off["paper"]).max())
-        rows = [
-            check(name, near, "≤ 0.2", near <= 0.2, f"the paper's law: {words}"),
-            check(name, whole, "≤ 0.05", whole <= 0.05, "the general law: off by"),
-            check(name, far, "", None, "the paper's law: off by, at all ratios (for "
-                  "information: it leaves the ratio out)"),
-        ]  # fmt: skip
-        fig, axes = panels(2)
-        ideal = [times["paper"].min() / 2, times["measured"].max() * 2]
-        for ax, key in zip(axes, ("paper", "general"), strict=True):
-            for i, ratio in enumerate(mine.ratios):
-                label = rf"$w^2\eta_R/\eta_D$ = {ratio:g}"
-                ax.plot(
-                    times[key][..., i].ravel(), times["measured"][..., i].ravel(),
-                    "o", color=COLOURS[i % len(COLOURS)], label=label,
-                )  # fmt: skip
-            ax.plot(ideal, ideal, "--", color="black", lw=1)
-            law = r"$(L + h\,\tan\theta)/\eta_D\gamma$"
-            title = f"{name}: {law}" if key == "paper" else "the general law"
-            finish(ax, title, "time by the law", "time measured")
+    def compute(self) -> xr.Dataset:
         dims = ("weight_decay", "angle", "ratio")
-        coordinates = {
-            "weight_decay": list(mine.weight_decays),
-            "angle": list(mine.angles),
-            "ratio": list(mine.ratios),
-        }
-        arrays = xr.Dataset({k: (dims, v) for k, v in times.items()}, coordinates)
-        return Outcome({"off": off}, rows, arrays, {"ad_t": fig})
+        values = (self.weight_decays, self.angles, self.ratios)
+        axes = dict(zip(dims, values, strict=True))
+        times = {}
+        for place in itertools.product(*axes.values()):
+            for key, value in self.times(*place).items():
+                times.setdefault(key, []).append(value)
+        shape = [len(values) for values in axes.values()]
+        arrays = {k: (dims, np.reshape(v, shape)) for k, v in times.items()}
+        return xr.Dataset(arrays, {k: list(v) for k, v in axes.items()})
+
+    def judge(self, data: xr.Dataset) -> list[Row]:
+        paper, general = (
+            np.abs(data.measured / data[key] - 1).values for key in ("paper", "general")
+        )
+        matched = np.abs(np.log(data.ratio.values)) < math.log(1.2)
+        near = paper[..., matched].max() if matched.any() else math.nan
+        sentence = "off by, where w²η_R = η_D half way along the edge"
+        far = "off by, at all ratios, as it leaves the ratio out"
+        return [
+            check("paper's law", near, "≤ 0.2", sentence),
+            check("general law", general.max(), "≤ 0.05", "off by"),
+            check("paper's law", paper.max(), "", far),
+        ]
+
+    def draw(self, data: xr.Dataset) -> dict[str, Figure]:
+        fig, axes = panels(2)
+        ideal = [data.paper.min() / 2, data.measured.max() * 2]
+        law = r"$(L + h\,\tan\theta)/\eta_D\gamma$"
+        for ax, key, title in zip(
+            axes, ("paper", "general"), (law, "the general law"), strict=True
+        ):
+            for i, ratio in enumerate(data.ratio.values):
+                label = rf"$w^2\eta_R/\eta_D$ = {ratio:g}"
+                times = [data[k].values[..., i].ravel() for k in (key, "measured")]
+                ax.plot(*times, "o", color=COLOURS[i % len(COLOURS)], label=label)
+            ax.plot(ideal, ideal, "--", color="black", lw=1)
+            finish(ax, title, "time by the law", "time measured")
+        return {"ad_t": fig}
 
     def times(
         self, weight_decay: float, angle: float, ratio: float

@@ -1,5 +1,5 @@
-"""P3-IM and P3-QM: the tone of reviews by an LSTM, and a property of molecules by a
-graph network; in single precision, by AdamW.
+"""The tone of reviews by an LSTM, and a property of molecules by a graph network; in
+single precision, by AdamW.
 
 IMDb and QM9 where their files are at hand (--data, or GRADFLOW_DATA), with the paper's
 settings for defaults. Else reviews made up by a grammar, and molecules enumerated by
@@ -15,26 +15,26 @@ from typing import Any
 
 import jax.random as jr
 import numpy as np
+import xarray as xr
 from matplotlib.figure import Figure
 
 import gradflow as gf
 
-from ..shared.common import check, Outcome, panels, Row
+from ..shared.figures import panels
+from ..shared.rows import Row
+from ..shared.runs import runs_of, Trained
 from .scans import (
-    dataset,
     delay_rows,
-    draw,
     draw_landscape,
-    draw_norms,
-    draw_times,
+    draw_runs,
     held,
-    Lane,
-    lines,
+    lane,
     lu_rows,
-    not_judged,
+    PARTS,
+    published_rows,
+    Rule,
     scan,
     Scans,
-    Trained,
     with_level,
 )
 
@@ -67,16 +67,8 @@ class IM(Scans):
     """5000 epochs of 15 batches."""
     batch_size: int = 50
     sizes: tuple[int, ...] = (
-        100,
-        316,
-        1000,
-        3162,
-        10_000,
-        15_849,
-        25_119,
-        39_811,
-        50_000,
-    )
+        100, 316, 1000, 3162, 10_000, 15_849, 25_119, 39_811, 50_000,
+    )  # fmt: skip
     """Reviews of the landscapes."""
     alphas: tuple[float, ...] = tuple(np.geomspace(0.1, 10, 11).round(4).tolist())
     scan_rate: float = 1e-3
@@ -87,15 +79,10 @@ class IM(Scans):
 
     def task(self, samples: int) -> gf.tasks.Task:
         task = gf.tasks.sentiment(
-            jr.key(self.seed),
-            samples=samples,
-            words=self.words,
-            length=self.length,
-            embedding=self.embedding,
-            state=self.state,
-            data=self.data,
+            jr.key(self.seed), samples=samples, words=self.words, length=self.length,
+            embedding=self.embedding, state=self.state, data=self.data,
             published=self.published,
-        )
+        )  # fmt: skip
         return with_level(task, self.threshold)
 
     def quick_changes(self) -> dict[str, Any]:
@@ -105,91 +92,70 @@ class IM(Scans):
             alphas=(0.1, 0.3, 0.6, 1.0, 2.0, 4.0, 6.0),
         )  # fmt: skip
 
-    def run(self) -> Outcome:
-        name, mine = "P3-IM", self.effective()
-        task = mine.task(mine.samples)
-        rule = mine.rule(mine.steps, mine.batch_size)
+    def compute(self) -> xr.Dataset:
+        task, rule = self.task(self.samples), self.rule(self.steps, self.batch_size)
         lanes = [
-            Lane(mine.alpha, mine.weight_decay),
-            Lane(mine.alpha, hold=True),
-            Lane(1.0, share=0.2),
+            lane(self.alpha, self.weight_decay),
+            lane(self.alpha, hold=True),
+            lane(1.0, share=0.2),
         ]
-        runs = scan(task, lanes, rule, self.folder("im"))
-        rows = delay_rows(name, runs[0], runs[1:])
-        rows += review_rows(name, task, runs[0], runs[2])
-        scans = {}
-        for size in mine.sizes:
-            steps = max(1, mine.epochs * math.ceil(0.75 * size / mine.batch_size))
-            rule = mine.rule(steps, mine.batch_size, clip=5.0)
-            rule = dataclasses.replace(rule, learning_rate=mine.scan_rate)
-            path = self.folder("im", f"size={size}")
-            ends = held(mine.task(size), mine.alphas, rule, path)
-            scans[size] = [1 - ends[key] for key in ENDS]
+        runs = scan(task, lanes, rule, self.store())
+        rules = {}
+        for size in self.sizes:
+            steps = max(1, self.epochs * math.ceil(0.75 * size / self.batch_size))
+            rule = self.rule(steps, self.batch_size, clip=5.0)
+            rules[size] = dataclasses.replace(rule, learning_rate=self.scan_rate)
+        return with_errors(runs, self, rules)
+
+    def judge(self, data: xr.Dataset) -> list[Row]:
+        large, *controls = runs_of(data)
+        rows = delay_rows(large, controls)
+        rows += review_rows(data.attrs["data"], large, controls[-1])
         # Of two classes an error is 0.5 at most, and the best of these networks 0.3.
-        return outcome(
-            name, task, runs, rows, scans, mine.alphas, "accuracy", mine.samples, 1.2
-        )
+        return rows + nearest_rows(1 - data.held, self.samples, 1.2)
+
+    def draw(self, data: xr.Dataset) -> dict[str, Figure]:
+        return {"im": draw_all(data, 1 - data.held, "accuracy")}
 
 
-ENDS = ("train", "test")
-
-
-def review_rows(
-    name: str, task: gf.tasks.Task, large: Trained, usual: Trained
-) -> list[Row]:
+def review_rows(source: str, large: Trained, usual: Trained) -> list[Row]:
     """The numbers of table D, on IMDb."""
-    late = float(large.arrays["test"][-1] - large.at("test", 1000))
-    after = float(usual.arrays["test"][-1] - usual.at("test", 1000))
+    rise = lambda run: float(run.arrays["test"][-1] - run.at("test", 1000))
     wanted = (
-        ("≤ 200", "first step with train accuracy ≥ 0.99", large.memorised,
-         large.memorised <= 200),
-        ("≥ .15", "rise of the test accuracy after step 1000", late, late >= 0.15),
-        ("≤ .05", "the same from the usual start", after, after <= 0.05),
-    )  # fmt: skip
-    return [published_row(name, task, "IMDb", *what) for what in wanted]
+        ("≤ 200", large.memorised, "first step with train accuracy ≥ 0.99"),
+        ("≥ 0.15", rise(large), "rise of the test accuracy after step 1000"),
+        ("≤ 0.05", rise(usual), "the same from the usual start"),
+    )
+    return published_rows("IMDb", source, wanted)
 
 
-def published_row(
-    name: str, task: gf.tasks.Task, data: str, bound: str, words: str, value: float,
-    ok: bool,
-) -> Row:  # fmt: skip
-    if task.truth.data == data:
-        return check(name, value, bound, ok, words)
-    return not_judged(name, bound, task.truth.data, f"{words} (here {value:.3g})")
+def with_errors(
+    runs: xr.Dataset, config: "IM | QM", rules: dict[int, Rule]
+) -> xr.Dataset:
+    """The runs, and the metrics at held norms, of data of several sizes."""
+    ends = [
+        held(config.task(size), config.alphas, rule, config.store(f"_size={size}"))
+        for size, rule in rules.items()
+    ]
+    axes = {"size": list(rules), "part": list(PARTS), "scale": list(config.alphas)}
+    return runs.assign(held=(tuple(axes), np.array(ends))).assign_coords(axes)
 
 
-def outcome(
-    name: str, task: gf.tasks.Task, runs: list[Trained], rows: list[Row],
-    scans: dict[int, list], alphas: Sequence[float], y: str, near: int,
-    rise: float = 1.5,
-) -> Outcome:  # fmt: skip
-    """The rows of the landscape of a size nearest to `near`, that of the runs; the
-    figure, and all that was recorded."""
-    scales = np.array(alphas)
-    sizes = list(scans)
-    errors = np.array([scans[size] for size in sizes])
-    at = min(range(len(sizes)), key=lambda i: abs(math.log(sizes[i] / near)))
-    rows = [*rows, *lu_rows(name, scales, *errors[at], rise=rise)]
-    figure = draw_all(name, task, runs, scales, sizes, errors, y)
-    arrays = dataset(runs).assign(error=(("size", "part", "scale"), errors))
-    arrays = arrays.assign_coords(size=sizes, part=list(ENDS), scale=scales)
-    numbers = {"data": task.truth.data, "runs": lines(runs)}
-    return Outcome(numbers, rows, arrays, {name.lower().replace("p3-", ""): figure})
+def nearest_rows(errors: xr.DataArray, near: int, rise: float = 1.5) -> list[Row]:
+    """The rows of the landscape of a size nearest to `near`, that of the runs."""
+    at = min(errors["size"].values, key=lambda size: abs(math.log(size / near)))
+    return lu_rows(errors.scale.values, *errors.sel(size=at).values, rise=rise)
 
 
-def draw_all(
-    name: str, task: gf.tasks.Task, runs: list[Trained], scales: np.ndarray,
-    sizes: list[int], errors: np.ndarray, y: str,
-) -> Figure:  # fmt: skip
+def draw_all(data: xr.Dataset, errors: xr.DataArray, y: str) -> Figure:
+    sizes: Sequence[int] = errors["size"].values.tolist()
+    count = 2 + len(sizes)
+    fig, axes = panels(count, columns=min(3, count), size=(6.2, 4))
+    draw_runs(axes, data, y)
     log = "x" if y == "accuracy" else "xy"
-    fig, axes = panels(2 + len(sizes), columns=min(3, 2 + len(sizes)), size=(6.2, 4))
-    draw(axes[0], runs, f"{name}: {task.truth.title}", y=y, log=log)
-    draw_times(axes[0], runs[0])
-    draw_norms(axes[1], runs)
-    for ax, size, (train, test) in zip(axes[2:], sizes, errors, strict=True):
-        title = f"{task.truth.data}, {size} in all, norm held"
-        y = "error" if log == "x" else y
-        draw_landscape(ax, scales, train, test, title, y=y, log=log)
+    for ax, size, values in zip(axes[2:], sizes, errors.values, strict=True):
+        title = f"{data.attrs['data']}, {size} in all, norm held"
+        draw_landscape(ax, errors.scale.values, values, title, log=log)
     return fig
 
 
@@ -220,12 +186,9 @@ class QM(Scans):
 
     def task(self, molecules: int) -> gf.tasks.Task:
         return gf.tasks.polarizability(
-            jr.key(self.seed),
-            molecules=molecules,
-            widths=self.widths,
-            data=self.data,
+            jr.key(self.seed), molecules=molecules, widths=self.widths, data=self.data,
             published=self.published,
-        )
+        )  # fmt: skip
 
     def quick_changes(self) -> dict[str, Any]:
         return dict(
@@ -233,47 +196,33 @@ class QM(Scans):
             sizes=(100,), alphas=(0.1, 0.3, 0.6, 1.0, 1.5, 2.0), scan_steps=2500,
         )  # fmt: skip
 
-    def run(self) -> Outcome:
-        name, mine = "P3-QM", self.effective()
-        task = mine.task(mine.molecules)
-        rule = mine.rule(mine.steps, mine.batch_size)
+    def compute(self) -> xr.Dataset:
+        task, rule = self.task(self.molecules), self.rule(self.steps, self.batch_size)
         lanes = [
-            Lane(mine.alpha, mine.weight_decay),
-            Lane(mine.alpha, hold=True),
-            Lane(1.0, mine.weight_decay, share=0.1),
+            lane(self.alpha, self.weight_decay),
+            lane(self.alpha, hold=True),
+            lane(1.0, self.weight_decay, share=0.1),
         ]
-        runs = scan(task, lanes, rule, self.folder("qm"))
-        rows = delay_rows(name, runs[0], runs[1:])
-        rows += molecule_rows(name, task, runs[0], runs[2])
-        scans = {}
-        for size in mine.sizes:
-            batch = mine.batch_size or size
-            epochs = math.ceil(1e5 / size)
-            steps = mine.scan_steps or epochs * math.ceil(size / 2 / batch)
-            rule = mine.rule(steps, mine.batch_size)
-            path = self.folder("qm", f"size={size}")
-            ends = held(mine.task(size), mine.alphas, rule, path)
-            scans[size] = [ends[key] for key in ENDS]
-        return outcome(
-            name, task, runs, rows, scans, mine.alphas, "error", mine.molecules
+        runs, rules = scan(task, lanes, rule, self.store()), {}
+        for size in self.sizes:
+            epochs, batch = math.ceil(1e5 / size), self.batch_size or size
+            steps = self.scan_steps or epochs * math.ceil(size / 2 / batch)
+            rules[size] = self.rule(steps, self.batch_size)
+        return with_errors(runs, self, rules)
+
+    def judge(self, data: xr.Dataset) -> list[Row]:
+        large, *controls = runs_of(data)
+        drop = lambda run: run.at("test", 3000) / run.arrays["test"][-1]
+        wanted = (
+            ("≥ 10", drop(large), "drop of the test error after step 3000"),
+            ("< 2", drop(controls[-1]), "the same from the usual start"),
         )
+        rows = delay_rows(large, controls)
+        rows += published_rows("QM9", data.attrs["data"], wanted)
+        return rows + nearest_rows(data.held, self.molecules)
 
-
-def molecule_rows(
-    name: str, task: gf.tasks.Task, large: Trained, usual: Trained
-) -> list[Row]:
-    """The numbers of table D, on QM9."""
-    drop = lambda run: run.at("test", 3000) / run.arrays["test"][-1]
-    wanted = (
-        (
-            "≥ 10",
-            "drop of the test error after step 3000",
-            drop(large),
-            drop(large) >= 10,
-        ),
-        ("< 2", "the same from the usual start", drop(usual), drop(usual) < 2),
-    )
-    return [published_row(name, task, "QM9", *what) for what in wanted]
+    def draw(self, data: xr.Dataset) -> dict[str, Figure]:
+        return {"qm": draw_all(data, data.held, "error")}
 
 
 EXPERIMENTS = {"im": IM, "qm": QM}

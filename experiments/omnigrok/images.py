@@ -1,4 +1,4 @@
-"""P3-MN: handwritten digits by a ReLU network, in single precision, by AdamW.
+"""Handwritten digits by a ReLU network, in single precision, by AdamW.
 
 MNIST where its files are at hand (--data, or the environment variable GRADFLOW_DATA),
 else scikit-learn's 1797 digits of 8 × 8 pixels, as every title says: another data set,
@@ -17,25 +17,27 @@ import jax.random as jr
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 import gradflow as gf
 
-from ..shared.common import check, COLOURS, finish, law, Outcome, panels, Row
+from ..shared.figures import between, cells, COLOURS, finish, panels
+from ..shared.rows import check, law, Row
+from ..shared.runs import runs_of, Trained, words
 from .scans import (
-    dataset,
     delay_rows,
     draw,
     draw_landscape,
     draw_norms,
-    draw_times,
+    draw_runs,
     held,
-    Lane,
-    lines,
+    lane,
     lu_rows,
-    not_judged,
+    named,
+    PARTS,
+    published_rows,
     scan,
     Scans,
-    Trained,
     with_level,
 )
 
@@ -48,17 +50,20 @@ class Images(Scans):
 
     def task(self, samples: int, *, loss: str = "squared") -> gf.tasks.Task:
         return gf.tasks.image_mlp(
-            jr.key(self.seed),
-            samples=samples,
-            width=self.width,
-            loss=loss,
-            data=self.data,
-            published=self.published,
-        )
+            jr.key(self.seed), samples=samples, width=self.width, loss=loss,
+            data=self.data, published=self.published,
+        )  # fmt: skip
+
+    def available(self) -> int:
+        """How many samples there may be; of scikit-learn's digits three in four, so
+        that the others tell an accuracy."""
+        few = self.task(1).truth.data == "scikit-learn digits"
+        return 1347 if few else 60_000
 
 
-def of_mnist(task: gf.tasks.Task) -> bool:
-    return task.truth.data == "MNIST"
+def mnist_rows(data: xr.Dataset, wanted: Sequence[tuple[str, float, str]]) -> list[Row]:
+    """The numbers of table D, on MNIST."""
+    return published_rows("MNIST", data.attrs["data"], wanted)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,41 +88,34 @@ class MNG(Images):
             samples=200, threshold=0.8, batch_size=None, weight_decay=0.05, steps=30_000
         )
 
-    def run(self) -> Outcome:
-        name, mine = "P3-MN-G", self.effective()
-        task = with_level(mine.task(mine.samples), mine.threshold)
+    def compute(self) -> xr.Dataset:
+        task = with_level(self.task(self.samples), self.threshold)
         lanes = [
-            Lane(mine.alpha, mine.weight_decay),
-            Lane(mine.alpha, hold=True),
-            Lane(1.0, mine.weight_decay, share=0.2),
-            Lane(1.0, hold=True, share=0.2),
+            lane(self.alpha, self.weight_decay),
+            lane(self.alpha, hold=True),
+            lane(1.0, self.weight_decay, share=0.2),
+            lane(1.0, hold=True, share=0.2),
         ]
-        rule = mine.rule(mine.steps, mine.batch_size)
-        runs = scan(task, lanes, rule, self.folder("mn-g"))
-        rows = [*delay_rows(name, runs[0], runs[1:]), *grok_rows(name, task, runs[0])]
+        rule = self.rule(self.steps, self.batch_size)
+        return scan(task, lanes, rule, self.store())
+
+    def judge(self, data: xr.Dataset) -> list[Row]:
+        large, *controls = runs_of(data)
+        return delay_rows(large, controls) + grok_rows(data, large)
+
+    def draw(self, data: xr.Dataset) -> dict[str, Figure]:
         fig, axes = panels(2)
-        draw(axes[0], runs, f"{name}: {task.truth.title}")
-        draw_times(axes[0], runs[0])
-        draw_norms(axes[1], runs)
-        numbers = {"data": task.truth.data, "runs": lines(runs)}
-        return Outcome(numbers, rows, dataset(runs), {"mn_g": fig})
+        draw_runs(axes, data)
+        return {"mn_g": fig}
 
 
-def grok_rows(name: str, task: gf.tasks.Task, run: Trained) -> list[Row]:
-    """The numbers of table D, on MNIST."""
+def grok_rows(data: xr.Dataset, run: Trained) -> list[Row]:
     wanted = (
-        ("≤ 3000", "first step with train accuracy ≥ 0.99"),
-        ("≤ 0.3", "test accuracy at step 5000"),
-        ("≥ 0.8", "test accuracy at step 60000"),
+        ("≤ 3000", run.memorised, "first step with train accuracy ≥ 0.99"),
+        ("≤ 0.3", run.at("test", 5000), "test accuracy at step 5000"),
+        ("≥ 0.8", run.at("test", 60_000), "test accuracy at step 60000"),
     )
-    if not of_mnist(task):
-        return [not_judged(name, bound, task.truth.data, w) for bound, w in wanted]
-    values = (run.memorised, run.at("test", 5000), run.at("test", 60_000))
-    goods = (values[0] <= 3000, values[1] <= 0.3, values[2] >= 0.8)
-    return [
-        check(name, value, bound, ok, words)
-        for value, ok, (bound, words) in zip(values, goods, wanted, strict=True)
-    ]
+    return mnist_rows(data, wanted)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,78 +157,58 @@ class MNL(Images):
             weight_decay=0.3, threshold=0.75,
         )  # fmt: skip
 
-    def run(self) -> Outcome:
-        name, mine = "P3-MN-L", self.effective()
-        most = available(mine)
-        sizes = [n for n in mine.samples if n <= most]
-        times = [n for n in mine.times if n <= most]
-        rule = mine.rule(mine.steps, mine.batch_size)
-        tasks = {n: mine.task(n) for n in {*sizes, *times}}
-        ends = [
-            held(tasks[n], mine.alphas, rule, self.folder("mn-l", f"N={n}"))
-            for n in sizes
+    def compute(self) -> xr.Dataset:
+        most = self.available()
+        sizes = [n for n in self.samples if n <= most]
+        times = [n for n in self.times if n <= most]
+        tasks = {n: self.task(n) for n in {*sizes, *times}}
+        rule = self.rule(self.steps, self.batch_size)
+        errors = [
+            1 - held(tasks[n], self.alphas, rule, self.store(f"_N={n}")) for n in sizes
         ]
-        error = lambda key: 1 - np.array([end[key] for end in ends])
-        train, test = error("train"), error("test")
-        rule = mine.rule(mine.time_steps, mine.batch_size)
-        lane = [Lane(mine.start, mine.weight_decay)]
-        grown = [
-            scan(
-                with_level(tasks[n], mine.threshold),
-                lane, rule, self.folder("mn-l", f"times_N={n}"), lasting=True,
-            )[0]
-            for n in times
-        ]  # fmt: skip
-        first = tasks[sizes[0]]
-        rows = landscape_rows(name, first, np.array(mine.alphas), sizes, train, test)
-        rows += size_rows(name, times, grown)
+        rule = self.rule(self.time_steps, self.batch_size)
+        lanes = [lane(self.start, self.weight_decay)]
+        grown = []
+        for n in times:
+            task, store = (
+                with_level(tasks[n], self.threshold),
+                self.store(f"_times_N={n}"),
+            )
+            grown.append(scan(task, lanes, rule, store, lasting=True))
+        runs = xr.concat(grown, "run").assign_attrs(named(tasks[sizes[0]]))
+        axes = {"samples": sizes, "part": list(PARTS), "scale": list(self.alphas)}
+        runs = runs.assign(error=(tuple(axes), np.array(errors)))
+        return runs.assign_coords(axes).assign_coords(N=("run", times))
+
+    def judge(self, data: xr.Dataset) -> list[Row]:
+        return landscape_rows(data) + size_rows(runs_of(data))
+
+    def draw(self, data: xr.Dataset) -> dict[str, Figure]:
         fig, axes = panels(4)
-        title = f"{name}: {first.truth.data}"
-        for ax, values, what in zip(
-            axes, (train, test), ("train", "test"), strict=False
-        ):
-            sides = between(mine.alphas), between(sizes)
-            mesh = ax.pcolormesh(*sides, values, cmap="viridis", vmin=0, vmax=1)
-            ax.figure.colorbar(mesh, ax=ax)
-            finish(ax, f"{title}, {what} error", r"$\alpha$", "$N$", legend=False)
-        at = int(np.argmin(np.abs(np.log(np.array(sizes) / 200))))
-        draw_landscape(axes[2], np.array(mine.alphas), train[at], test[at],
-            f"{first.truth.data}, $N$ = {sizes[at]}")  # fmt: skip
-        draw_when(axes[3], times, grown)
-        finish(axes[3], f"step from which on learnt, {lane[0].title}", x="$N$")
-        coordinates = {"samples": sizes, "alpha": list(mine.alphas), "times": times}
-        arrays = xr.Dataset(
-            {
-                "train_error": (("samples", "alpha"), train),
-                "test_error": (("samples", "alpha"), test),
-                "grokked": ("times", [run.grokked for run in grown]),
-                "memorised": ("times", [run.memorised for run in grown]),
-            },
-            coordinates,
+        alphas, sizes = data.scale.values, data.samples.values
+        source = data.attrs["data"]
+        for ax, part in zip(axes, PARTS, strict=False):
+            values = data.error.sel(part=part).values
+            sides = between(alphas), between(sizes)
+            cells(ax, *sides, values, label=" ", cmap="viridis", vmin=0, vmax=1)
+            finish(ax, f"{source}, {part} error", r"$\alpha$", "$N$", legend=False)
+        n = nearest(sizes, 200)
+        draw_landscape(
+            axes[2], alphas, data.error.sel(samples=n).values, f"{source}, $N$ = {n}"
         )
-        numbers = {"data": first.truth.data, "times": lines(grown)}
-        return Outcome(numbers, rows, arrays, {"mn_l": fig})
+        runs = runs_of(data)
+        draw_when(axes[3], data.N.values, runs)
+        title = f"step from which on learnt, {words(runs[0].lane, latex=True)}"
+        finish(axes[3], title, x="$N$")
+        return {"mn_l": fig}
 
 
-def available(config: Images) -> int:
-    """How many samples there may be; of scikit-learn's digits three in four, so that
-    the others tell an accuracy."""
-    task = config.task(1)
-    if task.truth.data == "scikit-learn digits":
-        return 1347
-    return 60_000
+def nearest(values: np.ndarray, to: float) -> Any:
+    """That of some values which is nearest, in the logarithm."""
+    return values[int(np.argmin(np.abs(np.log(values / to))))]
 
 
-def between(x: Sequence[float]) -> np.ndarray:
-    """The sides of cells around some numbers, half way between them in the logarithm.
-    (Of one alone, a factor of two away.)"""
-    logs = np.log(np.asarray(x, float))
-    gaps = np.diff(logs) / 2 if len(logs) > 1 else np.array([np.log(2)])
-    middle = logs[:-1] + gaps[: len(logs) - 1]
-    return np.exp([logs[0] - gaps[0], *middle, logs[-1] + gaps[-1]])
-
-
-def draw_when(ax: Axes, x: Sequence[float], runs: Sequence[Trained]) -> None:
+def draw_when(ax: Axes, x: Sequence[float] | np.ndarray, runs: list[Trained]) -> None:
     """When each run learnt, of those that did."""
     for name, label, colour in (
         ("memorised", "train", COLOURS[0]),
@@ -242,60 +220,51 @@ def draw_when(ax: Axes, x: Sequence[float], runs: Sequence[Trained]) -> None:
             ax.plot(*points.T, "o-", color=colour, label=label)
 
 
-def landscape_rows(
-    name: str, task: gf.tasks.Task, alphas: np.ndarray, sizes: list[int],
-    train: np.ndarray, test: np.ndarray,
-) -> list[Row]:  # fmt: skip
+def landscape_rows(data: xr.Dataset) -> list[Row]:
     """The L and the U at about 200 samples, the gap between the two errors at 8000, or
     as many as there are."""
-    small = int(np.argmin(np.abs(np.log(np.array(sizes) / 200))))
-    rows = lu_rows(f"{name} N={sizes[small]}", alphas, train[small], test[small])
-    large = int(np.argmin(np.abs(np.log(np.array(sizes) / 8000))))
-    near = int(np.argmin(np.abs(np.log(alphas))))
-    far = int(np.argmin(np.abs(np.log(alphas / 8))))
+    sizes, alphas = data.samples.values, data.scale.values
+    small, large = nearest(sizes, 200), nearest(sizes, 8000)
+    far = nearest(alphas, 8)
+    train, test = data.error.sel(samples=small).values
+    at_far = float(data.error.sel(samples=small, part="test", scale=far))
+    usual = data.error.sel(samples=large, scale=nearest(alphas, 1))
+    gap = float(usual.sel(part="test") - usual.sel(part="train"))
     wanted = (
-        (".1 to .25", f"N = {sizes[small]}: least test error",
-         test[small].min(), 0.1 <= test[small].min() <= 0.25),
-        ("≥ .6", f"N = {sizes[small]}: test error at α = {alphas[far]:.3g}",
-         test[small, far], test[small, far] >= 0.6),
-        ("≤ .1", f"N = {sizes[large]}: test less train error at α = {alphas[near]:.3g}",
-         test[large, near] - train[large, near],
-         test[large, near] - train[large, near] <= 0.1),
+        ("0.1 … 0.25", test.min(), f"N = {small}: least test error"),
+        ("≥ 0.6", at_far, f"N = {small}: test error at α = {far:.3g}"),
+        ("≤ 0.1", gap, f"N = {large}: test less train error at α = "
+         f"{nearest(alphas, 1):.3g}"),
     )  # fmt: skip
-    if not of_mnist(task):
-        data = task.truth.data
-        return rows + [
-            not_judged(name, bound, data, f"{words} (here {value:.3g})")
-            for bound, words, value, _ in wanted
-        ]
-    return rows + [check(name, v, bound, ok, words) for bound, words, v, ok in wanted]
+    rows = lu_rows(alphas, train, test, where=f", N = {small}")
+    return rows + mnist_rows(data, wanted)
 
 
-def size_rows(name: str, sizes: list[int], runs: list[Trained]) -> list[Row]:
+def size_rows(runs: list[Trained]) -> list[Row]:
     """There is a critical number of samples, below which a run never generalises; from
     there on it takes the less time the more there are. A run that ends at a norm above
     the usual one has not come to where it might, so that "never" is not judged."""
     done = np.array([math.isfinite(run.grokked) for run in runs])
-    norms = [usual(run) for run in runs]
-    some = [n for n, d in zip(sizes, done, strict=True) if not d]
-    short = [n for n, d, a in zip(sizes, done, norms, strict=True) if not d and a > 1]
+    some = [run.lane["N"] for run in runs if not math.isfinite(run.grokked)]
+    short = [run.lane["N"] for run in runs
+             if not math.isfinite(run.grokked) and usual(run) > 1]  # fmt: skip
     critical = bool(
         done.any() and not done[0] and (np.diff(done.astype(int)) >= 0).all()
     )
     times = np.array([run.grokked for run in runs])[done]
     fall = float(times[-1] / times[0]) if times.size > 1 else math.nan
-    words = f"not for N in {some}"
+    sentence = f"not for N in {some}"
     if short:
-        words += f", of which {short} ended above the usual norm"
-    words += "; the last time relative to the first that is finite"
-    ok = None if short else critical and fall < 1
-    return [check(f"{name} t(N)", fall, "< 1, a critical N", ok, words)]
+        sentence += f", of which {short} ended above the usual norm"
+    sentence += "; the last time relative to the first that is finite"
+    bound = "< 1, a critical N"
+    return [check("N", fall, bound, sentence, given=not short, also=critical)]
 
 
 def usual(run: Trained) -> float:
     """The norm at the end, relative to that of the usual start."""
     norm = run.arrays["norm"]
-    return float(run.lane.alpha * norm[-1] / norm[0])
+    return float(run.lane["alpha"] * norm[-1] / norm[0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -321,46 +290,50 @@ class MNW(Images):
             decays=(0.1, 0.2, 0.45, 1.0, 10.0),
         )  # fmt: skip
 
-    def run(self) -> Outcome:
-        name, mine = "P3-MN-W", self.effective()
-        task = with_level(mine.task(mine.samples), mine.threshold)
-        lanes = [Lane(mine.alpha, decay) for decay in mine.decays]
-        rule = mine.rule(mine.steps, mine.batch_size)
-        runs = scan(task, lanes, rule, self.folder("mn-w"))
-        gamma, times = np.array(mine.decays), np.array([run.grokked for run in runs])
+    def compute(self) -> xr.Dataset:
+        task = with_level(self.task(self.samples), self.threshold)
+        lanes = [lane(self.alpha, decay) for decay in self.decays]
+        rule = self.rule(self.steps, self.batch_size)
+        return scan(task, lanes, rule, self.store())
+
+    def within(self, gamma: np.ndarray) -> np.ndarray:
         low, high = self.inside
-        within = (gamma >= low) & (gamma <= high)
-        rows = decay_rows(name, gamma, times, within)
+        return (gamma >= low) & (gamma <= high)
+
+    def judge(self, data: xr.Dataset) -> list[Row]:
+        gamma, times = data.gamma.values, data.grokked.values
+        return decay_rows(gamma, times, self.within(gamma))
+
+    def draw(self, data: xr.Dataset) -> dict[str, Figure]:
+        gamma, times, runs = data.gamma.values, data.grokked.values, runs_of(data)
+        good = self.within(gamma) & np.isfinite(times)
         fig, axes = panels(3, columns=3)
-        draw(axes[0], runs, f"{name}: {task.truth.title}")
+        draw(axes[0], runs, data.attrs["title"])
         draw_norms(axes[2], runs)
-        draw_when(axes[1], mine.decays, runs)
-        if np.isfinite(times[within]).any():
-            guide = np.nanmedian((times * gamma)[within & np.isfinite(times)]) / gamma
+        draw_when(axes[1], gamma, runs)
+        if good.any():
+            guide = np.nanmedian((times * gamma)[good]) / gamma
             axes[1].plot(gamma, guide, ":", color="black", label=r"$\propto 1/\gamma$")
         finish(axes[1], "first step at the threshold", x=r"weight decay $\gamma$")
-        numbers = {"data": task.truth.data, "runs": lines(runs)}
-        return Outcome(numbers, rows, dataset(runs), {"mn_w": fig})
+        return {"mn_w": fig}
 
 
-def decay_rows(
-    name: str, gamma: np.ndarray, times: np.ndarray, within: np.ndarray
-) -> list[Row]:
+def decay_rows(gamma: np.ndarray, times: np.ndarray, within: np.ndarray) -> list[Row]:
     """Inside, t ∝ 1/γ, and all generalise; outside not. Not judged inside by fewer than
     three runs."""
     slope = law(gamma[within], times[within])
     done, count = int(np.isfinite(times[within]).sum()), int(within.sum())
-    words = f"slope of log t against log γ inside, {done} of {count} runs generalise"
-    ok = done == count and abs(slope + 1) <= 0.3 if count >= 3 else None
-    rows = [check(name, slope, "-1 ± 0.3, all of them", ok, words)]
+    sentence = f"slope of log t against log γ inside, {done} of {count} runs generalise"
+    judged = dict(given=count >= 3, also=done == count)
+    rows = [check("slope", slope, "-1 ± 0.3, all of them", sentence, **judged)]
     if not np.isfinite(times[within]).any():
         return rows
     constant = np.exp(np.mean(np.log((gamma * times)[within & np.isfinite(times)])))
     for g, t in zip(gamma[~within], times[~within], strict=True):
         off = g * t / constant
-        words = f"γ = {g:g}, outside: t relative to the law"
-        ok = not 0.7 <= off <= 1.4
-        rows.append(check(name, off, "off by > 30 %, or never", ok, words))
+        sentence = f"γ = {g:g}, outside: t relative to the law"
+        ok = bool(not 0.7 <= off <= 1.4)
+        rows.append(Row("outside", off, "off by > 30 %, or never", ok, sentence))
     return rows
 
 
@@ -386,70 +359,51 @@ class MNCE(Images):
         alphas = tuple(np.geomspace(0.1, 31.6, 9).round(4).tolist())
         return dict(alphas=alphas, steps=2000, weight_decay=0.3, time_steps=15_000)
 
-    def run(self) -> Outcome:
-        name, mine = "P3-MN-CE", self.effective()
-        alphas = np.array(mine.alphas)
-        rule = mine.rule(mine.steps, mine.batch_size)
-        errors, widths, tasks = {}, {}, {}
+    def compute(self) -> xr.Dataset:
+        rule, errors, tasks = self.rule(self.steps, self.batch_size), {}, {}
         for loss in ("cross_entropy", "squared"):
-            tasks[loss] = with_level(mine.task(mine.samples, loss=loss), mine.threshold)
-            end = held(tasks[loss], mine.alphas, rule, self.folder("mn-ce", loss))
-            errors[loss] = {key: 1 - values for key, values in end.items()}
-            widths[loss] = zone(alphas, errors[loss]["test"])
-        task = tasks["cross_entropy"]
+            task = with_level(self.task(self.samples, loss=loss), self.threshold)
+            errors[loss] = 1 - held(task, self.alphas, rule, self.store(f"_{loss}"))
+            tasks[loss] = task
         lanes = [
-            Lane(mine.start, mine.weight_decay),
-            Lane(mine.start, hold=True),
-            Lane(1.0, mine.weight_decay, share=0.2),
+            lane(self.start, self.weight_decay),
+            lane(self.start, hold=True),
+            lane(1.0, self.weight_decay, share=0.2),
         ]
-        rule = mine.rule(mine.time_steps, mine.batch_size)
-        runs = scan(task, lanes, rule, self.folder("mn-ce", "time"))
-        broader = widths["cross_entropy"] / widths["squared"]
-        words = "width of the zone in log α, relative to that of the squared error"
-        rows = [
-            check(name, broader, "> 1", broader > 1, words),
-            *delay_rows(name, runs[0], runs[1:]),
-            *plateau_rows(name, task, runs[0]),
-        ]
-        fig, axes = panels(4)
-        for ax, (loss, error) in zip(axes, errors.items(), strict=False):
-            title = f"{loss.replace('_', ' ')}: {task.truth.title}"
-            draw_landscape(ax, alphas, error["train"], error["test"], title)
-        draw(axes[2], runs, f"{name}: {task.truth.title}")
-        draw_norms(axes[3], runs)
-        numbers = {"data": task.truth.data, "runs": lines(runs), "zones": widths}
-        arrays = dataset(runs).assign(
-            {
-                f"{loss}_{key}_error": ("scale", values)
-                for loss, error in errors.items()
-                for key, values in error.items()
-            }
+        rule = self.rule(self.time_steps, self.batch_size)
+        runs = scan(tasks["cross_entropy"], lanes, rule, self.store())
+        axes = {"loss": list(errors), "part": list(PARTS), "scale": list(self.alphas)}
+        runs = runs.assign(error=(tuple(axes), np.array(list(errors.values()))))
+        return runs.assign_coords(axes).assign_attrs(
+            squared=tasks["squared"].truth.title
         )
-        arrays = arrays.assign_coords(scale=alphas)
-        return Outcome(numbers, rows, arrays, {"mn_ce": fig})
 
-
-def plateau_rows(name: str, task: gf.tasks.Task, run: Trained) -> list[Row]:
-    early = (
-        run.at("test", 2 * run.memorised) if math.isfinite(run.memorised) else math.nan
-    )
-    last = float(run.arrays["test"][-1])
-    wanted = (
-        (
-            ".3 to .4",
-            "test accuracy soon after memorisation",
-            early,
-            0.3 <= early <= 0.4,
-        ),
-        ("≥ .65", "test accuracy at the end", last, last >= 0.65),
-    )
-    if not of_mnist(task):
-        data = task.truth.data
+    def judge(self, data: xr.Dataset) -> list[Row]:
+        scales, (large, *controls) = data.scale.values, runs_of(data)
+        width = [zone(scales, test) for test in data.error.sel(part="test").values]
+        sentence = "width of the zone in log α, relative to that of the squared error"
+        wanted = (
+            ("0.3 … 0.4", large.at("test", 2 * large.memorised),
+             "test accuracy soon after memorisation"),
+            ("≥ 0.65", float(large.arrays["test"][-1]), "test accuracy at the end"),
+        )  # fmt: skip
         return [
-            not_judged(name, bound, data, f"{words} (here {value:.3g})")
-            for bound, words, value, _ in wanted
+            check("zone", width[0] / width[1], "> 1", sentence),
+            *delay_rows(large, controls),
+            *mnist_rows(data, wanted),
         ]
-    return [check(name, v, bound, ok, words) for bound, words, v, ok in wanted]
+
+    def draw(self, data: xr.Dataset) -> dict[str, Figure]:
+        fig, axes = panels(4)
+        titles = (data.attrs["title"], data.attrs["squared"])
+        for ax, loss, title in zip(axes, data.loss.values, titles, strict=False):
+            title = f"{loss.replace('_', ' ')}: {title}"
+            errors = data.error.sel(loss=loss).values
+            draw_landscape(ax, data.scale.values, errors, title)
+        runs = runs_of(data)
+        draw(axes[2], runs, data.attrs["title"])
+        draw_norms(axes[3], runs)
+        return {"mn_ce": fig}
 
 
 def zone(scales: np.ndarray, error: np.ndarray, times: float = 1.5) -> float:
@@ -489,43 +443,41 @@ class MNR(Images):
         messiness = (0.0, 0.25, 0.5, 0.75, 1.0)
         return dict(messiness=messiness, alphas=(0.5, 1.0, 2.0, 4.0), steps=1000)
 
-    def run(self) -> Outcome:
-        name, mine = "P3-MN-R", self.effective()
-        task = mine.task(min(mine.samples, available(mine)))
-        rule = mine.rule(mine.steps, mine.batch_size)
+    def compute(self) -> xr.Dataset:
+        task = self.task(min(self.samples, self.available()))
+        rule = self.rule(self.steps, self.batch_size)
         ends = [
-            held(messy(task, m), mine.alphas, rule, self.folder("mn-r", f"m={m:g}"))
-            for m in mine.messiness
+            held(messy(task, m), self.alphas, rule, self.store(f"_m={m:g}"))
+            for m in self.messiness
         ]
-        losses = {
-            key: np.array([end[key] for end in ends]) for key in ("train", "test")
-        }
-        alphas = np.array(mine.alphas)
-        good = int(np.argmin(losses["test"][-1]))  # best on plain images
-        column = losses["test"][:, good]
+        axes = {"messiness": self.messiness, "part": PARTS, "alpha": self.alphas}
+        axes = {name: list(values) for name, values in axes.items()}
+        data = xr.Dataset({"loss": (tuple(axes), np.array(ends))}, axes)
+        return data.assign_attrs(named(task))
+
+    def judge(self, data: xr.Dataset) -> list[Row]:
+        test = data.loss.sel(part="test").values
+        good = int(np.argmin(test[-1]))  # best on plain images
+        column = test[:, good]
         ratio = float(column.max() / max(column.min(), 1e-12))
-        spread = lambda key: float(np.ptp(losses[key][:, good]))
-        both = spread("test") / max(spread("train"), 1e-12)
-        words = f"α = {alphas[good]:.3g}: largest over least test loss, over m"
-        row = check(name, ratio, "≤ 2", ratio <= 2, words)
-        if not of_mnist(task):
-            words += f" (here {ratio:.3g})"
-            row = not_judged(name, "≤ 2", task.truth.data, words)
-        words = "spread over m, test loss relative to train loss (for information)"
-        rows = [row, check(name, both, "", None, words)]
+        apart = {p: np.ptp(data.loss.sel(part=p).values[:, good]) for p in PARTS}
+        both = apart["test"] / max(apart["train"], 1e-12)
+        alpha = data.alpha.values[good]
+        sentence = f"α = {alpha:.3g}: largest over least test loss, over m"
+        return [
+            *mnist_rows(data, [("≤ 2", ratio, sentence)]),
+            check("spread", both, "", "over m, test loss relative to train loss"),
+        ]
+
+    def draw(self, data: xr.Dataset) -> dict[str, Figure]:
         fig, axes = panels(2)
-        for ax, (key, values) in zip(axes, losses.items(), strict=True):
-            mesh = ax.pcolormesh(alphas, mine.messiness, np.log10(values + 1e-12))
-            bar = ax.figure.colorbar(mesh, ax=ax)
-            bar.set_label(r"$\log_{10}$ loss")
-            title = f"{name}: {task.truth.title}, {key}"
+        for ax, part in zip(axes, PARTS, strict=True):
+            values = np.log10(data.loss.sel(part=part).values + 1e-12)
+            sides = data.alpha.values, data.messiness.values
+            cells(ax, *sides, values, label=r"$\log_{10}$ loss")
+            title = f"{data.attrs['title']}, {part}"
             finish(ax, title, r"$\alpha$", "messiness $m$", log="", legend=False)
-        coordinates = {"messiness": list(mine.messiness), "alpha": alphas}
-        arrays = xr.Dataset(
-            {f"{k}_loss": (("messiness", "alpha"), v) for k, v in losses.items()},
-            coordinates,
-        )
-        return Outcome({"data": task.truth.data}, rows, arrays, {"mn_r": fig})
+        return {"mn_r": fig}
 
 
 def messy(task: gf.tasks.Task, messiness: float) -> gf.tasks.Task:

@@ -5,11 +5,10 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import equinox as eqx
 import jax
 import jax.random as jr
 import numpy as np
@@ -20,61 +19,33 @@ from scipy.ndimage import median_filter
 
 import gradflow as gf
 
-from ..shared.common import check, COLOURS, finish, marks, Row, Settings
-from ..shared.runs import first, for_good, read, save_steps, single, stored, write
+from ..shared.command import Settings
+from ..shared.figures import COLOURS, finish, marks
+from ..shared.rows import check, Row
+from ..shared.runs import (
+    Lane,
+    runs_of,
+    save_steps,
+    single,
+    train,
+    Trained,
+    with_times,
+    words,
+)
 
 NOISE = 5
+"""Saved steps, in the median of which a metric is to be at its threshold: one that is
+noise does not count."""
+
+PARTS = ("train", "test")
 
 
-class Lane(NamedTuple):
-    """One training: from α times the initial weights, under γ, or at a held norm."""
-
-    alpha: float
-    weight_decay: float = 0.0
-    hold: bool = False
-    share: float = 1.0
-    """Of the steps of the rule: a control that is through early needs no more."""
-
-    @property
-    def title(self) -> str:
-        end = "norm held" if self.hold else rf"$\gamma$ = {self.weight_decay:g}"
-        return rf"$\alpha$ = {self.alpha:g}, {end}"
-
-    @property
-    def file(self) -> str:
-        kind = "held" if self.hold else f"gamma={self.weight_decay:g}"
-        return f"alpha={self.alpha:g}_{kind}"
-
-    def __str__(self) -> str:
-        end = "norm held" if self.hold else f"γ = {self.weight_decay:g}"
-        return f"α = {self.alpha:g}, {end}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Trained:
-    """What a training recorded, and when it learnt: steps, `inf` where it did not."""
-
-    lane: Lane
-    steps: np.ndarray
-    arrays: dict[str, np.ndarray]
-    """`train` and `test`, the metrics; `train_loss`; `norm`."""
-    memorised: float
-    """The first step at which `train` is at its threshold, in the median of `NOISE`
-    saved steps: one that is noise does not count."""
-    grokked: float
-    """The first step at which `test` is."""
-
-    @property
-    def ratio(self) -> float:
-        """t_test/t_train."""
-        if not math.isfinite(self.memorised):
-            return math.nan
-        return self.grokked / max(self.memorised, 1.0)
-
-    def at(self, name: str, step: float) -> float:
-        """What was recorded last, up to a step."""
-        i = np.searchsorted(self.steps, step, side="right") - 1
-        return float(self.arrays[name][i])
+def lane(
+    alpha: float, gamma: float = 0.0, *, hold: bool = False, share: float = 1.0
+) -> Lane:
+    """One training: from α times the initial weights, under γ, or at a held norm.
+    `share` is that of all steps: a control that is through early needs no more."""
+    return dict(alpha=alpha, gamma=gamma, hold=int(hold), share=share)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +61,26 @@ class Rule:
     seed: int = 0
     """Of the minibatches."""
 
+    def options(self, loss: Any) -> dict[str, Any]:
+        """As `gf.sweep` takes it, for this loss."""
+        samples = jax.tree.leaves(loss.x)[0].shape[0]
+        batches: dict[str, Any] = {}
+        if self.batch_size is not None and self.batch_size < samples:
+            key = jr.key(self.seed + 1000)
+            batches = dict(batch_size=self.batch_size, key=key)
+        adam: Any = optax.adam
+        if self.clip is not None:
+            adam = clipped_adam(self.clip, self.learning_rate)
+        return dict(
+            learning_rate=self.learning_rate, method="decoupled", optimiser=adam,
+            **batches,
+        )  # fmt: skip
+
+
+@functools.cache
+def clipped_adam(largest: float, learning_rate: float) -> optax.GradientTransformation:
+    return optax.chain(optax.clip_by_global_norm(largest), optax.adam(learning_rate))
+
 
 @dataclasses.dataclass(frozen=True)
 class Scans(Settings):
@@ -100,9 +91,6 @@ class Scans(Settings):
     published: bool = True
     """Whether they must have the checksums of the published ones."""
     learning_rate: float = 1e-3
-
-    def folder(self, name: str, part: str = "") -> Path:
-        return (self.out or Path("results/omnigrok") / name) / "runs" / part
 
     def rule(self, steps: int, batch_size: int | None, **more: Any) -> Rule:
         return Rule(self.learning_rate, steps, batch_size, seed=self.seed, **more)
@@ -116,194 +104,82 @@ def with_level(task: gf.tasks.Task, level: float | None) -> gf.tasks.Task:
     return dataclasses.replace(task, metrics={**task.metrics, "test": test})
 
 
-@functools.cache
-def clipped_adam(largest: float, learning_rate: float) -> optax.GradientTransformation:
-    return optax.chain(optax.clip_by_global_norm(largest), optax.adam(learning_rate))
+def problem(task: gf.tasks.Task) -> Callable[..., tuple]:
+    """Flow, model and metrics, as `gf.sweep` takes them, in single precision."""
+    task = single(task)
+
+    def make(hold: int) -> tuple:
+        flow = gf.GradientFlow(task.loss, hold_norm=bool(hold))
+        return flow, task.model, task.metrics
+
+    return make
 
 
 def scan(
-    task: gf.tasks.Task, lanes: Sequence[Lane], rule: Rule, folder: Path, *,
+    task: gf.tasks.Task, lanes: Sequence[Lane], rule: Rule, store: Path, *,
     lasting: bool = False,
-) -> list[Trained]:  # fmt: skip
-    """Trains every lane, or reads it where it has been trained. On a CPU, where lanes
-    are run one after the other anyway, each is written when it is done; else those of
-    the same kind and length are one sweep. Times are those of the first steps at the
-    threshold, or, if `lasting`, of those from which on it is kept."""
-    task = single(task)
-    base = fingerprint(task, rule)
-    files = {lane: folder / f"{lane.file}.npz" for lane in lanes}
-    known = {lane: read(path, base | lane._asdict()) for lane, path in files.items()}
-    kind = lambda lane: (lane.hold, lane.share)
-    missing = sorted((lane for lane in lanes if known[lane] is None), key=kind)
-    groups = [list(group) for _, group in itertools.groupby(missing, key=kind)]
-    if jax.default_backend() == "cpu":
-        groups = [[lane] for lane in missing]
+) -> xr.Dataset:  # fmt: skip
+    """Trains every lane, or reads it where it has been trained; see `train` and
+    `with_times`."""
     at = save_steps(rule.steps, max(rule.steps // 200, 1))
-    for group in groups:
-        some = at[at <= group[0].share * rule.steps]
-        swept = _sweep(
-            task, rule, group[0].hold, some,
-            init_scale=[lane.alpha for lane in group],
-            weight_decay=[lane.weight_decay for lane in group],
-            zipped=[("init_scale", "weight_decay")],
-        )  # fmt: skip
-        recorded = {
-            **swept.metrics,
-            "train_loss": swept.train_loss,
-            "norm": np.sqrt(2 * np.asarray(swept.penalty)),
-        }
-        for i, lane in enumerate(group):
-            arrays = {name: np.asarray(v[i]) for name, v in recorded.items()}
-            known[lane] = {**arrays, "step": some}
-            write(files[lane], base | lane._asdict(), known[lane])
-    return [_trained(task, lane, known[lane], lasting) for lane in lanes]
+    until = lambda lane: at[at <= lane["share"] * rule.steps]
+    runs = train(problem(task), lanes, store, until, **rule.options(task.loss))
+    calm = lambda values: median_filter(values, NOISE, mode="nearest")
+    runs = with_times(runs, task.metrics, lasting=lasting, calm=calm)
+    return runs.drop_vars("half").assign_attrs(named(task))
+
+
+def named(task: gf.tasks.Task) -> dict[str, str]:
+    """What the data are, in words."""
+    return dict(data=task.truth.data, title=task.truth.title)
 
 
 def held(
-    task: gf.tasks.Task, alphas: Sequence[float], rule: Rule, path: Path
-) -> dict[str, np.ndarray]:
-    """The metrics at the end of trainings at held norms, for every α; read where they
-    have been done."""
-    task = single(task)
-
-    def ends() -> dict[str, np.ndarray]:
-        at = np.array([0, rule.steps])
-        swept = _sweep(task, rule, True, at, init_scale=alphas, weight_decay=0.0)
-        return {name: np.asarray(v[:, -1]) for name, v in swept.metrics.items()}
-
-    settings = fingerprint(task, rule) | {"alphas": list(alphas)}
-    # (Not with_suffix: a name may have a point in it, as m=0.05.)
-    return stored(path.with_name(path.name + ".npz"), settings, ends)
-
-
-def fingerprint(task: gf.tasks.Task, rule: Rule) -> dict[str, Any]:
-    """What tells whether a stored run is of these data, this start and this rule."""
-    weights = jax.tree.leaves(eqx.filter(task.model, eqx.is_inexact_array))
-    size = lambda x: float(np.linalg.norm(x))
-    start = [float(task.loss(task.model)), *map(size, weights)]
-    return dict(
-        task=task.name, data=task.truth.title, start=start, **dataclasses.asdict(rule)
-    )
-
-
-def _sweep(
-    task: gf.tasks.Task, rule: Rule, hold: bool, at: np.ndarray, **axes: Any
-) -> gf.Sweep:
-    loss = task.loss
-    assert isinstance(loss, gf.SquaredError | gf.CrossEntropy | gf.Logistic)
-    samples = jax.tree.leaves(loss.x)[0].shape[0]
-    batches: dict[str, Any] = {}
-    if rule.batch_size is not None and rule.batch_size < samples:
-        batches = dict(batch_size=rule.batch_size, key=jr.key(rule.seed + 1000))
-    optimiser: Any = optax.adam
-    if rule.clip is not None:
-        optimiser = clipped_adam(rule.clip, rule.learning_rate)
-    return gf.sweep(
-        gf.GradientFlow(loss, hold_norm=hold),
-        task.model,
-        learning_rate=rule.learning_rate,
-        method="decoupled",
-        optimiser=optimiser,
-        at=at,
-        metrics=task.metrics,
-        **batches,
-        **axes,
-    )
-
-
-def _trained(task: gf.tasks.Task, lane: Lane, arrays: dict, lasting: bool) -> Trained:
-    arrays = dict(arrays)
-    steps = arrays.pop("step")
-    times = {}
-    for name in ("train", "test"):
-        metric = task.metrics[name]
-        level = metric.threshold
-        calm = median_filter(arrays[name], NOISE, mode="nearest")
-        find = for_good if lasting else first
-        times[name] = find(steps, calm, level, metric.higher_is_better)
-    return Trained(lane, steps, arrays, times["train"], times["test"])
-
-
-def dataset(runs: Sequence[Trained], **columns: Sequence) -> xr.Dataset:
-    """Everything recorded, of dimensions run and step, with NaN after the end of a run;
-    further columns of the runs."""
-    steps = max((r.steps for r in runs), key=len)
-    table = lambda r, name: np.pad(
-        r.arrays[name].astype(float), (0, len(steps) - len(r.steps)),
-        constant_values=np.nan,
+    task: gf.tasks.Task, alphas: Sequence[float], rule: Rule, store: Path
+) -> np.ndarray:
+    """The metrics, train and test, at the end of trainings at held norms, for every α;
+    read where they have been done."""
+    runs: Any = gf.sweep(
+        problem(task), axes={"hold": [1]}, init_scale=list(alphas), weight_decay=0.0,
+        at=np.array([0, rule.steps]), store=store, **rule.options(task.loss),
     )  # fmt: skip
-    stack = {
-        name: (("run", "step"), np.stack([table(r, name) for r in runs]))
-        for name in runs[0].arrays
-    }
-    names = {
-        "alpha": [r.lane.alpha for r in runs],
-        "weight_decay": [r.lane.weight_decay for r in runs],
-        "hold": [r.lane.hold for r in runs],
-        **columns,
-    }
-    times = {
-        name: ("run", [getattr(r, name) for r in runs])
-        for name in ("memorised", "grokked")
-    }
-    coordinates = {name: ("run", list(values)) for name, values in names.items()}
-    return xr.Dataset({**stack, **times}, {"step": steps, **coordinates})
-
-
-def lines(runs: Sequence[Trained]) -> list[dict[str, Any]]:
-    """A line of the summary for each run."""
-    return [
-        {
-            **run.lane._asdict(),
-            "memorised": run.memorised,
-            "grokked": run.grokked,
-            **{f"{name}_at_end": float(v[-1]) for name, v in run.arrays.items()},
-        }
-        for run in runs
-    ]
+    ends = runs.isel(hold=0, time=-1)
+    return np.stack([ends[f"metric_{part}"].values for part in PARTS])
 
 
 def delay_rows(
-    name: str, large: Trained, controls: Sequence[Trained], times: float = 10.0
+    large: Trained, controls: Sequence[Trained], times: float = 10.0
 ) -> list[Row]:
     """Grokking from a large start, with weight decay: generalisation at least ten times
     later than memorisation. None in the controls: they generalise before that; or, at a
     norm that is held and larger than usual, never. A control tells nothing that does
     not memorise, or has not generalised when it ends before ten times that."""
-    ok = bool(math.isfinite(large.ratio) and large.ratio >= times)
-    words = (
-        f"{large.lane}: t_test/t_train, of steps {large.grokked:.0f} and "
-        f"{large.memorised:.0f}"
-    )
-    rows = [check(name, large.ratio, f"≥ {times:g}", ok, words)]
+    told = f"t_test/t_train, of steps {large.grokked:.0f} and {large.memorised:.0f}"
+    words_of = f"{words(large.lane)}: {told}"
+    finite = math.isfinite(large.ratio)
+    rows = [check("delay", large.ratio, f"≥ {times:g}", words_of, also=finite)]
     for run in controls:
-        words = (
-            f"{run.lane}: t_test/t_train; test at the end {run.arrays['test'][-1]:.3g}"
-        )
-        never = run.lane.hold and run.lane.alpha > 1
+        words_of = f"{words(run.lane)}: t_test/t_train; test at the end "
+        words_of += f"{run.arrays['test'][-1]:.3g}"
+        never = bool(run.lane["hold"]) and run.lane["alpha"] > 1
         ok = None
         if not math.isfinite(run.memorised):
-            words += ", not memorised"
+            words_of += ", not memorised"
         elif math.isfinite(run.grokked):
             ok = run.ratio < times
         elif run.steps[-1] < times * run.memorised:
-            words += ", ended too early to tell"
+            words_of += ", ended too early to tell"
         else:
             ok = never
         bound = f"< {times:g}" + ", or never" * never
-        rows.append(check(name, run.ratio, bound, ok, words))
+        rows.append(Row("no delay", run.ratio, bound, ok, words_of))
     return rows
 
 
 def lu_rows(
-    name: str,
-    scales: np.ndarray,
-    train: np.ndarray,
-    test: np.ndarray,
-    *,
-    level: float = 0.02,
-    rise: float = 1.5,
-) -> list[Row]:
+    scales: np.ndarray, train: np.ndarray, test: np.ndarray, *, level: float = 0.02,
+    rise: float = 1.5, where: str = "",
+) -> list[Row]:  # fmt: skip
     """The L and the U, of errors at norms that are held. U: the test error is least
     inside the range, and at both ends at least `rise` times as high. L: as the norm
     grows, the train error falls from at least five times `level` to at most `level`,
@@ -313,27 +189,32 @@ def lu_rows(
     inside = 0 < best < len(test) - 1
     back = float(np.max(train - np.minimum.accumulate(train)))
     falls = train[0] >= 5 * level and np.min(train) <= level
-    words = f"U: test error {test[best]:.3g}, best at α = {scales[best]:.3g}"
-    higher = "the lower end relative to it"
-    fall = (
-        f"train error, {train[0]:.3g} at the smallest and {np.min(train):.3g} at best"
-    )
     return [
         check(
-            name, ends, f"≥ {rise:g}, the best inside", inside and ends >= rise,
-            f"{words}; {higher}",
+            f"U{where}", ends, f"≥ {rise:g}, the best inside",
+            f"test error {test[best]:.3g}, best at α = {scales[best]:.3g}; the lower "
+            "end relative to it", also=inside,
         ),
         check(
-            name, back, f"≤ {level:g}, from ≥ {5 * level:g} to ≤ {level:g}",
-            falls and back <= level, f"L: largest rise of the {fall}",
+            f"L{where}", back, f"≤ {level:g}, from ≥ {5 * level:g} to ≤ {level:g}",
+            f"largest rise of the train error, {train[0]:.3g} at the smallest and "
+            f"{np.min(train):.3g} at best", also=falls,
         ),
     ]  # fmt: skip
 
 
-def not_judged(name: str, bound: str, data: str, what: str) -> Row:
-    """The paper's own numbers, where its data are not at hand."""
-    words = f"{what}: not judged, the data are {data}"
-    return check(name, math.nan, bound, None, words)
+def published_rows(
+    source: str, data: str, wanted: Sequence[tuple[str, float, str]]
+) -> list[Row]:
+    """The paper's own numbers, bound, value and words; not judged where its data are
+    not at hand."""
+    if source == data:
+        return [check("paper", v, bound, sentence) for bound, v, sentence in wanted]
+    return [
+        Row("paper", math.nan, bound, None,
+            f"{sentence} (here {value:.3g}): not judged, the data are {data}")
+        for bound, value, sentence in wanted
+    ]  # fmt: skip
 
 
 def draw(
@@ -351,18 +232,24 @@ def draw(
 def draw_norms(ax: Axes, runs: Sequence[Trained]) -> None:
     for run, colour in zip(runs, itertools.cycle(COLOURS), strict=False):
         x, norm = run.steps[1:], run.arrays["norm"][1:]
-        ax.plot(x, norm, color=colour, lw=2, label=run.lane.title)
+        ax.plot(x, norm, color=colour, lw=2, label=words(run.lane, latex=True))
     finish(ax, "norm of the weights", y=r"$\|\theta\|$", log="x")
 
 
-def draw_times(ax: Axes, run: Trained) -> None:
-    marks(ax, {"memorised": run.memorised, "generalised": run.grokked})
+def draw_runs(axes: Sequence[Axes], data: xr.Dataset, y: str = "accuracy") -> None:
+    """Metrics of all runs, with the times of the first, and norms."""
+    runs = runs_of(data)
+    log = "x" if y == "accuracy" else "xy"
+    draw(axes[0], runs, data.attrs["title"], y=y, log=log)
+    marks(axes[0], {"memorised": runs[0].memorised, "generalised": runs[0].grokked})
+    draw_norms(axes[1], runs)
 
 
 def draw_landscape(
-    ax: Axes, scales: np.ndarray, train: np.ndarray, test: np.ndarray, title: str,
-    y: str = "error", log: str = "x",
+    ax: Axes, scales: np.ndarray, errors: np.ndarray, title: str, y: str = "error",
+    log: str = "x",
 ) -> None:  # fmt: skip
-    ax.plot(scales, train, "o--", color=COLOURS[0], ms=4, label="train")
-    ax.plot(scales, test, "o-", color=COLOURS[1], ms=4, lw=2, label="test")
+    """Errors, train and test, against the norm."""
+    ax.plot(scales, errors[0], "o--", color=COLOURS[0], ms=4, label="train")
+    ax.plot(scales, errors[1], "o-", color=COLOURS[1], ms=4, lw=2, label="test")
     finish(ax, title, x=r"norm, relative to the usual start, $\alpha$", y=y, log=log)

@@ -1,4 +1,4 @@
-"""P3-TS-L and P3-TS-T: a tanh network learns from another one of its sizes.
+"""A tanh network learns from another one of its sizes.
 
 The paper's loss is a mean over samples and outputs; ours, F, is half the mean squared
 distance, 5/2 of it for five outputs. Criteria are judged on the paper's; figures show
@@ -9,7 +9,6 @@ error of at most 0.001, where the paper has 0.01.
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -23,20 +22,11 @@ from matplotlib.figure import Figure
 
 import gradflow as gf
 
-from ..shared.common import (
-    bar,
-    check,
-    COLOURS,
-    finish,
-    law,
-    marks,
-    Outcome,
-    panels,
-    Row,
-    Settings,
-    slope_row,
-)
-from ..shared.runs import reached, store_of, trained
+from ..shared.command import bar, Settings
+from ..shared.figures import COLOURS, finish, marks, panels
+from ..shared.record import pack, unpack, variables
+from ..shared.rows import check, law, Row
+from ..shared.runs import Lane, reached, train, words
 
 SAVES = 400  # of a descent: 3 % from one to the next in 1e5 steps
 
@@ -67,10 +57,14 @@ class Teacher(Settings):
     @property
     def rule(self) -> dict[str, Any]:
         """Of AdamW, as `gf.sweep` takes it."""
+        adam: Any = optax.adam
         return dict(
-            learning_rate=self.learning_rate, optimiser=optax.adam, method="decoupled",
-            saves=SAVES,
-        )  # fmt: skip
+            learning_rate=self.learning_rate, optimiser=adam, method="decoupled"
+        )
+
+    @property
+    def title(self) -> str:
+        return f"teacher and student, 5-{self.width}-{self.width}-5 tanh"
 
 
 def mean_square(loss: Any) -> np.ndarray:
@@ -93,71 +87,59 @@ class TSL(Teacher):
     def quick_changes(self) -> dict[str, Any]:
         return dict(steps=3000)
 
-    def run(self) -> Outcome:
-        name, task = "P3-TS-L", self.task()
+    def compute(self) -> xr.Dataset:
+        task, adam = self.task(), dict(self.rule)
+        adam.pop("method")
         scales = 10 ** np.linspace(-1, 1, self.scales)
         options = dict(scales=scales, metrics=task.metrics)
-        steps = self.effective().steps
+        land = lambda **more: gf.landscape(task.flow, task.model, **options, **more)
         maps = {
-            "flow": gf.landscape(task.flow, task.model, t1=self.t1, **FLOW, **options),
-            "Adam": gf.landscape(
-                task.flow, task.model, steps=steps, optimiser=optax.adam,
-                learning_rate=self.learning_rate, **options,
-            ),
-        }  # fmt: skip
-        rows = [
-            row for key, each in maps.items() for row in shape_rows(name, key, each)
-        ]
+            "flow": land(t1=self.t1, **FLOW),
+            "Adam": land(steps=self.steps, **adam),
+        }
         rates, apart = agreement(task)
-        words = "difference of plain descent, rescaled, and the flow against the step"
-        rows.append(slope_row(name, law(rates, apart), 1.0, 0.15, words))
-        alphas, gammas = (2.0, 2.0, 0.5), (1.0, 0.0, 0.0)
+        lanes = [(2.0, 1.0), (2.0, 0.0), (0.5, 0.0)]
+        alphas, gammas = zip(*lanes, strict=True)
         swept = gf.sweep(
             task.flow, task.model, init_scale=alphas, weight_decay=gammas,
-            zipped=[("init_scale", "weight_decay")], steps=3000, metrics=task.metrics,
-            throw=True, **self.rule,
+            zipped=[("init_scale", "weight_decay")], steps=3000, saves=SAVES,
+            metrics=task.metrics, throw=True, **self.rule,
         )  # fmt: skip
-        runs = {
-            rf"$\alpha$ = {alpha:g}, $\gamma$ = {gamma:g}": path
-            for alpha, gamma, path in zip(alphas, gammas, swept, strict=True)
-        }
-        numbers = {
-            "title": title(self),
-            "best_norm": {
-                key: float(each.best("test_loss")[0]) for key, each in maps.items()
-            },
-            "zone": {key: each.zone("test_loss")[0] for key, each in maps.items()},
-            "usual_norm": float(maps["flow"].norm[0, 0] / scales[0]),
-            "rates": rates,
-            "apart": apart,
-        }
-        return Outcome(
-            numbers,
-            rows,
-            landscapes(maps),
-            {"ts_l": landscape_figure(title(self), maps, runs, rates, apart)},
+        title = lambda lane: words(dict(alpha=lane[0], gamma=lane[1]), latex=True)
+        runs = {title(lane): run for lane, run in zip(lanes, swept, strict=True)}
+        data = variables(
+            rates=rates,
+            apart=apart,
+            best_norm=[each.best("test_loss")[0] for each in maps.values()],
+            zone=[each.zone("test_loss")[0] for each in maps.values()],
+            usual_norm=maps["flow"].norm[0, 0] / scales[0],
         )
+        return data.merge(landscapes(maps)).merge(pack(maps=maps, runs=runs))
+
+    def judge(self, data: xr.Dataset) -> list[Row]:
+        maps = unpack(data, "maps")
+        rows = [row for key, each in maps.items() for row in shape_rows(key, each)]
+        slope = law(data.rates.values, data.apart.values)
+        sentence = "difference of plain descent, rescaled, and the flow, in the step"
+        return [*rows, check("slope", slope, "1 ± 0.15", sentence)]
+
+    def draw(self, data: xr.Dataset) -> dict[str, Figure]:
+        maps, runs = unpack(data, "maps"), unpack(data, "runs")
+        apart = data.rates.values, data.apart.values
+        return {"ts_l": landscape_figure(self.title, maps, runs, *apart)}
 
 
-def title(config: Teacher) -> str:
-    return f"teacher and student, 5-{config.width}-{config.width}-5 tanh"
-
-
-def shape_rows(name: str, driver: str, land: gf.Landscape) -> list[Row]:
-    train, test = (
-        mean_square(land.train_loss[0]),
-        mean_square(land.metrics["test_loss"]),
-    )
-    test = test[0]
+def shape_rows(driver: str, land: gf.Landscape) -> list[Row]:
+    train = mean_square(land.train_loss[0])
+    test = mean_square(land.metrics["test_loss"][0])
     floor = train[land.scale >= 0.6].max()
     best = land.scale[np.nanargmin(test)]
     at = lambda alpha: test[np.argmin(np.abs(np.log(land.scale / alpha)))]
     ratio = at(2.5) / at(1.0)
-    say = lambda words: f"{driver}: {words}"
     return [
-        check(name, floor, "< 1e-5", floor < 1e-5, say("largest train, α ≥ 0.6")),
-        check(name, best, "in [0.6, 1.2]", 0.6 <= best <= 1.2, say("α of least test")),
-        check(name, ratio, "≥ 100", ratio >= 100, say("test at α = 2.5 over at 1")),
+        check("L", floor, "< 1e-5", f"{driver}: largest train loss, α ≥ 0.6"),
+        check("U", best, "0.6 … 1.2", f"{driver}: α of the least test loss"),
+        check("U", ratio, "≥ 100", f"{driver}: test loss at α = 2.5 over at 1"),
     ]
 
 
@@ -204,12 +186,9 @@ def landscape_figure(
     ends = np.array([ax.get_ylim() for ax in axes[:2]])
     for ax in axes[:2]:
         ax.set_ylim(ends[:, 0].min(), ends[:, 1].max())
-    axes[2].plot(
-        rates, apart, "o-", color=COLOURS[0], label=f"slope {law(rates, apart):.2f}"
-    )
-    finish(
-        axes[2], "rescaled descent against the flow", x="step", y="largest difference"
-    )
+    label = f"slope {law(rates, apart):.2f}"
+    axes[2].plot(rates, apart, "o-", color=COLOURS[0], label=label)
+    finish(axes[2], "rescaled descent against the flow", "step", "largest difference")
     axes[2].set_xticks(rates, [f"{rate:g}" for rate in rates])
     axes[2].minorticks_off()
     fig.suptitle(title)
@@ -235,75 +214,39 @@ class TST(Teacher):
         # Those whose law comes to an end in so many steps.
         return dict(steps=15_000, gammas=(0.3, 1.0))
 
-    def run(self) -> Outcome:
-        name, mine = "P3-TS-T", self.effective()
-        gammas, rate = np.array(mine.gammas), self.learning_rate
-        seeds = list(range(self.seed, self.seed + self.seeds))
+    @property
+    def shown(self) -> list[tuple[float, float, int]]:
+        """α, γ and seed of the six panels: no decay, the first and the last."""
+        three = (0.0, self.gammas[0], self.gammas[-1])
+        return list(itertools.product((0.5, 2.0), three, [self.seed]))
+
+    def compute(self) -> xr.Dataset:
+        gammas, seeds = self.gammas, range(self.seed, self.seed + self.seeds)
+        cells = [(2.0, gamma, seed) for seed in seeds for gamma in gammas]
+        cells = list(dict.fromkeys([*self.shown, *cells]))
+        runs = self.adamw([dict(alpha=a, gamma=g, seed=s) for a, g, s in cells])
         tasks = [self.task(seed=seed) for seed in seeds]
-        # The first and the last decay, with none, for the six panels too.
-        three = (0.0, float(gammas[0]), float(gammas[-1]))
-        shown = list(itertools.product((0.5, 2.0), three, [self.seed]))
-        cells = [(2.0, float(g), seed) for seed in seeds for g in gammas]
-        runs = mine.adamw(list(dict.fromkeys([*shown, *cells])))
-        six = {cell[:2]: runs[cell] for cell in shown}
-        both = lambda run: [reached(run, k).item() for k in ("train", "test")]
-        times = np.array([both(runs[cell]) for cell in cells])
-        times = times.reshape(self.seeds, len(gammas), 2)
         shrink = np.array([to_shrink(each) for each in bar(tasks, "landscapes")])
-        predicted = shrink[:, None] / (rate * gammas[None, :, None])
-        flow = self.flow(tasks[0])
-        rows = panel_rows(name, six, float(gammas[0]))
-        for i, number in enumerate(seeds):
-            seed = f"seed {number}"
-            rows += scan_rows(name, seed, gammas, times[i], "γ")
-            # At γ = 1 the norm falls while the data are learnt.
-            slope = law(gammas[:-1], times[i, :-1, 1])
-            words = f"{seed}: that slope without the largest γ (for information)"
-            rows.append(check(name, slope, "", None, words))
-        rows += scan_rows(name, "flow", np.array(self.lams), flow, "λ")
-        for k, words in enumerate(("the best norm", "the zone's edge")):
-            off = np.nanmedian(times[..., 1] / predicted[..., k])
-            sentence = f"steps to test 95 %, over ln(w₀/w_c)/(α γ) with w_c {words}"
-            rows.append(check(name, off, "", None, f"{sentence}, median"))
+        rate = self.learning_rate * np.array(gammas)
         data = xr.Dataset(
             {
-                "steps": (("seed", "gamma", "metric"), times),
-                "predicted": (("seed", "gamma", "w_c"), predicted),
-                "flow_times": (("lam", "metric"), flow),
+                "predicted": (("of", "g", "w_c"), shrink[:, None] / rate[:, None]),
+                "flow_times": (("lam", "metric"), self.flow(tasks[0])),
             },
-            {
-                "gamma": gammas, "lam": list(self.lams), "metric": ["train", "test"],
-                "w_c": ["best", "edge"],
-                "seed": seeds,
-            },
+            {"g": list(gammas), "lam": list(self.lams), "metric": ["train", "test"],
+             "w_c": ["best", "edge"], "of": list(seeds)},
         )  # fmt: skip
-        figures = {
-            "panels": six_panels(title(self), six),
-            "scan": scan_figure(
-                title(self), seeds, gammas, times, predicted, self.lams, flow
-            ),
-        }
-        numbers = {"title": title(self), "steps": mine.steps}
-        return Outcome(numbers, rows, data, figures)
+        return runs.merge(data)
 
-    def adamw(self, cells: list[tuple[float, float, int]]) -> dict[tuple, xr.Dataset]:
-        """What AdamW recorded for each α, γ and seed. Those of a length are a sweep."""
+    def adamw(self, lanes: list[Lane]) -> xr.Dataset:
+        """What AdamW records for each α, γ and seed."""
 
-        def until(cell: tuple[float, float, int]) -> int:
-            unit = self.learning_rate * cell[1]
-            return min(self.steps, round(1.5 / unit)) if unit > 0 else self.steps
+        def at(lane: Lane) -> np.ndarray:
+            unit = self.learning_rate * lane["gamma"]
+            steps = min(self.steps, round(1.5 / unit)) if unit > 0 else self.steps
+            return gf.log_spaced_steps(steps, SAVES)
 
-        found = {}
-        for steps, group in itertools.groupby(sorted(cells, key=until), until):
-            group = list(group)
-            alphas, gammas, seeds = zip(*group, strict=True)
-            runs = trained(
-                self.task, store_of(self, "ts-t", f"_{steps}"), axes={"seed": seeds},
-                init_scale=alphas, weight_decay=gammas, steps=steps,
-                zipped=[("seed", "init_scale", "weight_decay")], **self.rule,
-            )  # fmt: skip
-            found |= {cell: runs.isel(seed=i) for i, cell in enumerate(group)}
-        return found
+        return train(self.task, lanes, self.store(), at, **self.rule)
 
     def flow(self, task: gf.tasks.Task) -> np.ndarray:
         """The times at which the flow memorises and generalises, for each λ."""
@@ -313,6 +256,45 @@ class TST(Teacher):
         )  # fmt: skip
         times = [sweep.crossing_time(name) for name in ("train", "test")]
         return np.stack(times, axis=-1)
+
+    def six(self, data: xr.Dataset) -> dict[tuple[float, float], xr.Dataset]:
+        return {cell[:2]: select(data, *cell) for cell in self.shown}
+
+    def times(self, data: xr.Dataset) -> np.ndarray:
+        """The steps at which each run of the scan learnt, for seed, γ and metric."""
+        return np.array([[both(select(data, 2.0, gamma, seed)) for gamma in self.gammas]
+                         for seed in data["of"].values])  # fmt: skip
+
+    def judge(self, data: xr.Dataset) -> list[Row]:
+        gammas, times = np.array(self.gammas), self.times(data)
+        rows = panel_rows(self.six(data), self.gammas[0])
+        for seed, each in zip(data["of"].values, times, strict=True):
+            rows += scan_rows(f"seed {seed}", gammas, each, "γ")
+            # At γ = 1 the norm falls while the data are learnt.
+            slope = law(gammas[:-1], each[:-1, 1])
+            sentence = f"seed {seed}: that slope without the largest γ"
+            rows.append(check("slope", slope, "", sentence))
+        rows += scan_rows("flow", data.lam.values, data.flow_times.values, "λ")
+        for k, which in enumerate(("the best norm", "the zone's edge")):
+            off = np.nanmedian(times[..., 1] / data.predicted.values[..., k])
+            sentence = f"steps to test 95 %, over ln(w₀/w_c)/(α γ) with w_c {which}"
+            rows.append(check("rule", off, "", f"{sentence}, median"))
+        return rows
+
+    def draw(self, data: xr.Dataset) -> dict[str, Figure]:
+        scan = scan_figure(self.title, self.times(data), data)
+        return {"panels": six_panels(self.title, self.six(data)), "scan": scan}
+
+
+def select(data: xr.Dataset, alpha: float, gamma: float, seed: int) -> xr.Dataset:
+    """One run, as far as it goes."""
+    same = (data.alpha == alpha) & (data.gamma == gamma) & (data.seed == seed)
+    run = data.isel(run=int(np.argmax(same.values)))
+    return run.isel(time=np.isfinite(run.step.values))
+
+
+def both(run: xr.Dataset) -> list[float]:
+    return [reached(run, key).item() for key in ("train", "test")]
 
 
 def to_shrink(task: gf.tasks.Task) -> np.ndarray:
@@ -328,30 +310,25 @@ def to_shrink(task: gf.tasks.Task) -> np.ndarray:
         **FLOW,
     )
     start = 2 * land.norm[0, 0] / land.scale[0]
-    return np.log(
-        start / np.array([land.best("test_loss")[0], land.zone("test")[0, 1]])
-    )
+    ends = [land.best("test_loss")[0], land.zone("test")[0, 1]]
+    return np.log(start / np.array(ends))
 
 
-def panel_rows(
-    name: str, six: dict[tuple[float, float], xr.Dataset], least: float
-) -> list[Row]:
+def panel_rows(six: dict[tuple[float, float], xr.Dataset], least: float) -> list[Row]:
     best = float(six[2.0, 0.0].test.max())
-    words = "α = 2, γ = 0: best test accuracy"
-    rows = [check(name, best, "< 0.95", best < 0.95, words)]
+    rows = [check("no decay", best, "< 0.95", "α = 2, γ = 0: best test accuracy")]
     slow = reached(six[2.0, least], "test").item()
     for (alpha, gamma), run in six.items():
         if alpha == 0.5:
             share = reached(run, "test").item() / slow
-            words = f"α = 0.5, γ = {gamma:g}: steps to test 95 %, over those of α = 2"
-            words += f", γ = {least:g}"
-            ok = np.isfinite(slow) and share <= 0.1
-            rows.append(check(name, share, "≤ 0.1", ok, words))
+            sentence = f"α = 0.5, γ = {gamma:g}: steps to test 95 %, over those of "
+            sentence += f"α = 2, γ = {least:g}"
+            finite = np.isfinite(slow)
+            rows.append(check("small start", share, "≤ 0.1", sentence, also=finite))
     return rows
 
 
 def scan_rows(
-    name: str,
     what: str,
     decays: np.ndarray,
     times: np.ndarray,
@@ -363,14 +340,14 @@ def scan_rows(
     over it; judged where all runs generalise."""
     early = times[:, 0]
     change = early.max() / early.min() - 1 if np.isfinite(early).all() else np.nan
-    words = f"{what}: change of the time to memorise over the scan of {letter}"
+    sentence = f"{what}: change of the time to memorise over the scan of {letter}"
     done = np.isfinite(times[:, 1])
-    slope = law(decays[done], times[done, 1])
+    slope = law(decays[done], times[done, 1]) if done.all() else np.nan
     late = f"{what}: slope of the time to generalise in {letter}"
     late += f", {done.sum()} of {done.size} runs do"
     return [
-        check(name, change, "< 0.2", change < 0.2, words),
-        slope_row(name, slope if done.all() else np.nan, -1.0, within, late),
+        check("memorised", change, "< 0.2", sentence),
+        check("slope", slope, f"-1 ± {within:g}", late),
     ]
 
 
@@ -379,31 +356,23 @@ def six_panels(title: str, six: dict[tuple[float, float], xr.Dataset]) -> Figure
     for ax, ((alpha, gamma), run) in zip(axes, six.items(), strict=True):
         for key, colour in (("train", COLOURS[0]), ("test", COLOURS[1])):
             ax.plot(run.step[1:], run[key][1:], color=colour, label=key)
-        times = {k: reached(run, k).item() for k in ("train", "test")}
-        name = rf"$\alpha$ = {alpha:g}, $\gamma$ = {gamma:g}"
+        name = words(dict(alpha=alpha, gamma=gamma), latex=True)
         finish(ax, name, y="accuracy", log="x")
-        marks(ax, times)
+        marks(ax, dict(zip(("train", "test"), both(run), strict=True)))
     fig.suptitle(f"{title}: AdamW")
     return fig
 
 
-def scan_figure(
-    title: str,
-    seeds: Sequence[int],
-    gammas: np.ndarray,
-    times: np.ndarray,
-    predicted: np.ndarray,
-    lams: tuple[float, ...],
-    flow: np.ndarray,
-) -> Figure:
+def scan_figure(title: str, times: np.ndarray, data: xr.Dataset) -> Figure:
     fig, axes = panels(2)
+    gammas, seeds = data.g.values, data["of"].values
     for i, colour in zip(range(len(times)), itertools.cycle(COLOURS), strict=False):
         draw(axes[0], gammas, times[i], colour, f"seed {seeds[i]}: ")
-        axes[0].plot(gammas, predicted[i, :, 1], ":", color=colour, lw=1.2)
+        axes[0].plot(gammas, data.predicted[i, :, 1], ":", color=colour, lw=1.2)
     rule = r"$\ln(w_0/w_c)/(\alpha\gamma)$, $w_c$ the zone's edge"
     axes[0].plot([], [], ":", color="grey", label=rule)
     finish(axes[0], f"{title}: AdamW", x=r"$\gamma$", y="steps to 95 %")
-    draw(axes[1], np.array(lams), flow, COLOURS[0], "")
+    draw(axes[1], data.lam.values, data.flow_times.values, COLOURS[0], "")
     finish(axes[1], "the flow", x=r"$\lambda$", y="time to 95 %")
     return fig
 

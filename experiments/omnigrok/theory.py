@@ -15,8 +15,10 @@ from matplotlib.figure import Figure
 
 import gradflow as gf
 
-from ..shared.common import bar, check, COLOURS, finish, Outcome, panels, Row
-from .teacher import Teacher, title
+from ..shared.command import bar
+from ..shared.figures import COLOURS, finish, panels
+from ..shared.rows import check, Row
+from .teacher import Teacher
 
 
 class ErrorOf(eqx.Module):
@@ -54,44 +56,22 @@ class TSTheory(Teacher):
         # So few samples tell less of the teacher, and later.
         return dict(order=2, width=20, samples=30, alphas=(3.0,), slow_time=2.0)
 
-    def run(self) -> Outcome:
-        config = self.effective()
-        found = {alpha: config.at(alpha) for alpha in bar(config.alphas, "alphas")}
-        rows = [row for alpha, each in found.items() for row in each.rows(alpha)]
-        name = title(config) + (" (small)" if self.quick else "")
-        numbers = {
-            "title": name,
-            "theory": {alpha: each.text for alpha, each in found.items()},
-            "seconds_of": {alpha: each.seconds for alpha, each in found.items()},
-        }
-        dims = ("alpha", "lam")
-        stack = lambda key: np.stack([getattr(each, key) for each in found.values()])
-        keys = ("measured", "valid", "errors")
-        data = xr.Dataset(
-            {
-                **{key: (dims, stack(key)) for key in keys},
-                "predicted": (("alpha", "order", "lam"), stack("predicted")),
-            },
-            {
-                "alpha": list(found),
-                "lam": list(config.lams),
-                "order": list(range(1, config.order + 1)),
-            },
-        )
-        fig = figure(name, config.lams, found)
-        return Outcome(numbers, rows, data, {"theory": fig})
+    def compute(self) -> xr.Dataset:
+        each = [self.at(alpha) for alpha in bar(self.alphas, "alphas")]
+        return xr.concat(each, "alpha").assign_coords(alpha=list(self.alphas))
 
-    def at(self, alpha: float) -> "Predicted":
+    def at(self, alpha: float) -> xr.Dataset:
+        """Measured and predicted from one scale: `predicted` at every order that is
+        computed, from the first."""
         task = self.task(alpha)
         test = task.metrics["test_loss"].fn
         metrics = {"test": gf.Metric(ErrorOf(test, 0.95), threshold=1e-3)}
-        seconds, start = {}, time.perf_counter()
+        start = time.perf_counter()
         theory = gf.two_phase(
             task.flow, task.model, slow_time=self.slow_time, metrics=metrics,
             order=self.order, rtol=1e-7, throw=False,
         )  # fmt: skip
-        seconds["theory"] = time.perf_counter() - start
-        start = time.perf_counter()
+        print(f"α = {alpha:g}, theory in {time.perf_counter() - start:.1f} s: {theory}")
         # So many saved times, as the 95 % are of other samples at each: with 129 what
         # is read off is only right to 0.3 %.
         sweep = gf.sweep(
@@ -99,104 +79,97 @@ class TSTheory(Teacher):
             metrics=metrics, saves=1025, rtol=1e-7, solver=gf.KKT5(),
         )  # fmt: skip
         paths = list(sweep)
-        seconds["flow"] = time.perf_counter() - start
         orders = [dataclasses.replace(theory, second=None), theory][: self.order]
         told = [[each.grokking_time(lam) for lam in self.lams] for each in orders]
-        return Predicted(
-            measured=np.array([path.crossing_time("test") for path in paths]),
-            predicted=np.array([[each.time for each in row] for row in told]),
-            errors=np.array([each.error for each in told[-1]]),
-            valid=np.array([theory.valid_until(lam) for lam in self.lams]),
-            lams=np.array(self.lams),
-            drift=(
-                np.asarray(theory.drift.t),
-                np.asarray(theory.drift.metrics["test"]),
-            ),
-            paths=paths,
-            text=str(theory),
-            seconds=seconds,
+        # The drift, at as many times of its own, for all scales alike.
+        s = np.linspace(0, 1, 1025) ** 2 * float(theory.drift.t[-1])
+        drift = np.interp(s, theory.drift.t, theory.drift.metrics["test"])
+        return predicted(
+            self.lams,
+            measured=[path.crossing_time("test") for path in paths],
+            predicted=[[each.time for each in row] for row in told],
+            errors=[each.error for each in told[-1]],
+            valid=[theory.valid_until(lam) for lam in self.lams],
+            drift=[s, drift],
+            slow_time=sweep.slow_time,
+            test=sweep.metrics["test"],
         )
 
+    def judge(self, data: xr.Dataset) -> list[Row]:
+        alphas = range(data.sizes["alpha"])
+        return [row for i in alphas for row in prediction_rows(data.isel(alpha=i))]
 
-@dataclasses.dataclass(frozen=True)
-class Predicted:
-    """What is measured and what theory says, for each λ; `predicted` at every order
-    that was computed, from the first."""
-
-    measured: np.ndarray
-    predicted: np.ndarray
-    errors: np.ndarray
-    valid: np.ndarray
-    lams: np.ndarray
-    drift: tuple[np.ndarray, np.ndarray]
-    paths: list[gf.Path]
-    text: str
-    seconds: dict[str, float]
-
-    @property
-    def order(self) -> int:
-        """The highest order that was computed."""
-        return len(self.predicted)
-
-    @property
-    def styles(self) -> tuple[str, ...]:
-        """A line for each order."""
-        return ("--", "-")[-self.order :]
-
-    def rows(self, alpha: float) -> list[Row]:
-        """The highest order is within 2 % of what is measured, wherever theory holds
-        until then; and beyond it says nothing. Where nothing generalises only that
-        is judged."""
-        name, told = "P3-TS", np.isfinite(self.predicted[-1])
-        due = np.isfinite(self.measured)
-        due &= self.lams * self.measured <= 0.98 * self.valid
-        words = f"α = {alpha:g}: λ with a time predicted, of {due.sum()} where theory "
-        words += "holds until the measured one"
-        some = np.isfinite(self.measured).any()
-        ok = due.any() and told[due].all() if some else None
-        rows = [check(name, told.sum(), "≥ 1, all of them", ok, words)]
-        for order, times in enumerate(self.predicted, start=1):
-            both = np.isfinite(times) & np.isfinite(self.measured)
-            off = np.abs(times / self.measured - 1)[both]
-            worst = off.max() if off.size else np.nan
-            words = f"α = {alpha:g}: largest error of the grokking time, order {order}"
-            judged = some and order == self.order
-            rows.append(
-                check(name, worst, "≤ 0.02", worst <= 0.02 if judged else None, words)
-            )
-        # What was measured may be off by the 2 % that are asked for.
-        late = self.lams * self.predicted[-1] > self.valid
-        late |= self.lams * self.measured > 1.02 * self.valid
-        beyond = int((told & late).sum())
-        words = f"α = {alpha:g}: λ with a time predicted where theory does not hold"
-        rows.append(check(name, beyond, "0", beyond == 0, words))
-        return rows
+    def draw(self, data: xr.Dataset) -> dict[str, Figure]:
+        name = self.title + (" (small)" if self.quick else "")
+        return {"theory": figure(name, data)}
 
 
-def figure(name: str, lams: tuple[float, ...], found: dict[float, Predicted]) -> Figure:
+def predicted(lams: Any, **arrays: Any) -> xr.Dataset:
+    """Arrays of λ; `predicted` of the order too, `drift` of its times, which it has for
+    its first row, and what has its own times."""
+    dims = {
+        "predicted": ("order", "lam"),
+        "drift": ("of", "drift_time"),
+        "slow_time": ("lam", "time"),
+        "test": ("lam", "time"),
+    }
+    values = {k: (dims.get(k, ("lam",)), np.asarray(v)) for k, v in arrays.items()}
+    orders = list(range(1, len(arrays["predicted"]) + 1))
+    return xr.Dataset(values, {"lam": list(lams), "order": orders})
+
+
+def prediction_rows(data: xr.Dataset) -> list[Row]:
+    """The highest order is within 2 % of what is measured, wherever theory holds until
+    then; and beyond it says nothing. Where nothing generalises only that is judged."""
+    alpha, lams = float(data.alpha), data.lam.values
+    measured, valid, last = (
+        data.measured.values, data.valid.values, data.predicted.values[-1]
+    )  # fmt: skip
+    told, some = np.isfinite(last), np.isfinite(measured).any()
+    due = np.isfinite(measured) & (lams * measured <= 0.98 * valid)
+    sentence = f"α = {alpha:g}: λ with a time predicted, of {due.sum()} where theory "
+    sentence += "holds until the measured one"
+    whole = due.any() and told[due].all()
+    bound = "≥ 1, all of them"
+    rows = [check("predicted", told.sum(), bound, sentence, given=some, also=whole)]
+    for order, times in zip(data.order.values, data.predicted.values, strict=True):
+        both = np.isfinite(times) & np.isfinite(measured)
+        off = np.abs(times / measured - 1)[both]
+        sentence = f"α = {alpha:g}: largest error of the grokking time, order {order}"
+        judged = some and order == data.sizes["order"]
+        worst = off.max() if off.size else np.nan
+        rows.append(check("error", worst, "≤ 0.02", sentence, given=judged))
+    # What was measured may be off by the 2 % that are asked for.
+    late = (lams * last > valid) | (lams * measured > 1.02 * valid)
+    sentence = f"α = {alpha:g}: λ with a time predicted where theory does not hold"
+    return [*rows, check("refused", (told & late).sum(), "= 0", sentence)]
+
+
+def figure(name: str, data: xr.Dataset) -> Figure:
     """The test error on the slow clock, with the drift's own; and the times."""
     fig, axes = panels(2, size=(6.0, 4.2))
-    colours = gf.plot.Colours(np.array(lams))
-    each = next(iter(found.values()))
-    for i, path in enumerate(each.paths):
-        axes[0].plot(path.slow_time[1:], path.metrics["test"][1:], color=colours(i))
-    axes[0].plot(*each.drift, "--", color=gf.plot.THEORY, label="drift alone (theory)")
+    lams, first = data.lam.values, data.isel(alpha=0)
+    colours = gf.plot.Colours(lams)
+    for i in range(len(lams)):
+        axes[0].plot(first.slow_time[i, 1:], first.test[i, 1:], color=colours(i))
+    theory = dict(color=gf.plot.THEORY, label="drift alone (theory)")
+    axes[0].plot(*first.drift.values, "--", **theory)
     axes[0].axhline(1e-3, color="grey", ls=":", lw=1, label="right from here on")
-    axes[0].set_xlim(1e-4, each.drift[0][-1] * 1.2)
-    alpha = next(iter(found))
+    axes[0].set_xlim(1e-4, first.drift.values[0, -1] * 1.2)
     finish(
-        axes[0], rf"$\alpha$ = {alpha:g}", x=r"slow time $s = \lambda t$",
+        axes[0], rf"$\alpha$ = {float(first.alpha):g}", x=r"slow time $s = \lambda t$",
         y="error of 95 % of the test samples",
     )  # fmt: skip
-    for (alpha, each), colour in zip(found.items(), itertools.cycle(COLOURS)):
-        axes[1].plot(
-            lams, each.measured, "o", color=colour, label=rf"$\alpha$ = {alpha:g}"
-        )
-        for times, style in zip(each.predicted, each.styles, strict=True):
+    styles = ("--", "-")[-data.sizes["order"] :]
+    for i, colour in zip(range(data.sizes["alpha"]), itertools.cycle(COLOURS)):
+        each = data.isel(alpha=i)
+        label = rf"$\alpha$ = {float(each.alpha):g}"
+        axes[1].plot(lams, each.measured, "o", color=colour, label=label)
+        for times, style in zip(each.predicted.values, styles, strict=True):
             axes[1].plot(lams, times, style, color=colour, lw=1.3)
-        until = np.where(each.valid > 0, each.valid, np.nan) / np.array(lams)
+        until = np.where(each.valid > 0, each.valid, np.nan) / lams
         axes[1].plot(lams, until, ":", color=colour, lw=1.3)
-    names = {style: f"predicted, order {k}" for k, style in enumerate(each.styles, 1)}
+    names = {style: f"predicted, order {k}" for k, style in enumerate(styles, 1)}
     for style, label in {**names, ":": "theory holds up to here"}.items():
         axes[1].plot([], [], style, color="grey", label=label)
     finish(axes[1], "measured (circles)", x=r"$\lambda$", y="grokking time $t$")

@@ -1,4 +1,4 @@
-"""P3-MA-N, C, W and R: modular addition by a transformer, full batch, by AdamW.
+"""Modular addition by a transformer, full batch, by AdamW.
 
 In single precision but for the loss, where the authors have double. At the paper's
 sizes a step takes 0.07 s on a free core, so that figure 7 is 17 minutes, and the scans
@@ -23,16 +23,10 @@ from matplotlib.figure import Figure
 
 import gradflow as gf
 
-from ..shared.common import (
-    check,
-    COLOURS,
-    finish,
-    marks,
-    Outcome,
-    panels,
-    Settings,
-)
-from ..shared.runs import reached, save_steps, single, store_of, trained
+from ..shared.command import Settings
+from ..shared.figures import COLOURS, finish, marks, panels
+from ..shared.rows import check, Row
+from ..shared.runs import reached, save_steps, single, trained
 from .teacher import draw, scan_rows
 
 ADAM = functools.partial(optax.adam, b1=0.9, b2=0.98)
@@ -60,20 +54,20 @@ class Addition(Settings):
         name = f"a + b mod {self.modulus}, {100 * self.fraction:g} % seen"
         return name + ("" if self.modulus == 113 else " (small)")
 
-    def train(
-        self, name: str, *, hold_norm: bool = False, **options: Any
-    ) -> xr.Dataset:
+    def train(self, *, hold_norm: bool = False, **options: Any) -> xr.Dataset:
         """Trains the transformer for all values of the axes, seed, fraction, alpha and
-        weight_decay; see `runs.trained`."""
-        return trained(
+        weight_decay; see `trained`. With the steps of all, also those of earlier
+        calls."""
+        runs = trained(
             functools.partial(self.problem, hold_norm=hold_norm),
-            store_of(self, name),
+            self.store(),
             learning_rate=self.learning_rate,
             optimiser=ADAM,
             method="decoupled",
             progress=not self.quick,
             **options,
         )
+        return runs.assign(steps_in_all=runs.step.max("time").sum())
 
     def problem(
         self,
@@ -110,6 +104,11 @@ def logits_in_double(model: Any, x: jax.Array) -> jax.Array:
     return jax.vmap(model)(x).astype(jnp.float64)
 
 
+def learnt(runs: xr.Dataset, level: float, name: str = "test") -> float:
+    """When the one run has learnt."""
+    return reached(runs, name, level).item()
+
+
 @dataclasses.dataclass(frozen=True)
 class MAN(Addition):
     """Figure 7a: grokking of modular addition, with a weight decay of 1."""
@@ -120,26 +119,26 @@ class MAN(Addition):
     def quick_changes(self) -> dict[str, Any]:
         return super().quick_changes() | dict(steps=3000)
 
-    def run(self) -> Outcome:
-        name, mine = "P3-MA-N", self.effective()
-        runs = mine.train(
-            "ma-n",
-            at=save_steps(mine.steps, max(1, mine.steps // 150)),
-            weight_decay=mine.weight_decay,
+    def compute(self) -> xr.Dataset:
+        return self.train(
+            at=save_steps(self.steps, max(1, self.steps // 150)),
+            weight_decay=self.weight_decay,
             axes={"alpha": [1.0]},
         )
-        train_at = reached(runs, "train", 1.0).item()
-        test_at = reached(runs, "test", 0.99).item()
-        norm = (runs.norm / runs.norm[:, 0]).values[0]
-        rows = [
-            check(name, train_at, "≤ 300", train_at <= 300, "step of train 100 %"),
-            check(name, norm.max(), "≥ 1.3", norm.max() >= 1.3, "peak of the norm"),
-            check(name, norm[-1], "< 1", norm[-1] < 1, "norm at the end"),
-            check(name, test_at, "≤ 1e4", test_at <= 1e4, "step of test 99 %"),
+
+    def judge(self, data: xr.Dataset) -> list[Row]:
+        norm = (data.norm / data.norm[:, 0]).values[0]
+        return [
+            check("train", learnt(data, 1.0, "train"), "≤ 300", "step of train 100 %"),
+            check("norm", norm.max(), "≥ 1.3", "its peak, relative to the start"),
+            check("norm", norm[-1], "< 1", "at the end"),
+            check("test", learnt(data, 0.99), "≤ 1e4", "step of test 99 %"),
         ]
-        title = rf"{mine.title}, $\gamma$ = {mine.weight_decay:g}"
-        numbers = {"title": title, "train": train_at, "test": test_at, **spent(runs)}
-        return Outcome(numbers, rows, dataset(runs), {"curves": curves(runs, title)})
+
+    def draw(self, data: xr.Dataset) -> dict[str, Figure]:
+        return {
+            "curves": curves(data, rf"{self.title}, $\gamma$ = {self.weight_decay:g}")
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,25 +154,26 @@ class MAC(Addition):
     def quick_changes(self) -> dict[str, Any]:
         return super().quick_changes() | dict(alpha=0.9)
 
-    def run(self) -> Outcome:
-        name, mine = "P3-MA-C", self.effective()
-        runs = mine.train(
-            "ma-c",
-            at=save_steps(mine.steps, 10),
+    def compute(self) -> xr.Dataset:
+        return self.train(
+            at=save_steps(self.steps, 10),
             weight_decay=0.0,
-            axes={"alpha": [mine.alpha]},
+            axes={"alpha": [self.alpha]},
             hold_norm=True,
         )
-        train_at, test_at = (reached(runs, k).item() for k in ("train", "test"))
-        late, held = test_at - train_at, np.ptp(runs.norm.values)
-        rows = [
-            check(name, late, "≤ 200", late <= 200, "steps from train to test 95 %"),
-            check(name, test_at, "≤ 1000", test_at <= 1000, "step of test 95 %"),
-            check(name, held, "< 1e-3", held < 1e-3, "change of the norm"),
+
+    def judge(self, data: xr.Dataset) -> list[Row]:
+        train_at, test_at = learnt(data, 0.95, "train"), learnt(data, 0.95)
+        late, change = test_at - train_at, np.ptp(data.norm.values)
+        return [
+            check("late", late, "≤ 200", "steps from train to test 95 %"),
+            check("test", test_at, "≤ 1000", "step of test 95 %"),
+            check("norm", change, "< 1e-3", "its change"),
         ]
-        title = rf"{mine.title}, norm held at {mine.alpha:g} $\|\theta_0\|$"
-        numbers = {"title": title, "train": train_at, "test": test_at, **spent(runs)}
-        return Outcome(numbers, rows, dataset(runs), {"curves": curves(runs, title)})
+
+    def draw(self, data: xr.Dataset) -> dict[str, Figure]:
+        title = rf"{self.title}, norm held at {self.alpha:g} $\|\theta_0\|$"
+        return {"curves": curves(data, title)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,38 +192,32 @@ class MAW(Addition):
         scan = dict(gammas=(1.0, 2.0, 4.0), seeds=2, slow_time=4.0)
         return super().quick_changes() | scan
 
-    def run(self) -> Outcome:
-        name, mine = "P3-MA-W", self.effective()
-        gammas, seeds = np.array(mine.gammas), mine.seeds_of()
-        runs = mine.train(
-            "ma-w",
-            slow_time=mine.slow_time,
+    def compute(self) -> xr.Dataset:
+        return self.train(
+            slow_time=self.slow_time,
             saves=200,
-            weight_decay=gammas,
-            axes={"seed": seeds},
+            weight_decay=np.array(self.gammas),
+            axes={"seed": list(range(self.seed, self.seed + self.seeds))},
         )
-        times = np.stack([reached(runs, k) for k in ("train", "test")], axis=-1)
-        rows = [
-            row
-            for seed, each in zip(seeds, times, strict=True)
-            for row in scan_rows(name, f"seed {seed}", gammas, each, "γ", within=0.2)
-        ]
-        data = xr.Dataset(
-            {"steps": (("seed", "gamma", "metric"), times)},
-            {"seed": seeds, "gamma": gammas, "metric": ["train", "test"]},
-        )
-        numbers = {"title": mine.title, **spent(runs)}
-        return Outcome(numbers, rows, data, {"scan": mine.figure(times)})
 
-    def seeds_of(self) -> list[int]:
-        return list(range(self.seed, self.seed + self.seeds))
+    def judge(self, data: xr.Dataset) -> list[Row]:
+        gammas = np.array(self.gammas)
+        rows = [scan_rows(seed, gammas, each, "γ", within=0.2)
+                for seed, each in times_of(data)]  # fmt: skip
+        return [row for some in rows for row in some]
 
-    def figure(self, times: np.ndarray) -> Figure:
+    def draw(self, data: xr.Dataset) -> dict[str, Figure]:
         fig, (ax,) = panels(1, columns=1)
-        for seed, each, colour in zip(self.seeds_of(), times, COLOURS, strict=False):
-            draw(ax, np.array(self.gammas), each, colour, f"seed {seed}: ")
+        for (seed, each), colour in zip(times_of(data), COLOURS, strict=False):
+            draw(ax, np.array(self.gammas), each, colour, f"{seed}: ")
         finish(ax, self.title, x=r"weight decay $\gamma$", y="steps to 95 %")
-        return fig
+        return {"scan": fig}
+
+
+def times_of(data: xr.Dataset) -> list[tuple[str, np.ndarray]]:
+    """Each seed with its steps to 95 %, for every γ, of train and test."""
+    times = np.stack([reached(data, key) for key in ("train", "test")], axis=-1)
+    return [(f"seed {s}", t) for s, t in zip(data.seed.values, times, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,33 +237,37 @@ class MAR(Addition):
         scan = dict(fractions=fractions, alphas=(0.5, 1.0, 2.0), steps=600)
         return super().quick_changes() | scan
 
-    def run(self) -> Outcome:
-        name, mine = "P3-MA-R", self.effective()
-        fractions, alphas = mine.fractions, mine.alphas
-        runs = mine.train(
-            "ma-r",
-            steps=mine.steps,
+    def compute(self) -> xr.Dataset:
+        runs = self.train(
+            steps=self.steps,
             saves=200,
             weight_decay=0.0,
-            axes={"fraction": fractions, "alpha": alphas},
+            axes={"fraction": self.fractions, "alpha": self.alphas},
             hold_norm=True,
         )
-        best = runs[["train", "test"]].max("time")
-        # At the norm that is best for it. (A network that only learns that a + b is
-        # b + a knows as many of the others as are seen, so the level is high.)
-        known = best.test.max("alpha").values
-        critical = float(crossing(np.array(fractions), known))
-        words = "part of all pairs from which on 90 % of the others are learnt"
-        ok = None if self.quick else 0.2 <= critical <= 0.3
-        rows = [check(name, critical, "in [0.2, 0.3]", ok, words)]
-        name = f"a + b mod {mine.modulus}" + (" (small)" if self.quick else "")
-        numbers = {"title": name, "critical_fraction": critical, **spent(runs)}
-        return Outcome(
-            numbers, rows, best, {"accuracies": accuracies(name, best, critical)}
+        return (
+            runs[["train", "test"]].max("time").assign(steps_in_all=runs.steps_in_all)
         )
 
+    def judge(self, data: xr.Dataset) -> list[Row]:
+        sentence = "part of all pairs from which on 90 % of the others are learnt"
+        given = not self.quick
+        return [check("critical", critical(data), "0.2 … 0.3", sentence, given=given)]
 
-def accuracies(name: str, data: xr.Dataset, critical: float) -> Figure:
+    def draw(self, data: xr.Dataset) -> dict[str, Figure]:
+        name = f"a + b mod {self.modulus}" + (" (small)" if self.quick else "")
+        return {"accuracies": accuracies(name, data)}
+
+
+def critical(data: xr.Dataset) -> float:
+    """The critical part of all pairs, at the norm that is best for it. (A network that
+    only learns that a + b is b + a knows as many of the others as are seen, so the
+    level is high.)"""
+    known = data.test.max("alpha").values
+    return float(crossing(data.fraction.values, known))
+
+
+def accuracies(name: str, data: xr.Dataset) -> Figure:
     """The best accuracy against the part that is seen, at each held norm."""
     fig, axes = panels(2)
     for ax, key in zip(axes, ("train", "test"), strict=True):
@@ -280,7 +278,7 @@ def accuracies(name: str, data: xr.Dataset, critical: float) -> Figure:
         ax.set_ylim(-0.05, 1.05)
         finish(ax, f"{name}: best {key} accuracy", x="part of all pairs seen", log="")
     axes[1].axhline(0.9, color="grey", lw=0.7)
-    marks(axes[1], {"critical": critical})
+    marks(axes[1], {"critical": critical(data)})
     return fig
 
 
@@ -291,19 +289,6 @@ def crossing(x: np.ndarray, values: np.ndarray, level: float = 0.9) -> float:
         return np.nan
     i = slice(good[0] - 1, good[0] + 1)
     return np.interp(level, values[i], x[i])
-
-
-def spent(runs: xr.Dataset) -> dict[str, int]:
-    """Steps of training, also those of earlier calls."""
-    return {"steps": int(runs.step.max("time").sum())}
-
-
-def dataset(runs: xr.Dataset) -> xr.Dataset:
-    """Everything recorded of runs that are saved at the same steps, of dimensions run
-    and step."""
-    steps = runs.step.values[0]
-    data = runs.drop_vars(["step", "alpha"]).rename(alpha="run", time="step")
-    return data.assign_coords(step=steps)
 
 
 def curves(runs: xr.Dataset, title: str) -> Figure:

@@ -1,5 +1,3 @@
-import tyro
+from . import STUDY
 
-from . import study
-
-study.main(tyro.cli(study.Config, description=study.__doc__))
+STUDY.main(STUDY.parse())

@@ -1,22 +1,13 @@
-"""The phase diagram of grokking: weight decay against initial scale.
-
-Runs a task for every combination of λ, initial scale and seed, in one sweep; measures
-the delay between memorisation and grokking; predicts it from two runs for each scale
-and seed, by the two-phase theory; and shows where the two agree. The runs are kept in a
-store: the same command goes on where it stopped. Writes summary.json, arrays.nc and a
-figure.
-"""
+"""Settings, rows and the figure."""
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
-import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
@@ -27,23 +18,16 @@ from matplotlib.colors import BoundaryNorm, ListedColormap, LogNorm
 from matplotlib.figure import Figure
 
 import gradflow as gf
-from gradflow.plot import SIZE
 
-from ..shared.common import (
-    bar,
-    check,
-    Clock,
-    Distributed,
-    parse_weight_decay,
-    Row,
-    write,
-)
+from ..shared.command import bar, Distributed, parse_weight_decay, Settings
+from ..shared.figures import between, SIZE
+from ..shared.rows import check, Row
 
 Name = Literal["diagonal", "teacher_student"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Study:
+class Case:
     """A task, its initial scales, and how far to follow the drift."""
 
     make: Callable[..., gf.tasks.Task]
@@ -53,46 +37,105 @@ class Study:
 
 
 # The scales are factors of the usual start of each task.
-STUDIES: dict[str, Study] = {
-    "diagonal": Study(gf.tasks.diagonal_network, (0.2, 4.0), 6.0, "diagonal network"),
-    "teacher_student": Study(
+CASES: dict[str, Case] = {
+    "diagonal": Case(gf.tasks.diagonal_network, (0.2, 4.0), 6.0, "diagonal network"),
+    "teacher_student": Case(
         gf.tasks.teacher_student, (0.5, 3.0), 4.0, "teacher–student"
     ),
 }
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class PhaseDiagram(Settings):
+    """Delays over weight decay and initial scale, measured and predicted."""
+
     tasks: tuple[Name, ...] = ("diagonal", "teacher_student")
     """Which."""
-    weight_decay: tuple[str, ...] = ()
-    """Weight decays: numbers, or ranges such as 1e-1:1e-5:13 (evenly in the logarithm),
-    the default; 1e-1:1e-5:5 if quick."""
-    scales: int = 0
-    """How many initial scales; 9, or 4 if quick."""
-    seeds: int = 0
-    """How many seeds, each with data and a start of its own; 5, or 2 if quick."""
+    weight_decay: tuple[str, ...] = ("1e-1:1e-5:13",)
+    """Weight decays: numbers, or ranges such as 1e-1:1e-5:13 (evenly in the logarithm);
+    1e-1:1e-5:5 if quick."""
+    scales: int = 9
+    """How many initial scales; 4 if quick."""
+    seeds: int = 5
+    """How many seeds, each with data and a start of its own; 2 if quick."""
     within: float = 0.05
     """How close measured and predicted delay are, if they agree."""
     order: Literal[1, 2] = 2
     """Of the theory."""
-    out: Path = Path("results/phase_diagram")
-    """Folder for the results."""
-    quick: bool = False
-    """A coarse diagram, in a minute or two."""
     processes: tyro.conf.OmitArgPrefixes[Distributed] = Distributed()
     """Share the runs with other processes."""
 
+    def quick_changes(self) -> dict[str, Any]:
+        """A coarse diagram, in a minute or two."""
+        return dict(weight_decay=("1e-1:1e-5:5",), scales=4, seeds=2)
+
+    @property
     def lams(self) -> np.ndarray:
-        default = "1e-1:1e-5:5" if self.quick else "1e-1:1e-5:13"
-        return parse_weight_decay(self.weight_decay or (default,))
+        return parse_weight_decay(self.weight_decay)
 
     def init_scales(self, name: str) -> np.ndarray:
-        count = self.scales or (4 if self.quick else 9)
-        return np.geomspace(*STUDIES[name].scales, count)
+        return np.geomspace(*CASES[name].scales, self.scales)
 
-    def all_seeds(self) -> list[int]:
-        return list(range(self.seeds or (2 if self.quick else 5)))
+    def compute(self) -> xr.Dataset | None:
+        first, found = self.processes.connect(), []
+        for name in self.tasks:
+            runs = self.simulated(name)
+            if not first:
+                continue
+            data = times(runs, self.predicted(name))
+            # Scales differ from task to task: they are numbered, and kept beside.
+            scales = ("scale", data.init_scale.values)
+            data = data.rename(init_scale="scale").drop_vars("scale")
+            found.append(data.assign(init_scale=scales))
+        if not first:
+            return None
+        return xr.concat(found, "task").assign_coords(task=list(self.tasks))
+
+    def simulated(self, name: str) -> xr.Dataset:
+        """All runs of a task."""
+        runs: Any = gf.sweep(
+            functools.partial(problem, name=name),
+            axes={"seed": list(range(self.seeds))},
+            init_scale=self.init_scales(name),
+            weight_decay=self.lams,
+            slow_time=CASES[name].slow_time,
+            saves=97,
+            solver=gf.KKT5(),
+            rtol=1e-7,
+            store=self.store(f"_{name}"),
+        )
+        return runs
+
+    def predicted(self, name: str) -> xr.Dataset:
+        """The times that theory gives, NaN where it gives none."""
+        lams, scales, seeds = self.lams, self.init_scales(name), range(self.seeds)
+        shape = (len(seeds), len(scales), len(lams))
+        out = {key: np.full(shape, np.nan) for key in ("train", "test")}
+        for i, seed in enumerate(bar(seeds, f"{name}: theory")):
+            flow, model, metrics = problem(seed, name=name)
+            for j, scale in enumerate(scales):
+                theory = gf.two_phase(
+                    flow, gf.scaled(model, scale), slow_time=CASES[name].slow_time,
+                    metrics=metrics, order=self.order, throw=False,
+                )  # fmt: skip
+                for k, lam in enumerate(lams):
+                    for key, values in out.items():
+                        values[i, j, k] = theory.crossing_time(key, float(lam)).time
+        dims = ("seed", "init_scale", "weight_decay")
+        return xr.Dataset({key: (dims, values) for key, values in out.items()})
+
+    def judge(self, data: xr.Dataset) -> list[Row]:
+        return [row for name, each in self.cases(data) for row in rows(name, each)]
+
+    def cases(self, data: xr.Dataset) -> Iterator[tuple[str, xr.Dataset]]:
+        """The runs of each task, with their initial scales and what they are."""
+        for name in data.task.values:
+            each = data.sel(task=name).set_coords("init_scale")
+            each = each.swap_dims(scale="init_scale")
+            yield str(name), with_phase(each, self.within)
+
+    def draw(self, data: xr.Dataset) -> dict[str, Figure]:
+        return {"phase_diagram": diagram(dict(self.cases(data)), self.within)}
 
 
 class Share(eqx.Module):
@@ -108,7 +151,7 @@ class Share(eqx.Module):
 
 def problem(seed: int, *, name: str) -> tuple:
     """The flow, model and metrics of a seed, as `gf.sweep` takes them."""
-    task = STUDIES[name].make(jr.key(seed))
+    task = CASES[name].make(jr.key(seed))
     metrics = {
         key: gf.Metric(Share(metric.fn, jnp.asarray(metric.threshold)), threshold=1.0)
         for key, metric in task.metrics.items()
@@ -116,89 +159,31 @@ def problem(seed: int, *, name: str) -> tuple:
     return task.flow, task.model, metrics
 
 
-def main(config: Config) -> dict[str, Any]:
-    """Runs the tasks; returns what is written to summary.json, or by a process that is
-    not the first, nothing."""
-    first = config.processes.connect()
-    matplotlib.use("Agg")
-    config.out.mkdir(parents=True, exist_ok=True)
-    clock, found, checks = Clock(), {}, []
-    for name in config.tasks:
-        with clock(f"{name}: runs"):
-            runs = simulated(name, config)
-        if not first:
-            continue
-        with clock(f"{name}: theory"):
-            found[name] = times(runs, predicted(name, config), config)
-        checks += rows(name, found[name])
-    if not first:
-        return {}
-    for row in checks:
-        print(row)
-    numbers = {
-        "settings": {
-            "weight_decay": list(config.lams()),
-            "scales": {name: list(config.init_scales(name)) for name in found},
-            "seeds": config.all_seeds(),
-            "within": config.within,
-            "order": config.order,
-            "quick": config.quick,
-        },
-        "cells": {name: counts(data) for name, data in found.items()},
-    }
-    joined: Any = xr.concat(
-        [data.assign_coords(init_scale=np.arange(data.sizes["init_scale"]))
-         for data in found.values()],
-        xr.DataArray(list(found), dims="task", name="task"),
-    )  # fmt: skip
-    joined.to_netcdf(config.out / "arrays.nc", engine="scipy")
-    figures = {"phase_diagram": diagram(found, config)}
-    summary = write(config.out, numbers, checks, figures, clock)
-    print(f"Written to {config.out}: summary.json, arrays.nc, phase_diagram.png")
-    return summary
-
-
-def simulated(name: str, config: Config) -> xr.Dataset:
-    """All runs of a task."""
-    runs: Any = gf.sweep(
-        functools.partial(problem, name=name),
-        axes={"seed": config.all_seeds()},
-        init_scale=config.init_scales(name),
-        weight_decay=config.lams(),
-        slow_time=STUDIES[name].slow_time,
-        saves=97,
-        solver=gf.KKT5(),
-        rtol=1e-7,
-        store=config.out / f"{name}.zarr",
+def times(runs: xr.Dataset, theory: xr.Dataset) -> xr.Dataset:
+    """Measured and predicted times and delays."""
+    level = gf.Metric(lambda model: model, threshold=1.0)
+    cross = lambda t, v: gf.crossing_time(t, v, level)
+    over = dict(input_core_dims=[["time"], ["time"]], vectorize=True)
+    memorised, grokked = (
+        xr.apply_ufunc(cross, runs.t, runs[f"metric_{key}"], **over)
+        for key in ("train", "test")
     )
-    return runs
+    data = xr.Dataset(
+        {
+            "memorised": memorised,
+            "grokked": grokked,
+            "delay": grokked - memorised,
+            "predicted_memorised": (runs.result.dims, theory.train.values),
+            "predicted_grokked": (runs.result.dims, theory.test.values),
+            "succeeded": (runs.result.dims, (runs.result == 0).values),
+        },
+    )
+    data["predicted_delay"] = data.predicted_grokked - data.predicted_memorised
+    return data.reset_coords(drop=True)
 
 
-def predicted(name: str, config: Config) -> xr.Dataset:
-    """The times that theory gives, NaN where it gives none."""
-    lams, scales, seeds = config.lams(), config.init_scales(name), config.all_seeds()
-    shape = (len(seeds), len(scales), len(lams))
-    out = {key: np.full(shape, np.nan) for key in ("train", "test")}
-    for i, seed in enumerate(bar(seeds, f"{name}: theory")):
-        flow, model, metrics = problem(seed, name=name)
-        for j, scale in enumerate(scales):
-            theory = gf.two_phase(
-                flow,
-                gf.scaled(model, scale),
-                slow_time=STUDIES[name].slow_time,
-                metrics=metrics,
-                order=config.order,
-                throw=False,
-            )
-            for k, lam in enumerate(lams):
-                for key, values in out.items():
-                    values[i, j, k] = theory.crossing_time(key, float(lam)).time
-    dims = ("seed", "init_scale", "weight_decay")
-    return xr.Dataset({key: (dims, values) for key, values in out.items()})
-
-
-def times(runs: xr.Dataset, theory: xr.Dataset, config: Config) -> xr.Dataset:
-    """Measured and predicted times and delays, and what they say of each run:
+def with_phase(data: xr.Dataset, within: float) -> xr.Dataset:
+    """What delays say of each run:
 
     - 0: failed, or did not memorise;
     - 1: memorised, and not generalised in the time it was run for;
@@ -206,52 +191,26 @@ def times(runs: xr.Dataset, theory: xr.Dataset, config: Config) -> xr.Dataset:
     - 3: grokked, later than theory can tell;
     - 4: grokked, at another time than theory says;
     - 5: grokked when theory says."""
-    level = gf.Metric(lambda model: model, threshold=1.0)
-    cross = lambda t, v: gf.crossing_time(t, v, level)
-    over = dict(input_core_dims=[["time"], ["time"]], vectorize=True)
-    measured = {
-        key: xr.apply_ufunc(cross, runs.t, runs[f"metric_{key}"], **over)
-        for key in ("train", "test")
-    }
-    data = xr.Dataset(
-        {
-            "memorised": measured["train"],
-            "grokked": measured["test"],
-            "delay": measured["test"] - measured["train"],
-            "predicted_memorised": (runs.result.dims, theory.train.values),
-            "predicted_grokked": (runs.result.dims, theory.test.values),
-        },
-    )
-    data["predicted_delay"] = data.predicted_grokked - data.predicted_memorised
-    good = (runs.result == 0).values
     delay, told = data.delay.values, data.predicted_delay.values
     memorised, grokked = data.memorised.values, data.grokked.values
     phase = np.full(delay.shape, 4)
-    phase[np.abs(told / delay - 1) <= config.within] = 5
+    phase[np.abs(told / delay - 1) <= within] = 5
     phase[~np.isfinite(told)] = 3
     # "Soon": a delay of less than the time to memorise.
     phase[np.isfinite(delay) & (delay < memorised)] = 2
     phase[~np.isfinite(grokked)] = 1
-    phase[~good | ~np.isfinite(memorised)] = 0
-    data["phase"] = (runs.result.dims, phase)
-    data.phase.attrs["meanings"] = " ".join(PHASES)
-    return data.reset_coords(drop=True)
+    phase[~data.succeeded.values.astype(bool) | ~np.isfinite(memorised)] = 0
+    return data.assign(phase=(data.delay.dims, phase))
 
 
-PHASES = ("failed", "never", "at_once", "untold", "otherwise", "agree")
-WORDS = (
-    "failed, or not memorised",
-    "memorised only",
-    "no delay",
-    "grokked; theory abstains",
-    "grokked; theory differs",
-    "grokked as predicted",
-)
-COLOURS = ("#d9d9d9", "#56B4E9", "#009E73", "#F0E442", "#D55E00", "#0072B2")
-
-
-def counts(data: xr.Dataset) -> dict[str, int]:
-    return {name: int((data.phase == k).sum()) for k, name in enumerate(PHASES)}
+PHASES = {
+    "failed": ("#d9d9d9", "failed, or not memorised"),
+    "never": ("#56B4E9", "memorised only"),
+    "at_once": ("#009E73", "no delay"),
+    "untold": ("#F0E442", "grokked; theory abstains"),
+    "otherwise": ("#D55E00", "grokked; theory differs"),
+    "agree": ("#0072B2", "grokked as predicted"),
+}
 
 
 def rows(name: str, data: xr.Dataset) -> list[Row]:
@@ -260,21 +219,22 @@ def rows(name: str, data: xr.Dataset) -> list[Row]:
     due = small & np.isin(data.phase.values, (4, 5))
     off = np.abs(data.predicted_delay.values / data.delay.values - 1)[due]
     seen = np.isin(data.phase.values, (3, 4, 5))
-    share = float(np.isfinite(data.predicted_delay.values)[seen].mean())
+    counts = ", ".join(
+        f"{int((data.phase == k).sum())} {words}"
+        for k, (_, words) in enumerate(PHASES.values())
+    )
     sentence = f"of {due.sum()} runs at λ ≤ 1e-3 that grok, and are predicted to"
     if not due.any():
-        return [check(f"{name}: off", np.nan, "≤ 0.05", None, sentence)]
+        return [check(f"{name}: off", np.nan, "≤ 0.05", sentence, given=False)]
+    sentence = f"95 % quantile of |predicted/measured − 1| of the delay, {sentence}"
+    share = np.isfinite(data.predicted_delay.values)[seen].mean()
     return [
-        check(
-            f"{name}: off", np.quantile(off, 0.95), "≤ 0.05",
-            np.quantile(off, 0.95) <= 0.05,
-            f"95 % quantile of |predicted/measured − 1| of the delay, {sentence}",
-        ),
-        check(f"{name}: told", share, "", None, "of the grokking runs are predicted"),
-    ]  # fmt: skip
+        check(f"{name}: off", np.quantile(off, 0.95), "≤ 0.05", sentence),
+        check(f"{name}: told", share, "", f"of the grokking runs; of all: {counts}"),
+    ]
 
 
-def diagram(found: dict[str, xr.Dataset], config: Config) -> Figure:
+def diagram(found: dict[str, xr.Dataset], within: float) -> Figure:
     """Measured delay, predicted delay, and where they agree: a row for each task."""
     fig, axes = plt.subplots(
         len(found), 3, figsize=(14.5, 4.1 * len(found) + 0.5), layout="constrained",
@@ -285,27 +245,20 @@ def diagram(found: dict[str, xr.Dataset], config: Config) -> Figure:
     values = values[np.isfinite(values) & (values > 0)]
     norm = LogNorm(values.min(), values.max()) if values.size else LogNorm(1, 10)
     cmap = plt.get_cmap("viridis").with_extremes(bad="#eeeeee")
-    phases = ListedColormap(COLOURS)
-    steps = BoundaryNorm(np.arange(len(WORDS) + 1) - 0.5, len(WORDS))
+    colours, words = zip(*PHASES.values(), strict=True)
+    phases = ListedColormap(colours)
+    steps = BoundaryNorm(np.arange(len(words) + 1) - 0.5, len(words))
     letters = iter("abcdef")
     for (name, data), (left, middle, right) in zip(found.items(), axes, strict=True):
-        title = STUDIES[name].title
-        # The median over seeds that grok; a cell is blank unless half of them do.
-        middling = lambda v: (
-            v.where(v > 0)
-            .median("seed", skipna=True)
-            .where((v > 0).mean("seed") >= 0.5)
-        )
-        for ax, key, words in (
+        title = CASES[name].title
+        for ax, key, kind in (
             (left, "delay", "measured delay"),
             (middle, "predicted_delay", "predicted delay"),
         ):
-            shown = middling(data[key])
-            mesh = cells(ax, data, shown.values, cmap, norm)
-            ax.set_title(
-                f"({next(letters)}) {title}: {words}", fontsize=SIZE, loc="left"
-            )
-        common = (data.phase == xr.DataArray(range(len(WORDS)), dims="k")).sum("seed")
+            mesh = cells(ax, data, middling(data[key]).values, cmap, norm)
+            label = f"({next(letters)}) {title}: {kind}"
+            ax.set_title(label, fontsize=SIZE, loc="left")
+        common = (data.phase == xr.DataArray(range(len(words)), dims="k")).sum("seed")
         mode = common.argmax("k")
         kinds = cells(right, data, mode.values, phases, steps)
         agree = (data.phase == 5).sum("seed").values
@@ -315,35 +268,32 @@ def diagram(found: dict[str, xr.Dataset], config: Config) -> Figure:
                     data.weight_decay.values[k], data.init_scale.values[j], str(int(n)),
                     ha="center", va="center", fontsize=SIZE - 3, color="black",
                 )  # fmt: skip
-        right.set_title(
-            f"({next(letters)}) {title}: outcome",
-            fontsize=SIZE, loc="left",
-        )  # fmt: skip
+        label = f"({next(letters)}) {title}: outcome"
+        right.set_title(label, fontsize=SIZE, loc="left")
         left.set_ylabel("initial scale $\\alpha$", fontsize=SIZE)
-    bar = fig.colorbar(mesh, ax=list(axes[:, 1]), aspect=35, pad=0.01)
-    bar.set_label("delay $t_{grok} - t_{mem}$ (median)", fontsize=SIZE)
-    bar = fig.colorbar(
-        kinds, ax=list(axes[:, 2]), ticks=range(len(WORDS)), aspect=35, pad=0.01
+    scale = fig.colorbar(mesh, ax=list(axes[:, 1]), aspect=35, pad=0.01)
+    scale.set_label("delay $t_{grok} - t_{mem}$ (median)", fontsize=SIZE)
+    scale = fig.colorbar(
+        kinds, ax=list(axes[:, 2]), ticks=range(len(words)), aspect=35, pad=0.01
     )
-    bar.ax.set_yticklabels(WORDS, fontsize=SIZE - 1)
+    scale.ax.set_yticklabels(words, fontsize=SIZE - 1)
     seeds = next(iter(found.values())).sizes["seed"]
-    off = f"{100 * config.within:.0f} %"
-    within = f"most of {seeds} seeds; number:\nhow many are within {off}"
-    bar.ax.set_title(within, fontsize=SIZE - 2, loc="left")
+    off = f"{100 * within:.0f} %"
+    title = f"most of {seeds} seeds; number:\nhow many are within {off}"
+    scale.ax.set_title(title, fontsize=SIZE - 2, loc="left")
     return fig
 
 
-def edges(x: np.ndarray) -> np.ndarray:
-    """Of cells around values, halfway to their neighbours in the logarithm."""
-    logs = np.log(x)
-    step = np.diff(logs) if logs.size > 1 else np.ones(1)
-    middle = logs[:-1] + np.diff(logs) / 2
-    return np.exp([logs[0] - step[0] / 2, *middle, logs[-1] + step[-1] / 2])
+def middling(values: xr.DataArray) -> xr.DataArray:
+    """The median over seeds that grok; a cell is blank unless half of them do."""
+    positive = values > 0
+    median = values.where(positive).median("seed", skipna=True)
+    return median.where(positive.mean("seed") >= 0.5)
 
 
 def cells(ax: Axes, data: xr.Dataset, values: np.ndarray, cmap: Any, norm: Any) -> Any:
     mesh = ax.pcolormesh(
-        edges(data.weight_decay.values), edges(data.init_scale.values), values,
+        between(data.weight_decay.values), between(data.init_scale.values), values,
         cmap=cmap, norm=norm, edgecolors="white", lw=0.4,
     )  # fmt: skip
     ax.set(xscale="log", yscale="log")

@@ -1,10 +1,10 @@
-"""Runs that are stored, so that an interrupted grid goes on where it was; and what is
-read off them."""
+"""Trainings that are kept in the store of a sweep, so that what is interrupted goes on
+where it was; and what is read off them."""
 
-import json
+import dataclasses
+import itertools
 import math
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,60 +15,46 @@ import xarray as xr
 
 import gradflow as gf
 
-from .common import plain, Settings
+Lane = dict[str, Any]
+"""One training, by its values on the axes: `penalty`, `alpha`, `beta`, `gamma`, `hold`,
+`share`, `seed`, as far as they have a meaning."""
 
-Arrays = dict[str, np.ndarray]
-
-
-def stored(
-    path: Path, settings: dict[str, Any], compute: Callable[[], Arrays]
-) -> Arrays:
-    """What `compute` gives, from the file `path` (.npz) where it has been computed
-    before with the same settings."""
-    arrays = read(path, settings)
-    if arrays is None:
-        arrays = compute()
-        write(path, settings, arrays)
-    return arrays
+SYMBOLS = dict(alpha="α", beta="β", gamma="γ")
 
 
-def read(path: Path, settings: dict[str, Any]) -> Arrays | None:
-    """What was written with the same settings, if anything was."""
-    if not path.is_file():
-        return None
-    with np.load(path) as there:
-        if str(there["settings"]) != json.dumps(plain(settings)):
-            return None
-        return {name: there[name] for name in there.files if name != "settings"}
+def words(lane: Lane, *, latex: bool = False) -> str:
+    """A lane for a sentence, or for a title."""
+    sign = lambda name: rf"$\{name}$" if latex else SYMBOLS[name]
+    shown = [name for name in SYMBOLS if name in lane]
+    if held := lane.get("hold", False):
+        shown.remove("gamma")
+    numbers = [f"{sign(name)} = {float(lane[name]):g}" for name in shown]
+    first = [PENALTIES[lane["penalty"]] if latex else lane["penalty"]]
+    return ", ".join(first * ("penalty" in lane) + numbers + ["norm held"] * held)
 
 
-def write(path: Path, settings: dict[str, Any], arrays: Arrays) -> None:
-    """Writes a file that is whole or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".part.npz")
-    np.savez(aside, settings=json.dumps(plain(settings)), **arrays)
-    os.replace(aside, path)
-
-
-def store_of(config: Settings, name: str, part: str = "") -> Path:
-    """The store of an experiment's sweep; those of quick runs are apart."""
-    folder = config.out or Path("results/omnigrok") / name
-    return folder / f"{'quick' if config.quick else 'runs'}{part}.zarr"
+PENALTIES = {
+    "l1": r"$\ell_1$",
+    "l2": r"$\ell_2$",
+    "nuclear": r"$\ell_*$",
+    "sobolev": "Sobolev",
+}
 
 
 def trained(
-    problem: Callable[..., Any], store: Path, *, learning_rate: float, **options: Any
+    problem: Callable[..., Any], store: Path, *, learning_rate: Any, **options: Any
 ) -> xr.Dataset:
-    """What a `gf.sweep` of descents records; read where the store has it, and each run
-    stored when it is done.
+    """What a `gf.sweep` of descents records; read where the store has it, and on a CPU,
+    where lanes are run one after the other, each run stored when it is done.
 
-    **Returns:** the metrics by their names, `train_loss`, `norm`, that of all weights,
-    and `step`; of the dimensions of the sweep, and time.
+    **Returns:** the metrics by their names, `train_loss`, `penalty`, `norm`, that of
+    all weights, and `step`; of the dimensions of the sweep, and time.
 
     **Raises:** `RuntimeError` where a run failed.
     """
+    chunk = 1 if jax.default_backend() == "cpu" else None
     runs: Any = gf.sweep(
-        problem, learning_rate=learning_rate, store=store, chunk=1, **options
+        problem, learning_rate=learning_rate, store=store, chunk=chunk, **options
     )
     if failed := int((runs.result != 0).sum()):
         raise RuntimeError(
@@ -77,14 +63,156 @@ def trained(
         )
     runs = runs.load().drop_attrs().reset_coords()
     names = [k for k in runs if k == "train_loss" or k.startswith("metric_")]
-    recorded = runs[names].rename({k: k.removeprefix("metric_") for k in names})
-    steps = np.rint(runs.t / learning_rate).astype(int)
+    recorded = runs[[*names, "penalty"]].rename(penalty="penalty_value")
+    recorded = recorded.rename({k: k.removeprefix("metric_") for k in names})
+    rate = runs["learning_rate"] if "learning_rate" in runs else learning_rate
+    steps = np.rint(runs.t / rate)
     return recorded.assign(norm=np.sqrt(2 * runs.penalty), step=steps)
 
 
+AXES = dict(alpha="init_scale", gamma="weight_decay")
+"""What `gf.sweep` calls the symbols of a lane."""
+
+
+def train(
+    problem: Callable[..., Any],
+    lanes: Sequence[Lane],
+    store: Path,
+    at: Callable[[Lane], np.ndarray],
+    axes: dict[str, str] = AXES,
+    **options: Any,
+) -> xr.Dataset:
+    """Trains every lane through the steps `at`, or reads it where it has been trained.
+    Those of as many steps are one sweep, whose store has that number in its name.
+
+    **Arguments:** as for `trained`, and
+
+    - `axes`: names of `gf.sweep` for values of a lane; the others are of the problem.
+
+    **Returns:** all that is recorded, of dimensions run and time, with the values of
+    the lanes; NaN after the end of a run.
+    """
+    count = lambda k: int(at(lanes[k])[-1])
+    found: dict[int, xr.Dataset] = {}
+    for steps, same in itertools.groupby(sorted(range(len(lanes)), key=count), count):
+        group = list(same)
+        columns = {
+            axes.get(k, k): [lanes[i][k] for i in group]
+            for k in lanes[0]
+            if k != "share"
+        }
+        own = {k: columns.pop(k) for k in list(columns) if k not in axes.values()}
+        zipped = [(*own, *columns)]
+        runs = trained(
+            problem,
+            store.with_name(f"{store.stem}_{steps}.zarr"),
+            at=at(lanes[group[0]]),
+            zipped=zipped if len(zipped[0]) > 1 else (),
+            **({"axes": own} if own else {}),
+            **{"weight_decay": 0.0, **columns, **options},
+        )
+        runs = runs.rename({next(d for d in runs.step.dims if d != "time"): "run"})
+        runs = runs.drop_vars([name for name in (*own, *columns) if name in runs])
+        found |= {i: runs.isel(run=k) for k, i in enumerate(group)}
+    most = max(run.sizes["time"] for run in found.values())
+    full = lambda run: run.pad(time=(0, most - run.sizes["time"]))
+    joined = xr.concat([full(found[i]) for i in range(len(lanes))], "run")
+    labels = {name: ("run", [lane[name] for lane in lanes]) for name in lanes[0]}
+    return joined.assign_coords(labels)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What a training recorded, and when it learnt: steps, `inf` where it did not."""
+
+    lane: Lane
+    steps: np.ndarray
+    arrays: dict[str, np.ndarray]
+    """`train` and `test`, the metrics; `train_loss`; `norm`, …"""
+    memorised: float
+    grokked: float
+    half: float = math.nan
+    """When the test metric was half way to its threshold; of accuracies, at 0.5."""
+
+    @property
+    def ratio(self) -> float:
+        """t_test/t_train."""
+        if not math.isfinite(self.memorised):
+            return math.nan
+        return self.grokked / max(self.memorised, 1.0)
+
+    @property
+    def delay(self) -> float:
+        """Steps from memorisation to generalisation."""
+        late = self.grokked - self.memorised
+        return late if math.isfinite(self.memorised) else math.nan
+
+    def at(self, name: str, step: float) -> float:
+        """What was recorded last, up to a step; NaN for one that never came."""
+        if not math.isfinite(step):
+            return math.nan
+        i = np.searchsorted(self.steps, step, side="right") - 1
+        return float(self.arrays[name][i])
+
+
+def runs_of(data: xr.Dataset) -> list[Trained]:
+    """The runs of what `train` gives, after `with_times`."""
+    out = []
+    names = [k for k in data if data[k].dims == ("run", "time") and k != "step"]
+    for i in range(data.sizes["run"]):
+        run = data.isel(run=i)
+        there = np.isfinite(run.step.values)
+        lane = {k: run[k].item() for k in data.coords if data[k].dims == ("run",)}
+        times = {k: float(run[k]) for k in TIMES if k in run}
+        arrays = {k: run[k].values[there] for k in names}
+        out.append(Trained(lane, run.step.values[there].astype(int), arrays, **times))
+    return out
+
+
+TIMES = ("memorised", "grokked", "half")
+
+
+def with_times(
+    data: xr.Dataset,
+    metrics: dict[str, gf.Metric],
+    *,
+    lasting: bool = False,
+    calm: Callable[[np.ndarray], np.ndarray] = np.asarray,
+) -> xr.Dataset:
+    """The runs with the steps at which each had `memorised`: `train` was at its
+    threshold; `grokked`: `test` was; and was `half` way there. The first ones, or, if
+    `lasting`, those from which on it is kept; after a filter, `calm`."""
+    find = for_good if lasting else first
+    test = metrics["test"]
+    half = 0.5 if test.higher_is_better else 2 * test.threshold
+    asked = {
+        "memorised": ("train", metrics["train"].threshold),
+        "grokked": ("test", test.threshold),
+        "half": ("test", half),
+    }
+    for name, (key, level) in asked.items():
+        times = []
+        for steps, values in zip(data.step.values, data[key].values, strict=True):
+            there = np.isfinite(steps)
+            higher = metrics[key].higher_is_better
+            times.append(find(steps[there], calm(values[there]), level, higher))
+        data = data.assign({name: ("run", times)})
+    return data
+
+
+def lines(runs: Sequence[Trained]) -> str:
+    """A line for each run: when it learnt, and what was recorded last."""
+    show = lambda run: ", ".join(f"{k} {v[-1]:.3g}" for k, v in run.arrays.items())
+    return "\n".join(
+        f"  {words(run.lane)}: memorised {run.memorised:g}, grokked {run.grokked:g}; "
+        f"at the end {show(run)}"
+        for run in runs
+    )
+
+
 def reached(runs: xr.Dataset, name: str, level: float = 0.95) -> np.ndarray:
-    """The first saved step at which an accuracy is at the level, for every run of
-    `trained`; `inf` where there is none."""
+    """The first saved step at which an accuracy is at the level, for every run; `inf`
+    where there is none."""
     find = lambda steps, values: first(steps, values, level, higher=True)
     return np.vectorize(find, signature="(n),(n)->()")(runs.step, runs[name])
 
@@ -100,6 +228,11 @@ def save_steps(steps: int, even: int) -> np.ndarray:
     """Evenly in the logarithm, and every `even` steps: learning may be late, and quick
     then."""
     return np.union1d(gf.log_spaced_steps(steps, 120), np.arange(0, steps + 1, even))
+
+
+def steps_until(last: int, saves: int, dense: int = 0) -> np.ndarray:
+    """Steps to save: the first `dense` ones, and some evenly in the logarithm."""
+    return np.union1d(np.arange(min(dense, last) + 1), gf.log_spaced_steps(last, saves))
 
 
 def first(steps: np.ndarray, values: np.ndarray, level: float, higher: bool) -> float:

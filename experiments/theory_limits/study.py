@@ -1,19 +1,12 @@
-"""Where the two-phase theory holds, and how well: its error at order 1 and 2 against
-weight decay, the slow time up to which it is valid, and the grokking times it predicts.
-
-Runs five smooth tasks for many weight decays, and three of them from three initial
-scales. Writes summary.json, limits.nc and three figures.
-"""
+"""Settings, rows and figures."""
 
 import dataclasses
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import jax.random as jr
-import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import xarray as xr
@@ -21,12 +14,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import gradflow as gf
-from gradflow.plot import SIZE
 
-from ..shared.common import attempt, Clock, near, parse_weight_decay, Row, write
+from ..shared.command import parse_weight_decay, Settings
+from ..shared.figures import SIZE
+from ..shared.record import pack, unpack
+from ..shared.rows import attempt, check, decades, Row
 
 ORDERS = ("#0072B2", "#D55E00")
 SCALES = ("#009E73", "#0072B2", "#CC79A7")
+USUAL = 0.0  # in place of an initial scale: that of the task
 
 
 class Case(NamedTuple):
@@ -51,140 +47,118 @@ CASES = {
     ),
 }
 
+Reports = dict[tuple[str, float], gf.Report]
+"""Of each task from each initial scale."""
+
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class TheoryLimits(Settings):
+    """The error of the theory, its validity, and the times it predicts."""
+
     tasks: tuple[str, ...] = ()
     """Which of linear, diagonal, completion, tanh and three_layer_tanh; all unless
     given, and without completion if quick."""
-    weight_decay: tuple[str, ...] = ()
-    """Weight decays: numbers, or ranges such as 1e-2:1e-6:9 (evenly in the logarithm),
-    the default; 1e-2:1e-5:4 if quick."""
-    seed: int = 0
-    """Of the data and the initial weights."""
-    out: Path = Path("results/theory_limits")
-    """Folder for the results."""
-    quick: bool = False
-    """Fewer tasks, weight decays and initial scales; the same checks."""
+    weight_decay: tuple[str, ...] = ("1e-2:1e-6:9",)
+    """Weight decays: numbers, or ranges such as 1e-2:1e-6:9 (evenly in the logarithm);
+    1e-2:1e-5:4 if quick."""
 
-    def lams(self) -> np.ndarray:
-        default = "1e-2:1e-5:4" if self.quick else "1e-2:1e-6:9"
-        return parse_weight_decay(self.weight_decay or (default,))
+    def quick_changes(self) -> dict[str, Any]:
+        """Fewer tasks, weight decays and initial scales; the same checks."""
+        few = tuple(name for name in CASES if name != "completion")
+        return dict(tasks=few, weight_decay=("1e-2:1e-5:4",))
 
     def names(self) -> tuple[str, ...]:
         unknown = [name for name in self.tasks if name not in CASES]
         if unknown:
             raise SystemExit(f"tasks: no {unknown[0]!r} here, only {', '.join(CASES)}.")
-        default = tuple(n for n in CASES if not (self.quick and n == "completion"))
-        return self.tasks or default
+        return self.tasks or tuple(CASES)
+
+    def compute(self) -> xr.Dataset:
+        reports: Reports = {}
+        for name in self.names():
+            make, slow_time, scales = CASES[name]
+            reports[name, USUAL] = report = self.compare(make, slow_time)
+            print(f"{name}\n{report}", flush=True)
+            for scale in () if self.quick else scales:
+                from_there = functools.partial(make, init_scale=scale)
+                reports[name, scale] = self.compare(from_there, slow_time)
+        return dataset(reports).merge(pack(reports=reports))
+
+    def compare(self, make: Callable[..., gf.tasks.Task], s: float) -> gf.Report:
+        """Theory of order 2 against simulation."""
+        task = make(jr.key(self.seed))
+        # The tolerance sets how finely paths are interpolated, the floor below.
+        theory = gf.two_phase(
+            task.flow, task.model, slow_time=s, metrics=task.metrics, rtol=1e-12,
+            order=2, throw=False,
+        )  # fmt: skip
+        sweep = gf.sweep(
+            task.flow, task.model, slow_time=s, saves=193, metrics=task.metrics,
+            weight_decay=jnp.asarray(parse_weight_decay(self.weight_decay)),
+            solver=gf.KKT5(), rtol=1e-10,
+        )  # fmt: skip
+        return gf.compare(sweep, theory)
+
+    def judge(self, data: xr.Dataset) -> list[Row]:
+        reports, rows = unpack(data, "reports"), []
+        for (name, scale), report in reports.items():
+            if scale == USUAL:
+                rows += attempt(accuracy, name, report)
+            if scale != USUAL or len(of_task(reports, name)) == 1:
+                rows += attempt(times, name, scale, report)
+        return rows
+
+    def draw(self, data: xr.Dataset) -> dict[str, Figure]:
+        reports: Reports = unpack(data, "reports")
+        usual = {name: r for (name, scale), r in reports.items() if scale == USUAL}
+        figures = {"errors": errors(usual), "horizons": horizons(usual)}
+        scaled = {name: of_task(reports, name) for name in usual if CASES[name].scales}
+        if scaled:
+            figures["grokking_times"] = grokking_times(scaled)
+        return figures
 
 
-def main(config: Config) -> dict[str, Any]:
-    """Runs every task; returns what is written to summary.json."""
-    matplotlib.use("Agg")
-    config.out.mkdir(parents=True, exist_ok=True)
-    clock = Clock()
-    reports, scaled, checks = {}, {}, []
-    for name in config.names():
-        case = CASES[name]
-        with clock(name):
-            reports[name] = report = compare(case.make, case.slow_time, config)
-            print(f"{name}\n{report}")
-            checks += attempt(accuracy, name, report)
-            found = {}
-            for scale in () if config.quick else case.scales:
-                make = functools.partial(case.make, init_scale=scale)
-                found[scale] = compare(make, case.slow_time, config)
-            scaled[name] = found or {None: report}
-            for scale, each in scaled[name].items():
-                checks += attempt(times, name, scale, each)
-    figures = {"errors": errors(reports), "horizons": horizons(reports)}
-    grokking = {n: scaled[n] for n in reports if CASES[n].scales}
-    if grokking:
-        figures["grokking_times"] = grokking_times(grokking)
-    dataset(reports).to_netcdf(config.out / "limits.nc", engine="scipy")
-    numbers = {
-        "reports": {
-            name: {str(scale or "default"): summarise(r) for scale, r in found.items()}
-            for name, found in scaled.items()
-        },
-        "settings": {
-            "weight_decay": list(config.lams()),
-            "seed": config.seed,
-            "quick": config.quick,
-        },
-    }
-    summary = write(config.out, numbers, checks, figures, clock)
-    print(f"Written to {config.out}: summary.json, limits.nc and {', '.join(figures)}")
-    return summary
-
-
-def compare(
-    make: Callable[..., gf.tasks.Task], slow_time: float, config: Config
-) -> gf.Report:
-    """Theory of order 2 against simulation."""
-    task = make(jr.key(config.seed))
-    theory = gf.two_phase(
-        task.flow,
-        task.model,
-        slow_time=slow_time,
-        metrics=task.metrics,
-        rtol=1e-12,  # sets how finely its paths are interpolated, the floor below
-        order=2,
-        throw=False,
-    )
-    sweep = gf.sweep(
-        task.flow,
-        task.model,
-        weight_decay=jnp.asarray(config.lams()),
-        slow_time=slow_time,
-        saves=193,
-        metrics=task.metrics,
-        solver=gf.KKT5(),
-        rtol=1e-10,
-    )
-    return gf.compare(sweep, theory)
-
-
-# Checks
+def of_task(reports: Reports, task: str) -> dict[float, gf.Report]:
+    """Those from the initial scales that are compared, or else from the usual one."""
+    found = {scale: r for (name, scale), r in reports.items() if name == task}
+    several = {scale: r for scale, r in found.items() if scale != USUAL}
+    return several or found
 
 
 def accuracy(name: str, report: gf.Report) -> list[Row]:
     """The rate of order 2, and what it gains at λ = 1e-3."""
     rate = report.second_rate
-    span = report.weight_decay[rate.used]
-    decades = float(np.log10(span.max() / span.min())) if span.size else 0.0
-    # On the linear and the completion task the error may sink to the tolerance sooner.
-    wide = bool(decades >= 2 - 1e-9) if CASES[name].scales else None
-    rows = [
-        near(f"{name}: rate", rate.exponent, 2.0, 0.15, f"error of order 2, {rate}"),
-        Row(f"{name}: span", decades, "≥ 2 decades", wide, "in λ, of that rate"),
-    ]
+    span = decades(report.weight_decay[rate.used])
+    bar = f" ± {rate.stderr:.3f}" if rate.used.sum() > 2 else ""
+    told = f"{rate.exponent:.3f}{bar} over {rate.why}"
+    told = told if np.isfinite(rate.exponent) else f"no rate: {rate.why}"
     i = int(np.argmin(np.abs(np.log(report.weight_decay / 1e-3))))
     gain = report.sup_error_regular[i] / report.sup_second_error[i]
     sentence = f"error of order 1 over order 2 at λ = {report.weight_decay[i]:.1e}"
+    # On the linear and the completion task the error may sink to the tolerance sooner.
+    wide = check(
+        f"{name}: span", span + 1e-9, "≥ 2 decades", "in λ, of that rate",
+        given=CASES[name].scales,
+    )  # fmt: skip
     return [
-        *rows,
-        Row(f"{name}: gain", float(gain), "≥ 10", bool(gain >= 10), sentence),
+        check(f"{name}: rate", rate.exponent, "2 ± 0.15", f"error of order 2, {told}"),
+        wide,
+        check(f"{name}: gain", gain, "≥ 10", sentence),
     ]
 
 
-def times(name: str, scale: float | None, report: gf.Report) -> list[Row]:
+def times(name: str, scale: float, report: gf.Report) -> list[Row]:
     """Predicted against measured grokking times, for every λ ≤ 1e-3 whose threshold is
     crossed while theory is valid."""
     lams, measured = report.weight_decay, report.grokking_time
     off = np.abs(report.predicted_grokking_time / measured - 1)
     small = (lams <= 1.001e-3) & np.isfinite(measured)
     due = small & (lams * measured <= 0.98 * report.valid_until)
-    label = f"{name}: grokking" + ("" if scale is None else f", scale {scale:g}")
+    label = f"{name}: grokking" + ("" if scale == USUAL else f", scale {scale:g}")
     sentence = f"{due.sum()} λ ≤ 1e-3; {np.sum(small & ~due)} beyond validity, refused"
-    if not due.any():
-        return [Row(label, np.nan, "≤ 0.02", None, sentence)]
-    worst = float(off[due].max())  # NaN, which fails, where one is missing
-    return [Row(label, worst, "≤ 0.02", bool(worst <= 0.02), sentence)]
-
-
-# Figures
+    # NaN, which fails, where one is missing.
+    worst = off[due].max() if due.any() else np.nan
+    return [check(label, worst, "≤ 0.02", sentence, given=due.any())]
 
 
 def errors(reports: dict[str, gf.Report]) -> Figure:
@@ -201,7 +175,8 @@ def errors(reports: dict[str, gf.Report]) -> Figure:
             ax.loglog(lams, error, "o-", color=colour, lw=1.8, label=label)
             ax.loglog(lams, report.next_term[k], "--", color=colour, lw=1.2)
         ax.plot([], [], "--", color="grey", lw=1.2, label="next term (error bar)")
-        limit = float(np.interp(report.regular_until, *_curvature(report))) / 10
+        s, eta = report.theory.drift.t, report.theory.smallest_curvature
+        limit = float(np.interp(report.regular_until, np.asarray(s), eta)) / 10
         if lams.min() < limit < 10 * lams.max():
             ax.axvline(limit, color="black", ls=":", label="validity: $\\eta/10$")
         _label(ax, name, "weight decay $\\lambda$")
@@ -230,22 +205,17 @@ def horizons(reports: dict[str, gf.Report]) -> Figure:
     return fig
 
 
-def grokking_times(scaled: dict[str, dict[float | None, gf.Report]]) -> Figure:
+def grokking_times(scaled: dict[str, dict[float, gf.Report]]) -> Figure:
     """Measured and predicted grokking times, and how far they are apart."""
     fig, axes = plt.subplots(
-        2,
-        len(scaled),
-        figsize=(4.6 * len(scaled) + 0.6, 7.6),
-        sharex=True,
-        squeeze=False,
-        height_ratios=(1.6, 1),
-        layout="constrained",
-    )
+        2, len(scaled), figsize=(4.6 * len(scaled) + 0.6, 7.6), sharex=True,
+        squeeze=False, height_ratios=(1.6, 1), layout="constrained",
+    )  # fmt: skip
     for (name, found), (top, low) in zip(scaled.items(), axes.T, strict=True):
         for (scale, report), colour in zip(found.items(), SCALES, strict=False):
             lams, time = report.weight_decay, report.grokking_time
             predicted = report.predicted_grokking_time
-            label = "measured" if scale is None else f"initial scale {scale:g}"
+            label = "measured" if scale == USUAL else f"initial scale {scale:g}"
             top.loglog(lams, time, "o", color=colour, label=label)
             top.loglog(lams, predicted, "-", color=colour, lw=1.4)
             horizon = np.where(report.valid_until > 0, report.valid_until, np.nan)
@@ -266,10 +236,8 @@ def grokking_times(scaled: dict[str, dict[float | None, gf.Report]]) -> Figure:
 
 
 def _row(count: int) -> tuple[Figure, Any]:
-    size = (3.9 * count + 0.6, 4.4)
-    fig, axes = plt.subplots(
-        1, count, figsize=size, squeeze=False, layout="constrained"
-    )
+    size = dict(figsize=(3.9 * count + 0.6, 4.4), layout="constrained")
+    fig, axes = plt.subplots(1, count, squeeze=False, **size)
     return fig, axes[0]
 
 
@@ -281,39 +249,15 @@ def _label(ax: Axes, title: str, x: str) -> None:
     ax.legend(fontsize=SIZE - 2)
 
 
-def _curvature(report: gf.Report) -> tuple[np.ndarray, np.ndarray]:
-    theory = report.theory
-    return np.asarray(theory.drift.t), np.asarray(theory.smallest_curvature)
-
-
-# Numbers
-
-
-def summarise(report: gf.Report) -> dict[str, Any]:
-    names = (
-        "sup_error_regular",
-        "sup_second_error",
-        "next_term",
-        "regular_until",
-        "valid_until",
-        "grokking_time",
-        "predicted_grokking_time",
-        "predicted_grokking_error",
-    )
-    return {
-        **{name: getattr(report, name) for name in names},
-        "rate": report.rate.exponent,
-        "second_rate": report.second_rate.exponent,
-        "text": str(report),
-    }
-
-
-def dataset(reports: dict[str, gf.Report]) -> xr.Dataset:
-    """Errors and times, labelled by task and λ."""
-    dims = ("task", "weight_decay")
+def dataset(reports: Reports) -> xr.Dataset:
+    """Errors and times, labelled by task, initial scale (0: the usual one) and λ."""
     names = ("sup_error_regular", "sup_second_error", "valid_until", "grokking_time")
     names += ("predicted_grokking_time", "predicted_grokking_error")
     stack = lambda name: np.stack([getattr(r, name) for r in reports.values()])
+    tasks, scales = zip(*reports, strict=True)
     lams = next(iter(reports.values())).weight_decay
-    coords = {"task": list(reports), "weight_decay": lams}
-    return xr.Dataset({name: (dims, stack(name)) for name in names}, coords=coords)
+    return xr.Dataset(
+        {name: (("run", "weight_decay"), stack(name)) for name in names},
+        {"task": ("run", list(tasks)), "scale": ("run", list(scales)),
+         "weight_decay": lams},
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The figures of `two_phase.py` that belong to one task, after those of the paper."""
+"""The figures that belong to one task, after those of the paper."""
 
 from typing import Any
 
@@ -11,13 +11,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import gradflow as gf
-from gradflow.plot import PENALTY, SIZE, TEST, TRAIN
+
+from ..shared.figures import SIZE
+
+TRAIN, TEST, PENALTY = gf.plot.TRAIN, gf.plot.TEST, gf.plot.PENALTY
 
 SNAPSHOTS = ("#999999", "#56B4E9", "black")
 
 
 def linear(sweep: gf.Sweep, truth: Any) -> Figure:
-    """P1-E1: the distance to the solution of least norm, and to the closed form."""
+    """The distance to the solution of least norm, and to the closed form."""
     fig, (left, right) = _figure(2)
     colours = gf.plot.Colours(np.asarray(sweep.weight_decay))
     end = np.asarray(truth.end_point())
@@ -50,8 +53,9 @@ def linear(sweep: gf.Sweep, truth: Any) -> Figure:
     return fig
 
 
-def coefficients(path: gf.Path, truth: Any, ts: tuple[float, ...]) -> Figure:
-    """P1-E4: losses and norm in time, and the coefficients β at some times."""
+def coefficients(path: gf.Path, truth: Any) -> Figure:
+    """Losses and norm in time, and the coefficients β at some times."""
+    ts = (0.0, 1e2, 1e5)
     fig, (left, right) = _figure(2, widths=(1, 1.3))
     _losses(left, path, ts)
     x = np.arange(truth.target.shape[0])
@@ -71,7 +75,7 @@ def coefficients(path: gf.Path, truth: Any, ts: tuple[float, ...]) -> Figure:
 
 
 def singular_values(path: gf.Path, truth: Any) -> Figure:
-    """P1-E2: losses and norm in time, and the singular values of UVᵀ."""
+    """Losses and norm in time, and the singular values of UVᵀ."""
     fig, (left, right) = _figure(2)
     _losses(left, path)
     values = np.linalg.svd(np.asarray(path.models.matrix), compute_uv=False)
@@ -94,10 +98,9 @@ def singular_values(path: gf.Path, truth: Any) -> Figure:
     return fig
 
 
-def functions(
-    path: gf.Path, task: gf.tasks.Task, ts: tuple[float, ...], kinks: Any
-) -> Figure:
-    """P1-E3: losses and norm in time, and the function learnt at some times."""
+def functions(path: gf.Path, task: gf.tasks.Task, kinks: Any) -> Figure:
+    """Losses and norm in time, and the function learnt at some times."""
+    ts = (0.0, 1.0, float(path.t[-1]))
     fig, axes = _figure(4, widths=(1.5, 1, 1, 1), width=16)
     _losses(axes[0], path, ts)
     grid = jnp.linspace(-2.0, 2.0, 801)

@@ -1,9 +1,4 @@
-"""Grokking in two phases: the theory of small weight decay against simulation.
-
-Runs a task for many weight decays, predicts all of them from one fast and one slow run
-(Boursier, Pesme, Dragomir, arXiv 2505.20172), compares, and checks the paper's claims
-one by one. Writes summary.json, paths.nc and figures.
-"""
+"""Settings, runs and figures; `measure` has what the rows are made of."""
 
 import dataclasses
 import functools
@@ -15,17 +10,19 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 import xarray as xr
+from matplotlib.figure import Figure
 
 import gradflow as gf
 
-from ..shared.common import attempt, Clock, Distributed, parse_weight_decay, Row, write
-from . import panels as panels, rows as rows
-from .rows import Run
+from ..shared.command import Distributed, parse_weight_decay, Settings
+from ..shared.record import pack, unpack
+from ..shared.rows import attempt, Row
+from . import measure, panels, rows
+from .measure import Run
 
 TASKS: dict[str, Callable[..., gf.tasks.Task]] = {
     "linear_regression": gf.tasks.linear_regression,
@@ -39,20 +36,23 @@ TASKS: dict[str, Callable[..., gf.tasks.Task]] = {
     "deep_linear": gf.tasks.deep_linear,
     "relu_1d": gf.tasks.relu_1d,
 }
+Name = Literal[
+    "linear_regression",
+    "diagonal_network",
+    "fourier_diagonal",
+    "matrix_completion",
+    "completion_rank3",
+    "teacher_student",
+    "deep_linear",
+    "relu_1d",
+]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    task: Literal[
-        "linear_regression",
-        "diagonal_network",
-        "fourier_diagonal",
-        "matrix_completion",
-        "completion_rank3",
-        "teacher_student",
-        "deep_linear",
-        "relu_1d",
-    ] = "diagonal_network"
+class TwoPhase(Settings):
+    """The two-phase theory against simulation."""
+
+    task: Name = "diagonal_network"
     """What to train. The paper's experiments are linear_regression (appendix C),
     completion_rank3 (figure 2), relu_1d (figure 3; outside the theory) and
     fourier_diagonal (figure 4)."""
@@ -61,238 +61,144 @@ class Config:
     By default that range; 1e-2:1e-6:5 if quick; 1e-3 for relu_1d."""
     slow_time: float | None = None
     """How far to follow the drift, s = λt; by default what the task asks for."""
-    seed: int = 0
-    """Of the data and the initial weights."""
-    out: Path | None = None
-    """Folder for the results; results/two_phase/TASK by default."""
-    quick: bool = False
-    """Fewer weight decays and saved times, the same checks."""
     rtol: float | None = None
     """Relative tolerance of the runs: 1e-8; 1e-10 for linear_regression, which has a
     closed form; 1e-4 for relu_1d, which is not smooth."""
+    saves: int = 129
+    """Saved times of each run."""
     store: Path | None = None
     """A folder such as sweep.zarr, to keep the runs in: the same command goes on where
     it stopped."""
     processes: tyro.conf.OmitArgPrefixes[Distributed] = Distributed()
     """Share the runs of the store with other processes."""
 
+    def quick_changes(self) -> dict[str, Any]:
+        return dict(saves=65)
+
+    def folder(self, name: str) -> str:
+        return self.task
+
+    @property
     def lams(self) -> np.ndarray:
-        default = "1e-3" if self.task == "relu_1d" else "1e-2:1e-6:9"
-        if self.quick and self.task != "relu_1d":
-            default = "1e-2:1e-6:5"
+        default = "1e-2:1e-6:5" if self.quick else "1e-2:1e-6:9"
+        default = "1e-3" if self.task == "relu_1d" else default
         return parse_weight_decay(self.weight_decay or (default,))
 
+    @property
     def tolerance(self) -> float:
         default = {"linear_regression": 1e-10, "relu_1d": 1e-4}.get(self.task, 1e-8)
         return default if self.rtol is None else self.rtol
 
-    def saves(self) -> int:
-        return 65 if self.quick else 129
+    def make(self, **options: Any) -> gf.tasks.Task:
+        return TASKS[self.task](jr.key(self.seed), **options)
 
-    def folder(self) -> Path:
-        return self.out or Path("results/two_phase") / self.task
+    def compute(self) -> xr.Dataset | None:
+        if self.processes.distributed and self.store is None:
+            raise ValueError(
+                "store: processes share their runs through one; give a path."
+            )
+        if self.processes.distributed and self.task == "relu_1d":
+            raise ValueError("distributed: relu_1d is one run.")
+        first, task = self.processes.connect(), self.make()
+        size = measure.vector(task.model).size
+        print(f"{self.task}: {size} parameters, seed {self.seed}", flush=True)
+        if self.task == "relu_1d":
+            return self.simulate(task)
+        sweep = self.sweep(task)
+        return self.compare(task, sweep) if first else None
 
+    def sweep(self, task: gf.tasks.Task) -> gf.Sweep:
+        """The runs, in memory or by way of a store."""
+        kept: dict[str, Any] = {}
+        if self.store is not None:
+            kept = dict(store=self.store, chunk=1, parameters=True)
+        found = gf.sweep(
+            task.flow, task.model, weight_decay=jnp.asarray(self.lams),
+            slow_time=self.slow_time or task.slow_time, saves=self.saves,
+            metrics=task.metrics, solver=gf.KKT5(), rtol=self.tolerance, **kept,
+        )  # fmt: skip
+        if self.store is None:
+            return found
+        return gf.as_sweep(found, task.flow, task.model, metrics=task.metrics)
 
-def main(config: Config) -> dict[str, Any]:
-    """Runs one task; returns what is written to summary.json, or by a process that is
-    not the first, nothing."""
-    if config.processes.distributed and config.store is None:
-        raise ValueError("store: processes share their runs through one; give a path.")
-    if config.processes.distributed and config.task == "relu_1d":
-        raise ValueError("distributed: relu_1d is one run.")
-    first = config.processes.connect()
-    matplotlib.use("Agg")
-    out = config.folder()
-    out.mkdir(parents=True, exist_ok=True)
-    clock = Clock()
-    task = TASKS[config.task](jr.key(config.seed))
-    print(f"{config.task}: {count(task.model)} parameters, seed {config.seed}")
-    if not first:
-        simulated(config, task)
-        return {}
-    run = relu if config.task == "relu_1d" else two_phase
-    numbers, checks, data, figures = run(config, task, clock)
-
-    numbers = {
-        "task": config.task,
-        **numbers,
-        "settings": {
-            "weight_decay": list(config.lams()),
-            "slow_time": config.slow_time or task.slow_time,
-            "seed": config.seed,
-            "quick": config.quick,
-            "rtol": config.tolerance(),
-            "saves": config.saves(),
-        },
-    }
-    data.to_netcdf(out / "paths.nc", engine="scipy")
-    summary = write(out, numbers, checks, figures, clock)
-    names = ", ".join(f"{name}.png" for name in figures)
-    print(f"Written to {out}: summary.json, paths.nc, {names}")
-    return summary
-
-
-def two_phase(config: Config, task: gf.tasks.Task, clock: Clock) -> tuple:
-    """Theory, sweep, comparison and checks."""
-    s = config.slow_time or task.slow_time
-    with clock("theory"):
+    def compare(self, task: gf.tasks.Task, sweep: gf.Sweep) -> xr.Dataset:
+        """Theory against the runs, what is measured of both, and paths to be drawn."""
+        s = self.slow_time or task.slow_time
         theory = gf.two_phase(
             task.flow, task.model, slow_time=s, metrics=task.metrics, throw=False
         )
-    print(theory)
-    with clock("sweep"):
-        sweep = simulated(config, task)
-    with clock("compare"):
         report = gf.compare(sweep, theory)
-    print(report)
-    print("Checks:")
-    solve = lambda lam, t1: rows.run_paths(
-        task, task.model, [lam], rows.times(t1, config.saves()), config.tolerance()
-    )[0]
-    with clock("checks"):
-        lam = min(1e-4, float(config.lams()[-1]))
-        rest = solve(lam, max(20.0, s) / lam)
-        run = Run(
-            task,
-            theory,
-            sweep,
-            report,
-            rest,
-            config.saves(),
-            config.tolerance(),
-            config.quick,
-        )
-        checks: list[Row] = []
-        for check in rows.THEORY_ROWS:
-            checks += attempt(check, run)
-        special, shown, figures = specials(config, task, run, solve)
-        checks += special
-    with clock("figures"):
-        figures = {"report": report.plot(), "collapse": collapse(report), **figures}
-    numbers = {"report": report_numbers(report), "text": str(report)}
-    if shown is not None:
-        numbers["shown"] = {
-            "weight_decay": float(shown.weight_decay),
-            "t": float(shown.t[-1]),
-        }
-    return numbers, checks, dataset(sweep, report), figures
+        print(theory, report, sep="\n", flush=True)
+        run = Run(task, self.task, report, self.saves, self.tolerance, self.quick)
+        lam, shown = min(1e-4, float(self.lams[-1])), sweep[len(sweep) // 2]
+        rest = run.path(lam, max(20.0, s) / lam)
+        if self.task in measure.SHOWN:
+            shown = run.path(*measure.SHOWN[self.task])
+        run = dataclasses.replace(run, rest=rest, shown=shown)
+        parts = measure.of_task(self.task, self.make)
+        data = dataset(report).merge(measure.all_of(parts, run))
+        data = data.merge(pack(report=report, shown=shown, truth=task.truth))
+        return data.assign_attrs(task=self.task, text=str(report))
 
+    def judge(self, data: xr.Dataset) -> list[Row]:
+        return [row for part in rows.PARTS for row in self._rows(part, data)]
 
-def simulated(config: Config, task: gf.tasks.Task) -> gf.Sweep:
-    """The runs, in memory or by way of a store."""
-    options: dict[str, Any] = (
-        {}
-        if config.store is None
-        else dict(store=config.store, chunk=1, parameters=True)
-    )
-    found = gf.sweep(
-        task.flow,
-        task.model,
-        weight_decay=jnp.asarray(config.lams()),
-        slow_time=config.slow_time or task.slow_time,
-        saves=config.saves(),
-        metrics=task.metrics,
-        solver=gf.KKT5(),
-        rtol=config.tolerance(),
-        **options,
-    )
-    if config.store is None:
-        return found
-    return gf.as_sweep(found, task.flow, task.model, metrics=task.metrics)
+    def _rows(self, part: Callable[..., list[Row]], data: xr.Dataset) -> list[Row]:
+        """Those of a part; none where it was not measured."""
+        found = measure.found(data, part.__name__)
+        if found is None:
+            return []
+        if isinstance(found, str):
+            return [Row(part.__name__, np.nan, "", False, found)]
+        return attempt(part, found)
 
+    def draw(self, data: xr.Dataset) -> dict[str, Figure]:
+        shown, truth = unpack(data, "shown"), unpack(data, "truth")
+        if self.task == "relu_1d":
+            figure = panels.functions(shown, unpack(data, "task"), measure.count_kinks)
+            return {"functions": figure}
+        report = unpack(data, "report")
+        figures = {"report": report.plot(), "collapse": collapse(report)}
+        if self.task == "linear_regression":
+            return figures | {"linear": panels.linear(report.sweep, truth)}
+        if "diagonal" in self.task:
+            return figures | {"coefficients": panels.coefficients(shown, truth)}
+        if "completion" in self.task:
+            return figures | {"singular_values": panels.singular_values(shown, truth)}
+        return figures | {"path": panels.one_path(shown)}
 
-def specials(config: Config, task: gf.tasks.Task, run: Run, solve: Callable) -> tuple:
-    """The checks and the figure of one task."""
-    name, bound = config.task, 1e-3
-    if name == "linear_regression":
-        checks = attempt(rows.linear, run) + attempt(rows.end_point, run, bound)
-        return checks, None, {"linear": panels.linear(run.sweep, task.truth)}
-    if name in ("fourier_diagonal", "diagonal_network"):
-        path = solve(1e-4, 1e5)
-        ts = (0.0, 1e2, 1e5)
-        figures = {"coefficients": panels.coefficients(path, task.truth, ts)}
-        checks = attempt(rows.end_point, run, bound)
-        if name == "diagonal_network":
-            checks += attempt(rows.invariant, run, path, "balance", 1e-6)
-        else:
-            scaled = lambda s: TASKS[name](jr.key(config.seed), init_scale=s)
-            checks += attempt(rows.fourier, run, path)
-            checks += attempt(rows.initial_scale, run, scaled)
-        return checks, path, figures
-    if name in ("matrix_completion", "completion_rank3"):
-        path = solve(1e-3, 2e4)
-        checks = attempt(rows.end_point, run, 1e-2)
-        checks += attempt(rows.completion, run, path)
-        figure = panels.singular_values(path, task.truth)
-        return checks, path, {"singular_values": figure}
-    path = run.sweep[len(run.sweep) // 2]
-    checks = []
-    if name == "deep_linear":
-        checks += attempt(rows.end_point, run, bound)
-        checks += attempt(rows.invariant, run, path, "balance", 1e-6)
-    return checks, path, {"path": panels.one_path(path)}
-
-
-def relu(config: Config, task: gf.tasks.Task, clock: Clock) -> tuple:
-    """Simulation alone: the theory does not hold for functions with kinks."""
-    print("ReLU networks are outside the theory: simulation only.")
-    lam = float(config.lams()[0])
-    s = config.slow_time or (5.0 if config.quick else 20.0)
-    ts = rows.times(s / lam, config.saves())
-    with clock("simulation"):
+    def simulate(self, task: gf.tasks.Task) -> xr.Dataset:
+        """Simulation alone: the theory does not hold for functions with kinks."""
+        print("ReLU networks are outside the theory: simulation only.")
+        lam = float(self.lams[0])
+        s = self.slow_time or (5.0 if self.quick else 20.0)
         path = gf.simulate(
-            task.flow,
-            task.model,
-            weight_decay=lam,
-            ts=jnp.asarray(ts),
-            metrics=task.metrics,
-            rtol=config.tolerance(),
-            throw=False,
-            progress=sys.stderr.isatty(),
-        )
-    print(path)
-    wanted = float(path.t[-1])
-    path = arrived(path)
-    print("Checks:")
-    end = float(path.t[-1])
-    reached = f"time reached in {int(path.stats['steps'])} steps"
-    checks = [Row("simulation", end, f"= {wanted:g}", end == wanted, reached)]
-    print(checks[0])
-    checks += attempt(rows.relu, task, path)
-    data = xr.Dataset(
-        {
-            "train_loss": ("time", np.asarray(path.train_loss)),
-            "test": ("time", np.asarray(path.metrics["test"])),
-            "penalty": ("time", np.asarray(path.penalty)),
-        },
-        coords={"t": ("time", np.asarray(path.t))},
-        attrs={"task": task.name, "weight_decay": lam},
-    )
-    figures = {
-        "functions": panels.functions(path, task, (0.0, 1.0, end), rows.count_kinks)
-    }
-    kinks = [rows.count_kinks(task, path[i]) for i in (0, -1)]
-    numbers = {"text": str(path), "kinks": {"first": kinks[0], "last": kinks[1]}}
-    return numbers, checks, data, figures
+            task.flow, task.model, weight_decay=lam, metrics=task.metrics,
+            ts=jnp.asarray(measure.times(s / lam, self.saves)), rtol=self.tolerance,
+            throw=False, progress=sys.stderr.isatty(),
+        )  # fmt: skip
+        print(path)
+        wanted = float(path.t[-1])
+        path = arrived(path)
+        series = {"train_loss": path.train_loss, "penalty": path.penalty}
+        series |= {"t": path.t, "test": path.metrics["test"]}
+        data = xr.Dataset({k: ("time", np.asarray(v)) for k, v in series.items()})
+        parts = {"relu": functools.partial(measure.relu, wanted=wanted)}
+        data = data.merge(measure.all_of(parts, task, path))
+        data = data.merge(pack(shown=path, truth=task.truth, task=task))
+        return data.assign_attrs(task=self.task, text=str(path))
 
 
 def arrived(path: gf.Path) -> gf.Path:
     """The part of a path that was reached."""
     n = int(np.sum(np.isfinite(np.asarray(path.train_loss))))
-    cut = lambda x: x[:n]
-    return dataclasses.replace(
-        path,
-        t=cut(path.t),
-        params=jax.tree.map(cut, path.params),
-        metrics=jax.tree.map(cut, path.metrics),
-        train_loss=cut(path.train_loss),
-        penalty=cut(path.penalty),
-    )
+    fields = ("t", "params", "metrics", "train_loss", "penalty")
+    cut = {k: jax.tree.map(lambda x: x[:n], getattr(path, k)) for k in fields}
+    return dataclasses.replace(path, **cut)
 
 
-def collapse(report: gf.Report) -> Any:
+def collapse(report: gf.Report) -> Figure:
     """All λ on both clocks."""
-
     fig, axes = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
     gf.plot.sweep(report.sweep, axes[0], colorbar=False)
     axes[0].set_title("time $t$: the smaller $\\lambda$, the later", fontsize=11)
@@ -302,44 +208,12 @@ def collapse(report: gf.Report) -> Any:
     return fig
 
 
-def report_numbers(report: gf.Report) -> dict[str, Any]:
-    names = (
-        "weight_decay",
-        "sup_error",
-        "sup_error_regular",
-        "sup_error_slow",
-        "memorisation_time",
-        "grokking_time",
-        "predicted_memorisation_time",
-        "predicted_grokking_time",
-        "delay",
-        "regular_until",
-    )
-    theory = report.theory
-    eta = np.asarray(theory.smallest_curvature)
-    return {
-        **{name: getattr(report, name) for name in names},
-        "rate": {
-            "exponent": report.rate.exponent,
-            "stderr": report.rate.stderr,
-            "used": report.rate.used,
-            "why": report.rate.why,
-        },
-        "rank": theory.spectrum.rank,
-        "dimension": theory.spectrum.dimension,
-        "rank_ambiguous": theory.spectrum.ambiguous,
-        "smallest_curvature": {"start": eta[0], "end": eta[-1]},
-        "theory_result": gf.RESULTS[theory.result],
-        "steps": report.sweep.stats["steps"],
-        "rejected": report.sweep.stats["rejected"],
-        "succeeded": report.sweep.succeeded,
-    }
-
-
-def dataset(sweep: gf.Sweep, report: gf.Report) -> xr.Dataset:
+def dataset(report: gf.Report) -> xr.Dataset:
     """All lanes, labelled, with the drift beside them."""
-    lanes = ("weight_decay", "time")
-    drift = report.theory.drift
+    sweep, theory, lanes = report.sweep, report.theory, ("weight_decay", "time")
+    drift, eta = theory.drift, np.asarray(theory.smallest_curvature)
+    each = ("sup_error", "sup_error_regular", "sup_error_slow", "memorisation_time")
+    each += ("grokking_time", "predicted_memorisation_time", "predicted_grokking_time")
     arrays = {
         "t": (lanes, sweep.t),
         "slow_time": (lanes, sweep.slow_time),
@@ -348,11 +222,16 @@ def dataset(sweep: gf.Sweep, report: gf.Report) -> xr.Dataset:
         "error": (lanes, report.error),
         "drift_error": (lanes, report.drift_error),
         **{f"metric_{k}": (lanes, v) for k, v in sweep.metrics.items()},
-        "memorisation_time": ("weight_decay", report.memorisation_time),
-        "grokking_time": ("weight_decay", report.grokking_time),
-        "predicted_grokking_time": ("weight_decay", report.predicted_grokking_time),
+        **{name: ("weight_decay", getattr(report, name)) for name in each},
+        **{name: ("weight_decay", sweep.stats[name]) for name in ("steps", "rejected")},
+        "succeeded": ("weight_decay", sweep.succeeded),
+        "rate_used": ("weight_decay", report.rate.used),
+        "rate": ((), report.rate.exponent),
+        "regular_until": ((), report.regular_until),
+        "rank": ((), theory.spectrum.rank),
+        "dimension": ((), theory.spectrum.dimension),
         "drift_penalty": ("drift_time", drift.penalty),
-        "smallest_curvature": ("drift_time", report.theory.smallest_curvature),
+        "smallest_curvature": ("drift_time", eta),
         **{f"drift_metric_{k}": ("drift_time", v) for k, v in drift.metrics.items()},
     }
     out = xr.Dataset(
@@ -362,12 +241,12 @@ def dataset(sweep: gf.Sweep, report: gf.Report) -> xr.Dataset:
             "time": np.arange(sweep.t.shape[1]),
             "drift_time": np.asarray(drift.t),
         },
+        attrs={
+            "why_this_rate": report.rate.why,
+            "theory_result": gf.RESULTS[theory.result],
+        },
     )
     out["t"].attrs["long_name"] = "time t"
     out["slow_time"].attrs["long_name"] = "slow time s = lambda t"
     out["error"].attrs["long_name"] = "error of the composite prediction over |Phi|"
     return out.set_coords(["t", "slow_time"])
-
-
-def count(model: Any) -> int:
-    return rows.vector(model).size
