@@ -2,6 +2,7 @@
 
 import dataclasses
 from math import comb
+from typing import Any
 
 import jax.random as jr
 import numpy as np
@@ -10,8 +11,9 @@ from matplotlib.figure import Figure
 
 import gradflow as gf
 
-from ..shared.command import bar, Settings
+from ..shared.command import Settings
 from ..shared.figures import COLOURS, finish, panels
+from ..shared.record import table
 from ..shared.rows import check, rank_correlation, relative, Row
 from .common import flow, flow_times, least, padded, Sparse
 from .samples import SAMPLES
@@ -32,30 +34,26 @@ class CS6(Sparse):
     def compute(self) -> xr.Dataset:
         samples = self.samples[2:9:2] if self.quick else self.samples
         taus = self.taus[::5] if self.quick else self.taus
-        shape = (1 if self.quick else self.trials, len(taus), len(samples))
-        names = ("t2", "error", "oracle", "seen", "largest", "mean")
-        found = {name: np.full(shape, np.nan) for name in names}
         ts = flow_times(self.alpha * self.steps, 129)
-        for index in bar(np.ndindex(*shape), "trial, τ, N"):
-            trial, i, j = index
-            more = dict(samples=samples[j], coherence=taus[i])
-            one = self.task(self.seed + trial, **more)
+
+        def cell(trial: int, tau: float, n: int) -> dict[str, Any]:
+            one = self.task(self.seed + trial, samples=n, coherence=tau)
             path = flow(padded(one, self.features), self.beta, ts, 1e-6)
             x = np.asarray(one.truth.features)
             each = np.abs(x).max(axis=1) / np.linalg.norm(x, axis=1)
             support = np.flatnonzero(one.truth.target)
-            values = (
-                path.crossing_time("test") / self.alpha,
-                path.metrics["test"][-1],
-                relative(one.truth.end_point(), one.truth.target),
-                (np.abs(x[:, support]).max(axis=0) > 0).all(),
-                each.max(),
-                each.mean(),
-            )
-            for name, value in zip(names, values, strict=True):
-                found[name][index] = float(value)
-        axes = {"tau": list(taus), "N": list(samples)}
-        return xr.Dataset({k: (("trial", *axes), v) for k, v in found.items()}, axes)
+            return {
+                "t2": path.crossing_time("test") / self.alpha,
+                "error": path.metrics["test"][-1],
+                "oracle": relative(one.truth.end_point(), one.truth.target),
+                "seen": float((np.abs(x[:, support]).max(axis=0) > 0).all()),
+                "largest": each.max(),
+                "mean": each.mean(),
+            }
+
+        trials = range(1 if self.quick else self.trials)
+        axes = {"trial": trials, "tau": taus, "N": samples}
+        return table(axes, cell, "trial, τ, N")
 
     def judge(self, data: xr.Dataset) -> list[Row]:
         taus, n = data.tau.values, self.features
@@ -123,18 +121,17 @@ class CS7(Settings):
     tolerance: float = 1e-6
 
     def compute(self) -> xr.Dataset:
-        sparsities = self.sparsities[::3] if self.quick else self.sparsities
-        trials = 2 if self.quick else self.trials
-        axes = {"tau": list(self.taus), "s": list(sparsities), "N": list(self.samples)}
-        errors = np.full((*map(len, axes.values()), trials), np.nan)
-        for index in bar(np.ndindex(*errors.shape), "linear programs"):
-            i, j, k, trial = index
+        def cell(tau: float, sparsity: int, n: int, trial: int) -> dict[str, Any]:
             task = gf.tasks.sparse_recovery(
                 jr.fold_in(jr.key(self.seed), trial), features=self.features,
-                sparsity=sparsities[j], samples=self.samples[k], coherence=self.taus[i],
+                sparsity=sparsity, samples=n, coherence=tau,
             )  # fmt: skip
-            errors[index] = relative(task.truth.end_point(), task.truth.target)
-        return xr.Dataset({"error": ((*axes, "trial"), errors)}, axes)
+            return {"error": relative(task.truth.end_point(), task.truth.target)}
+
+        sparsities = self.sparsities[::3] if self.quick else self.sparsities
+        trials = range(2 if self.quick else self.trials)
+        axes = {"tau": self.taus, "s": sparsities, "N": self.samples, "trial": trials}
+        return table(axes, cell, "linear programs")
 
     def fewest(self, data: xr.Dataset) -> np.ndarray:
         """The least N at which all instances are recovered, for τ and s."""

@@ -18,7 +18,7 @@ import gradflow as gf
 
 from ..shared.command import bar, Settings
 from ..shared.figures import COLOURS, finish, marks, panels
-from ..shared.record import variables
+from ..shared.record import table, variables
 from ..shared.rows import (
     check,
     decades,
@@ -149,8 +149,7 @@ class MF1(Matrices):
     """Of the proximal run, of steps `large`: αβ · 1e7 of the paper."""
     large: float = 1.0
 
-    def quick_changes(self) -> dict[str, Any]:
-        return dict(beta=1e-3, steps=10**5)
+    QUICK = dict(beta=1e-3, steps=10**5)
 
     def compute(self) -> xr.Dataset:
         task = self.task()
@@ -222,8 +221,7 @@ class MF2(Matrices):
     """Pairs (α, β) that would take longer are left out, and named."""
     method: str = "proximal"
 
-    def quick_changes(self) -> dict[str, Any]:
-        return dict(max_steps=300_000)
+    QUICK = dict(max_steps=300_000)
 
     def descend(self, task: gf.tasks.Task, alpha: float, beta: float, count: int):
         at = steps_until(count, 193, dense=20)
@@ -298,8 +296,7 @@ class MF3(Matrices):
     beta: float = 1e-4
     steps: int = 2 * 10**6
 
-    def quick_changes(self) -> dict[str, Any]:
-        return dict(beta=1e-3, steps=2 * 10**5)
+    QUICK = dict(beta=1e-3, steps=2 * 10**5)
 
     def compute(self) -> xr.Dataset:
         task = self.task(measurements="gaussian")
@@ -343,30 +340,24 @@ class MF4(Matrices):
     slow_time: float = 50.0
     seeds: int = 3
 
-    def quick_changes(self) -> dict[str, Any]:
-        return dict(taus=self.taus[::5], seeds=2, slow_time=25.0)
+    QUICK = dict(taus=(0.0, 0.5, 1.0), seeds=2, slow_time=25.0)
 
     def compute(self) -> xr.Dataset:
         count = round(self.slow_time / (self.alpha * self.beta))
         at = steps_until(count, 193, dense=20)
-        shape = (self.seeds, len(self.taus))
-        t2, error, oracle = (np.full(shape, np.nan) for _ in range(3))
-        curves = np.full((len(self.taus), at.size), np.nan)
-        for i, j in bar(np.ndindex(*shape), "τ"):
-            task = self.task(self.seed + i, leverage=self.taus[j])
+
+        def cell(seed: int, tau: float) -> dict[str, Any]:
+            task = self.task(self.seed + seed, leverage=tau)
             path = descend(task, self.alpha, self.beta, at, "proximal")
-            t2[i, j] = path.crossing_time("test") * self.beta
-            error[i, j] = path.metrics["test"][-1]
-            oracle[i, j] = relative(task.truth.end_point(), task.truth.target)
-            if i == 0:
-                curves[j] = path.metrics["test"]
-        dims = ("seed", "tau")
-        found = {"t2": t2, "error": error, "oracle": oracle}
-        return xr.Dataset(
-            {k: (dims, v) for k, v in found.items()}
-            | {"curve": (("tau", "s"), curves)},
-            {"tau": list(self.taus), "s": at * self.alpha * self.beta},
-        )
+            return {
+                "t2": path.crossing_time("test") * self.beta,
+                "error": path.metrics["test"][-1],
+                "oracle": relative(task.truth.end_point(), task.truth.target),
+                "curve": path.metrics["test"],
+            }
+
+        data = table({"seed": range(self.seeds), "tau": self.taus}, cell, "τ")
+        return data.assign(s=("curve_0", at * self.alpha * self.beta))
 
     def judge(self, data: xr.Dataset) -> list[Row]:
         late = np.where(np.isfinite(data.t2), data.t2, np.inf)
@@ -386,7 +377,7 @@ class MF4(Matrices):
 
     def draw(self, data: xr.Dataset) -> dict[str, Figure]:
         fig, axes = panels(3, 3)
-        for tau, curve in zip(data.tau.values, data.curve.values, strict=True):
+        for tau, curve in zip(data.tau.values, data.curve.values[0], strict=True):
             grey = str(0.85 - 0.85 * tau)
             axes[0].plot(data.s[1:], curve[1:], color=grey, label=f"τ = {tau}")
         for i in range(data.sizes["seed"]):

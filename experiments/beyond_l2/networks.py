@@ -98,8 +98,7 @@ class NL1(Regression):
     betas: tuple[float, ...] = (3e-6, 1e-5, 3e-5, 1e-4)
     steps: int = 20_000
 
-    def quick_changes(self) -> dict[str, Any]:
-        return dict(betas=self.betas[-3:], steps=6000)
+    QUICK = dict(betas=betas[-3:], steps=6000)
 
     def compute(self) -> xr.Dataset:
         key = jr.key(self.seed)
@@ -122,8 +121,7 @@ class NL2(Regression):
     """Penalise the mean over samples of squares, as in the paper's text, and not the
     root of their sum, as in its code."""
 
-    def quick_changes(self) -> dict[str, Any]:
-        return dict(betas=self.betas[-3:], steps=3000)
+    QUICK = dict(betas=betas[-3:], steps=3000)
 
     def compute(self) -> xr.Dataset:
         task = gf.tasks.wide_teacher(jr.key(self.seed), width=self.width)
@@ -161,8 +159,7 @@ class MA1(Grid):
     batch_size: int = 2048
     init_scale: float = 1.0
 
-    def quick_changes(self) -> dict[str, Any]:
-        return dict(betas=(3e-5,), steps=4500)
+    QUICK = dict(betas=(3e-5,), steps=4500)
 
     def compute(self) -> xr.Dataset:
         task = gf.tasks.modular_addition(jr.key(self.seed), init_scale=self.init_scale)
@@ -208,8 +205,7 @@ class MN1(Grid):
     width: int = 200
     init_scale: float = 10.0
 
-    def quick_changes(self) -> dict[str, Any]:
-        return dict(betas=self.betas[-3:], steps=9000)
+    QUICK = dict(betas=betas[-3:], steps=9000)
 
     def compute(self) -> xr.Dataset:
         task = gf.tasks.image_classification(

@@ -1,6 +1,7 @@
 """How many measurements, which path, and why ℓ2 misleads."""
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,7 @@ import gradflow as gf
 
 from ..shared.command import bar
 from ..shared.figures import COLOURS, finish, panels
-from ..shared.record import variables
+from ..shared.record import table, variables
 from ..shared.rows import check, relative, Row
 from ..shared.runs import steps_until
 from .common import (
@@ -45,26 +46,23 @@ class CS3(Sparse):
         sparsities = self.sparsities[:2] if self.quick else self.sparsities
         samples = self.samples[::2] if self.quick else self.samples
         methods = METHODS[1:2] if self.quick else METHODS
-        names = [*(f"error_{name}" for name in (*methods, "flow")), "basis_pursuit"]
-        names += ["lasso", "first_fit"]
-        shape = (len(sparsities), len(samples))
-        found = {name: np.full(shape, np.nan) for name in names}
-        at = [0, 1, self.steps // 10, self.steps]
-        end = self.flow_slow_time / self.beta
-        for i, j in bar(np.ndindex(*shape), "s, N"):
-            one = self.task(sparsity=sparsities[i], samples=samples[j])
+        at, end = [0, 1, self.steps // 10, self.steps], self.flow_slow_time / self.beta
+
+        def cell(sparsity: int, n: int) -> dict[str, Any]:
+            one = self.task(sparsity=sparsity, samples=n)
             truth, task = one.truth, padded(one, self.features)
-            found["basis_pursuit"][i, j] = relative(truth.end_point(), truth.target)
-            found["lasso"][i, j] = relative(truth.lasso(self.beta), truth.target)
+            found = {
+                "basis_pursuit": relative(truth.end_point(), truth.target),
+                "lasso": relative(truth.lasso(self.beta), truth.target),
+            }
             for method in methods:
                 path = descend(task, self.alpha, self.beta, at, method)
-                found[f"error_{method}"][i, j] = path.metrics["test"][-1]
-                if method == "projected":
-                    found["first_fit"][i, j] = path.metrics["train"][1]
+                found[f"error_{method}"] = path.metrics["test"][-1]
+                found["first_fit"] = path.metrics["train"][1]  # of the last: projected
             path = flow(task, self.beta, np.array([0.0, 0.1 * end, end]), 1e-6)
-            found["error_flow"][i, j] = path.metrics["test"][-1]
-        axes = {"s": list(sparsities), "N": list(samples)}
-        return xr.Dataset({k: (("s", "N"), v) for k, v in found.items()}, axes)
+            return found | {"error_flow": path.metrics["test"][-1]}
+
+        return table({"s": sparsities, "N": samples}, cell, "s, N")
 
     def judge(self, data: xr.Dataset) -> list[Row]:
         samples, errors = data.N.values, errors_of(data)

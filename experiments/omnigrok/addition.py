@@ -7,7 +7,6 @@ the reduced trajectory of (w, m), on a cliff whose law is known.
 
 import dataclasses
 import functools
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -24,6 +23,7 @@ import gradflow as gf
 
 from ..shared.command import Settings
 from ..shared.figures import cells, COLOURS, finish, panels
+from ..shared.record import table
 from ..shared.rows import check, Row
 from ..shared.runs import single
 
@@ -56,11 +56,10 @@ class AD(Settings):
     level: float = 0.05
     """The train loss at the edge of the plain: region II is below."""
 
-    def quick_changes(self) -> dict[str, Any]:
-        return dict(
-            sizes=(25, 45), alphas=(1.35, 1.8, 2.25, 2.7, 3.6),
-            messiness=(0.0, 0.1, 0.2), steps=3000,
-        )  # fmt: skip
+    QUICK = dict(
+        sizes=(25, 45), alphas=(1.35, 1.8, 2.25, 2.7, 3.6),
+        messiness=(0.0, 0.1, 0.2), steps=3000,
+    )  # fmt: skip
 
     def compute(self) -> xr.Dataset:
         runs: Any = gf.sweep(
@@ -225,20 +224,15 @@ class ADT(Settings):
     """The norm at the start, relative to the critical one."""
     softness: float = 0.003
 
-    def quick_changes(self) -> dict[str, Any]:
-        return dict(angles=(0.9, 1.2), ratios=(0.1, 1.0, 10.0), weight_decays=(0.01,))
+    QUICK = dict(angles=(0.9, 1.2), ratios=(0.1, 1.0, 10.0), weight_decays=(0.01,))
 
     def compute(self) -> xr.Dataset:
-        dims = ("weight_decay", "angle", "ratio")
-        values = (self.weight_decays, self.angles, self.ratios)
-        axes = dict(zip(dims, values, strict=True))
-        times = {}
-        for place in itertools.product(*axes.values()):
-            for key, value in self.times(*place).items():
-                times.setdefault(key, []).append(value)
-        shape = [len(values) for values in axes.values()]
-        arrays = {k: (dims, np.reshape(v, shape)) for k, v in times.items()}
-        return xr.Dataset(arrays, {k: list(v) for k, v in axes.items()})
+        axes = {
+            "weight_decay": self.weight_decays,
+            "angle": self.angles,
+            "ratio": self.ratios,
+        }
+        return table(axes, self.times, "cliffs")
 
     def judge(self, data: xr.Dataset) -> list[Row]:
         paper, general = (

@@ -11,7 +11,6 @@ were found by trying, as each docstring tells. Errors are at the end of a run.
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax.random as jr
 import numpy as np
@@ -23,24 +22,11 @@ import gradflow as gf
 from ..shared.figures import panels
 from ..shared.rows import Row
 from ..shared.runs import runs_of, Trained
-from .scans import (
-    delay_rows,
-    draw_landscape,
-    draw_runs,
-    held,
-    lane,
-    lu_rows,
-    PARTS,
-    published_rows,
-    Rule,
-    scan,
-    Scans,
-    with_level,
-)
+from . import scans
 
 
 @dataclasses.dataclass(frozen=True)
-class IM(Scans):
+class IM(scans.Scans):
     """Figure 4: reviews, learnt by an LSTM: landscapes, and grokking from α = 6.
 
     Quick, for the made-up reviews: of these words the 20 most frequent ones, 16 of them
@@ -83,23 +69,22 @@ class IM(Scans):
             embedding=self.embedding, state=self.state, data=self.data,
             published=self.published,
         )  # fmt: skip
-        return with_level(task, self.threshold)
+        return scans.with_level(task, self.threshold)
 
-    def quick_changes(self) -> dict[str, Any]:
-        return dict(
-            words=20, length=16, embedding=16, state=32, learning_rate=1e-3,
-            alpha=10.0, weight_decay=0.2, steps=20_000, sizes=(1000,), epochs=80,
-            alphas=(0.1, 0.3, 0.6, 1.0, 2.0, 4.0, 6.0),
-        )  # fmt: skip
+    QUICK = dict(
+        words=20, length=16, embedding=16, state=32, learning_rate=1e-3,
+        alpha=10.0, weight_decay=0.2, steps=20_000, sizes=(1000,), epochs=80,
+        alphas=(0.1, 0.3, 0.6, 1.0, 2.0, 4.0, 6.0),
+    )  # fmt: skip
 
     def compute(self) -> xr.Dataset:
         task, rule = self.task(self.samples), self.rule(self.steps, self.batch_size)
         lanes = [
-            lane(self.alpha, self.weight_decay),
-            lane(self.alpha, hold=True),
-            lane(1.0, share=0.2),
+            scans.lane(self.alpha, self.weight_decay),
+            scans.lane(self.alpha, hold=True),
+            scans.lane(1.0, share=0.2),
         ]
-        runs = scan(task, lanes, rule, self.store())
+        runs = scans.scan(task, lanes, rule, self.store())
         rules = {}
         for size in self.sizes:
             steps = max(1, self.epochs * math.ceil(0.75 * size / self.batch_size))
@@ -109,7 +94,7 @@ class IM(Scans):
 
     def judge(self, data: xr.Dataset) -> list[Row]:
         large, *controls = runs_of(data)
-        rows = delay_rows(large, controls)
+        rows = scans.delay_rows(large, controls)
         rows += review_rows(data.attrs["data"], large, controls[-1])
         # Of two classes an error is 0.5 at most, and the best of these networks 0.3.
         return rows + nearest_rows(1 - data.held, self.samples, 1.2)
@@ -126,41 +111,47 @@ def review_rows(source: str, large: Trained, usual: Trained) -> list[Row]:
         ("≥ 0.15", rise(large), "rise of the test accuracy after step 1000"),
         ("≤ 0.05", rise(usual), "the same from the usual start"),
     )
-    return published_rows("IMDb", source, wanted)
+    return scans.published_rows("IMDb", source, wanted)
 
 
 def with_errors(
-    runs: xr.Dataset, config: "IM | QM", rules: dict[int, Rule]
+    runs: xr.Dataset, config: "IM | QM", rules: dict[int, scans.Rule]
 ) -> xr.Dataset:
     """The runs, and the metrics at held norms, of data of several sizes."""
     ends = [
-        held(config.task(size), config.alphas, rule, config.store(f"_size={size}"))
+        scans.held(
+            config.task(size), config.alphas, rule, config.store(f"_size={size}")
+        )
         for size, rule in rules.items()
     ]
-    axes = {"size": list(rules), "part": list(PARTS), "scale": list(config.alphas)}
+    axes = {
+        "size": list(rules),
+        "part": list(scans.PARTS),
+        "scale": list(config.alphas),
+    }
     return runs.assign(held=(tuple(axes), np.array(ends))).assign_coords(axes)
 
 
 def nearest_rows(errors: xr.DataArray, near: int, rise: float = 1.5) -> list[Row]:
     """The rows of the landscape of a size nearest to `near`, that of the runs."""
     at = min(errors["size"].values, key=lambda size: abs(math.log(size / near)))
-    return lu_rows(errors.scale.values, *errors.sel(size=at).values, rise=rise)
+    return scans.lu_rows(errors.scale.values, *errors.sel(size=at).values, rise=rise)
 
 
 def draw_all(data: xr.Dataset, errors: xr.DataArray, y: str) -> Figure:
     sizes: Sequence[int] = errors["size"].values.tolist()
     count = 2 + len(sizes)
     fig, axes = panels(count, columns=min(3, count), size=(6.2, 4))
-    draw_runs(axes, data, y)
+    scans.draw_runs(axes, data, y)
     log = "x" if y == "accuracy" else "xy"
     for ax, size, values in zip(axes[2:], sizes, errors.values, strict=True):
         title = f"{data.attrs['data']}, {size} in all, norm held"
-        draw_landscape(ax, errors.scale.values, values, title, log=log)
+        scans.draw_landscape(ax, errors.scale.values, values, title, log=log)
     return fig
 
 
 @dataclasses.dataclass(frozen=True)
-class QM(Scans):
+class QM(scans.Scans):
     """Figure 5: molecules, learnt by a graph network: landscapes, and grokking from
     α = 3, in the paper without weight decay.
 
@@ -190,20 +181,19 @@ class QM(Scans):
             published=self.published,
         )  # fmt: skip
 
-    def quick_changes(self) -> dict[str, Any]:
-        return dict(
-            alpha=2.0, weight_decay=0.01, steps=32_000, batch_size=None,
-            sizes=(100,), alphas=(0.1, 0.3, 0.6, 1.0, 1.5, 2.0), scan_steps=2500,
-        )  # fmt: skip
+    QUICK = dict(
+        alpha=2.0, weight_decay=0.01, steps=32_000, batch_size=None,
+        sizes=(100,), alphas=(0.1, 0.3, 0.6, 1.0, 1.5, 2.0), scan_steps=2500,
+    )  # fmt: skip
 
     def compute(self) -> xr.Dataset:
         task, rule = self.task(self.molecules), self.rule(self.steps, self.batch_size)
         lanes = [
-            lane(self.alpha, self.weight_decay),
-            lane(self.alpha, hold=True),
-            lane(1.0, self.weight_decay, share=0.1),
+            scans.lane(self.alpha, self.weight_decay),
+            scans.lane(self.alpha, hold=True),
+            scans.lane(1.0, self.weight_decay, share=0.1),
         ]
-        runs, rules = scan(task, lanes, rule, self.store()), {}
+        runs, rules = scans.scan(task, lanes, rule, self.store()), {}
         for size in self.sizes:
             epochs, batch = math.ceil(1e5 / size), self.batch_size or size
             steps = self.scan_steps or epochs * math.ceil(size / 2 / batch)
@@ -217,8 +207,8 @@ class QM(Scans):
             ("≥ 10", drop(large), "drop of the test error after step 3000"),
             ("< 2", drop(controls[-1]), "the same from the usual start"),
         )
-        rows = delay_rows(large, controls)
-        rows += published_rows("QM9", data.attrs["data"], wanted)
+        rows = scans.delay_rows(large, controls)
+        rows += scans.published_rows("QM9", data.attrs["data"], wanted)
         return rows + nearest_rows(data.held, self.molecules)
 
     def draw(self, data: xr.Dataset) -> dict[str, Figure]:

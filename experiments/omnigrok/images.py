@@ -24,26 +24,11 @@ import gradflow as gf
 from ..shared.figures import between, cells, COLOURS, finish, panels
 from ..shared.rows import check, law, Row
 from ..shared.runs import runs_of, Trained, words
-from .scans import (
-    delay_rows,
-    draw,
-    draw_landscape,
-    draw_norms,
-    draw_runs,
-    held,
-    lane,
-    lu_rows,
-    named,
-    PARTS,
-    published_rows,
-    scan,
-    Scans,
-    with_level,
-)
+from . import scans
 
 
 @dataclasses.dataclass(frozen=True)
-class Images(Scans):
+class Images(scans.Scans):
     """Of every experiment on images."""
 
     width: int = 200
@@ -63,7 +48,7 @@ class Images(Scans):
 
 def mnist_rows(data: xr.Dataset, wanted: Sequence[tuple[str, float, str]]) -> list[Row]:
     """The numbers of table D, on MNIST."""
-    return published_rows("MNIST", data.attrs["data"], wanted)
+    return scans.published_rows("MNIST", data.attrs["data"], wanted)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,29 +68,28 @@ class MNG(Images):
     threshold: float | None = None
     """The test accuracy that counts; the task's unless given."""
 
-    def quick_changes(self) -> dict[str, Any]:
-        return dict(
-            samples=200, threshold=0.8, batch_size=None, weight_decay=0.05, steps=30_000
-        )
+    QUICK = dict(
+        samples=200, threshold=0.8, batch_size=None, weight_decay=0.05, steps=30_000
+    )
 
     def compute(self) -> xr.Dataset:
-        task = with_level(self.task(self.samples), self.threshold)
+        task = scans.with_level(self.task(self.samples), self.threshold)
         lanes = [
-            lane(self.alpha, self.weight_decay),
-            lane(self.alpha, hold=True),
-            lane(1.0, self.weight_decay, share=0.2),
-            lane(1.0, hold=True, share=0.2),
+            scans.lane(self.alpha, self.weight_decay),
+            scans.lane(self.alpha, hold=True),
+            scans.lane(1.0, self.weight_decay, share=0.2),
+            scans.lane(1.0, hold=True, share=0.2),
         ]
         rule = self.rule(self.steps, self.batch_size)
-        return scan(task, lanes, rule, self.store())
+        return scans.scan(task, lanes, rule, self.store())
 
     def judge(self, data: xr.Dataset) -> list[Row]:
         large, *controls = runs_of(data)
-        return delay_rows(large, controls) + grok_rows(data, large)
+        return scans.delay_rows(large, controls) + grok_rows(data, large)
 
     def draw(self, data: xr.Dataset) -> dict[str, Figure]:
         fig, axes = panels(2)
-        draw_runs(axes, data)
+        scans.draw_runs(axes, data)
         return {"mn_g": fig}
 
 
@@ -150,12 +134,11 @@ class MNL(Images):
     threshold: float | None = None
     """The test accuracy that counts in them; the task's unless given."""
 
-    def quick_changes(self) -> dict[str, Any]:
-        return dict(
-            alphas=(0.1, 0.3, 0.6, 1.0, 2.0, 4.0, 8.0), samples=(50, 200), steps=2500,
-            times=(10, 25, 50, 100, 200, 400), time_steps=9000, batch_size=None,
-            weight_decay=0.3, threshold=0.75,
-        )  # fmt: skip
+    QUICK = dict(
+        alphas=(0.1, 0.3, 0.6, 1.0, 2.0, 4.0, 8.0), samples=(50, 200), steps=2500,
+        times=(10, 25, 50, 100, 200, 400), time_steps=9000, batch_size=None,
+        weight_decay=0.3, threshold=0.75,
+    )  # fmt: skip
 
     def compute(self) -> xr.Dataset:
         most = self.available()
@@ -164,19 +147,20 @@ class MNL(Images):
         tasks = {n: self.task(n) for n in {*sizes, *times}}
         rule = self.rule(self.steps, self.batch_size)
         errors = [
-            1 - held(tasks[n], self.alphas, rule, self.store(f"_N={n}")) for n in sizes
+            1 - scans.held(tasks[n], self.alphas, rule, self.store(f"_N={n}"))
+            for n in sizes
         ]
         rule = self.rule(self.time_steps, self.batch_size)
-        lanes = [lane(self.start, self.weight_decay)]
+        lanes = [scans.lane(self.start, self.weight_decay)]
         grown = []
         for n in times:
             task, store = (
-                with_level(tasks[n], self.threshold),
+                scans.with_level(tasks[n], self.threshold),
                 self.store(f"_times_N={n}"),
             )
-            grown.append(scan(task, lanes, rule, store, lasting=True))
-        runs = xr.concat(grown, "run").assign_attrs(named(tasks[sizes[0]]))
-        axes = {"samples": sizes, "part": list(PARTS), "scale": list(self.alphas)}
+            grown.append(scans.scan(task, lanes, rule, store, lasting=True))
+        runs = xr.concat(grown, "run").assign_attrs(scans.named(tasks[sizes[0]]))
+        axes = {"samples": sizes, "part": list(scans.PARTS), "scale": list(self.alphas)}
         runs = runs.assign(error=(tuple(axes), np.array(errors)))
         return runs.assign_coords(axes).assign_coords(N=("run", times))
 
@@ -187,13 +171,13 @@ class MNL(Images):
         fig, axes = panels(4)
         alphas, sizes = data.scale.values, data.samples.values
         source = data.attrs["data"]
-        for ax, part in zip(axes, PARTS, strict=False):
+        for ax, part in zip(axes, scans.PARTS, strict=False):
             values = data.error.sel(part=part).values
             sides = between(alphas), between(sizes)
             cells(ax, *sides, values, label=" ", cmap="viridis", vmin=0, vmax=1)
             finish(ax, f"{source}, {part} error", r"$\alpha$", "$N$", legend=False)
         n = nearest(sizes, 200)
-        draw_landscape(
+        scans.draw_landscape(
             axes[2], alphas, data.error.sel(samples=n).values, f"{source}, $N$ = {n}"
         )
         runs = runs_of(data)
@@ -236,7 +220,7 @@ def landscape_rows(data: xr.Dataset) -> list[Row]:
         ("≤ 0.1", gap, f"N = {large}: test less train error at α = "
          f"{nearest(alphas, 1):.3g}"),
     )  # fmt: skip
-    rows = lu_rows(alphas, train, test, where=f", N = {small}")
+    rows = scans.lu_rows(alphas, train, test, where=f", N = {small}")
     return rows + mnist_rows(data, wanted)
 
 
@@ -284,17 +268,16 @@ class MNW(Images):
     batch_size: int | None = 200
     threshold: float | None = None
 
-    def quick_changes(self) -> dict[str, Any]:
-        return dict(
-            samples=200, threshold=0.8, batch_size=None, steps=15_000,
-            decays=(0.1, 0.2, 0.45, 1.0, 10.0),
-        )  # fmt: skip
+    QUICK = dict(
+        samples=200, threshold=0.8, batch_size=None, steps=15_000,
+        decays=(0.1, 0.2, 0.45, 1.0, 10.0),
+    )  # fmt: skip
 
     def compute(self) -> xr.Dataset:
-        task = with_level(self.task(self.samples), self.threshold)
-        lanes = [lane(self.alpha, decay) for decay in self.decays]
+        task = scans.with_level(self.task(self.samples), self.threshold)
+        lanes = [scans.lane(self.alpha, decay) for decay in self.decays]
         rule = self.rule(self.steps, self.batch_size)
-        return scan(task, lanes, rule, self.store())
+        return scans.scan(task, lanes, rule, self.store())
 
     def within(self, gamma: np.ndarray) -> np.ndarray:
         low, high = self.inside
@@ -308,8 +291,8 @@ class MNW(Images):
         gamma, times, runs = data.gamma.values, data.grokked.values, runs_of(data)
         good = self.within(gamma) & np.isfinite(times)
         fig, axes = panels(3, columns=3)
-        draw(axes[0], runs, data.attrs["title"])
-        draw_norms(axes[2], runs)
+        scans.draw(axes[0], runs, data.attrs["title"])
+        scans.draw_norms(axes[2], runs)
         draw_when(axes[1], gamma, runs)
         if good.any():
             guide = np.nanmedian((times * gamma)[good]) / gamma
@@ -355,24 +338,31 @@ class MNCE(Images):
     time_steps: int = 60_000
     threshold: float | None = 0.8
 
-    def quick_changes(self) -> dict[str, Any]:
-        alphas = tuple(np.geomspace(0.1, 31.6, 9).round(4).tolist())
-        return dict(alphas=alphas, steps=2000, weight_decay=0.3, time_steps=15_000)
+    QUICK = dict(
+        alphas=tuple(np.geomspace(0.1, 31.6, 9).round(4).tolist()), steps=2000,
+        weight_decay=0.3, time_steps=15_000,
+    )  # fmt: skip
 
     def compute(self) -> xr.Dataset:
         rule, errors, tasks = self.rule(self.steps, self.batch_size), {}, {}
         for loss in ("cross_entropy", "squared"):
-            task = with_level(self.task(self.samples, loss=loss), self.threshold)
-            errors[loss] = 1 - held(task, self.alphas, rule, self.store(f"_{loss}"))
+            task = scans.with_level(self.task(self.samples, loss=loss), self.threshold)
+            errors[loss] = 1 - scans.held(
+                task, self.alphas, rule, self.store(f"_{loss}")
+            )
             tasks[loss] = task
         lanes = [
-            lane(self.start, self.weight_decay),
-            lane(self.start, hold=True),
-            lane(1.0, self.weight_decay, share=0.2),
+            scans.lane(self.start, self.weight_decay),
+            scans.lane(self.start, hold=True),
+            scans.lane(1.0, self.weight_decay, share=0.2),
         ]
         rule = self.rule(self.time_steps, self.batch_size)
-        runs = scan(tasks["cross_entropy"], lanes, rule, self.store())
-        axes = {"loss": list(errors), "part": list(PARTS), "scale": list(self.alphas)}
+        runs = scans.scan(tasks["cross_entropy"], lanes, rule, self.store())
+        axes = {
+            "loss": list(errors),
+            "part": list(scans.PARTS),
+            "scale": list(self.alphas),
+        }
         runs = runs.assign(error=(tuple(axes), np.array(list(errors.values()))))
         return runs.assign_coords(axes).assign_attrs(
             squared=tasks["squared"].truth.title
@@ -389,7 +379,7 @@ class MNCE(Images):
         )  # fmt: skip
         return [
             check("zone", width[0] / width[1], "> 1", sentence),
-            *delay_rows(large, controls),
+            *scans.delay_rows(large, controls),
             *mnist_rows(data, wanted),
         ]
 
@@ -399,10 +389,10 @@ class MNCE(Images):
         for ax, loss, title in zip(axes, data.loss.values, titles, strict=False):
             title = f"{loss.replace('_', ' ')}: {title}"
             errors = data.error.sel(loss=loss).values
-            draw_landscape(ax, data.scale.values, errors, title)
+            scans.draw_landscape(ax, data.scale.values, errors, title)
         runs = runs_of(data)
-        draw(axes[2], runs, data.attrs["title"])
-        draw_norms(axes[3], runs)
+        scans.draw(axes[2], runs, data.attrs["title"])
+        scans.draw_norms(axes[3], runs)
         return {"mn_ce": fig}
 
 
@@ -439,28 +429,28 @@ class MNR(Images):
     steps: int = 10_000
     batch_size: int | None = 100
 
-    def quick_changes(self) -> dict[str, Any]:
-        messiness = (0.0, 0.25, 0.5, 0.75, 1.0)
-        return dict(messiness=messiness, alphas=(0.5, 1.0, 2.0, 4.0), steps=1000)
+    QUICK = dict(
+        messiness=(0.0, 0.25, 0.5, 0.75, 1.0), alphas=(0.5, 1.0, 2.0, 4.0), steps=1000
+    )
 
     def compute(self) -> xr.Dataset:
         task = self.task(min(self.samples, self.available()))
         rule = self.rule(self.steps, self.batch_size)
         ends = [
-            held(messy(task, m), self.alphas, rule, self.store(f"_m={m:g}"))
+            scans.held(messy(task, m), self.alphas, rule, self.store(f"_m={m:g}"))
             for m in self.messiness
         ]
-        axes = {"messiness": self.messiness, "part": PARTS, "alpha": self.alphas}
+        axes = {"messiness": self.messiness, "part": scans.PARTS, "alpha": self.alphas}
         axes = {name: list(values) for name, values in axes.items()}
         data = xr.Dataset({"loss": (tuple(axes), np.array(ends))}, axes)
-        return data.assign_attrs(named(task))
+        return data.assign_attrs(scans.named(task))
 
     def judge(self, data: xr.Dataset) -> list[Row]:
         test = data.loss.sel(part="test").values
         good = int(np.argmin(test[-1]))  # best on plain images
         column = test[:, good]
         ratio = float(column.max() / max(column.min(), 1e-12))
-        apart = {p: np.ptp(data.loss.sel(part=p).values[:, good]) for p in PARTS}
+        apart = {p: np.ptp(data.loss.sel(part=p).values[:, good]) for p in scans.PARTS}
         both = apart["test"] / max(apart["train"], 1e-12)
         alpha = data.alpha.values[good]
         sentence = f"α = {alpha:.3g}: largest over least test loss, over m"
@@ -471,7 +461,7 @@ class MNR(Images):
 
     def draw(self, data: xr.Dataset) -> dict[str, Figure]:
         fig, axes = panels(2)
-        for ax, part in zip(axes, PARTS, strict=True):
+        for ax, part in zip(axes, scans.PARTS, strict=True):
             values = np.log10(data.loss.sel(part=part).values + 1e-12)
             sides = data.alpha.values, data.messiness.values
             cells(ax, *sides, values, label=r"$\log_{10}$ loss")

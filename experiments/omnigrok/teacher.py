@@ -84,8 +84,7 @@ class TSL(Teacher):
     t1: float = 3e4
     """The time to which the flow runs at each norm."""
 
-    def quick_changes(self) -> dict[str, Any]:
-        return dict(steps=3000)
+    QUICK = dict(steps=3000)
 
     def compute(self) -> xr.Dataset:
         task, adam = self.task(), dict(self.rule)
@@ -210,9 +209,8 @@ class TST(Teacher):
     steps: int = 100_000
     """At most, of AdamW; less where slow time comes to 1.5 before."""
 
-    def quick_changes(self) -> dict[str, Any]:
-        # Those whose law comes to an end in so many steps.
-        return dict(steps=15_000, gammas=(0.3, 1.0))
+    # Those whose law comes to an end in so many steps.
+    QUICK = dict(steps=15_000, gammas=(0.3, 1.0))
 
     @property
     def shown(self) -> list[tuple[float, float, int]]:

@@ -52,9 +52,8 @@ class TSTheory(Teacher):
     slow_time: float = 0.8
     """How far to run, s = λt."""
 
-    def quick_changes(self) -> dict[str, Any]:
-        # So few samples tell less of the teacher, and later.
-        return dict(order=2, width=20, samples=30, alphas=(3.0,), slow_time=2.0)
+    # So few samples tell less of the teacher, and later.
+    QUICK = dict(order=2, width=20, samples=30, alphas=(3.0,), slow_time=2.0)
 
     def compute(self) -> xr.Dataset:
         each = [self.at(alpha) for alpha in bar(self.alphas, "alphas")]

@@ -45,9 +45,7 @@ class Addition(Settings):
     learning_rate: float = 1e-3
     precision: Literal["single", "double"] = "single"
 
-    def quick_changes(self) -> dict[str, Any]:
-        """A smaller network, on fewer numbers and more of their pairs."""
-        return dict(modulus=31, fraction=0.7, width=64, hidden=128)
+    QUICK = dict(modulus=31, fraction=0.7, width=64, hidden=128)
 
     @property
     def title(self) -> str:
@@ -116,8 +114,7 @@ class MAN(Addition):
     weight_decay: float = 1.0
     steps: int = 15_000
 
-    def quick_changes(self) -> dict[str, Any]:
-        return super().quick_changes() | dict(steps=3000)
+    QUICK = Addition.QUICK | dict(steps=3000)
 
     def compute(self) -> xr.Dataset:
         return self.train(
@@ -151,8 +148,7 @@ class MAC(Addition):
     comes to 89 % of the test samples at 0.8, and 250 steps late at 1."""
     steps: int = 1000
 
-    def quick_changes(self) -> dict[str, Any]:
-        return super().quick_changes() | dict(alpha=0.9)
+    QUICK = Addition.QUICK | dict(alpha=0.9)
 
     def compute(self) -> xr.Dataset:
         return self.train(
@@ -188,9 +184,7 @@ class MAW(Addition):
     slow_time: float = 12.0
     """How far each run goes: learning rate times γ times steps."""
 
-    def quick_changes(self) -> dict[str, Any]:
-        scan = dict(gammas=(1.0, 2.0, 4.0), seeds=2, slow_time=4.0)
-        return super().quick_changes() | scan
+    QUICK = Addition.QUICK | dict(gammas=(1.0, 2.0, 4.0), seeds=2, slow_time=4.0)
 
     def compute(self) -> xr.Dataset:
         return self.train(
@@ -232,10 +226,9 @@ class MAR(Addition):
     alphas: tuple[float, ...] = (0.4, 0.8, 1.6, 3.2)
     steps: int = 3000
 
-    def quick_changes(self) -> dict[str, Any]:
-        fractions = (0.2, 0.4, 0.6, 0.8)
-        scan = dict(fractions=fractions, alphas=(0.5, 1.0, 2.0), steps=600)
-        return super().quick_changes() | scan
+    QUICK = Addition.QUICK | dict(
+        fractions=(0.2, 0.4, 0.6, 0.8), alphas=(0.5, 1.0, 2.0), steps=600
+    )
 
     def compute(self) -> xr.Dataset:
         runs = self.train(

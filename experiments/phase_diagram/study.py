@@ -19,8 +19,9 @@ from matplotlib.figure import Figure
 
 import gradflow as gf
 
-from ..shared.command import bar, Distributed, parse_weight_decay, Settings
+from ..shared.command import Distributed, parse_weight_decay, Settings
 from ..shared.figures import between, SIZE
+from ..shared.record import table
 from ..shared.rows import check, Row
 
 Name = Literal["diagonal", "teacher_student"]
@@ -65,9 +66,7 @@ class PhaseDiagram(Settings):
     processes: tyro.conf.OmitArgPrefixes[Distributed] = Distributed()
     """Share the runs with other processes."""
 
-    def quick_changes(self) -> dict[str, Any]:
-        """A coarse diagram, in a minute or two."""
-        return dict(weight_decay=("1e-1:1e-5:5",), scales=4, seeds=2)
+    QUICK = dict(weight_decay=("1e-1:1e-5:5",), scales=4, seeds=2)
 
     @property
     def lams(self) -> np.ndarray:
@@ -108,21 +107,18 @@ class PhaseDiagram(Settings):
 
     def predicted(self, name: str) -> xr.Dataset:
         """The times that theory gives, NaN where it gives none."""
-        lams, scales, seeds = self.lams, self.init_scales(name), range(self.seeds)
-        shape = (len(seeds), len(scales), len(lams))
-        out = {key: np.full(shape, np.nan) for key in ("train", "test")}
-        for i, seed in enumerate(bar(seeds, f"{name}: theory")):
+
+        def cell(seed: int, scale: float) -> dict[str, Any]:
             flow, model, metrics = problem(seed, name=name)
-            for j, scale in enumerate(scales):
-                theory = gf.two_phase(
-                    flow, gf.scaled(model, scale), slow_time=CASES[name].slow_time,
-                    metrics=metrics, order=self.order, throw=False,
-                )  # fmt: skip
-                for k, lam in enumerate(lams):
-                    for key, values in out.items():
-                        values[i, j, k] = theory.crossing_time(key, float(lam)).time
-        dims = ("seed", "init_scale", "weight_decay")
-        return xr.Dataset({key: (dims, values) for key, values in out.items()})
+            theory = gf.two_phase(
+                flow, gf.scaled(model, scale), slow_time=CASES[name].slow_time,
+                metrics=metrics, order=self.order, throw=False,
+            )  # fmt: skip
+            time = lambda key, lam: theory.crossing_time(key, float(lam)).time
+            return {k: [time(k, lam) for lam in self.lams] for k in ("train", "test")}
+
+        axes = {"seed": range(self.seeds), "init_scale": self.init_scales(name)}
+        return table(axes, cell, f"{name}: theory")
 
     def judge(self, data: xr.Dataset) -> list[Row]:
         return [row for name, each in self.cases(data) for row in rows(name, each)]

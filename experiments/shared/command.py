@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import matplotlib
@@ -29,6 +29,9 @@ from .rows import Row
 class Settings(abc.ABC):
     """Of every experiment, which has three verbs: it computes arrays, judges them, and
     draws them."""
+
+    QUICK: ClassVar[dict[str, Any]] = {}
+    """The settings that `quick` changes; none where it acts in another way."""
 
     seed: int = 0
     """Of the data and the start."""
@@ -54,17 +57,13 @@ class Settings(abc.ABC):
     def draw(self, data: xr.Dataset) -> dict[str, Figure]:
         """Figures of them, by name."""
 
-    def quick_changes(self) -> dict[str, Any]:
-        """The settings that `quick` changes; none where it acts in another way."""
-        return {}
-
     def effective(self) -> Self:
         """What is run: with the changes of `quick`, if it is asked for, of all settings
         that are at their defaults."""
         if not self.quick:
             return self
         default = {field.name: field.default for field in dataclasses.fields(self)}
-        changes = self.quick_changes().items()
+        changes = self.QUICK.items()
         free = {k: v for k, v in changes if getattr(self, k) == default[k]}
         return dataclasses.replace(self, **free)
 

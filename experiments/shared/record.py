@@ -3,17 +3,20 @@ the summary of both."""
 
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 import math
 import os
 import pickle
 import platform
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import xarray as xr
+from tqdm.auto import tqdm
 
 from .rows import Row
 
@@ -40,6 +43,23 @@ def variables(prefix: str = "", **arrays: Any) -> xr.Dataset:
     values = {f"{prefix}{name}": np.asarray(value) for name, value in arrays.items()}
     dims = lambda name, value: [f"{name}_{k}" for k in range(value.ndim)]
     return xr.Dataset({name: (dims(name, v), v) for name, v in values.items()})
+
+
+def table(
+    axes: Mapping[str, Sequence[Any]], cell: Callable[..., Mapping[str, Any]], name: str
+) -> xr.Dataset:
+    """What `cell` gives for every combination of values of the axes: numbers, or arrays
+    with dimensions of their own."""
+    found: dict[str, list[Any]] = {}
+    combined = list(itertools.product(*axes.values()))
+    for values in tqdm(combined, desc=name, leave=False):
+        for key, value in cell(*values).items():
+            found.setdefault(key, []).append(np.asarray(value))
+    shape = tuple(map(len, axes.values()))
+    whole = {k: np.stack(v).reshape(*shape, *v[0].shape) for k, v in found.items()}
+    own = lambda k, v: [f"{k}_{i}" for i in range(v.ndim - len(shape))]
+    arrays = {k: ((*axes, *own(k, v)), v) for k, v in whole.items()}
+    return xr.Dataset(arrays, {k: list(v) for k, v in axes.items()})
 
 
 def pack(**values: Any) -> xr.Dataset:

@@ -200,16 +200,6 @@ def with_times(
     return data
 
 
-def lines(runs: Sequence[Trained]) -> str:
-    """A line for each run: when it learnt, and what was recorded last."""
-    show = lambda run: ", ".join(f"{k} {v[-1]:.3g}" for k, v in run.arrays.items())
-    return "\n".join(
-        f"  {words(run.lane)}: memorised {run.memorised:g}, grokked {run.grokked:g}; "
-        f"at the end {show(run)}"
-        for run in runs
-    )
-
-
 def reached(runs: xr.Dataset, name: str, level: float = 0.95) -> np.ndarray:
     """The first saved step at which an accuracy is at the level, for every run; `inf`
     where there is none."""

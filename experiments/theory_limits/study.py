@@ -62,10 +62,10 @@ class TheoryLimits(Settings):
     """Weight decays: numbers, or ranges such as 1e-2:1e-6:9 (evenly in the logarithm);
     1e-2:1e-5:4 if quick."""
 
-    def quick_changes(self) -> dict[str, Any]:
-        """Fewer tasks, weight decays and initial scales; the same checks."""
-        few = tuple(name for name in CASES if name != "completion")
-        return dict(tasks=few, weight_decay=("1e-2:1e-5:4",))
+    QUICK = dict(
+        tasks=tuple(name for name in CASES if name != "completion"),
+        weight_decay=("1e-2:1e-5:4",),
+    )
 
     def names(self) -> tuple[str, ...]:
         unknown = [name for name in self.tasks if name not in CASES]

@@ -4,7 +4,7 @@ Each takes a `Run` and returns numbers and arrays, by names.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -84,30 +84,22 @@ def all_of(parts: Mapping[str, Callable[..., Numbers]], *args: Any) -> xr.Datase
     return out
 
 
-def found(data: xr.Dataset, part: str) -> SimpleNamespace | str | None:
-    """What a part measured, with the name of the task; or why it was not; None where
-    it was not asked for."""
-    names = [name for name in map(str, data) if name.startswith(f"{part}.")]
-    numbers = {n.removeprefix(f"{part}."): data[n].values[()] for n in names}
-    if "failed" in numbers:
-        return str(numbers["failed"])
-    return SimpleNamespace(**numbers, task=data.attrs["task"]) if numbers else None
+def parts(data: xr.Dataset) -> Iterator[tuple[str, SimpleNamespace | str]]:
+    """What was measured, part by part, with the name of the task; or why it was not."""
+    each: dict[str, dict[str, Any]] = {}
+    for name in map(str, data):
+        part, _, key = name.partition(".")
+        if key:
+            each.setdefault(part, {})[key] = data[name].values[()]
+    for part, numbers in each.items():
+        whole = SimpleNamespace(**numbers, task=data.attrs["task"])
+        yield part, str(numbers["failed"]) if "failed" in numbers else whole
 
 
 def of_task(name: str, make: Callable[..., gf.tasks.Task]) -> dict[str, Any]:
     """The parts of a task."""
-    parts: list[Any] = list(THEORY)
-    if name != "teacher_student":
-        parts.append(end_point)
-    if name == "linear_regression":
-        parts.append(linear)
-    elif name != "teacher_student":
-        parts.append(invariant)
-    if name == "fourier_diagonal":
-        parts.append(fourier)
-    if "completion" in name:
-        parts.append(completion)
-    named = {part.__name__: part for part in parts}
+    measured = [*THEORY, *OWN.get(name, ())]
+    named = {part.__name__: part for part in measured}
     if name == "fourier_diagonal":
         named["initial_scale"] = lambda run: initial_scale(run, make)
     return named
@@ -428,3 +420,11 @@ def count_kinks(task: gf.tasks.Task, model: Any, apart: float = 0.04) -> int:
 
 
 THEORY = (fast_phase, slow_phase, derivative, matching, limits, widths, onset)
+OWN = {
+    "linear_regression": (linear, end_point),
+    "diagonal_network": (end_point, invariant),
+    "fourier_diagonal": (end_point, fourier, invariant),
+    "matrix_completion": (end_point, completion, invariant),
+    "completion_rank3": (end_point, completion, invariant),
+    "deep_linear": (end_point, invariant),
+}

@@ -195,21 +195,3 @@ def relu(found: Any) -> list[Row]:
               f"of the function, {before} at first, at {where}"),
         check("balance law", found.balance, "≤ 1e-3", f"to {where}: error/‖Δ(0)‖"),
     ]  # fmt: skip
-
-
-PARTS = (
-    fast_phase,
-    slow_phase,
-    derivative,
-    matching,
-    limits,
-    widths,
-    onset,
-    linear,
-    end_point,
-    invariant,
-    fourier,
-    initial_scale,
-    completion,
-    relu,
-)

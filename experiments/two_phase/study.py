@@ -36,16 +36,7 @@ TASKS: dict[str, Callable[..., gf.tasks.Task]] = {
     "deep_linear": gf.tasks.deep_linear,
     "relu_1d": gf.tasks.relu_1d,
 }
-Name = Literal[
-    "linear_regression",
-    "diagonal_network",
-    "fourier_diagonal",
-    "matrix_completion",
-    "completion_rank3",
-    "teacher_student",
-    "deep_linear",
-    "relu_1d",
-]
+Name = Literal[*TASKS]  # pyright: ignore[reportInvalidTypeForm]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +63,7 @@ class TwoPhase(Settings):
     processes: tyro.conf.OmitArgPrefixes[Distributed] = Distributed()
     """Share the runs of the store with other processes."""
 
-    def quick_changes(self) -> dict[str, Any]:
-        return dict(saves=65)
+    QUICK = dict(saves=65)
 
     def folder(self, name: str) -> str:
         return self.task
@@ -141,16 +131,9 @@ class TwoPhase(Settings):
         return data.assign_attrs(task=self.task, text=str(report))
 
     def judge(self, data: xr.Dataset) -> list[Row]:
-        return [row for part in rows.PARTS for row in self._rows(part, data)]
-
-    def _rows(self, part: Callable[..., list[Row]], data: xr.Dataset) -> list[Row]:
-        """Those of a part; none where it was not measured."""
-        found = measure.found(data, part.__name__)
-        if found is None:
-            return []
-        if isinstance(found, str):
-            return [Row(part.__name__, np.nan, "", False, found)]
-        return attempt(part, found)
+        return [
+            row for name, found in measure.parts(data) for row in judged(name, found)
+        ]
 
     def draw(self, data: xr.Dataset) -> dict[str, Figure]:
         shown, truth = unpack(data, "shown"), unpack(data, "truth")
@@ -189,6 +172,13 @@ class TwoPhase(Settings):
         return data.assign_attrs(task=self.task, text=str(path))
 
 
+def judged(part: str, found: Any) -> list[Row]:
+    """The rows of a part that was measured; one that fails, if it was not."""
+    if isinstance(found, str):
+        return [Row(part, np.nan, "", False, found)]
+    return attempt(getattr(rows, part), found)
+
+
 def arrived(path: gf.Path) -> gf.Path:
     """The part of a path that was reached."""
     n = int(np.sum(np.isfinite(np.asarray(path.train_loss))))
@@ -210,43 +200,27 @@ def collapse(report: gf.Report) -> Figure:
 
 def dataset(report: gf.Report) -> xr.Dataset:
     """All lanes, labelled, with the drift beside them."""
-    sweep, theory, lanes = report.sweep, report.theory, ("weight_decay", "time")
-    drift, eta = theory.drift, np.asarray(theory.smallest_curvature)
+    sweep, theory = report.sweep, report.theory
+    lanes, drift = ("weight_decay", "time"), report.theory.drift
     each = ("sup_error", "sup_error_regular", "sup_error_slow", "memorisation_time")
     each += ("grokking_time", "predicted_memorisation_time", "predicted_grokking_time")
     arrays = {
-        "t": (lanes, sweep.t),
-        "slow_time": (lanes, sweep.slow_time),
-        "train_loss": (lanes, sweep.train_loss),
-        "penalty": (lanes, sweep.penalty),
         "error": (lanes, report.error),
         "drift_error": (lanes, report.drift_error),
-        **{f"metric_{k}": (lanes, v) for k, v in sweep.metrics.items()},
         **{name: ("weight_decay", getattr(report, name)) for name in each},
-        **{name: ("weight_decay", sweep.stats[name]) for name in ("steps", "rejected")},
-        "succeeded": ("weight_decay", sweep.succeeded),
         "rate_used": ("weight_decay", report.rate.used),
         "rate": ((), report.rate.exponent),
         "regular_until": ((), report.regular_until),
         "rank": ((), theory.spectrum.rank),
         "dimension": ((), theory.spectrum.dimension),
+        "drift_time": ("drift_time", drift.t),
         "drift_penalty": ("drift_time", drift.penalty),
-        "smallest_curvature": ("drift_time", eta),
+        "smallest_curvature": ("drift_time", theory.smallest_curvature),
         **{f"drift_metric_{k}": ("drift_time", v) for k, v in drift.metrics.items()},
     }
-    out = xr.Dataset(
-        {name: (dims, np.asarray(v)) for name, (dims, v) in arrays.items()},
-        coords={
-            "weight_decay": np.asarray(sweep.weight_decay),
-            "time": np.arange(sweep.t.shape[1]),
-            "drift_time": np.asarray(drift.t),
-        },
-        attrs={
-            "why_this_rate": report.rate.why,
-            "theory_result": gf.RESULTS[theory.result],
-        },
-    )
-    out["t"].attrs["long_name"] = "time t"
-    out["slow_time"].attrs["long_name"] = "slow time s = lambda t"
+    out = sweep.to_xarray().drop_attrs()
+    out = out.assign({k: (dims, np.asarray(v)) for k, (dims, v) in arrays.items()})
+    out.attrs["why_this_rate"] = report.rate.why
+    out.attrs["theory_result"] = gf.RESULTS[theory.result]
     out["error"].attrs["long_name"] = "error of the composite prediction over |Phi|"
-    return out.set_coords(["t", "slow_time"])
+    return out
