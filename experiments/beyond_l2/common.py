@@ -1,6 +1,7 @@
 """Sparse recovery: settings, descents and flows, and traces of linear models."""
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from matplotlib.figure import Figure
 
 import gradflow as gf
 
-from ..shared.command import Settings
+from ..shared.command import bar, Settings
 from ..shared.figures import COLOURS, finish, marks, panels
 from ..shared.rows import Row
 
@@ -62,6 +63,26 @@ def flow(task: gf.tasks.Task, beta: float, ts: Any, rtol: float = 1e-8) -> gf.Pa
 
 def flow_times(t1: float, saves: int) -> np.ndarray:
     return np.concatenate([[0.0], np.geomspace(1e-2, t1, saves)])
+
+
+def of_pairs(
+    task: gf.tasks.Task, alphas: Any, betas: Any, length: Callable[[float, float], int],
+    most: int, at: Callable[[int], np.ndarray], method: str = "subgradient",
+) -> xr.Dataset:  # fmt: skip
+    """t₂ and the last error of descents of a length, for every α and β. Pairs that
+    would take more than so many steps are left out, and named."""
+    rows, left_out = [], []
+    for beta, alpha in bar(itertools.product(betas, alphas), "descents"):
+        if (count := length(alpha, beta)) > most:
+            left_out.append((alpha, beta))
+            continue
+        path = descend(task, alpha, beta, at(count), method)
+        t2 = path.crossing_time("test") / alpha
+        rows.append((alpha, beta, t2, float(path.metrics["test"][-1])))
+    if left_out:
+        print(f"left out, above {most:.1e} steps: {left_out}")
+    columns = zip(("alpha", "beta", "t2", "last"), np.array(rows).T, strict=True)
+    return xr.Dataset({name: ("descent", values) for name, values in columns})
 
 
 def unless(rows: list[Row], gate: Any) -> list[Row]:

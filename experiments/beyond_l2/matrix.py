@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 import gradflow as gf
 
-from ..shared.command import bar, Settings
+from ..shared.command import Settings
 from ..shared.figures import COLOURS, finish, marks, panels
 from ..shared.record import table, variables
 from ..shared.rows import (
@@ -29,7 +29,7 @@ from ..shared.rows import (
     spread,
 )
 from ..shared.runs import steps_until
-from .common import descend
+from .common import descend, of_pairs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,20 +231,10 @@ class MF2(Matrices):
         task = self.task()
         probe = self.descend(task, 1.5, 1e-3, round(100 / 1.5e-3))
         s2 = probe.crossing_time("test") * 1e-3
-        rows, left_out = [], []
-        pairs = [(a, b) for b in self.betas for a in self.alphas]
-        for alpha, beta in bar(pairs, "descents"):
-            count = round(1.3 * s2 / (alpha * beta)) + 100
-            if count > self.max_steps:
-                left_out.append((alpha, beta))
-                continue
-            path = self.descend(task, alpha, beta, count)
-            t2 = path.crossing_time("test") / alpha
-            rows.append((alpha, beta, t2, float(path.metrics["test"][-1])))
-        if left_out:
-            print(f"left out, above {self.max_steps:.1e} steps: {left_out}")
-        columns = zip(("alpha", "beta", "t2", "last"), np.array(rows).T, strict=True)
-        data = known(task.truth).assign({k: ("descent", v) for k, v in columns})
+        length = lambda a, b: round(1.3 * s2 / (a * b)) + 100
+        at = lambda count: steps_until(count, 193, dense=20)
+        pairs = (task, self.alphas, self.betas, length, self.max_steps, at)
+        data = known(task.truth).merge(of_pairs(*pairs, self.method))
         # The recovery error at s = 100, for some β.
         betas = np.geomspace(1e-4, 1e-1, 7)[1 if self.quick else 0 :]
         ends = [self.descend(task, 1.5, b, round(100 / (1.5 * b))) for b in betas]

@@ -10,7 +10,6 @@ from matplotlib.figure import Figure
 
 import gradflow as gf
 
-from ..shared.command import bar
 from ..shared.figures import COLOURS, finish, panels
 from ..shared.record import table, variables
 from ..shared.rows import check, relative, Row
@@ -116,33 +115,26 @@ class CS4(Sparse):
     steps: int = 10**6
 
     def compute(self) -> xr.Dataset:
-        samples = self.samples[1:7:2] if self.quick else self.samples
-        at, each = steps_until(self.steps, 257), []
-        for n in bar(samples, "N"):
+        at = steps_until(self.steps, 257)
+
+        def cell(n: int) -> dict[str, Any]:
             one = self.task(samples=n)
-            task, truth = padded(one, self.features), one.truth
-            path = descend(task, self.alpha, self.beta, at)
+            truth = one.truth
+            path = descend(padded(one, self.features), self.alpha, self.beta, at)
             a, fit = np.asarray(path.params.weights), np.asarray(truth.least_squares())
-            on = np.asarray(truth.target != 0)
-            sizes = lambda a, on=on: [
-                np.linalg.norm(a[..., m], axis=-1) for m in (on, ~on)
-            ]
-            recovers = truth.recovers_target()
-            goal = truth.target if recovers else truth.end_point()
-            each.append(
-                xr.Dataset(
-                    {
-                        "size": (("part", "time"), sizes(a)),
-                        "fit": ("part", sizes(fit)),
-                        "target": np.linalg.norm(np.asarray(truth.target)),
-                        "nearest_to_fit": min(relative(w, fit) for w in a),
-                        "end": relative(a[-1], goal),
-                        "recovers": recovers,
-                    },
-                    {"step": ("time", at), "part": ["on", "off"]},
-                )
-            )
-        return xr.concat(each, "N").assign_coords(N=list(samples))
+            on, recovers = np.asarray(truth.target != 0), truth.recovers_target()
+            norm = lambda a, part: np.linalg.norm(a[..., part], axis=-1)
+            return {
+                "norms": [norm(a, on), norm(a, ~on)],
+                "fit": [norm(fit, on), norm(fit, ~on)],
+                "target": np.linalg.norm(np.asarray(truth.target)),
+                "nearest_to_fit": min(relative(w, fit) for w in a),
+                "end": relative(a[-1], truth.target if recovers else truth.end_point()),
+                "recovers": recovers,
+            }
+
+        samples = self.samples[1:7:2] if self.quick else self.samples
+        return table({"N": samples}, cell, "N").assign(step=("norms_1", at))
 
     def judge(self, data: xr.Dataset) -> list[Row]:
         near, last = data.nearest_to_fit.values, data.end.values
@@ -163,11 +155,9 @@ class CS4(Sparse):
         fig, (ax, off) = panels(2)
         for i, colour in zip(range(data.sizes["N"]), COLOURS * 2, strict=False):
             one = data.isel(N=i)
-            ax.plot(
-                *one["size"].values, color=colour, lw=1.4, label=f"N = {int(one.N)}"
-            )
+            ax.plot(*one.norms.values, color=colour, lw=1.4, label=f"N = {int(one.N)}")
             ax.plot(*one.fit.values, "s", color=colour)
-            off.plot(one.step[1:], one["size"][1, 1:], color=colour)
+            off.plot(one.step[1:], one.norms[1, 1:], color=colour)
         ax.plot(data.target.values[-1], 0, "k*", ms=12, label="$a^*$")
         words = "$\\|a_I\\|$ and $\\|a_{I^c}\\|$ (squares: least squares)"
         finish(ax, words, "on the support", "off the support", log="")

@@ -22,6 +22,7 @@ from .common import (
     flow,
     flow_times,
     METHODS,
+    of_pairs,
     Sparse,
     story,
     timed,
@@ -216,6 +217,13 @@ class CS2(Sparse):
             for beta in bar(more, "flows")
         ]
         t2 = np.array([path.crossing_time("test") for path in flows])
+        s2 = float(np.nanmin(t2 * more))
+        length = lambda a, b: round(max(1.25 * s2 / (a * b), 3e3 / a))
+        most, at = (
+            self.max_steps // (20 if self.quick else 1),
+            lambda n: steps_until(n, 257),
+        )
+        descents = of_pairs(task, self.alphas, self.betas, length, most, at)
         data = variables(
             basis_pursuit=relative(truth.end_point(), truth.target),
             recovers=truth.recovers_target(),
@@ -223,32 +231,12 @@ class CS2(Sparse):
             **self.memorisation(task),
             **self.oscillation(task),
         )
-        return data.merge(self.descents(task, float(np.nanmin(t2 * more)))).assign(
+        return data.merge(descents).assign(
             flow_beta=("flow", more),
             flow_t2=("flow", t2),
             flow_floor=("flow", [float(path.metrics["test"][-1]) for path in flows]),
             lasso_bias=("flow", [relative(truth.lasso(b), truth.target) for b in more]),
         )
-
-    def descents(self, task: gf.tasks.Task, s2: float) -> xr.Dataset:
-        """t₂ and the last error of descents, for every α and β."""
-        most = self.max_steps // (20 if self.quick else 1)
-        rows, left_out = [], []
-        pairs = [(a, b) for b in self.betas for a in self.alphas]
-        for alpha, beta in bar(pairs, "descents"):
-            length = max(1.25 * s2 / (alpha * beta), 3e3 / alpha)
-            if length > most:
-                left_out.append((alpha, beta))
-                continue
-            path = descend(task, alpha, beta, steps_until(round(length), 257))
-            t2 = path.crossing_time("test") / alpha
-            rows.append((alpha, beta, t2, float(path.metrics["test"][-1])))
-        if left_out:
-            print(f"left out, above {most:.1e} steps: {left_out}")
-        columns = zip(
-            ("alpha", "beta", "t2", "last_error"), np.array(rows).T, strict=True
-        )
-        return xr.Dataset({name: ("descent", values) for name, values in columns})
 
     def memorisation(self, task: gf.tasks.Task) -> dict[str, Any]:
         """t₁ against α and β: descents of 200 time units, every step kept."""
@@ -318,7 +306,7 @@ class CS2(Sparse):
             axes[0].plot(
                 (alpha * beta)[on], data.t2[on], "o", color=colour, label=label
             )
-            axes[1].plot(beta[on], data.last_error[on], "o", color=colour, ms=4)
+            axes[1].plot(beta[on], data["last"][on], "o", color=colour, ms=4)
         span = np.geomspace((alpha * beta).min(), 1e-4, 9)
         axes[0].plot(span, s2 / span, "k--", lw=1, label="flow: constant/(αβ)")
         axes[1].plot(more, data.flow_floor, "k-", lw=1, label="flow")

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from . import record
 from .figures import label_few
-from .rows import Row
+from .rows import attempt, Row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Study:
         data = record.kept(out / "arrays.nc")
         told = json.loads(data.attrs["run"])
         config = config.as_told(told["settings_run"])
-        rows, figures = config.judge(data), {}
+        rows, figures = attempt(config.judge, data), {}
         told = {"experiment": name or self.name, "claim": claim, **told}
         summary = record.summary(told, data, rows)
         if not again or config.rejudge:

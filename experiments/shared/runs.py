@@ -28,9 +28,10 @@ def words(lane: Lane, *, latex: bool = False) -> str:
     shown = [name for name in SYMBOLS if name in lane]
     if held := lane.get("hold", False):
         shown.remove("gamma")
-    numbers = [f"{sign(name)} = {float(lane[name]):g}" for name in shown]
-    first = [PENALTIES[lane["penalty"]] if latex else lane["penalty"]]
-    return ", ".join(first * ("penalty" in lane) + numbers + ["norm held"] * held)
+    parts = [f"{sign(name)} = {float(lane[name]):g}" for name in shown]
+    if "penalty" in lane:
+        parts.insert(0, PENALTIES[lane["penalty"]] if latex else lane["penalty"])
+    return ", ".join(parts + ["norm held"] * bool(held))
 
 
 PENALTIES = {
