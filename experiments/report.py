@@ -5,6 +5,7 @@
 """
 
 import json
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -82,7 +83,8 @@ def filled(text: str) -> str:
 def record(folder: Path) -> None:
     """Keeps the rows of a run, from its summary."""
     told = json.loads((folder / "summary.json").read_text())
-    study, *words = told["command"].partition("experiments.")[2].split()
+    words = told["command"].partition("experiments.")[2]
+    study, *words = re.sub(r" --out \S+", "", words).split()
     name = "_".join(word.strip("-") for word in words) or told["experiment"]
     rows = [
         {

@@ -64,14 +64,14 @@ def train_grid(
     known = PENALTIES | (penalties or {})
     norms = {f"norm_{name}": norm for name, norm in NORMS.items()}
 
-    def problem(penalty: str) -> tuple:
-        flow = gf.GradientFlow(task.loss, penalty=single(known[penalty]))
+    def problem(kind: str) -> tuple:
+        flow = gf.GradientFlow(task.loss, penalty=single(known[kind]))
         return flow, task.model, {**task.metrics, **norms}
 
     batches: dict[str, Any] = {}
     if batch_size is not None:
         batches = dict(batch_size=batch_size, key=jr.key(seed + 1000))
-    axes = dict(alpha="learning_rate", beta="weight_decay")
+    axes = dict(penalty="kind", alpha="learning_rate", beta="weight_decay")
     at = lambda lane: save_steps(steps, every)
     runs = train(problem, lanes, store, at, axes, optimiser=optax.adam, **batches)
     runs = runs.drop_vars("norm").rename(penalty_value="value")

@@ -112,7 +112,7 @@ class Study:
         again = config.rejudge or config.redraw
         claim = " ".join((type(config).__doc__ or "").split())
         print(f"{name or self.name}: {claim}", flush=True)
-        if not again and not _compute(config, out / "arrays.nc"):
+        if not again and not self._compute(config, out / "arrays.nc"):
             return {}
         data = record.kept(out / "arrays.nc")
         told = json.loads(data.attrs["run"])
@@ -135,26 +135,24 @@ class Study:
         )
         return summary
 
-
-def _compute(config: Settings, path: Path) -> bool:
-    """Computes and stores the arrays; whether this is the process that does."""
-    wall, work = time.perf_counter(), time.process_time()
-    mine = config.effective()
-    data = mine.compute()
-    if data is None:
-        return False
-    data.attrs["run"] = json.dumps(
-        {
+    def _compute(self, config: Settings, path: Path) -> bool:
+        """Computes and stores the arrays; whether this is the process that does."""
+        wall, work = time.perf_counter(), time.process_time()
+        mine = config.effective()
+        data = mine.compute()
+        if data is None:
+            return False
+        command = ["python", "-m", f"experiments.{self.name}", *sys.argv[1:]]
+        told = {
             "settings": config.told(),
             "settings_run": mine.told(),
             "seconds": round(time.perf_counter() - wall, 1),
             "cpu_seconds": round(time.process_time() - work, 1),
             "versions": record.versions(),
-            "command": shlex.join(["python", *sys.argv]),
+            "command": shlex.join(command),
         }
-    )
-    record.keep(data, path)
-    return True
+        record.keep(data.assign_attrs(run=json.dumps(told)), path)
+        return True
 
 
 def save(figures: dict[str, Figure], out: Path) -> None:

@@ -2,7 +2,9 @@
 the summary of both."""
 
 import dataclasses
+import importlib
 import importlib.metadata
+import io
 import itertools
 import json
 import math
@@ -62,12 +64,29 @@ def table(
     return xr.Dataset(arrays, {k: list(v) for k, v in axes.items()})
 
 
+class _Pickler(pickle.Pickler):
+    """Knows JAX's own functions, which are compiled ones, by their names."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        name = getattr(obj, "__name__", None)
+        for module in (jax.numpy, jax.nn):
+            if isinstance(name, str) and getattr(module, name, None) is obj:
+                return _named, (module.__name__, name)
+        return NotImplemented
+
+
+def _named(module: str, name: str) -> Any:
+    return getattr(importlib.import_module(module), name)
+
+
 def pack(**values: Any) -> xr.Dataset:
     """Paths, reports, tasks: whole objects as variables, in bytes. (They are read by
     the version that has written them.)"""
-    return variables(
-        **{k: np.frombuffer(pickle.dumps(v), np.int8) for k, v in values.items()}
-    )
+    out = {}
+    for name, value in values.items():
+        _Pickler(buffer := io.BytesIO()).dump(value)
+        out[name] = np.frombuffer(buffer.getvalue(), np.int8)
+    return variables(**out)
 
 
 def unpack(data: xr.Dataset, name: str) -> Any:

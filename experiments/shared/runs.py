@@ -74,6 +74,9 @@ def trained(
 AXES = dict(alpha="init_scale", gamma="weight_decay")
 """What `gf.sweep` calls the symbols of a lane."""
 
+OPTIONS = ("init_scale", "learning_rate", "weight_decay")
+"""Those that are arguments of it; others are of the problem."""
+
 
 def train(
     problem: Callable[..., Any],
@@ -88,7 +91,7 @@ def train(
 
     **Arguments:** as for `trained`, and
 
-    - `axes`: names of `gf.sweep` for values of a lane; the others are of the problem.
+    - `axes`: what `gf.sweep` calls the values of a lane.
 
     **Returns:** all that is recorded, of dimensions run and time, with the values of
     the lanes; NaN after the end of a run.
@@ -102,7 +105,7 @@ def train(
             for k in lanes[0]
             if k != "share"
         }
-        own = {k: columns.pop(k) for k in list(columns) if k not in axes.values()}
+        own = {k: columns.pop(k) for k in list(columns) if k not in OPTIONS}
         zipped = [(*own, *columns)]
         runs = trained(
             problem,
@@ -112,8 +115,8 @@ def train(
             **({"axes": own} if own else {}),
             **{"weight_decay": 0.0, **columns, **options},
         )
+        runs = runs.drop_vars([*own, *columns], errors="ignore")
         runs = runs.rename({next(d for d in runs.step.dims if d != "time"): "run"})
-        runs = runs.drop_vars([name for name in (*own, *columns) if name in runs])
         found |= {i: runs.isel(run=k) for k, i in enumerate(group)}
     most = max(run.sizes["time"] for run in found.values())
     full = lambda run: run.pad(time=(0, most - run.sizes["time"]))

@@ -104,7 +104,7 @@ class TheoryLimits(Settings):
         for (name, scale), report in reports.items():
             if scale == USUAL:
                 rows += attempt(accuracy, name, report)
-            if scale != USUAL or len(of_task(reports, name)) == 1:
+            if scale in of_task(reports, name):
                 rows += attempt(times, name, scale, report)
         return rows
 
