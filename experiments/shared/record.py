@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
 import jax
 import numpy as np
 import xarray as xr
@@ -79,12 +80,21 @@ def _named(module: str, name: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
+def _picklable(leaf: Any) -> bool:
+    try:
+        _Pickler(io.BytesIO()).dump(leaf)
+    except Exception:  # as of functions without a name, and of what holds them
+        return False
+    return True
+
+
 def pack(**values: Any) -> xr.Dataset:
-    """Paths, reports, tasks: whole objects as variables, in bytes. (They are read by
-    the version that has written them.)"""
+    """Paths, reports, tasks: whole objects as variables, in bytes, but for leaves that
+    cannot be kept. (They are read by the version that has written them.)"""
     out = {}
     for name, value in values.items():
-        _Pickler(buffer := io.BytesIO()).dump(value)
+        kept = eqx.filter(value, lambda leaf: eqx.is_array(leaf) or _picklable(leaf))
+        _Pickler(buffer := io.BytesIO()).dump(kept)
         out[name] = np.frombuffer(buffer.getvalue(), np.int8)
     return variables(**out)
 
