@@ -3,28 +3,23 @@
 import dataclasses
 import json
 import math
-import pathlib
-import sys
 
 import equinox as eqx
 import jax
 import jax.random as jr
 import numpy as np
 import pytest
+from matplotlib import pyplot as plt
 from numpy.testing import assert_allclose, assert_array_equal
-
-FOLDER = pathlib.Path(__file__).parents[1] / "experiments"
-sys.path.insert(0, str(FOLDER))
 
 pytest.importorskip("tyro")
 xr = pytest.importorskip("xarray")
-import common  # noqa: E402
-import omnigrok as script  # noqa: E402
-import omnigrok_teacher as teacher  # noqa: E402
-import omnigrok_theory as theory  # noqa: E402
-import omnigrok_transformer as transformer  # noqa: E402
+from verbs import finished, verbs  # noqa: E402
 
 import gradflow as gf  # noqa: E402
+from experiments.omnigrok import STUDY, teacher, theory, transformer  # noqa: E402
+from experiments.shared import figures, rows  # noqa: E402
+from experiments.shared.record import kept  # noqa: E402
 
 TINY = dict(modulus=5, fraction=0.6, width=8, hidden=8)
 
@@ -38,39 +33,34 @@ def relaxed():
 
 def test_every_row_has_a_command():
     names = "ts-l ts-t ts-theory ma-n ma-c ma-w ma-r".split()
-    assert set(names) <= script.EXPERIMENTS.keys()
+    assert set(names) <= STUDY.experiments.keys()
     # The defaults are the paper's.
-    config = script.parse(["ts-t", "--seed", "3"])
+    config = STUDY.parse(["ts-t", "--seed", "3"])
     assert isinstance(config, teacher.TST) and config.seed == 3
     assert (config.width, config.samples, config.steps) == (100, 100, 100_000)
     assert config.learning_rate == 3e-4 and config.gammas[0] == 0.03
-    config = script.parse(["ma-n"])
+    config = STUDY.parse(["ma-n"])
     assert isinstance(config, transformer.MAN)
     assert (config.modulus, config.fraction, config.weight_decay) == (113, 0.3, 1.0)
     assert config.learning_rate == 1e-3 and config.effective() == config
     # A smaller one says so.
-    config = script.parse(["ma-n", "--quick"]).effective()
+    config = STUDY.parse(["ma-n", "--quick"]).effective()
     assert config.modulus < 113 and "small" in config.title
 
 
-def finished(store):
-    """When each run of a store was written."""
-    return {p: p.stat().st_mtime_ns for p in (store / "chunks").glob("*/zarr.json")}
-
-
 def test_a_run_is_stored_and_read_again(tmp_path):
-    config = transformer.Addition(**TINY, out=tmp_path)
+    config = transformer.MAN(**TINY, out=tmp_path)
     at = np.arange(61)  # as a run of 60 steps below, whose program it shares
     options = dict(at=at, weight_decay=1.0, axes={"alpha": [1.0]})
-    one = config.train("", **options)
+    one = config.train(**options)
     when = finished(tmp_path / "runs.zarr")
     assert one.sizes == {"alpha": 1, "time": 61} and len(when) == 1
     assert_array_equal(one.step.values, at[None])
-    assert config.train("", **options).identical(one)
+    assert config.train(**options).identical(one)
     assert finished(tmp_path / "runs.zarr") == when
     # One of other settings is not taken for it.
     with pytest.raises(ValueError, match="holds another sweep:\n  weight_decay: 1.0"):
-        config.train("", **{**options, "weight_decay": 2.0})
+        config.train(**{**options, "weight_decay": 2.0})
     # It is the run that a descent makes, to the rounding of single precision.
     flow, model, metrics = config.problem(hold_norm=False)
     bare = {"test_loss": metrics.pop("test_loss")}
@@ -93,7 +83,7 @@ def test_a_run_is_stored_and_read_again(tmp_path):
     # What has left the finite range is no result.
     wild = dataclasses.replace(config, learning_rate=1e30, out=tmp_path / "wild")
     with pytest.raises(RuntimeError, match="1 runs left the finite range"):
-        wild.train("", **options)
+        wild.train(**options)
 
 
 def norm_of(model):
@@ -104,39 +94,40 @@ def norm_of(model):
 def test_addition_is_judged(tmp_path):
     """A network that only memorises fails, and its files are there."""
     config = transformer.MAN(**TINY, steps=60, out=tmp_path)
-    summary = script.main(config)
-    assert [row["name"] for row in summary["checks"]] == ["P3-MA-N"] * 4
-    assert "settings_run" not in summary
-    data = xr.open_dataset(tmp_path / "arrays.nc", engine="scipy")
-    step = summary["test"] or math.inf
+    summary = STUDY.main(config)
+    names = [row["name"] for row in summary["checks"]]
+    assert names == ["train", "norm", "norm", "test"]
+    assert summary["settings_run"] == summary["settings"]
+    data = kept(tmp_path / "arrays.nc")
+    step = summary["checks"][3]["value"] or math.inf
     assert summary["checks"][3]["ok"] == (step <= 1e4)
     norm = data.norm.values[0]
     assert_allclose(summary["checks"][1]["value"], norm.max() / norm[0])
-    data.close()
     assert (tmp_path / "curves.png").stat().st_size > 10_000
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
 
 
 def test_held_norms_and_scans(tmp_path):
-    held = transformer.MAC(**TINY, steps=60, out=tmp_path / "c").run()
-    norm = held.data.norm.values[0]
+    held, *_ = verbs(transformer.MAC(**TINY, steps=60, out=tmp_path / "c"))
+    norm = held.norm.values[0]
     assert_allclose(norm, norm[0], rtol=1e-5)
     task = gf.tasks.modular_transformer(jr.key(0), **TINY)
     assert_allclose(norm[0], 0.8 * norm_of(task.model), rtol=1e-6)
     config = transformer.MAW(
         **TINY, gammas=(1.0, 1.25), seeds=2, slow_time=0.25, out=tmp_path / "w"
     )
-    scan = config.run()
-    assert scan.data.steps.shape == (2, 2, 2) and scan.numbers["steps"] == 900
+    scan, judged, _ = verbs(config)
+    assert scan.step.shape[:2] == (2, 2) and scan.steps_in_all == 900
+    assert [each.shape for _, each in transformer.times_of(scan)] == [(2, 2)] * 2
     assert len(finished(tmp_path / "w" / "runs.zarr")) == 4
     # Nobody generalises in so few steps: no slope, and that is no success.
-    assert [row.ok for row in scan.checks[1::2]] == [False, False]
+    assert [row.ok for row in judged[1::2]] == [False, False]
     # Of 15 pairs both, so that they share a program.
     config = transformer.MAR(
         **TINY, fractions=(0.6, 0.62), alphas=(0.5, 1.0, 2.0), steps=60, out=tmp_path
     )
-    found = config.run()
-    assert found.data.test.shape == (2, 3) and found.checks[0].ok is False
+    found, (row,), _ = verbs(config)
+    assert found.test.shape == (2, 3) and row.ok is False
 
 
 def test_where_increasing_values_cross():
@@ -165,7 +156,7 @@ def test_shapes_are_judged():
     scale = 10 ** np.linspace(-1, 1, 11)
     low = np.where(scale > 0.5, 9e-6, 1.0)
     u = 1e-4 * np.exp(8 * np.log(scale) ** 2)
-    judged = lambda *args: [row.ok for row in teacher.shape_rows("", "", *args)]
+    judged = lambda *args: [row.ok for row in teacher.shape_rows("", *args)]
     assert judged(landscape(low, u)) == [True, True, True]
     high = np.where(scale > 0.5, 1.1e-5, 1.0)
     assert judged(landscape(high, u)) == [False, True, True]
@@ -178,7 +169,7 @@ def test_shapes_are_judged():
 def test_scans_are_judged():
     gamma = np.array([0.03, 0.1, 0.3, 1.0])
     times = np.stack([np.full(4, 100.0), 2000 / gamma], axis=1)
-    judged = lambda t: [r.ok for r in teacher.scan_rows("", "", gamma, t, "γ")]
+    judged = lambda t: [r.ok for r in teacher.scan_rows("", gamma, t, "γ")]
     assert judged(times) == [True, True]
     assert judged(times * [[1, 1], [1, 1], [1, 1], [1.3, 1]]) == [False, True]
     assert judged(times * np.stack([np.ones(4), gamma**0.5], axis=1)) == [True, False]
@@ -189,7 +180,7 @@ def test_scans_are_judged():
 def test_step_then_rescale_goes_over_into_the_flow():
     task = gf.tasks.teacher_mlp(jr.key(1), width=5, samples=6, init_scale=1.0)
     rates, apart = teacher.agreement(task, t1=2.0)
-    assert abs(common.law(rates, apart) - 1) < 0.1 and apart[-1] < 1e-2
+    assert abs(rows.law(rates, apart) - 1) < 0.1 and apart[-1] < 1e-2
 
 
 def test_the_error_of_most():
@@ -209,34 +200,28 @@ def test_the_error_of_most():
 def test_predictions_are_judged():
     lams = np.array([1e-4, 1e-5, 1e-6])
     measured = 0.5 / lams
-    good = theory.Predicted(
+    good = theory.predicted(
+        lams,
         measured=measured,
         predicted=np.stack([1.01 * measured, 1.001 * measured]) * [np.nan, 1.0, 1.0],
-        errors=np.zeros(3),
         valid=np.array([0.1, 0.6, 0.7]),
-        lams=lams,
-        drift=(lams, lams),
-        paths=[],
-        text="",
-        seconds={},
-    )
-    assert [row.ok for row in good.rows(2.0)] == [True, None, True, True]
-    assert good.order == 2 and good.styles == ("--", "-")
-    assert good.rows(2.0)[1].value == pytest.approx(0.01)
-    off = dataclasses.replace(good, predicted=good.predicted * 1.05)
-    assert [row.ok for row in off.rows(2.0)] == [True, None, False, True]
-    first = dataclasses.replace(good, predicted=good.predicted[:1])
-    assert [row.ok for row in first.rows(2.0)] == [True, True, True]
-    assert first.order == 1 and first.styles == ("-",)
-    silent = dataclasses.replace(good, predicted=good.predicted * np.nan)
-    assert [row.ok for row in silent.rows(2.0)] == [False, None, False, True]
-    never = dataclasses.replace(silent, measured=np.nan * measured)
-    assert [row.ok for row in never.rows(2.0)] == [None, None, None, True]
+    ).assign_coords(alpha=2.0)
+    judged = lambda data: [row.ok for row in theory.prediction_rows(data)]
+    assert judged(good) == [True, None, True, True]
+    assert theory.prediction_rows(good)[1].value == pytest.approx(0.01)
+    off = good.assign(predicted=good.predicted * 1.05)
+    assert judged(off) == [True, None, False, True]
+    assert judged(good.isel(order=[0])) == [True, True, True]
+    silent = good.assign(predicted=good.predicted * np.nan)
+    assert judged(silent) == [False, None, False, True]
+    never = silent.assign(measured=good.measured * np.nan)
+    assert judged(never) == [None, None, None, True]
     # Nothing is to be told where theory does not hold, by it or by what is measured.
-    bold = dataclasses.replace(good, valid=np.array([0.1, 0.6, 0.4]))
-    assert [row.ok for row in bold.rows(2.0)] == [True, None, True, False]
-    early = dataclasses.replace(bold, predicted=0.7 * good.predicted)
-    assert early.rows(2.0)[-1].ok is False and early.rows(2.0)[-1].value == 1
+    bold = good.assign(valid=("lam", [0.1, 0.6, 0.4]))
+    assert judged(bold) == [True, None, True, False]
+    early = bold.assign(predicted=0.7 * good.predicted)
+    last = theory.prediction_rows(early)[-1]
+    assert last.ok is False and last.value == 1
 
 
 def test_a_small_start_is_compared_with_a_large_one_that_generalises():
@@ -246,14 +231,14 @@ def test_a_small_start_is_compared_with_a_large_one_that_generalises():
 
     quick, late, never = made([1.0] * 10), made([0.0] * 9 + [1.0]), made([0.0] * 10)
     six = {(0.5, 0.03): quick, (2.0, 0.0): never, (2.0, 0.03): late}
-    judged = lambda runs: [r.ok for r in teacher.panel_rows("", runs, 0.03)]
+    judged = lambda runs: [r.ok for r in teacher.panel_rows(runs, 0.03)]
     assert judged(six) == [True, True]
     assert judged({**six, (2.0, 0.03): never}) == [True, False]
 
 
 def test_quick_runs_tell_what_was_run(tmp_path):
     """What is asked for beside it counts, and the summary has both."""
-    given = script.parse(["ma-r", "--quick", "--steps", "3", "--modulus", "5"])
+    given = STUDY.parse(["ma-r", "--quick", "--steps", "3", "--modulus", "5"])
     run = given.effective()
     assert (run.steps, run.modulus, run.width) == (3, 5, 64)
     assert run.fractions == (0.2, 0.4, 0.6, 0.8) and run.effective() == run
@@ -262,7 +247,7 @@ def test_quick_runs_tell_what_was_run(tmp_path):
     config = transformer.MAC(
         modulus=5, fraction=0.6, width=8, quick=True, steps=10, out=tmp_path
     )
-    summary = script.main(config)
+    summary = STUDY.main(config)
     assert summary["settings"]["alpha"] == 0.8 and summary["settings"]["hidden"] == 512
     ran = summary["settings_run"]
     ran = [ran[key] for key in ("alpha", "hidden", "width", "steps")]
@@ -271,13 +256,13 @@ def test_quick_runs_tell_what_was_run(tmp_path):
 
 @pytest.mark.parametrize("last", [0.7, 0.9])
 def test_names_of_marks_stay_on_the_axes(last):
-    fig, (ax,) = common.panels(1, columns=1)
+    fig, (ax,) = figures.panels(1, columns=1)
     ax.plot([1, 10_000], [0, 1])
-    common.finish(ax, "title", log="x")
-    common.marks(ax, {"first": 10.0, "last": 10 ** (4 * last)})
+    figures.finish(ax, "title", log="x")
+    figures.marks(ax, {"first": 10.0, "last": 10 ** (4 * last)})
     sides = [text.get_horizontalalignment() for text in ax.texts]
     assert sides == ["right", "left" if last < 0.8 else "right"]
-    common.plt.close(fig)
+    plt.close(fig)
 
 
 # Whole commands, on next to nothing
@@ -293,14 +278,13 @@ def test_landscapes_from_start_to_end(tmp_path, monkeypatch):
     config = teacher.TSL(
         **NEXT_TO_NOTHING, scales=3, steps=20, t1=1.0, quick=True, out=tmp_path
     )
-    summary = script.main(config)
+    summary = STUDY.main(config)
     assert len(summary["checks"]) == 7 and summary["settings_run"]["steps"] == 20
     assert summary["checks"][-1]["ok"]
-    data = xr.open_dataset(tmp_path / "arrays.nc", engine="scipy")
+    data = kept(tmp_path / "arrays.nc")
     assert data.train_loss.shape == (2, 3)
     norm = data.norm.values
     assert_allclose(norm, norm[0, 1] * np.array([[0.1, 1, 10]] * 2), rtol=1e-5)
-    data.close()
     assert (tmp_path / "ts_l.png").stat().st_size > 10_000
 
 
@@ -310,10 +294,10 @@ def test_scans_of_the_teacher_from_start_to_end(tmp_path, monkeypatch):
         **NEXT_TO_NOTHING, gammas=(0.3, 1.0), lams=(1e-2,), seeds=1, steps=40, seed=3,
         learning_rate=0.05, out=tmp_path,
     )  # fmt: skip
-    summary = script.main(config)
-    data = xr.open_dataset(tmp_path / "arrays.nc", engine="scipy")
-    assert data.steps.shape == (1, 2, 2) and data.seed.values.tolist() == [3]
-    data.close()
+    summary = STUDY.main(config)
+    data = kept(tmp_path / "arrays.nc")
+    assert data.predicted.shape == (1, 2, 2) and data["of"].values.tolist() == [3]
+    assert config.times(data).shape == (1, 2, 2) and data.sizes["run"] == 6
     assert (tmp_path / "scan.png").stat().st_size > 10_000
     # In so few steps nobody generalises, and that is no success.
     slope = [row for row in summary["checks"] if "0 of 2 runs" in row["sentence"]]
@@ -321,10 +305,9 @@ def test_scans_of_the_teacher_from_start_to_end(tmp_path, monkeypatch):
     # Those whose slow time comes to 1.5 before are shorter; all are read again.
     when = {k: finished(tmp_path / f"runs_{k}.zarr") for k in (30, 40)}
     assert [len(files) for files in when.values()] == [2, 4]
-    runs = config.adamw([(0.5, 1.0, 3), (2.0, 1.0, 3)])
+    assert set(config.compute().step.max("time").values) == {30, 40}
     assert {k: finished(tmp_path / f"runs_{k}.zarr") for k in when} == when
-    assert [int(run.step[-1]) for run in runs.values()] == [30, 30]
-    start = [float(run.norm[0]) for run in runs.values()]
+    start = [float(teacher.select(data, a, 1.0, 3).norm[0]) for a in (0.5, 2.0)]
     assert_allclose(start[1], 4 * start[0])
 
 
@@ -334,30 +317,28 @@ def test_theory_of_the_teacher_is_written(tmp_path, monkeypatch):
     lams = np.array([1e-6, 1e-7])
 
     def made(config, alpha):
-        return theory.Predicted(
+        return theory.predicted(
+            lams,
             measured=0.5 / lams,
             predicted=np.stack([0.502 / lams, 0.5 / lams])[: config.order],
-            errors=np.zeros(2),
             valid=np.array([0.7, 0.8]),
-            lams=lams,
-            drift=(np.array([0.0, 0.1, 1.0]), np.array([0.1, 0.1, 1e-4])),
-            paths=[],
-            text="",
-            seconds={},
+            drift=[[0.0, 0.1, 1.0], [0.1, 0.1, 1e-4]],
+            slow_time=np.ones((2, 3)),
+            test=np.ones((2, 3)),
         )
 
     monkeypatch.setattr(theory.TSTheory, "at", made)
     for order, legend in (1, ["order 1"]), (2, ["order 1", "order 2"]):
         out = theory.TSTheory(lams=(1e-6, 1e-7), order=order, out=tmp_path)
-        summary = script.main(out)
+        summary = STUDY.main(out)
         assert summary["failed"] == 0
-        with xr.open_dataset(tmp_path / "arrays.nc", engine="scipy") as data:
-            assert data.predicted.dims == ("alpha", "order", "lam")
-            assert data.order.values.tolist() == list(range(1, order + 1))
-        fig = theory.figure("title", (1e-6, 1e-7), {2.0: made(out, 2.0)})
+        data = kept(tmp_path / "arrays.nc")
+        assert data.predicted.dims == ("alpha", "order", "lam")
+        assert data.order.values.tolist() == list(range(1, order + 1))
+        fig = theory.figure("title", data)
         texts = [text.get_text() for text in fig.axes[1].get_legend().get_texts()]
         assert [t[11:] for t in texts if t.startswith("predicted")] == legend
-        common.plt.close(fig)
+        plt.close(fig)
 
 
 def test_landscapes_are_drawn():
@@ -372,4 +353,4 @@ def test_landscapes_are_drawn():
         len(fig.axes) == 3
         and "slope 1.00" in last.get_legend().get_texts()[0].get_text()
     )
-    common.plt.close(fig)
+    plt.close(fig)

@@ -3,8 +3,6 @@ process; and what its criteria make of made-up runs."""
 
 import dataclasses
 import math
-import pathlib
-import sys
 
 import jax
 import jax.random as jr
@@ -12,18 +10,15 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "experiments"))
 pytest.importorskip("tyro")
 xr = pytest.importorskip("xarray")
 pytest.importorskip("sklearn")
-import omnigrok as script  # noqa: E402
-import omnigrok_addition as addition  # noqa: E402
-import omnigrok_data as data  # noqa: E402
-import omnigrok_images as images  # noqa: E402
-import omnigrok_scans as scans  # noqa: E402
-import runs  # noqa: E402
+from verbs import finished, verbs  # noqa: E402
 
 import gradflow as gf  # noqa: E402
+from experiments.omnigrok import addition, data, images, scans, STUDY  # noqa: E402
+from experiments.shared import runs  # noqa: E402
+from experiments.shared.record import kept  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -36,16 +31,16 @@ def relaxed(monkeypatch):
 
 def test_every_row_has_a_command_with_the_papers_settings():
     names = "ad ad-t mn-g mn-l mn-w mn-ce mn-r im qm"
-    assert set(names.split()) <= script.EXPERIMENTS.keys()
-    mn = script.parse(["mn-g", "--seed", "3"])
+    assert set(names.split()) <= STUDY.experiments.keys()
+    mn = STUDY.parse(["mn-g", "--seed", "3"])
     assert (mn.samples, mn.width, mn.alpha, mn.weight_decay) == (1000, 200, 8, 0.01)
     assert (mn.steps, mn.batch_size, mn.learning_rate) == (10**5, 200, 1e-3)
     assert mn.seed == 3
-    im = script.parse(["im"])
+    im = STUDY.parse(["im"])
     assert (im.alpha, im.weight_decay, im.learning_rate) == (6, 1, 3e-4)
-    qm = script.parse(["qm"])
+    qm = STUDY.parse(["qm"])
     assert (qm.alpha, qm.weight_decay, qm.molecules) == (3, 0, 100)
-    ad = script.parse(["ad"])
+    ad = STUDY.parse(["ad"])
     assert (len(ad.alphas), len(ad.messiness), ad.steps) == (20, 21, 15_000)
 
 
@@ -57,26 +52,26 @@ def trained(alpha, memorised, grokked, *, hold=False, test=0.5, end=1.0):
     steps = np.array([0, 10, 100, 1000, 10_000])
     norm = np.geomspace(alpha, end, 5)
     arrays = {"test": np.full(5, test), "train": np.ones(5), "norm": norm}
-    lane = scans.Lane(alpha, 0.0 if hold else 0.1, hold=hold)
-    return scans.Trained(lane, steps, arrays, memorised, grokked)
+    lane = scans.lane(alpha, 0.0 if hold else 0.1, hold=hold)
+    return runs.Trained(lane, steps, arrays, memorised, grokked)
 
 
 def test_a_delay_is_judged_with_its_controls():
     late, at_once = trained(8, 100, 1000), trained(1, 100, 50)
     never = trained(8, 100, math.inf, hold=True)
-    rows = scans.delay_rows("row", late, [at_once, never])
+    rows = scans.delay_rows(late, [at_once, never])
     assert [row.ok for row in rows] == [True, True, True]
     assert rows[0].value == 10 and "steps 1000 and 100" in rows[0].sentence
     early, control = trained(8, 100, 999), trained(1, 10, 100)
     blind = trained(8, math.inf, math.inf, hold=True)
-    rows = scans.delay_rows("row", early, [control, blind])
+    rows = scans.delay_rows(early, [control, blind])
     assert [row.ok for row in rows] == [False, False, None]
-    assert not scans.delay_rows("row", never, [])[0].ok
+    assert not scans.delay_rows(never, [])[0].ok
     # Never to generalise is right at a large held norm only, and takes time to show.
     small = trained(1, 100, math.inf, hold=True)
     free = trained(8, 100, math.inf)
     short = trained(8, 1001, math.inf, hold=True)
-    rows = scans.delay_rows("row", late, [small, free, short])
+    rows = scans.delay_rows(late, [small, free, short])
     assert [row.ok for row in rows] == [True, False, False, None]
     assert "too early" in rows[3].sentence
 
@@ -93,7 +88,7 @@ def test_a_delay_is_judged_with_its_controls():
 )
 def test_an_l_and_a_u(train, test, verdicts):
     scales = np.geomspace(0.1, 10, 5)
-    rows = scans.lu_rows("row", scales, np.array(train), np.array(test))
+    rows = scans.lu_rows(scales, np.array(train), np.array(test))
     assert [row.ok for row in rows] == verdicts
 
 
@@ -101,34 +96,40 @@ def test_the_law_of_weight_decay_is_judged():
     gamma = np.geomspace(0.01, 1, 5)
     within = gamma >= 0.09
     times = 30 / gamma
-    inside, *outside = images.decay_rows("row", gamma, times, within)
+    inside, *outside = images.decay_rows(gamma, times, within)
     assert inside.ok and inside.value == pytest.approx(-1)
     assert [row.ok for row in outside] == [False, False]
     times[:2] = 300.0, math.inf
-    _, *outside = images.decay_rows("row", gamma, times, within)
+    _, *outside = images.decay_rows(gamma, times, within)
     assert [row.ok for row in outside] == [True, True]
     # All inside are to generalise, and there are to be three.
-    assert images.decay_rows("row", gamma, times, gamma >= 0.3)[0].ok is None
+    assert images.decay_rows(gamma, times, gamma >= 0.3)[0].ok is None
     times[4] = math.inf
-    assert images.decay_rows("row", gamma, times, within)[0].ok is False
+    assert images.decay_rows(gamma, times, within)[0].ok is False
     times[2:] = math.inf
-    (alone,) = images.decay_rows("row", gamma, times, within)
+    (alone,) = images.decay_rows(gamma, times, within)
     assert alone.ok is False
 
 
 def test_a_critical_number_of_samples():
     made = lambda times: [trained(9, 10, t) for t in times]
-    judge = lambda times: images.size_rows("row", [1, 2, 3], made(times))[0]
+
+    def judge_runs(each):
+        for n, run in enumerate(each, start=1):
+            run.lane["N"] = n
+        return images.size_rows(each)[0]
+
+    judge = lambda times: judge_runs(made(times))
     assert judge([math.inf, 900, 300]).ok
     assert not judge([math.inf, 300, 900]).ok
     assert not judge([1000, 900, 300]).ok
     assert not judge([math.inf, 300, math.inf]).ok
     # One that ends above the usual norm might have come to it.
     above = [trained(9, 10, math.inf, end=1.2), *made([900, 300])]
-    row = images.size_rows("row", [1, 2, 3], above)[0]
+    row = judge_runs(above)
     assert row.ok is None and "[1] ended above" in row.sentence
     learnt = [*made([math.inf, 900]), trained(9, 10, 300, end=1.2)]
-    assert images.size_rows("row", [1, 2, 3], learnt)[0].ok
+    assert judge_runs(learnt).ok
 
 
 def test_a_level_that_is_kept():
@@ -157,21 +158,21 @@ def test_edge_and_tip_of_the_plain():
     down, up = np.array([2.0, 3.0, 4.0]), np.array([4.0, 3.0, 2.0])
     sizes, four = (25, 35, 45, 54), np.array([up, down, down, up])
     tests = np.array([[0.5, 0.5, 2.0], [2.0, 0.5, 0.5], [0.5, 2.0, 2.0], [0.5] * 3])
-    rows = addition.tip_rows("row", sizes, m, four, tests)
+    rows = addition.tip_rows(sizes, m, four, tests)
     verdicts = [row.ok for row in rows]
     assert verdicts == [True, True, False, True, True, True, False, True]
     steep, flat = np.exp(m / np.tan(0.4)), np.exp(m / np.tan(1.0))
-    (row,), angles = addition.angle_rows("row", (25, 45), m, np.array([flat, steep]))
+    (row,), angles = addition.angle_rows((25, 45), m, np.array([flat, steep]))
     assert row.ok
     assert_allclose(angles, [1.0, 0.4])
-    assert not addition.angle_rows("row", (25, 45), m, np.array([steep, flat]))[0][0].ok
-    assert addition.angle_rows("row", (25,), m, np.array([flat]))[0][0].ok is None
+    assert not addition.angle_rows((25, 45), m, np.array([steep, flat]))[0][0].ok
+    assert addition.angle_rows((25,), m, np.array([flat]))[0][0].ok is None
     train = np.array([[1.0, 0.01, 0.01], [1.0, 0.02, 0.01], [1.0, 0.03, 0.02]])
     test = np.array([[1.0, 0.1, 0.1], [1.0, 0.3, 0.2], [1.0, 0.4, 0.3]])
-    (row,) = addition.spread_rows("row", 45, train, test, 0.05)
+    (row,) = addition.spread_rows(45, train, test, 0.05)
     assert row.ok and row.value == pytest.approx(15)
-    assert not addition.spread_rows("row", 45, train, train, 0.05)[0].ok
-    assert addition.spread_rows("row", 45, train, test, 1e-3)[0].ok is None
+    assert not addition.spread_rows(45, train, train, 0.05)[0].ok
+    assert addition.spread_rows(45, train, test, 1e-3)[0].ok is None
     assert_array_equal(addition.inside(train, test, 0.05), [0.1, 0.3, 0.4])
     assert np.isnan(addition.inside(train, test, 1e-3)).all()
 
@@ -186,12 +187,10 @@ def digits():
 
 def test_numbers_of_the_paper_are_judged_on_its_data_only(digits):
     run = trained(8, 2000, 5e4, test=0.25)
-    rows = images.grok_rows("row", digits, run)
+    rows = images.grok_rows(xr.Dataset(attrs=scans.named(digits)), run)
     assert [row.ok for row in rows] == [None] * 3
     assert all("scikit-learn digits" in row.sentence for row in rows)
-    truth = dataclasses.replace(digits.truth, data="MNIST")
-    mnist = dataclasses.replace(digits, truth=truth)
-    rows = images.grok_rows("row", mnist, run)
+    rows = images.grok_rows(xr.Dataset(attrs={"data": "MNIST"}), run)
     assert [row.ok for row in rows] == [True, True, False]
 
 
@@ -212,63 +211,51 @@ def test_images_from_start_to_end(tmp_path):
     config = images.MNG(
         samples=40, width=6, alpha=2.0, weight_decay=0.5, steps=60, out=tmp_path
     )
-    first = config.run()
-    files = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").iterdir()}
-    assert len(files) == 4 and not any("part" in p.name for p in files)
-    again = config.run()
-    assert all(p.stat().st_mtime_ns == when for p, when in files.items())
-    assert first.data.identical(again.data)
-    norm = first.data.norm.values
+    found, rows, figures = verbs(config)
+    stores = lambda: [finished(tmp_path / f"runs_{k}.zarr") for k in (12, 60)]
+    files = stores()
+    assert [len(each) for each in files] == [2, 2]
+    assert verbs(config)[0].identical(found) and stores() == files
+    norm = found.norm.values
     assert_allclose(norm[1], norm[1, 0], rtol=1e-5)  # held
     assert norm[0, -1] < 0.99 * norm[0, 0]
     assert_allclose(norm[0, 0], 2 * norm[2, 0], rtol=1e-6)
     # A fifth of the steps for the controls.
-    assert np.isnan(norm[2, -1]) and first.data.step.values[-1] == 60
-    figure = first.figures["mn_g"]
-    assert "scikit-learn digits, 40 for training" in figure.axes[0].get_title("left")
-    assert first.numbers["data"] == "scikit-learn digits"
-    assert sum(row.ok is None for row in first.checks) >= 3
+    assert np.isnan(norm[2, -1]) and found.step.values[0, -1] == 60
+    assert found.step.max("time").values.tolist() == [60, 60, 12, 12]
+    title = figures["mn_g"].axes[0].get_title("left")
+    assert "scikit-learn digits, 40 for training" in title
+    assert found.attrs["data"] == "scikit-learn digits"
+    assert sum(row.ok is None for row in rows) >= 3
     # With another rule it is not taken for what was trained.
-    stored = tmp_path / "runs" / "alpha=2_held.npz"
-    task, lane = runs.single(config.task(40)), scans.Lane(2.0, hold=True)
-    told = lambda steps: scans.fingerprint(task, config.rule(steps, 200))
-    assert runs.read(stored, told(60) | lane._asdict()) is not None
-    assert runs.read(stored, told(61) | lane._asdict()) is None
+    with pytest.raises(ValueError, match="holds another sweep"):
+        dataclasses.replace(config, learning_rate=1e-2).compute()
 
 
 def test_a_row_of_a_landscape_is_a_sweep_over_scales(tmp_path, digits):
     rule = scans.Rule(1e-2, 30)
     alphas = (0.5, 2.0)
-    ends = scans.held(digits, alphas, rule, tmp_path / "row")
-    assert ends["train"].shape == ends["test"].shape == (2,)
-    again = scans.held(digits, alphas, rule, tmp_path / "row")
-    assert_array_equal(again["train"], ends["train"])
-    (run,) = scans.scan(digits, [scans.Lane(2.0, hold=True)], rule, tmp_path)
-    assert run.arrays["test"][-1] == ends["test"][1]
+    ends = scans.held(digits, alphas, rule, tmp_path / "row.zarr")
+    assert ends.shape == (2, 2)
+    again = scans.held(digits, alphas, rule, tmp_path / "row.zarr")
+    assert_array_equal(again, ends)
+    data = scans.scan(
+        digits, [scans.lane(2.0, hold=True)], rule, tmp_path / "runs.zarr"
+    )
+    (run,) = runs.runs_of(data)
+    assert run.arrays["test"][-1] == ends[1, 1]
 
 
-def test_names_with_a_point_are_files_of_their_own(tmp_path, digits):
-    rule, alphas = scans.Rule(1e-2, 2), (1.0,)
+def test_lanes_are_stored_one_by_one(tmp_path, digits):
+    """So that an interrupted scan has lost one of them at most; and names with a point
+    in them are stores of their own."""
+    lanes = [scans.lane(2.0, decay) for decay in (0.1, 0.2)]
     for m in (0.05, 0.5):
-        task = images.messy(digits, m)
-        scans.held(task, alphas, rule, tmp_path / f"m={m:g}")
+        store = tmp_path / f"runs_m={m:g}.zarr"
+        scans.scan(images.messy(digits, m), lanes, scans.Rule(1e-2, 3), store)
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["m=0.05.npz", "m=0.5.npz"]
-
-
-def test_lanes_are_written_when_they_are_done(tmp_path, digits, monkeypatch):
-    """So that an interrupted scan has lost one of them at most."""
-    lanes, sweep = [scans.Lane(2.0, decay) for decay in (0.1, 0.2)], scans._sweep
-    files = lambda: sorted(path.name for path in tmp_path.iterdir())
-    there = []
-
-    def watched(*args, **options):
-        there.append(files())
-        return sweep(*args, **options)
-
-    monkeypatch.setattr(scans, "_sweep", watched)
-    scans.scan(digits, lanes, scans.Rule(1e-2, 3), tmp_path)
-    assert there == [[], [f"{lanes[0].file}.npz"]]
+    assert names == ["runs_m=0.05_3.zarr", "runs_m=0.5_3.zarr"]
+    assert [len(finished(tmp_path / name)) for name in names] == [2, 2]
 
 
 SMALL: dict = dict(width=6, batch_size=None)
@@ -282,7 +269,7 @@ SMALL: dict = dict(width=6, batch_size=None)
                 **SMALL, samples=(20,), times=(20, 40), alphas=(0.3, 1.0, 3.0),
                 steps=3, time_steps=20,
             ),
-            6, dict(samples=1, alpha=3, times=2),
+            6, dict(samples=1, scale=3, run=2),
         ),
         (images.MNW(**SMALL, samples=20, decays=(0.1, 1.0, 10.0), steps=20), 1,
          dict(run=3)),
@@ -306,40 +293,37 @@ SMALL: dict = dict(width=6, batch_size=None)
     ids=["mn-l", "mn-w", "mn-ce", "mn-r", "im"],
 )  # fmt: skip
 def test_commands_from_start_to_end(tmp_path, config, checks, sizes):
-    summary = script.main(dataclasses.replace(config, out=tmp_path))
+    summary = STUDY.main(dataclasses.replace(config, out=tmp_path))
     # So short a run neither learns nor counts as what the experiment is after.
     assert len(summary["checks"]) == checks and "MNIST" not in summary["data"]
     delays = [row for row in summary["checks"] if row["bound"].startswith("≥ 10")]
     assert not any(row["ok"] for row in delays)
-    with xr.open_dataset(tmp_path / "arrays.nc", engine="scipy") as arrays:
-        assert {name: arrays.sizes[name] for name in sizes} == sizes
+    arrays = kept(tmp_path / "arrays.nc")
+    assert {name: arrays.sizes[name] for name in sizes} == sizes
     (figure,) = tmp_path.glob("*.png")
     assert figure.stat().st_size > 10_000
-    assert any((tmp_path / "runs").rglob("*.npz"))
+    assert any(tmp_path.glob("runs*.zarr"))
 
 
 def test_maps_of_toy_addition(tmp_path):
     small = dict(sizes=(25,), alphas=(0.5, 1.0), messiness=(0.0, 0.2), steps=30)
     config = addition.AD(width=8, learning_rate=1e-2, out=tmp_path, **small)
-    first = config.run()
-    assert first.data.train.shape == (1, 2, 2)
-    assert first.data.messiness.values.tolist() == [0.0, 0.2]
-    chunks = lambda: {
-        p: p.stat().st_mtime_ns for p in tmp_path.glob("*.zarr/chunks/*/zarr.json")
-    }
-    there = chunks()
-    assert there and config.run().data.identical(first.data) and chunks() == there
+    first, *_ = verbs(config)
+    assert first.train.shape == (1, 2, 2)
+    assert first.messiness.values.tolist() == [0.0, 0.2]
+    there = finished(tmp_path / "runs.zarr")
+    assert there and config.compute().identical(first)
+    assert finished(tmp_path / "runs.zarr") == there
     # A map of other points is not taken for it.
     with pytest.raises(ValueError, match="holds another sweep"):
-        dataclasses.replace(config, alphas=(0.5, 1.0, 1.5)).run()
+        dataclasses.replace(config, alphas=(0.5, 1.0, 1.5)).compute()
 
 
 def test_times_of_the_reduced_dynamics(tmp_path):
     config = addition.ADT(
         angles=(0.9,), ratios=(1.0, 10.0), weight_decays=(0.01,), out=tmp_path
     )
-    found = config.run()
-    near, general, far = found.checks
+    near, general, far = verbs(config)[1]
     assert near.ok and general.ok and far.ok is None
     assert near.value < 0.05 and far.value > 0.2  # ten times off: the paper's is not it
 
@@ -350,39 +334,41 @@ def test_reviews():
     )
     task = config.task(16)
     assert "synthetic" in task.truth.title
-    rows = data.review_rows("row", task, trained(6, 100, 900), trained(1, 10, 10))
+    rows = data.review_rows(
+        scans.named(task)["data"], trained(6, 100, 900), trained(1, 10, 10)
+    )
     assert all(row.ok is None and "not judged" in row.sentence for row in rows)
 
 
 def test_molecules(tmp_path, monkeypatch):
     """The whole command but for the training, whose networks take long to compile."""
     pytest.importorskip("rdkit")
-    made = [
-        trained(2, 100, 1000),
-        trained(2, 100, math.inf, hold=True),
-        trained(1, 100, 48),
-    ]
     asked = []
 
-    def scan(task, lanes, rule, folder):
+    def scan(task, lanes, rule, store):
         asked.extend(lanes)
-        return made
+        run = {"test": (("run", "time"), np.full((3, 5), 0.5)),
+               "train": (("run", "time"), np.ones((3, 5))),
+               "norm": (("run", "time"), np.ones((3, 5))),
+               "step": (("run", "time"), [[0, 10, 100, 1000, 10_000]] * 3),
+               "memorised": ("run", [100.0] * 3),
+               "grokked": ("run", [1000.0, math.inf, 48.0])}  # fmt: skip
+        labels = {k: ("run", [lane[k] for lane in lanes]) for k in lanes[0]}
+        return xr.Dataset(run, labels, scans.named(task))
 
-    ends = dict(train=np.array([0.9, 0.01, 0.0]), test=np.array([0.9, 0.3, 0.8]))
+    ends = np.array([[0.9, 0.01, 0.0], [0.9, 0.3, 0.8]])
     monkeypatch.setattr(data, "scan", scan)
     monkeypatch.setattr(data, "held", lambda task, alphas, *rest: ends)
     config = data.QM(
         molecules=16, widths=(3, 2), sizes=(12,), alphas=(0.5, 1.0, 2.0), quick=True,
         out=tmp_path,
     )  # fmt: skip
-    summary = script.main(config)
-    assert [(lane.alpha, lane.weight_decay) for lane in asked] == [
-        (2.0, 0.01), (2.0, 0.0), (1.0, 0.01)
-    ]  # fmt: skip
+    summary = STUDY.main(config)
+    lanes = [(lane["alpha"], lane["gamma"], lane["hold"]) for lane in asked]
+    assert lanes == [(2.0, 0.01, 0), (2.0, 0.0, 1), (1.0, 0.01, 0)]
     verdicts = [row["ok"] for row in summary["checks"]]
     assert verdicts == [True, True, True, None, None, True, True]
     assert all("RDKit" in row["sentence"] for row in summary["checks"][3:5])
     assert summary["data"] == "enumerated molecules (RDKit)"
-    with xr.open_dataset(tmp_path / "arrays.nc", engine="scipy") as arrays:
-        assert arrays.error.shape == (1, 2, 3)
+    assert kept(tmp_path / "arrays.nc").held.shape == (1, 2, 3)
     assert (tmp_path / "qm.png").stat().st_size > 10_000

@@ -2,19 +2,16 @@
 
 import functools
 import json
-import pathlib
-import sys
 
 import numpy as np
 import pytest
 
-FOLDER = pathlib.Path(__file__).parents[1] / "experiments"
-sys.path.insert(0, str(FOLDER))
-
 pytest.importorskip("tyro")
 pytest.importorskip("zarr")
 xr = pytest.importorskip("xarray")
-import phase_diagram as script  # noqa: E402
+import gradflow as gf  # noqa: E402
+from experiments.phase_diagram import STUDY, study  # noqa: E402
+from experiments.shared.record import kept  # noqa: E402
 
 
 def curve(t, drop):
@@ -53,19 +50,19 @@ def test_what_is_said_of_a_run():
         },
     )
     theory = xr.Dataset({"train": (dims, column(2)), "test": (dims, column(3))})
-    data = script.times(runs, theory, script.Config())
-    said = [script.PHASES[k] for k in data.phase.values.ravel()]
+    data = study.with_phase(study.times(runs, theory), 0.05)
+    said = [list(study.PHASES)[k] for k in data.phase.values.ravel()]
     assert said == [c[4] for c in cases]
     np.testing.assert_allclose(data.delay.values[0, 0, -1], 999.0, rtol=0.03)
     runs["result"] += 1
-    assert (script.times(runs, theory, script.Config()).phase == 0).all()
+    assert (study.with_phase(study.times(runs, theory), 0.05).phase == 0).all()
 
 
 def test_a_small_diagram(tmp_path, monkeypatch):
-    tiny = functools.partial(script.gf.tasks.linear_regression, samples=3, dim=6)
-    study = script.Study(tiny, (2.0, 6.0), 3.0, "a line")
-    monkeypatch.setitem(script.STUDIES, "diagonal", study)
-    config = script.Config(
+    tiny = functools.partial(gf.tasks.linear_regression, samples=3, dim=6)
+    case = study.Case(tiny, (2.0, 6.0), 3.0, "a line")
+    monkeypatch.setitem(study.CASES, "diagonal", case)
+    config = study.PhaseDiagram(
         tasks=("diagonal",),
         weight_decay=("1e-2:1e-4:3",),
         scales=2,
@@ -73,14 +70,16 @@ def test_a_small_diagram(tmp_path, monkeypatch):
         order=1,
         out=tmp_path,
     )
-    summary = script.main(config)
+    summary = STUDY.main(config)
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
-    assert sum(summary["cells"]["diagonal"].values()) == 6
+    data = kept(tmp_path / "arrays.nc")
+    ((_, case),) = config.cases(data)
+    counts = np.bincount(case.phase.values.ravel(), minlength=6)
+    assert counts.sum() == 6
     # Of this task everything is known: where it groks theory says when.
-    assert summary["cells"]["diagonal"]["agree"] >= 3
-    assert summary["cells"]["diagonal"]["otherwise"] == 0
+    assert counts[5] >= 3 and counts[4] == 0
+    assert "0 grokked; theory differs" in summary["checks"][1]["sentence"]
     assert summary["failed"] == 0
     assert (tmp_path / "phase_diagram.png").stat().st_size > 10_000
-    data = xr.open_dataset(tmp_path / "arrays.nc", engine="scipy")
-    assert data.delay.dims == ("task", "seed", "init_scale", "weight_decay")
-    data.close()
+    assert data.delay.dims == ("task", "seed", "scale", "weight_decay")
+    np.testing.assert_allclose(data.init_scale, [[2.0, 6.0]])

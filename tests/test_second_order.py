@@ -49,7 +49,7 @@ def soft_labels():
     return flow, gf.models.TwoLayer(*drawn), 0.5
 
 
-# Of three layers of weights, and others: experiments/theory_limits.py.
+# Of three layers of weights, and others: experiments/theory_limits.
 PROBLEMS = {f.__name__: f for f in (diagonal, teacher_student, soft_labels)}
 
 

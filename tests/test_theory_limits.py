@@ -1,32 +1,29 @@
-"""experiments/theory_limits.py, on a small setting and in this process."""
+"""experiments/theory_limits, on a small setting and in this process."""
 
 import json
-import pathlib
-import sys
 
 import numpy as np
 import pytest
 
-FOLDER = pathlib.Path(__file__).parents[1] / "experiments"
-sys.path.insert(0, str(FOLDER))
-
 pytest.importorskip("tyro")
-xr = pytest.importorskip("xarray")
-import theory_limits as script  # noqa: E402
+pytest.importorskip("xarray")
+import gradflow as gf  # noqa: E402
+from experiments.shared.record import kept  # noqa: E402
+from experiments.theory_limits import STUDY, study  # noqa: E402
 
 
 def small(key, init_scale=1.0):
     options = dict(samples=4, dim=8, init_scale=init_scale)
-    return script.gf.tasks.linear_regression(key, **options)
+    return gf.tasks.linear_regression(key, **options)
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     out = tmp_path_factory.mktemp("theory_limits")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script, "CASES", {"linear": script.Case(small, 3.0, (1.0,))})
-        config = script.Config(weight_decay=("1e-2:1e-4:3",), out=out)
-        return out, script.main(config)
+        patch.setattr(study, "CASES", {"linear": study.Case(small, 3.0, (1.0,))})
+        config = study.TheoryLimits(weight_decay=("1e-2:1e-4:3",), out=out)
+        return out, STUDY.main(config)
 
 
 def test_order_two_and_grokking_times_are_checked(results):
@@ -47,12 +44,12 @@ def test_everything_is_written(results):
     out, _ = results
     for name in ("errors", "horizons", "grokking_times"):
         assert (out / f"{name}.png").stat().st_size > 10_000
-    data = xr.open_dataset(out / "limits.nc", engine="scipy")
-    assert dict(data.sizes) == {"task": 1, "weight_decay": 3}
+    data = kept(out / "arrays.nc")
+    assert data.grokking_time.shape == (2, 3) and set(data.task.values) == {"linear"}
     off = data.predicted_grokking_time / data.grokking_time - 1
     assert np.isfinite(off).all() and np.abs(off).max() < 0.02
 
 
 def test_unknown_task_is_named():
     with pytest.raises(SystemExit, match="tasks: no 'conv' here"):
-        script.Config(tasks=("conv",)).names()
+        study.TheoryLimits(tasks=("conv",)).names()

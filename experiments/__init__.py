@@ -1,0 +1,1 @@
+"""The experiments: `python -m experiments.two_phase --help`, and so on."""

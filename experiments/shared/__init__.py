@@ -1,0 +1,1 @@
+"""What the experiments share: rows, figures, runs, the record, the command line."""
