@@ -81,8 +81,8 @@ class TSTheory(Teacher):
         orders = [dataclasses.replace(theory, second=None), theory][: self.order]
         told = [[each.grokking_time(lam) for lam in self.lams] for each in orders]
         # The drift, at as many times of its own, for all scales alike.
-        s = np.linspace(0, 1, 1025) ** 2 * float(theory.drift.t[-1])
-        drift = np.interp(s, theory.drift.t, theory.drift.metrics["test"])
+        s = np.linspace(0, 1, 1025) ** 2 * float(theory.drift.s[-1])
+        drift = np.interp(s, theory.drift.s, theory.drift.metrics["test"])
         return predicted(
             self.lams,
             measured=[path.crossing_time("test") for path in paths],

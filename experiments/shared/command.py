@@ -20,6 +20,8 @@ from jax.experimental import multihost_utils
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
+import gradflow as gf
+
 from . import record
 from .figures import label_few
 from .rows import attempt, Row
@@ -105,6 +107,7 @@ class Study:
         arrays.nc and the figures. (Nothing, by a process that is not the first; the
         summary of the stored arrays, where these are drawn or judged again.)"""
         matplotlib.use("Agg")
+        gf.enable_float64()
         name = next(k for k, v in self.experiments.items() if v is type(config))
         out = config.out or Path("results", self.name, config.folder(name))
         out.mkdir(parents=True, exist_ok=True)

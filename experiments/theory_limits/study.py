@@ -127,13 +127,13 @@ def of_task(reports: Reports, task: str) -> dict[float, gf.Report]:
 
 def accuracy(name: str, report: gf.Report) -> list[Row]:
     """The rate of order 2, and what it gains at λ = 1e-3."""
-    rate = report.second_rate
+    rate = report.orders[2].rate
     span = decades(report.weight_decay[rate.used])
     bar = f" ± {rate.stderr:.3f}" if rate.used.sum() > 2 else ""
     told = f"{rate.exponent:.3f}{bar} over {rate.why}"
     told = told if np.isfinite(rate.exponent) else f"no rate: {rate.why}"
     i = int(np.argmin(np.abs(np.log(report.weight_decay / 1e-3))))
-    gain = report.sup_error_regular[i] / report.sup_second_error[i]
+    gain = report.orders[1].sup[i] / report.orders[2].sup[i]
     sentence = f"error of order 1 over order 2 at λ = {report.weight_decay[i]:.1e}"
     # On the linear and the completion task the error may sink to the tolerance sooner.
     wide = check(
@@ -150,8 +150,8 @@ def accuracy(name: str, report: gf.Report) -> list[Row]:
 def times(name: str, scale: float, report: gf.Report) -> list[Row]:
     """Predicted against measured grokking times, for every λ ≤ 1e-3 whose threshold is
     crossed while theory is valid."""
-    lams, measured = report.weight_decay, report.grokking_time
-    off = np.abs(report.predicted_grokking_time / measured - 1)
+    lams, measured = report.weight_decay, report.grokked.measured
+    off = np.abs(report.grokked.predicted / measured - 1)
     small = (lams <= 1.001e-3) & np.isfinite(measured)
     due = small & (lams * measured <= 0.98 * report.valid_until)
     label = f"{name}: grokking" + ("" if scale == USUAL else f", scale {scale:g}")
@@ -166,16 +166,12 @@ def errors(reports: dict[str, gf.Report]) -> Figure:
     fig, axes = _row(len(reports))
     for (name, report), ax in zip(reports.items(), axes, strict=True):
         lams = report.weight_decay
-        found = (report.sup_error_regular, report.sup_second_error)
-        rates = (report.rate, report.second_rate)
-        for k, (error, rate, colour) in enumerate(
-            zip(found, rates, ORDERS, strict=True)
-        ):
-            label = f"order {k + 1}, rate {rate.exponent:.2f}"
-            ax.loglog(lams, error, "o-", color=colour, lw=1.8, label=label)
-            ax.loglog(lams, report.next_term[k], "--", color=colour, lw=1.2)
+        for (k, order), colour in zip(report.orders.items(), ORDERS, strict=True):
+            label = f"order {k}, rate {order.rate.exponent:.2f}"
+            ax.loglog(lams, order.sup, "o-", color=colour, lw=1.8, label=label)
+            ax.loglog(lams, order.next_term, "--", color=colour, lw=1.2)
         ax.plot([], [], "--", color="grey", lw=1.2, label="next term (error bar)")
-        s, eta = report.theory.drift.t, report.theory.smallest_curvature
+        s, eta = report.theory.drift.s, report.theory.smallest_curvature
         limit = float(np.interp(report.regular_until, np.asarray(s), eta)) / 10
         if lams.min() < limit < 10 * lams.max():
             ax.axvline(limit, color="black", ls=":", label="validity: $\\eta/10$")
@@ -190,7 +186,7 @@ def horizons(reports: dict[str, gf.Report]) -> Figure:
     for (name, report), ax in zip(reports.items(), axes, strict=True):
         colours = gf.plot.Colours(report.weight_decay)
         slow = np.asarray(report.sweep.slow_time)
-        for i, error in enumerate(np.asarray(report.second_error)):
+        for i, error in enumerate(np.asarray(report.orders[2].error)):
             here = (error > 0) & (slow[i] > 1e-4)
             ax.loglog(slow[i][here], error[here], color=colours(i), lw=1.4)
             until = report.valid_until[i]
@@ -213,8 +209,8 @@ def grokking_times(scaled: dict[str, dict[float, gf.Report]]) -> Figure:
     )  # fmt: skip
     for (name, found), (top, low) in zip(scaled.items(), axes.T, strict=True):
         for (scale, report), colour in zip(found.items(), SCALES, strict=False):
-            lams, time = report.weight_decay, report.grokking_time
-            predicted = report.predicted_grokking_time
+            lams, time = report.weight_decay, report.grokked.measured
+            predicted = report.grokked.predicted
             label = "measured" if scale == USUAL else f"initial scale {scale:g}"
             top.loglog(lams, time, "o", color=colour, label=label)
             top.loglog(lams, predicted, "-", color=colour, lw=1.4)
@@ -222,7 +218,7 @@ def grokking_times(scaled: dict[str, dict[float, gf.Report]]) -> Figure:
             top.loglog(lams, horizon / lams, ":", color=colour, lw=1.4)
             off = np.maximum(np.abs(predicted / time - 1), 1e-9)
             low.loglog(lams, off, "o-", color=colour, lw=1.4)
-            bar = report.predicted_grokking_error / time
+            bar = report.grokked.error / time
             low.loglog(lams, bar, "--", color=colour, lw=1.2)
         top.plot([], [], "-", color="grey", label="predicted")
         top.plot([], [], ":", color="grey", label="theory valid up to here")
@@ -251,13 +247,19 @@ def _label(ax: Axes, title: str, x: str) -> None:
 
 def dataset(reports: Reports) -> xr.Dataset:
     """Errors and times, labelled by task, initial scale (0: the usual one) and λ."""
-    names = ("sup_error_regular", "sup_second_error", "valid_until", "grokking_time")
-    names += ("predicted_grokking_time", "predicted_grokking_error")
-    stack = lambda name: np.stack([getattr(r, name) for r in reports.values()])
+    found = list(reports.values())
+    each = {
+        "sup_error_regular": [r.orders[1].sup for r in found],
+        "sup_second_error": [r.orders[2].sup for r in found],
+        "valid_until": [r.valid_until for r in found],
+        "grokking_time": [r.grokked.measured for r in found],
+        "predicted_grokking_time": [r.grokked.predicted for r in found],
+        "predicted_grokking_error": [r.grokked.error for r in found],
+    }
     tasks, scales = zip(*reports, strict=True)
     lams = next(iter(reports.values())).weight_decay
     return xr.Dataset(
-        {name: (("run", "weight_decay"), stack(name)) for name in names},
+        {k: (("run", "weight_decay"), np.stack(v)) for k, v in each.items()},
         {"task": ("run", list(tasks)), "scale": ("run", list(scales)),
          "weight_decay": lams},
     )  # fmt: skip

@@ -142,7 +142,7 @@ def first_below(t: np.ndarray, values: np.ndarray, level: float) -> float:
 
 def fast_phase(run: Run) -> Numbers:
     """sup ‖θ_λ − θ_GF‖ on a fixed interval of time."""
-    known = run.report.predicted_memorisation_time
+    known = run.report.memorised.predicted
     end = 10 * float(known[np.isfinite(known)].max(initial=0.0))
     end = end if end > 0 else float(run.theory.fast.t[-1])
     lams = run.report.weight_decay
@@ -156,12 +156,13 @@ def fast_phase(run: Run) -> Numbers:
 def slow_phase(run: Run) -> Numbers:
     """sup ‖θ_λ(s/λ) − w°(s)‖ on s ∈ [ε, regular]."""
     report = run.report
-    slow, ends = np.asarray(run.sweep.slow_time), (report.after, report.regular_until)
+    slow = np.asarray(run.sweep.slow_time)
+    ends = (report.drift.after, report.regular_until)
     inside = (slow >= ends[0]) & (slow <= ends[1])
-    sup = np.where(inside, report.drift_error, 0.0).max(axis=1)
+    sup = np.where(inside, report.drift.error, 0.0).max(axis=1)
     # Both ends included, as saved times differ from lane to lane.
     for end in ends:
-        lanes = zip(slow, report.drift_error, strict=True)
+        lanes = zip(slow, report.drift.error, strict=True)
         sup = np.maximum(sup, [value_at(s, e, end) for s, e in lanes])
     lams = report.weight_decay
     return {
@@ -169,8 +170,8 @@ def slow_phase(run: Run) -> Numbers:
         "errors": sup,
         "ends": ends,
         "rtol": run.rtol,
-        "largest": lams[report.rate.used].max(initial=0.0),
-        "composite": report.rate.exponent,
+        "largest": lams[report.orders[1].rate.used].max(initial=0.0),
+        "composite": report.orders[1].rate.exponent,
     }
 
 
@@ -252,7 +253,7 @@ def widths(run: Run) -> Numbers:
     if np.any(np.diff(curve) > 1e-9 * curve[0]):
         name, curve = "penalty", np.asarray(drift.penalty)
         values = np.asarray(run.sweep.penalty)
-    used = np.flatnonzero(report.rate.used)
+    used = np.flatnonzero(report.orders[1].rate.used)
     levels = curve[0] - np.array([0.1, 0.9]) * (curve[0] - curve[-1])
     drops, plateaus = [], []
     for i in used:
@@ -261,7 +262,7 @@ def widths(run: Run) -> Numbers:
         late = np.asarray(run.sweep.slow_time[i]) >= 1e-3
         begin, end = (first_below(t[late], values[i][late], x) for x in levels)
         drops.append(np.log(end / begin))
-        plateaus.append(np.log(begin / report.memorisation_time[i]))
+        plateaus.append(np.log(begin / report.memorised.measured[i]))
     lams = report.weight_decay[used]
     return {"what": name, "lams": lams, "drops": drops, "plateaus": plateaus}
 

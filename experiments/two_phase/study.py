@@ -202,25 +202,33 @@ def dataset(report: gf.Report) -> xr.Dataset:
     """All lanes, labelled, with the drift beside them."""
     sweep, theory = report.sweep, report.theory
     lanes, drift = ("weight_decay", "time"), report.theory.drift
-    each = ("sup_error", "sup_error_regular", "sup_error_slow", "memorisation_time")
-    each += ("grokking_time", "predicted_memorisation_time", "predicted_grokking_time")
+    first, rate = report.orders[1], report.orders[1].rate
+    each = {
+        "sup_error": first.sup_all,
+        "sup_error_regular": first.sup,
+        "sup_error_slow": report.drift.sup,
+        "memorisation_time": report.memorised.measured,
+        "grokking_time": report.grokked.measured,
+        "predicted_memorisation_time": report.memorised.predicted,
+        "predicted_grokking_time": report.grokked.predicted,
+    }
     arrays = {
-        "error": (lanes, report.error),
-        "drift_error": (lanes, report.drift_error),
-        **{name: ("weight_decay", getattr(report, name)) for name in each},
-        "rate_used": ("weight_decay", report.rate.used),
-        "rate": ((), report.rate.exponent),
+        "error": (lanes, first.error),
+        "drift_error": (lanes, report.drift.error),
+        **{name: ("weight_decay", values) for name, values in each.items()},
+        "rate_used": ("weight_decay", rate.used),
+        "rate": ((), rate.exponent),
         "regular_until": ((), report.regular_until),
         "rank": ((), theory.spectrum.rank),
         "dimension": ((), theory.spectrum.dimension),
-        "drift_time": ("drift_time", drift.t),
+        "drift_time": ("drift_time", drift.s),
         "drift_penalty": ("drift_time", drift.penalty),
         "smallest_curvature": ("drift_time", theory.smallest_curvature),
         **{f"drift_metric_{k}": ("drift_time", v) for k, v in drift.metrics.items()},
     }
     out = sweep.to_xarray().drop_attrs()
     out = out.assign({k: (dims, np.asarray(v)) for k, (dims, v) in arrays.items()})
-    out.attrs["why_this_rate"] = report.rate.why
+    out.attrs["why_this_rate"] = rate.why
     out.attrs["theory_result"] = gf.RESULTS[theory.result]
     out["error"].attrs["long_name"] = "error of the composite prediction over |Phi|"
     return out
