@@ -1,12 +1,13 @@
 """Results in a file: arrays as NumPy has them, and what holds them in JSON."""
 
+import contextlib
 import dataclasses
 import functools
 import importlib
 import json
 import types
 from pathlib import Path as File
-from typing import Any
+from typing import Any, IO
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ _FORMAT = 1
 _PLAIN = (bool, int, float, str)
 
 
-def save(file: str | File, result: Any) -> None:
+def save(file: str | File | IO[bytes], result: Any) -> None:
     """Writes a result into a file, to be read by [`gradflow.load`][].
 
     The file is an archive as NumPy writes (`.npz`): arrays, and a text in JSON of what
@@ -30,7 +31,7 @@ def save(file: str | File, result: Any) -> None:
 
     **Arguments:**
 
-    - `file`: its name, which is taken as it is.
+    - `file`: its name, which is taken as it is, or a file open for writing bytes.
     - `result`: a [`gradflow.Path`][], [`gradflow.Sweep`][], [`gradflow.TwoPhase`][],
         [`gradflow.Report`][], or any other module of arrays.
 
@@ -40,11 +41,11 @@ def save(file: str | File, result: Any) -> None:
     root = writer.node(result)
     text = json.dumps({"format": _FORMAT, "root": root, "nodes": writer.nodes})
     arrays = {str(i): array for i, array in enumerate(writer.arrays)}
-    with open(file, "wb") as out:
+    with _opened(file, "wb") as out:
         np.savez_compressed(out, structure=np.array(text), **arrays)
 
 
-def load(file: str | File) -> Any:
+def load(file: str | File | IO[bytes]) -> Any:
     """Reads what [`gradflow.save`][] wrote, with the same bits in all arrays.
 
     Classes are looked up by name in the modules that define them, which are imported,
@@ -54,7 +55,7 @@ def load(file: str | File) -> Any:
     **Raises:** `ValueError` where it is no such file, or a class that it names is not
     there; `FileNotFoundError`.
     """
-    with open(file, "rb") as stored:
+    with _opened(file, "rb") as stored:
         try:
             archive = np.load(stored, allow_pickle=False)
             text = json.loads(str(archive["structure"]))
@@ -64,6 +65,14 @@ def load(file: str | File) -> Any:
     if text["format"] > _FORMAT:
         raise ValueError(f"file: {file} was saved by a later version of gradflow.")
     return _Reader(text["nodes"], arrays).value(text["root"])
+
+
+def _opened(
+    file: str | File | IO[bytes], mode: str
+) -> contextlib.AbstractContextManager[IO[bytes]]:
+    if isinstance(file, str | File):
+        return open(file, mode)
+    return contextlib.nullcontext(file)
 
 
 class Lost:
@@ -230,8 +239,11 @@ def _kept(field: dataclasses.Field) -> bool:
 
 
 def _name(value: Any) -> str:
-    """`module:name`, as far as it has one."""
+    """`module:name`, as far as it has one; of a function of JAX the public one."""
     name = getattr(value, "__qualname__", getattr(value, "__name__", repr(value)))
+    for module in (jnp, jax.nn):
+        if getattr(module, name, None) is value:
+            return f"{module.__name__}:{name}"
     return f"{getattr(value, '__module__', None)}:{name}"
 
 

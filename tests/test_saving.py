@@ -1,5 +1,6 @@
 """Results written to files, and read again."""
 
+import io
 import json
 import pickle
 
@@ -88,6 +89,12 @@ def test_all_kinds(tmp_path):
     assert read["function"] is jax.nn.relu and read["class"] is gf.KKT4
     assert codes(read["result"]).tolist() == [15, 23]
     assert np.array_equal(read["far"], result["far"], equal_nan=True)
+
+
+def test_into_bytes_and_by_public_names():
+    gf.save(buffer := io.BytesIO(), [jnp.tanh, jnp.sin, jax.nn.gelu, test_loss])
+    buffer.seek(0)
+    assert gf.load(buffer) == [jnp.tanh, jnp.sin, jax.nn.gelu, test_loss]
 
 
 def test_a_lost_function_says_so(path, tmp_path):

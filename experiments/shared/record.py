@@ -2,24 +2,23 @@
 the summary of both."""
 
 import dataclasses
-import importlib
 import importlib.metadata
 import io
 import itertools
 import json
 import math
 import os
-import pickle
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import equinox as eqx
 import jax
 import numpy as np
 import xarray as xr
 from tqdm.auto import tqdm
+
+import gradflow as gf
 
 from .rows import Row
 
@@ -65,42 +64,18 @@ def table(
     return xr.Dataset(arrays, {k: list(v) for k, v in axes.items()})
 
 
-class _Pickler(pickle.Pickler):
-    """Knows JAX's own functions, which are compiled ones, by their names."""
-
-    def reducer_override(self, obj: Any) -> Any:
-        name = getattr(obj, "__name__", None)
-        for module in (jax.numpy, jax.nn):
-            if isinstance(name, str) and getattr(module, name, None) is obj:
-                return _named, (module.__name__, name)
-        return NotImplemented
-
-
-def _named(module: str, name: str) -> Any:
-    return getattr(importlib.import_module(module), name)
-
-
-def _picklable(leaf: Any) -> bool:
-    try:
-        _Pickler(io.BytesIO()).dump(leaf)
-    except Exception:  # as of functions without a name, and of what holds them
-        return False
-    return True
-
-
 def pack(**values: Any) -> xr.Dataset:
-    """Paths, reports, tasks: whole objects as variables, in bytes, but for leaves that
-    cannot be kept. (They are read by the version that has written them.)"""
+    """Paths, reports, tasks: whole objects as variables, in the bytes of `gf.save`.
+    Functions without a name are not kept."""
     out = {}
     for name, value in values.items():
-        kept = eqx.filter(value, lambda leaf: eqx.is_array(leaf) or _picklable(leaf))
-        _Pickler(buffer := io.BytesIO()).dump(kept)
+        gf.save(buffer := io.BytesIO(), value)
         out[name] = np.frombuffer(buffer.getvalue(), np.int8)
     return variables(**out)
 
 
 def unpack(data: xr.Dataset, name: str) -> Any:
-    return pickle.loads(data[name].values.tobytes())
+    return gf.load(io.BytesIO(data[name].values.tobytes()))
 
 
 def summary(told: dict[str, Any], data: xr.Dataset, rows: list[Row]) -> dict[str, Any]:
@@ -127,7 +102,9 @@ def write(path: Path, values: dict[str, Any]) -> None:
 
 
 def versions() -> dict[str, str]:
-    names = "gradflow jax jaxlib diffrax equinox optimistix lineax numpy scipy".split()
+    names = (
+        "gradflow-jax jax jaxlib diffrax equinox optimistix lineax numpy scipy".split()
+    )
     return {
         "python": platform.python_version(),
         **{name: _version(name) for name in names},
