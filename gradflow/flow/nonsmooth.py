@@ -8,10 +8,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from ..losses import CrossEntropy, Huber, Logistic, SquaredError
-from .flat import FlatLoss
+from .flat import AbstractFlatLoss
 
 
-def may_have_kinks(loss: FlatLoss, theta: Float[Array, " d"]) -> bool:
+def may_have_kinks(loss: AbstractFlatLoss, theta: Float[Array, " d"]) -> bool:
     """Whether something in the outputs of the model (or in the loss, if it is none of
     gradflow's own) may have kinks, such as a ReLU, a maximum, an order, or a comparison
     of numbers. Nothing is computed; it is traced once."""
