@@ -3,9 +3,13 @@
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+from jaxtyping import Array
+
+Numbers: TypeAlias = float | int | Array | np.ndarray | Sequence[float]
+"""One, or a vector: an axis."""
 
 
 @dataclasses.dataclass(frozen=True)

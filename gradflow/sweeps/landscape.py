@@ -145,9 +145,9 @@ def landscape(
     """The reduced losses at the norms α‖θ₀‖.
 
     By default the flow on the sphere, θ' = −(I − θ̂θ̂ᵀ)∇F, runs from αθ₀ to time t₁. With
-    `learning_rate` and `steps` it is stepped instead, each step of the optimiser
-    followed by a rescaling to the norm, as in the paper; as the learning rate of plain
-    gradient descent goes to zero, that is the flow. (An optimiser that scales
+    `run=gf.Descent(learning_rate=…, steps=…)` it is stepped instead, each step of the
+    optimiser followed by a rescaling to the norm, as in the paper; as the learning rate
+    of plain gradient descent goes to zero, that is the flow. (An optimiser that scales
     coordinates, as Adam does, comes to rest elsewhere than at the minimum, unless F has
     a critical point on the sphere: what is radial in ∇F is no longer so in its step.)
 
@@ -159,10 +159,10 @@ def landscape(
     - `t1`: the time to which the flow runs.
     - `metrics`: functions of the model, by name.
     - `progress`: show a bar.
-    - `options`: for [`gradflow.sweep`][]: those of `simulate`, or where `learning_rate`
-        is among them those of `descent`; and `batch="vmap"`, the default on an
-        accelerator, which runs all starts and norms in lockstep. (For many data sizes
-        sweep with `axes`, over flows that hold the norm.)
+    - `options`: for [`gradflow.sweep`][]: those of `simulate`; `run`, for descents; and
+        `batch="vmap"`, the default on an accelerator, which runs all starts and norms
+        in lockstep. (For many data sizes sweep with `axes`, over flows that hold the
+        norm.)
 
     **Returns:** a [`gradflow.Landscape`][].
 
@@ -177,8 +177,10 @@ def landscape(
     scales = np.asarray(scales, float)
     if not scales[0] > 0:
         raise ValueError("scales: expected three or more increasing positive numbers.")
-    if "learning_rate" not in options and t1 is None:
-        raise ValueError("t1: give the time to run to, or `learning_rate` and `steps`.")
+    if options.get("run") is None and t1 is None:
+        raise ValueError(
+            "t1: give the time to run to, or run=gf.Descent(learning_rate=…, steps=…)."
+        )
     seeds = list(models) if isinstance(models, (list, tuple)) else [models]
     held = GradientFlow(flow.loss, trainable=flow.trainable, hold_norm=True)
     watched = as_metrics(metrics)

@@ -22,7 +22,7 @@ from .axes import make_axes
 from .columns import parameter_name
 from .recipe import RUN
 from .result import Sweep
-from .store import are, Store, UNREADABLE
+from .store import are, UNREADABLE, ZarrStore
 
 
 def as_sweep(
@@ -121,7 +121,7 @@ def open_results(path: str | os.PathLike, *, check: bool = True) -> Any:
     **Raises:** `FileNotFoundError` where there is no store; `ValueError` that names
     the chunks whose checksums are wrong, or that `path` holds something else.
     """
-    store = Store(File(path))
+    store = ZarrStore(File(path))
     found = store.attributes()
     finished = store.finished(check=check)
     broken = [f"{n} ({file})" for n, file in finished.items() if file is not None]

@@ -154,16 +154,10 @@ class Recipe:
                 check_given(**{name: value})
         check_arguments(max_steps=self.options["max_steps"])
         check_given(atol=self.options["atol"], solver=self.options["solver"])
-        for name in _FLOW_ONLY if self.descends else _DESCENT_ONLY:
-            given = self.options | {k: self.value(0, k) for k in RUN}
-            if given.get(name) is not None:
-                kind = "descents" if self.descends else "flows; give learning_rate"
-                raise ValueError(f"{name}: has no meaning for {kind}.")
-        if self.descends and callable(self.value(0, "learning_rate")):
-            if self.options["steps"] is None and self.options["at"] is None:
-                raise ValueError(
-                    "steps, at: give one with a schedule of learning rates."
-                )
+        given = self.options | {"rtol": self.value(0, "rtol")}
+        for name in _FLOW_ONLY if self.descends else ():
+            if given[name] is not None:
+                raise ValueError(f"{name}: has no meaning for descents.")
         told = any(self.options.get(k) is not None for k in _HORIZON)
         if not self.descends and (told or isinstance(self.make, Problem)):
             span = {k: self.options.get(k) for k in _SPAN}
@@ -387,7 +381,6 @@ def _scalar(value: float, dtype: Any) -> Array:
 _SPAN = ("slow_time", "t1", "ts")
 _HORIZON = ("slow_time", "t1", "ts", "steps", "at")
 _FLOW_ONLY = ("ts", "solver", "atol", "rtol")
-_DESCENT_ONLY = ("steps", "at", "method", "optimiser", "batch_size", "key")
 
 
 def as_problem(made: Any, metrics: dict[str, Metric]) -> Problem:

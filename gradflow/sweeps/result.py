@@ -3,8 +3,8 @@
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Iterator
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -18,8 +18,6 @@ from ..runs.solve import run_again, Solve
 from .axes import Axes, short
 from .recipe import Recipe
 from .stack import Owned, Ragged
-
-Numbers: TypeAlias = float | int | Array | np.ndarray | Sequence[float]
 
 _SHOWN = 24  # lanes that are printed one by one
 

@@ -56,7 +56,7 @@ _NO_LOCK = (OSError, NotImplementedError)
 """What comes of a lock that another holds, or that the file system does not have."""
 
 
-class Store:
+class ZarrStore:
     """The folder of a store, a Zarr group.
 
     Each variable is an array in the shape of the sweep's dimensions. A chunk is a block
@@ -122,13 +122,13 @@ class Store:
             warnings.warn(
                 f"store: begun with other versions, so bits may differ: "
                 f"{'; '.join(other)}.",
-                stacklevel=4,
+                stacklevel=5,
             )
         if there["device"] != attributes["device"]:
             warnings.warn(
                 f"store: begun on {there['device']}, and this is "
                 f"{attributes['device']}, so bits may differ.",
-                stacklevel=4,
+                stacklevel=5,
             )
         return there
 
@@ -185,7 +185,7 @@ class Store:
         warnings.warn(
             f"store: {', '.join(wrong)} of {self.path} {are(wrong)} corrupted, and "
             f"{are(wrong)} written anew.",
-            stacklevel=5,
+            stacklevel=6,
         )
         with self._disk("the beginning"):
             self._begin(axes, attributes)
@@ -494,7 +494,7 @@ def _remove(folder: File, lock: Any) -> None:
     lock.release()
 
 
-def pending(store: Store, numbers: list[int]) -> Iterator[int]:
+def pending(store: ZarrStore, numbers: list[int]) -> Iterator[int]:
     """The chunks of `numbers` that are yet to be computed; corrupted ones are named,
     and are among them."""
     for number in numbers:

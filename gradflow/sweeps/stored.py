@@ -1,6 +1,5 @@
 """Runs the lanes of a sweep: all of them, or chunk by chunk into a store."""
 
-import os
 from pathlib import Path as File
 from typing import Any
 
@@ -15,42 +14,39 @@ from .columns import parameter_columns
 from .identity import about, describe
 from .lanes import fitting, Lanes, Runner
 from .open import open_results
+from .options import Store
 from .programs import Batch
 from .progress import Bars
 from .recipe import Problem, Recipe
-from .store import pending, plan, remove_stale, Store
+from .store import pending, plan, remove_stale, ZarrStore
 
 
 def run_stored(
     recipe: Recipe,
     batch: Batch,
     progress: bool,
-    path: str | os.PathLike,
-    chunk: int | None,
-    parameters: bool,
-    checkpoint: float,
-    retry: bool,
+    kept: Store,
 ) -> Any:
     """The chunks that the store does not have, as far as they are for this process;
     returns the store, opened."""
     axes = recipe.axes
     processes, process = jax.process_count(), jax.process_index()
-    store = Store(File(path), process)
+    store = ZarrStore(File(kept.path), process)
     remove_stale(store.path, processes)
     fit = fitting(recipe, batch, len(axes))
-    block, count = plan(axes, chunk or store.chunk() or max(16, fit))
-    store.prepare(axes, _attributes(recipe, block, parameters))
+    block, count = plan(axes, kept.chunk or store.chunk() or max(16, fit))
+    store.prepare(axes, _attributes(recipe, block, kept.parameters))
     lanes_of = lambda number: lanes_of_block(axes.shape, block, number)[1]
     # The expensive ones first, and so in turn for each process.
     order = sorted(range(count), key=lambda n: -sum(map(recipe.cost, lanes_of(n))))
     folder = store.path / "chunks" / "checkpoints"
-    checkpoints = Checkpoints(folder, checkpoint)
+    checkpoints = Checkpoints(folder, kept.checkpoint)
     forget = lambda number: checkpoints.forget(map(str, lanes_of(number)))
     # Each looks at its share; then all see the same, and share what is left.
     mine = order[process::processes]
     for number in set(mine) - set(pending(store, mine)):
         forget(number)
-        if retry and store.marker(number)["causes"]:
+        if kept.retry and store.marker(number)["causes"]:
             store.forget(number)
     _meet("looked at the store")
     left = [number for number in order if not store.is_finished(number)]
@@ -74,7 +70,7 @@ def run_stored(
             ran = ran or bool(lanes.done)
             if ran:
                 for one, found in held:
-                    _write(store, one, axes, block, found, parameters)
+                    _write(store, one, axes, block, found, kept.parameters)
                     forget(one)
                 held = []
     if held and processes == 1:
@@ -82,11 +78,11 @@ def run_stored(
         assert error is not None
         raise error
     for one, found in held:
-        _write(store, one, axes, block, found, parameters)
+        _write(store, one, axes, block, found, kept.parameters)
         forget(one)
     _meet("computed all chunks")
     checkpoints.end()
-    return open_results(path, check=process == 0)
+    return open_results(kept.path, check=process == 0)
 
 
 def _meet(what: str) -> None:
@@ -122,7 +118,7 @@ def _attributes(
 
 
 def _write(
-    store: Store,
+    store: ZarrStore,
     number: int,
     axes: Axes,
     block: tuple[int, ...],

@@ -1,31 +1,53 @@
 """The same flow for many weight decays, seeds, initial scales: along any axes."""
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import diffrax
 import jax
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, PyTree
 
-from .._checks import check_arguments, check_choice, check_given, is_concrete, word
+from .._checks import check_choice, is_concrete, word
 from ..flow.flow import check_flow, GradientFlow
 from ..losses import AbstractLoss
 from ..metrics import Metric
-from ..runs.methods import Method, Optimiser, Schedule
 from ..runs.outcome import fail_unless_reached
 from ..runs.problem import as_metrics
-from .axes import make_axes
+from .axes import make_axes, Numbers
 from .lanes import fitting, Runner
+from .options import as_store, Descent, Store
 from .programs import Batch
 from .progress import Bars
 from .recipe import placed, placed_problem, Problem, Recipe, RECORDED, RUN
-from .result import Numbers, Sweep
+from .result import Sweep
 from .stored import run_stored
 
+Given = ParamSpec("Given")
+Returned = TypeVar("Returned")
 
+_MOVED = {f.name: "run=gf.Descent(…)" for f in dataclasses.fields(Descent)} | {
+    f.name: "store=gf.Store(path, …)" for f in dataclasses.fields(Store)
+}
+
+
+def _told_where(function: Callable[Given, Returned]) -> Callable[Given, Returned]:
+    """With an error for what is an option of `run` or `store`, which says so."""
+
+    @functools.wraps(function)
+    def call(*args: Given.args, **kwargs: Given.kwargs) -> Returned:
+        for name in kwargs:
+            if name in _MOVED:
+                raise TypeError(f"{name}: give it as an option of {_MOVED[name]}.")
+        return function(*args, **kwargs)
+
+    return call
+
+
+@_told_where
 def sweep(
     problem: GradientFlow | Callable[..., Any],
     model: PyTree = None,
@@ -33,29 +55,19 @@ def sweep(
     weight_decay: Numbers,
     init_scale: Numbers = 1.0,
     rtol: Numbers | None = None,
-    learning_rate: Numbers | Schedule | None = None,
     axes: Mapping[str, Any] | None = None,
     zipped: Sequence[Sequence[str]] = (),
     slow_time: float | None = None,
     t1: float | None = None,
     ts: Float[Array | np.ndarray, " n"] | None = None,
-    steps: int | None = None,
-    at: Any = None,
     saves: int = 65,
     metrics: dict[str, Callable | Metric] | None = None,
     solver: diffrax.AbstractSolver | None = None,
     atol: float | None = None,
     max_steps: int = 100_000,
-    method: Method | None = None,
-    optimiser: Optimiser | None = None,
-    batch_size: int | None = None,
-    key: PRNGKeyArray | None = None,
+    run: Descent | None = None,
     batch: Batch | None = None,
-    store: str | os.PathLike | None = None,
-    chunk: int | None = None,
-    parameters: bool = False,
-    checkpoint: float = 60.0,
-    retry: bool = False,
+    store: str | os.PathLike | Store | None = None,
     throw: bool = False,
     progress: bool = True,
 ) -> Sweep | Any:
@@ -68,33 +80,30 @@ def sweep(
         make = lambda seed: gf.tasks.diagonal_network(jr.key(seed))
         gf.sweep(make, axes={"seed": range(5)}, weight_decay=lams, init_scale=scales)
 
-    **Arguments:** as for `simulate`, or if `learning_rate` is given `descent`, and
+    For descents instead of flows `run=gf.Descent(learning_rate=rates, steps=1000)`.
+
+    **Arguments:** as for `simulate`, and
 
     - `problem`, `model`: a flow and its initial model; or a function that, called with
         one value of each of `axes` by name, returns a `Task`, or `(flow, model)`, or
         `(flow, model, metrics)`. What it gives may differ in data and in size. (A
         number that is part of a penalty or a loss is best made an array,
         `jnp.asarray(c) * gf.L1()`: for each plain number a program is compiled.)
-    - `weight_decay`, `init_scale`, `rtol`, `learning_rate`: a number, or a vector: an
-        axis of that name. `rtol` is for flows alone, 1e-6 unless given. (One schedule
-        of learning rates serves all lanes, as for `descent`.)
+    - `weight_decay`, `init_scale`, `rtol`: a number, or a vector: an axis of that name.
+        `rtol` is 1e-6 unless given. Descents have their `learning_rate`.
     - `axes`: values for `problem`, by name: seeds, sample sizes, penalty weights, …
     - `zipped`: groups of names of axes that run together, along the dimension of the
         first, instead of making a product: `[("samples", "weight_decay")]`.
-    - `slow_time`, `t1`, `ts`, `steps`, `at`: give one; that of the `Task` by default.
+    - `slow_time`, `t1`, `ts`: give one; that of the `Task` by default. For descents
+        `slow_time` or `t1`, unless `run` tells how many steps to take.
     - `metrics`: in addition to those that `problem` gives.
+    - `run`: a [`gradflow.Descent`][] for descents; `rtol`, `ts`, `solver`, `atol` and
+        `max_steps` are for flows alone.
     - `batch`: `"loop"` runs lane after lane, `"vmap"` as many in lockstep as fit into
         memory. The default is to loop on a CPU, where lockstep only costs, and to vmap
         on an accelerator. Lanes are shared among all devices of this process.
-    - `store`: a folder to keep the results in, such as `"sweep.zarr"`: see below.
-    - `chunk`: about how many lanes are computed, and stored, together. By default 16,
-        or as many as are one program, if that is more.
-    - `parameters`: whether the store keeps the parameters at all saved times too.
-    - `checkpoint`: a lane that takes longer than so many seconds writes its state into
-        the store as often as that, to go on from there. (It holds the parameters at all
-        saved times.)
-    - `retry`: compute the chunks again in which a lane raised an error (as memory ran
-        out, or a file was missing); by default they are finished like any other.
+    - `store`: a folder to keep the results in, such as `"sweep.zarr"`; or a
+        [`gradflow.Store`][] with a path and options. See below.
     - `throw`: raise if any lane fails; by default failures are marked in `result`.
     - `progress`: show a bar with the lanes done and failed.
 
@@ -119,33 +128,32 @@ def sweep(
     which it, or the run, raises an error is marked instead; the error is raised if that
     is so for all.
     """
-    if learning_rate is None and rtol is None:
+    if not isinstance(run, Descent | None):
+        raise ValueError(f"run: expected a gradflow.Descent, got {word(run)}.")
+    if run is None and rtol is None:
         rtol = 1e-6
     runs: dict[str, Any] = dict(
-        init_scale=init_scale, rtol=rtol, learning_rate=learning_rate,
+        init_scale=init_scale, rtol=rtol,
+        learning_rate=run and run.learning_rate,
         weight_decay=weight_decay,
     )  # fmt: skip
     options: dict[str, Any] = dict(
-        slow_time=slow_time, t1=t1, ts=ts, steps=steps, at=at, saves=saves,
-        solver=solver, atol=atol, max_steps=max_steps, method=method,
-        optimiser=optimiser, batch_size=batch_size, key=key,
+        slow_time=slow_time, t1=t1, ts=ts, steps=run and run.steps, at=run and run.at,
+        saves=saves, solver=solver, atol=atol, max_steps=max_steps,
+        method=run and run.method, optimiser=run and run.optimiser,
+        batch_size=run and run.batch_size, key=run and run.key,
     )  # fmt: skip
     check_choice(batch, "batch", ("loop", "vmap", None))
-    check_arguments(checkpoint=checkpoint)
-    check_given(chunk=chunk)
-    if not isinstance(store, str | os.PathLike | None):
-        raise ValueError(f"store: expected the path of a folder, got {word(store)}.")
+    kept = as_store(store)
     recipe = make_recipe(
         problem, model, runs, axes, zipped, as_metrics(metrics), options
     )
     if batch is None:
         batch = "loop" if jax.default_backend() == "cpu" else "vmap"
-    if store is not None:
+    if kept is not None:
         if throw:
             raise ValueError("throw: a sweep with a store marks the lanes that fail.")
-        return run_stored(
-            recipe, batch, progress, store, chunk, parameters, checkpoint, retry
-        )
+        return run_stored(recipe, batch, progress, kept)
     out = _run(recipe, batch, progress)
     if throw:
         worst = int(np.argmin(np.asarray(out.succeeded)))
@@ -170,6 +178,8 @@ def make_recipe(
     """
     axes = dict(axes or {})
     for name in axes:
+        if name == "learning_rate":
+            raise ValueError("axes: give the values of learning_rate to gf.Descent.")
         if name in RUN:
             raise ValueError(f"axes: give the values of {name} as the argument itself.")
         if name in RECORDED or name.startswith(("metric_", "threshold_", "params_")):
@@ -201,8 +211,6 @@ def make_recipe(
     for name, v in vectors.items():
         if np.ndim(v) > 1:
             raise ValueError(f"{name}: expected a number or a vector, got {v!r}.")
-        if any(map(callable, v)):
-            raise ValueError(f"{name}: expected numbers, or one schedule for all.")
     fixed = {k: _number(v) for k, v in runs.items() if k not in vectors}
     options = placed(options, "ts, key")
     recipe = Recipe(make_axes(axes | vectors, zipped), make, metrics, fixed, options)
