@@ -181,8 +181,9 @@ def test_what_fills_a_program_up_takes_one_step(tmp_path):
         return lambda: [(path, None, True)] * size
 
     path = gf.Path.__new__(gf.Path)
-    first = [(path, None, True), (path, None, False)]
-    _programs._go_on(lanes, first, 3, launch, checkpoints)
+    first = [_programs.Part(path, None, ended) for ended in (True, False)]
+    program = _programs.Program([0, 1], lanes, 3)
+    _programs._run_on(program, first, launch, checkpoints)
     assert taken == [[256, 1, 1]]
 
 

@@ -405,7 +405,7 @@ def test_what_belongs_to_no_chunk_is_mended(copy):
 
 def test_a_corrupted_chunk_is_not_shown_before_it_is_computed_again(copy):
     flip(copy / "train_loss" / "c" / "2" / "0" / "0")
-    ZarrStore(copy).forget(2)  # as a run does that is then killed
+    ZarrStore(copy).remove_chunk(2)  # as a run does that is then killed
     data = gf.open_results(copy)
     assert (data.result.values[2] == -1).all() and data.attrs["finished"] == 3
     assert np.isnan(data.train_loss.values[2]).all()

@@ -20,7 +20,7 @@ from ..runs.path import Path
 from ..runs.problem import as_metrics
 from .axes import make_axes
 from .columns import parameter_name
-from .recipe import RUN
+from .plan import RUN
 from .result import Sweep
 from .store import are, UNREADABLE, ZarrStore
 

@@ -16,8 +16,8 @@ from ..runs.columns import columns, described, xarray
 from ..runs.path import Path
 from ..runs.solve import run_again, Solve
 from .axes import Axes, short
-from .recipe import Recipe
-from .stack import Owned, Ragged
+from .lanes import AbstractLanes, FlowLanes
+from .stack import OfProblem, Ragged
 
 _SHOWN = 24  # lanes that are printed one by one
 
@@ -37,16 +37,16 @@ class Sweep(eqx.Module):
     those of `sweep[i]`. Parameters of differing shapes are theirs too.)"""
     axes: Axes
     """The axes, and the dimensions along which they run."""
-    owned: tuple[Owned, ...] = ()
+    owned: tuple[OfProblem, ...] = ()
     """`static` and `watched` of each lane, where there are many problems."""
     causes: dict[int, str] = eqx.field(default_factory=dict)
     """The error of each lane that raised one."""
     fixed: dict[str, float] = eqx.field(default_factory=dict)
     """What is the same for all lanes: those of `weight_decay`, `init_scale`, `rtol` and
     `learning_rate` that are no axes."""
-    recipe: Any = dataclasses.field(default=None, metadata={"saved": False})
-    """How to make a lane, to run it again (see `Path.again`); `None` where results were
-    read from disk."""
+    lanes: AbstractLanes | None = eqx.field(default=None, metadata={"saved": False})
+    """What makes the lanes, to run one again (see `Path.again`); `None` where results
+    were read from disk."""
 
     @property
     def dims(self) -> tuple[str, ...]:
@@ -121,8 +121,8 @@ class Sweep(eqx.Module):
         lane = jax.tree.map(lambda x: x[i] if eqx.is_array(x) else x, bare)
         static, watched = self.owned[i] if self.owned else (paths.static, paths.watched)
         again = None
-        if self.recipe is not None and not self.recipe.descends:
-            again = functools.partial(_run_again, self.recipe, i, self._why(i))
+        if isinstance(self.lanes, FlowLanes):
+            again = functools.partial(_run_again, self.lanes, i, self._why(i))
         return dataclasses.replace(
             lane,
             params=paths.params.lanes[i] if ragged else lane.params,
@@ -263,10 +263,10 @@ def _dataset(sweep: Sweep) -> Any:
 
 
 def _run_again(
-    recipe: Recipe, i: int, why: str, params: PyTree, ts: Float[Array, " n"]
+    lanes: FlowLanes, i: int, why: str, params: PyTree, ts: Float[Array, " n"]
 ) -> Path:
     """Lane i from elsewhere, by the solver that was chosen for the reason `why`."""
-    lane = recipe.lane(i)
+    lane = lanes.lane(i)
     if lane.again is not None and lane.why != why:
         lane = lane.again
     assert isinstance(lane.run, Solve)

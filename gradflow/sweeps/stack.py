@@ -15,7 +15,7 @@ from ..results import RESULTS
 from ..runs.path import Path
 
 
-class Owned(NamedTuple):
+class OfProblem(NamedTuple):
     """What a path has from its problem, and shares with other lanes of it."""
 
     static: PyTree

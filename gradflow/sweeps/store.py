@@ -198,7 +198,7 @@ class ZarrStore:
                 with contextlib.suppress(*UNREADABLE):
                     files = self.marker(number)["files"]
                     if any(f.startswith(f"{array}/") for f in files):
-                        self.forget(number)
+                        self.remove_chunk(number)
                         break
 
     def write(
@@ -342,7 +342,7 @@ class ZarrStore:
                 return name
         return None
 
-    def forget(self, number: int) -> None:
+    def remove_chunk(self, number: int) -> None:
         """Takes a chunk away: first its `result`, by which a reader knows whether its
         lanes are there, and its marker last."""
         grid = json.loads((self.path / "result" / "zarr.json").read_text())
@@ -458,7 +458,7 @@ def _digest(file: File) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def plan(axes: Axes, chunk: int) -> tuple[tuple[int, ...], int]:
+def blocks_of(axes: Axes, chunk: int) -> tuple[tuple[int, ...], int]:
     """The shape of the chunks of about `chunk` lanes, and how many there are."""
     block = blocks(axes.shape, chunk)
     return block, count_blocks(axes.shape, block)
@@ -507,5 +507,5 @@ def pending(store: ZarrStore, numbers: list[int]) -> Iterator[int]:
                 "computed anew.",
                 stacklevel=2,
             )
-            store.forget(number)
+            store.remove_chunk(number)
         yield number

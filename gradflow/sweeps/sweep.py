@@ -11,19 +11,29 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from .._checks import check_choice, is_concrete, word
+from .._checks import (
+    check_arguments,
+    check_choice,
+    check_given,
+    check_horizon,
+    check_integer,
+    is_concrete,
+    word,
+)
 from ..flow.flow import check_flow, GradientFlow
 from ..losses import AbstractLoss
 from ..metrics import Metric
 from ..runs.outcome import fail_unless_reached
 from ..runs.problem import as_metrics
 from .axes import make_axes, Numbers
-from .lanes import fitting, Runner
+from .lanes import AbstractLanes, DescentLanes, FlowLanes
 from .options import as_store, Descent, Store
+from .plan import Plan, RECORDED, RUN, Span
+from .problems import placed, placed_problem, Problem, Problems
 from .programs import Batch
-from .progress import Bars
-from .recipe import placed, placed_problem, Problem, Recipe, RECORDED, RUN
+from .progress import ProgressBars
 from .result import Sweep
+from .runner import fitting, Runner
 from .stored import run_stored
 
 Given = ParamSpec("Given")
@@ -132,29 +142,24 @@ def sweep(
         raise ValueError(f"run: expected a gradflow.Descent, got {word(run)}.")
     if run is None and rtol is None:
         rtol = 1e-6
-    runs: dict[str, Any] = dict(
-        init_scale=init_scale, rtol=rtol,
-        learning_rate=run and run.learning_rate,
-        weight_decay=weight_decay,
-    )  # fmt: skip
-    options: dict[str, Any] = dict(
-        slow_time=slow_time, t1=t1, ts=ts, steps=run and run.steps, at=run and run.at,
-        saves=saves, solver=solver, atol=atol, max_steps=max_steps,
-        method=run and run.method, optimiser=run and run.optimiser,
-        batch_size=run and run.batch_size, key=run and run.key,
+    arguments: dict[str, Any] = dict(
+        init_scale=init_scale, rtol=rtol, learning_rate=run and run.learning_rate,
+        weight_decay=weight_decay, slow_time=slow_time, t1=t1, ts=ts,
+        steps=run and run.steps, at=run and run.at, saves=saves, solver=solver,
+        atol=atol, max_steps=max_steps, method=run and run.method,
+        optimiser=run and run.optimiser, batch_size=run and run.batch_size,
+        key=run and run.key,
     )  # fmt: skip
     check_choice(batch, "batch", ("loop", "vmap", None))
     kept = as_store(store)
-    recipe = make_recipe(
-        problem, model, runs, axes, zipped, as_metrics(metrics), options
-    )
+    lanes = make_lanes(problem, model, arguments, axes, zipped, as_metrics(metrics))
     if batch is None:
         batch = "loop" if jax.default_backend() == "cpu" else "vmap"
     if kept is not None:
         if throw:
             raise ValueError("throw: a sweep with a store marks the lanes that fail.")
-        return run_stored(recipe, batch, progress, kept)
-    out = _run(recipe, batch, progress)
+        return run_stored(lanes, batch, progress, kept)
+    out = _run(lanes, batch, progress)
     if throw:
         worst = int(np.argmin(np.asarray(out.succeeded)))
         if worst in out.causes:
@@ -163,48 +168,29 @@ def sweep(
     return out
 
 
-def make_recipe(
+def make_lanes(
     problem: GradientFlow | Callable[..., Any],
     model: PyTree,
-    runs: dict[str, Any],
+    arguments: dict[str, Any],
     axes: Mapping[str, Any] | None,
     zipped: Sequence[Sequence[str]],
     metrics: dict[str, Metric],
-    options: dict[str, Any],
-) -> Recipe:
-    """How to make the lanes, from the arguments of `sweep`, checked.
+) -> FlowLanes | DescentLanes:
+    """What makes the lanes, from what `sweep` was given, checked; `arguments` are those
+    of the runs, by name, and what is not given is `None`.
 
-    **Raises:** `ValueError` for arguments that make no sense.
+    **Raises:** `ValueError` for arguments that make no sense, before any compute.
     """
-    axes = dict(axes or {})
-    for name in axes:
-        if name == "learning_rate":
-            raise ValueError("axes: give the values of learning_rate to gf.Descent.")
-        if name in RUN:
-            raise ValueError(f"axes: give the values of {name} as the argument itself.")
-        if name in RECORDED or name.startswith(("metric_", "threshold_", "params_")):
-            raise ValueError(f"axes: {name!r} is what is recorded; name it otherwise.")
-    if isinstance(problem, AbstractLoss):
-        check_flow(problem)
-    for name, value in (runs | options).items():
-        if any(not is_concrete(leaf) for leaf in jax.tree.leaves(value)):
+    for name, value in arguments.items():
+        if not all(map(is_concrete, jax.tree.leaves(value))):
             raise ValueError(
                 f"{name}: expected numbers known before tracing; under jit or vmap "
                 "take simulate or descent."
             )
-    if isinstance(problem, GradientFlow):
-        if model is None or axes:
-            kind = "axes: they are for a function" if axes else "model: expected one"
-            raise ValueError(f"{kind}, where the problem is a flow.")
-        problem.term(model)
-        make: Any = placed_problem(Problem(problem, model, metrics))
-    elif callable(problem):
-        if model is not None:
-            raise ValueError("model: the function that makes the problem gives it.")
-        make = problem
-    else:
-        kind = type(problem).__name__
-        raise ValueError(f"problem: expected a GradientFlow or a function, got {kind}.")
+    axes = dict(axes or {})
+    _check_axes(axes)
+    make = _maker(problem, model, axes, metrics)
+    runs = {name: arguments.pop(name) for name in _ORDER}
     if runs["weight_decay"] is None:
         raise ValueError("weight_decay: expected a number or a vector, got None.")
     vectors = {k: v for k, v in runs.items() if v is not None and np.ndim(v) > 0}
@@ -212,31 +198,99 @@ def make_recipe(
         if np.ndim(v) > 1:
             raise ValueError(f"{name}: expected a number or a vector, got {v!r}.")
     fixed = {k: _number(v) for k, v in runs.items() if k not in vectors}
-    options = placed(options, "ts, key")
-    recipe = Recipe(make_axes(axes | vectors, zipped), make, metrics, fixed, options)
-    recipe.check()
-    return recipe
+    asked = placed(arguments, "ts, key")
+    span = Span(*(asked[name] for name in Span._fields))
+    product = make_axes(axes | vectors, zipped)
+    plan = Plan(product, make, metrics, fixed, span, asked["saves"], asked)
+    _check(plan)
+    if runs["learning_rate"] is None:
+        options = (asked[k] for k in ("solver", "atol", "max_steps"))
+        return FlowLanes(plan, Problems(plan, mixed=False), *options)
+    # A descent is content with the precision of the model.
+    options = (asked[k] for k in ("method", "optimiser", "batch_size", "key"))
+    return DescentLanes(plan, Problems(plan, mixed=True), *options)
+
+
+_ORDER = ("init_scale", "rtol", "learning_rate", "weight_decay")
+"""Of the dimensions of what may be a vector."""
+
+
+def _check_axes(axes: dict[str, Any]) -> None:
+    """Raises `ValueError` for names that axes cannot have."""
+    for name in axes:
+        if name == "learning_rate":
+            raise ValueError("axes: give the values of learning_rate to gf.Descent.")
+        if name in RUN:
+            raise ValueError(f"axes: give the values of {name} as the argument itself.")
+        if name in RECORDED or name.startswith(("metric_", "threshold_", "params_")):
+            raise ValueError(f"axes: {name!r} is what is recorded; name it otherwise.")
+
+
+def _maker(
+    problem: GradientFlow | Callable[..., Any],
+    model: PyTree,
+    axes: dict[str, Any],
+    metrics: dict[str, Metric],
+) -> Any:
+    """The problem, where there is one; or the function that makes them."""
+    if isinstance(problem, AbstractLoss):
+        check_flow(problem)
+    if isinstance(problem, GradientFlow):
+        if model is None or axes:
+            kind = "axes: they are for a function" if axes else "model: expected one"
+            raise ValueError(f"{kind}, where the problem is a flow.")
+        problem.term(model)
+        return placed_problem(Problem(problem, model, metrics))
+    if not callable(problem):
+        kind = type(problem).__name__
+        raise ValueError(f"problem: expected a GradientFlow or a function, got {kind}.")
+    if model is not None:
+        raise ValueError("model: the function that makes the problem gives it.")
+    return problem
+
+
+def _check(plan: Plan) -> None:
+    """Raises `ValueError` for values that make no sense."""
+    for name in RUN:
+        for value in plan.all_values(name):
+            check_given(**{name: value})
+    asked = plan.asked
+    check_arguments(max_steps=asked["max_steps"])
+    check_given(atol=asked["atol"], solver=asked["solver"])
+    descends = plan.all_values("learning_rate") != (None,)
+    if descends:
+        given = asked | {"rtol": plan.all_values("rtol")[0]}
+        for name in ("ts", "solver", "atol", "rtol"):
+            if given[name] is not None:
+                raise ValueError(f"{name}: has no meaning for descents.")
+    # What a function gives may be a task, which tells how far it asks to be run.
+    if not descends and (plan.span.given or isinstance(plan.make, Problem)):
+        lams = np.asarray(plan.all_values("weight_decay"))
+        check_horizon(lams, **plan.span.of_flow, saves=plan.saves)
+    else:
+        check_integer(plan.saves, "saves", 3)
 
 
 def _number(value: Any) -> Any:
+    """As a plain number of Python's, if it is one."""
     return value if value is None or callable(value) else np.asarray(value).item()
 
 
-def _run(recipe: Recipe, batch: Batch, progress: bool) -> Sweep:
+def _run(lanes: AbstractLanes, batch: Batch, progress: bool) -> Sweep:
     """All lanes, in memory."""
-    count = len(recipe.axes)
-    with Bars(recipe.axes, count, progress) as bars:
-        size = fitting(recipe, batch, count)
-        lanes = Runner(recipe, batch, bars).run(range(count), size)
-    if not lanes.done:
-        assert lanes.error is not None
-        raise lanes.error
-    first = lanes.owned[0]
+    plan = lanes.plan
+    count = len(plan.axes)
+    with ProgressBars(plan.axes, count, progress) as bars:
+        size = fitting(lanes, batch, count)
+        ran = Runner(lanes, batch, bars).run(range(count), size)
+    if not ran.done:
+        assert ran.error is not None
+        raise ran.error
+    first = ran.problems[0]
     paths = dataclasses.replace(
-        lanes.paths,
-        static=None if lanes.many else first.static,
+        ran.paths,
+        static=None if ran.many else first.static,
         watched=first.watched,
     )
-    owned = lanes.owned if lanes.many else ()
-    fixed = {k: v for k, v in recipe.fixed.items() if isinstance(v, int | float)}
-    return Sweep(paths, recipe.axes, owned, lanes.causes, fixed, recipe)
+    owned = ran.problems if ran.many else ()
+    return Sweep(paths, plan.axes, owned, ran.causes, plan.fixed_numbers, lanes)
