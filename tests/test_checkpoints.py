@@ -166,7 +166,7 @@ def test_a_descent_with_random_keys_in_lockstep(tmp_path, parts):
         **options,
     )  # fmt: skip
     alone = gf.descent(TASK.flow, TASK.model, weight_decay=1e-2, **steps, **options)
-    np.testing.assert_allclose(kept["train_loss"][1], alone.train_loss, rtol=1e-9)
+    np.testing.assert_allclose(kept.train_loss[1], alone.train_loss, rtol=1e-9)
 
 
 def test_what_fills_a_program_up_takes_one_step(tmp_path):
@@ -295,8 +295,8 @@ def test_what_is_not_reached_yet_is_no_error(tmp_path):
     """With `jax_debug_nans` healthy lanes pass, in parts as well."""
     steps = dict(run=gf.Descent(0.01, steps=700))
     with jax.debug_nans(True):
-        data = gf.sweep(
+        lanes = gf.sweep(
             TASK.flow, TASK.model, weight_decay=[0.1, 0.2], saves=5, progress=False,
             store=tmp_path / "a", **steps,
         )  # fmt: skip
-    assert (data.result == 0).all() and np.isfinite(data.train_loss).all()
+    assert lanes.succeeded.all() and np.isfinite(lanes.train_loss).all()

@@ -47,7 +47,7 @@ print(json.dumps([jax.local_device_count(), len(lanes.causes)]))
 """
 
 STORED = """
-data = run(out)
+data = run(out).to_xarray()
 print(json.dumps([jax.process_count(), data.attrs["finished"],
                   int((data.result == -1).sum())]))
 """

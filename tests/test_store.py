@@ -41,10 +41,11 @@ def make(seed):
 def run(path, function=make, *, chunk=3, parameters=False, retry=False, **steps):
     steps = dict(learning_rate=RATES, steps=20) | steps
     store = gf.Store(path, chunk=chunk, parameters=parameters, retry=retry)
-    return gf.sweep(
+    sweep = gf.sweep(
         function, axes={"seed": SEEDS}, weight_decay=0.1, run=gf.Descent(**steps),
         saves=5, progress=False, store=store,
     )  # fmt: skip
+    return sweep.to_xarray()
 
 
 def contents(path):
@@ -250,11 +251,70 @@ def test_lanes_are_compared_with_the_first_whichever_are_run(tmp_path):
             task.flow, task.model, weight_decay=[1e-2, 1.0], slow_time=1.0,
             saves=20, run=gf.Descent(0.1), progress=False,
             store=gf.Store(path, chunk=1),
-        )  # fmt: skip
+        ).to_xarray()  # fmt: skip
         assert data.result.values[0] == 0 and data.result.values[1] > 0
         assert "saves: this lane has" in data.attrs["causes"]["1"]
         # The first is there; what is left is run without it.
         shutil.rmtree(path / "chunks" / "000001")
+
+
+def same_in_store(stored, lanes):
+    """Whether a sweep gives the same from a store as in memory."""
+    kept = stored.load()
+    assert kept.load() is kept and lanes.load() is lanes
+    for sweep in (stored, kept):
+        assert isinstance(sweep, gf.Sweep)
+        assert str(sweep) == str(lanes)
+        assert (sweep.dims, sweep.shape, sweep.fixed, sweep.causes) == (
+            lanes.dims, lanes.shape, lanes.fixed, lanes.causes,
+        )  # fmt: skip
+        for name in ("t", "weight_decay", "slow_time", "train_loss", "penalty"):
+            one, two = getattr(sweep, name), getattr(lanes, name)
+            np.testing.assert_array_equal(one, two, name, strict=True)
+        for name, values in lanes.metrics.items():
+            np.testing.assert_array_equal(sweep.metrics[name], values, name)
+        np.testing.assert_array_equal(sweep.succeeded, lanes.succeeded)
+        np.testing.assert_array_equal(sweep.stats["steps"], lanes.stats["steps"])
+        assert bool((sweep.result == lanes.result).all())
+        for one, two in zip(sweep, lanes, strict=True):
+            np.testing.assert_array_equal(one.params.weights, two.params.weights)
+            assert one.watched == two.watched
+            if bool(two.succeeded):
+                assert str(one) == str(two)
+                np.testing.assert_array_equal(one[-1].weights, two[-1].weights)
+
+
+def test_a_sweep_of_many_problems_from_a_store(tmp_path):
+    """One of which cannot be made."""
+    MISSING.add(1)
+    call = dict(
+        axes={"seed": [0, 1, 2]}, weight_decay=0.1, run=gf.Descent(RATES, steps=9),
+        saves=5, progress=False,
+    )  # fmt: skip
+    lanes = gf.sweep(needs_a_file, **call)
+    store = gf.Store(tmp_path / "s.zarr", parameters=True)
+    stored = gf.sweep(needs_a_file, **call, store=store)
+    assert not stored.to_xarray().train_loss._in_memory
+    same_in_store(stored, lanes)
+    crossing = stored.crossing_time("test")
+    np.testing.assert_array_equal(crossing, lanes.crossing_time("test"))
+    MISSING.clear()
+
+
+def test_what_a_store_does_not_have(tmp_path):
+    flow, model, metrics = make(0)
+    sweep = gf.sweep(
+        flow, model, weight_decay=[0.1, 0.2], run=gf.Descent(0.1, steps=9), saves=5,
+        metrics=metrics, progress=False, store=tmp_path / "s.zarr",
+    )  # fmt: skip
+    assert sweep[1].metrics["test"].shape == (5,) and "2 weight decays" in str(sweep)
+    with pytest.raises(ValueError, match="parameters: the store has none"):
+        sweep[1][-1]
+    gf.save(tmp_path / "sweep.npz", sweep)
+    with pytest.raises(ValueError, match="gf.open_results.*sweep.load"):
+        str(gf.load(tmp_path / "sweep.npz"))
+    gf.save(tmp_path / "sweep.npz", sweep.load())
+    assert str(gf.load(tmp_path / "sweep.npz")) == str(sweep)
 
 
 def test_flows_and_a_single_problem(tmp_path):
@@ -263,9 +323,10 @@ def test_flows_and_a_single_problem(tmp_path):
     options = dict(weight_decay=lams, slow_time=1.0, saves=4, progress=False)
     options |= dict(solver=gf.KKT4(), metrics=task.metrics)
     store = gf.Store(tmp_path / "s.zarr", chunk=2, parameters=True)
-    data = gf.sweep(task.flow, task.model, store=store, **options)
+    stored = gf.sweep(task.flow, task.model, store=store, **options)
     lanes = gf.sweep(task.flow, task.model, **options)
-    np.testing.assert_array_equal(data.metric_test, lanes.metrics["test"])
+    same_in_store(stored, lanes)
+    data = stored.to_xarray()
     back = gf.as_sweep(data, task.flow, task.model, metrics=task.metrics)
     assert str(back) == str(lanes)
     np.testing.assert_array_equal(back[3].models.weights, lanes[3].models.weights)
@@ -536,14 +597,14 @@ def test_sweeps_in_threads_have_stores_of_their_own(tmp_path):
     calls = lambda factor: [functools.partial(call, n, factor) for n in names]
     first = in_threads(*calls(1.0))
     for one, two in zip(first, in_threads(*calls(1.0)), strict=True):
-        assert one.equals(two)
+        assert one.to_xarray().equals(two.to_xarray())
     for refused in calls(2.0):
         with pytest.raises(ValueError, match="holds another sweep"):
             refused()
     with pytest.raises(ValueError, match="holds another sweep"):
         in_threads(*calls(2.0))
     same = in_threads(*[functools.partial(call, "d", 1.0)] * 3)
-    assert all(one.equals(first[0]) for one in same)
+    assert all(one.to_xarray().equals(first[0].to_xarray()) for one in same)
     assert leftovers(tmp_path / "d") == []
 
 
@@ -554,7 +615,8 @@ def test_a_sweep_from_a_selection(tmp_path):
     options |= dict(progress=False, metrics=metrics)
     descent = lambda rate: dict(run=gf.Descent(rate, steps=9))
     store = lambda name: gf.Store(tmp_path / name, parameters=True, chunk=4)
-    data = gf.sweep(flow, model, store=store("a"), **options, **descent(RATES))
+    sweep = gf.sweep(flow, model, store=store("a"), **options, **descent(RATES))
+    data = sweep.to_xarray()
     assert data.lane.values.tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
     data.attrs["causes"] = {"5": "OSError: gone"}
     part = gf.as_sweep(data.isel(learning_rate=1), **again)
@@ -565,7 +627,7 @@ def test_a_sweep_from_a_selection(tmp_path):
     one = gf.as_sweep(data.isel(learning_rate=1, weight_decay=1), **again)
     np.testing.assert_array_equal(one[0].models.weights, lanes[1].models.weights)
     options |= dict(zipped=[("learning_rate", "weight_decay")], **descent(RATES))
-    data = gf.sweep(flow, model, store=store("b"), **options)
+    data = gf.sweep(flow, model, store=store("b"), **options).to_xarray()
     assert (
         data.weight_decay.dims == ("learning_rate",) and "weight_decay" in data.coords
     )

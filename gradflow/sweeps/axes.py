@@ -36,6 +36,12 @@ class Axes:
         nor words, as random keys, the positions."""
         return {k: (self.along[k], _labels(v)) for k, v in self.values.items()}
 
+    def column(self, name: str) -> np.ndarray:
+        """The value of an axis in each lane."""
+        lanes = np.arange(len(self))
+        place = np.unravel_index(lanes, self.shape)[self.dims.index(self.along[name])]
+        return _labels(self.values[name])[place]
+
     def place(self, lane: int) -> dict[str, int]:
         """The position of a lane along each axis."""
         at = dict(zip(self.dims, np.unravel_index(lane, self.shape), strict=True))

@@ -1,6 +1,7 @@
 """The plan of a sweep: its axes, what is the same in all lanes, and how far they go."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -81,6 +82,12 @@ class Plan:
     def _own(self) -> set[str]:
         """The dimensions of the axes of the problem."""
         return {dim for name, dim in self.axes.along.items() if name not in RUN}
+
+    @property
+    def count_problems(self) -> int:
+        """How many there are."""
+        sizes = zip(self.axes.dims, self.axes.shape, strict=True)
+        return math.prod(n for dim, n in sizes if dim in self._own)
 
     def owner(self, lane: int) -> tuple[int, ...]:
         """Which lanes have the same problem: their positions along its axes."""

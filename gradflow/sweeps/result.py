@@ -17,6 +17,7 @@ from ..runs.path import Path
 from ..runs.solve import run_again, Solve
 from .axes import Axes, short
 from .lanes import AbstractLanes, FlowLanes
+from .on_disk import StoredPaths, StoredProblems
 from .stack import OfProblem, Ragged
 
 _SHOWN = 24  # lanes that are printed one by one
@@ -29,15 +30,19 @@ class Sweep(eqx.Module):
     and so is `sweep[j, k]` by its position in each dimension. One that failed is marked
     in `result`, and is NaN after its end; one that raised an error is NaN throughout,
     and `causes` has the words. The others are as if it had not been there.
+
+    It is the same whether results are in memory or in a store. Of a store nothing is
+    read but what is asked for: arrays, lanes, `to_xarray()`; `load()` reads all.
     """
 
-    paths: Path
+    paths: Path | StoredPaths
     """All paths as one: its arrays have the lanes as their first axis. (But `static`
     and `watched`, which the lanes of one problem share: where there are many, they are
-    those of `sweep[i]`. Parameters of differing shapes are theirs too.)"""
+    those of `sweep[i]`. Parameters of differing shapes are theirs too.) Of a store, an
+    array is read when it is asked for."""
     axes: Axes
     """The axes, and the dimensions along which they run."""
-    owned: tuple[OfProblem, ...] = ()
+    owned: tuple[OfProblem, ...] | StoredProblems = ()
     """`static` and `watched` of each lane, where there are many problems."""
     causes: dict[int, str] = eqx.field(default_factory=dict)
     """The error of each lane that raised one."""
@@ -111,10 +116,20 @@ class Sweep(eqx.Module):
     def __len__(self) -> int:
         return self.weight_decay.shape[0]
 
+    def load(self) -> "Sweep":
+        """The same, with all that is stored in memory."""
+        if isinstance(self.paths, Path):
+            return self
+        return dataclasses.replace(
+            self, paths=self.paths.load(), owned=tuple(self.owned)
+        )
+
     def __getitem__(self, index: int | np.integer | tuple[int, ...]) -> Path:
         """The path of one lane, by its number or its position in each dimension."""
         i = self.axes.lane(index)
         paths = self.paths
+        if isinstance(paths, StoredPaths):
+            return paths.lane(i)
         ragged = isinstance(paths.params, Ragged)
         bare = dataclasses.replace(paths, static=None, watched={}, stats={})
         bare = dataclasses.replace(bare, params=None) if ragged else bare
@@ -145,7 +160,11 @@ class Sweep(eqx.Module):
     def crossing_time(self, name: str) -> Float[np.ndarray, "..."]:
         """When metric `name` has passed its threshold for good, in the shape of the
         dimensions; see `Path.crossing_time`."""
-        times = [path.crossing_time(name) for path in self]
+        lanes = self
+        if isinstance(self.paths, StoredPaths):
+            numbers = self.paths.load(parameters=False)
+            lanes = dataclasses.replace(self, paths=numbers)
+        times = [path.crossing_time(name) for path in lanes]
         return np.array(times).reshape(self.shape)
 
     def to_xarray(self) -> Any:
@@ -153,11 +172,16 @@ class Sweep(eqx.Module):
 
         It has `t`, `slow_time`, `train_loss`, `penalty`, `metric_NAME` and
         `threshold_NAME`, what the solver counted (`steps`, …), and `result`, whose
-        attributes give the meanings of its values.
+        attributes give the meanings of its values. Of a store it is what
+        `gradflow.open_results` gives, whose arrays are read when they are used.
         """
+        if isinstance(self.paths, StoredPaths):
+            return self.paths.dataset().copy()
         return _dataset(self)
 
     def __str__(self) -> str:
+        if isinstance(self.paths, StoredPaths):
+            return str(dataclasses.replace(self, paths=self.paths.numbers(), owned=()))
         stats = self.stats
         solver = stats["solver"]
         if not isinstance(solver, str):

@@ -13,11 +13,13 @@ from .checkpoints import Checkpoints
 from .columns import parameter_columns
 from .identity import about, describe
 from .lanes import AbstractLanes
+from .on_disk import settings, StoredPaths, StoredProblems
 from .open import open_results
 from .options import Store
 from .problems import Problem, Problems
 from .programs import Batch
 from .progress import ProgressBars
+from .result import Sweep
 from .runner import first_shape, fitting, Ran, Runner
 from .store import blocks_of, pending, remove_stale, ZarrStore
 
@@ -35,9 +37,11 @@ class _Chunks(NamedTuple):
         return lanes_of_block(self.axes.shape, self.block, number)[1]
 
 
-def run_stored(lanes: AbstractLanes, batch: Batch, progress: bool, kept: Store) -> Any:
+def run_stored(
+    lanes: AbstractLanes, batch: Batch, progress: bool, kept: Store
+) -> Sweep:
     """The chunks that the store does not have, as far as they are for this process;
-    returns the store, opened."""
+    returns what is in the store then."""
     plan = lanes.plan
     processes, process = jax.process_count(), jax.process_index()
     store = ZarrStore(File(kept.path), process)
@@ -92,7 +96,13 @@ def run_stored(lanes: AbstractLanes, batch: Batch, progress: bool, kept: Store) 
         keep(number, ran)
     _wait_for_all_processes("computed all chunks")
     checkpoints.end()
-    return open_results(kept.path, check=process == 0)
+    results = open_results(kept.path, check=process == 0)
+    causes = {int(lane): cause for lane, cause in results.attrs["causes"].items()}
+    problems = StoredProblems(lanes.problems, len(plan.axes))
+    given = settings(plan.axes, plan.fixed)
+    paths = StoredPaths(str(kept.path), given, problems, results)
+    owned = problems if plan.count_problems > 1 else ()
+    return Sweep(paths, plan.axes, owned, causes, plan.fixed_numbers)
 
 
 def _wait_for_all_processes(what: str) -> None:

@@ -80,7 +80,7 @@ def sweep(
     store: str | os.PathLike | Store | None = None,
     throw: bool = False,
     progress: bool = True,
-) -> Sweep | Any:
+) -> Sweep:
     """Runs a flow, or a descent, for every combination of values along some axes, with
     one compilation for each shape of the problem.
 
@@ -131,7 +131,9 @@ def sweep(
     and what they close over. (By default JAX ends all processes five minutes after the
     first has left: give `initialize` a `shutdown_timeout_seconds` where one goes on.)
 
-    **Returns:** a `Sweep`; with `store`, what `gf.open_results` gives.
+    **Returns:** a `Sweep`. With `store` it reads from there what it is asked for; of
+    its labelled arrays, `to_xarray()`, `gf.open_results(path)` is a way to those of an
+    unfinished run.
 
     **Raises:** `ValueError` for arguments that make no sense, before any compute;
     `RuntimeError` if a lane fails and `throw`. If `problem` is a function, a lane for
