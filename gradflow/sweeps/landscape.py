@@ -14,6 +14,7 @@ from .._checks import as_level, check_times
 from ..flow.flow import check_flow, GradientFlow
 from ..losses import AbstractLoss
 from ..metrics import Metric
+from ..runs.path import Path
 from ..runs.problem import as_metrics
 from .sweep import sweep
 
@@ -113,7 +114,10 @@ class Landscape(eqx.Module):
             + "".join(f" {k:>10}" for k in self.metrics)
             + f" {'slope':>8}",
         ]
-        middle = lambda v, i: float(np.median(v[:, i]))
+
+        def middle(values: np.ndarray, i: int) -> float:
+            return float(np.median(values[:, i]))
+
         for i, a in enumerate(self.scale):
             row = f"  {a:8.3g} {middle(self.norm, i):9.3g}"
             row += f" {middle(self.train_loss, i):11.3g}"
@@ -198,7 +202,7 @@ def landscape(
     return Landscape(scale=scales, metrics=table, watched=watched, **fixed)
 
 
-def _end(flow: GradientFlow, path: Any) -> dict[str, float]:
+def _end(flow: GradientFlow, path: Path) -> dict[str, float]:
     last = jax.tree.map(lambda p: p[-1], path.params)
     norm = float(optax.tree.norm(last))
     out = {k: float(v[-1]) for k, v in path.metrics.items()}

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 from ..results import from_codes, RESULTS
 from ..runs.path import Path
 from .axes import Axes
-from .columns import parameter_name
+from .columns import Dataset, parameter_name
 from .problems import Last, Problems
 from .stack import OfProblem
 
@@ -47,7 +47,7 @@ def parameter_names(params: PyTree) -> list[str]:
 
 
 def read_paths(
-    results: Any,
+    results: Dataset,
     given: Mapping[str, np.ndarray],
     metrics: Iterable[str],
     like: PyTree,
@@ -94,18 +94,18 @@ def read_paths(
     )
 
 
-def flat(results: Any, name: str) -> Array:
+def flat(results: Dataset, name: str) -> Array:
     """An array of the results, with the lanes as its first axis."""
     return jnp.asarray(_flat(results, name))
 
 
-def _flat(results: Any, name: str) -> np.ndarray:
+def _flat(results: Dataset, name: str) -> np.ndarray:
     array, dims = results[name], results["result"].dims
     rest = [results.sizes[d] for d in array.dims if d not in dims]
     return array.values.reshape(results["result"].size, *rest)
 
 
-def _result(results: Any) -> RESULTS:
+def _result(results: Dataset) -> RESULTS:
     return from_codes(_flat(results, "result"), results["result"].attrs)
 
 
@@ -162,10 +162,10 @@ class StoredPaths(eqx.Module):
     given: dict[str, np.ndarray]
     """λ and other `settings` of each lane."""
     problems: StoredProblems
-    results: Any = eqx.field(default=None, metadata={"saved": False})
+    results: Dataset = eqx.field(default=None, metadata={"saved": False})
     """An `xarray.Dataset`; `None` where this was read from a file."""
 
-    def dataset(self) -> Any:
+    def dataset(self) -> Dataset:
         """The labelled arrays, which are read when they are used.
 
         **Raises:** `ValueError` where this was read from a file, which has none.

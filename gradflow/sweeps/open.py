@@ -4,7 +4,6 @@ import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path as File
-from typing import Any
 
 import numpy as np
 from jaxtyping import PyTree
@@ -15,6 +14,7 @@ from ..metrics import Metric
 from ..runs.columns import xarray
 from ..runs.problem import as_metrics
 from .axes import make_axes
+from .columns import Dataset
 from .on_disk import parameter_names, read_paths, settings
 from .plan import RUN
 from .result import Sweep
@@ -23,7 +23,7 @@ from .store import are, UNREADABLE, ZarrStore
 
 
 def as_sweep(
-    results: Any,
+    results: Dataset,
     flow: GradientFlow,
     model: PyTree,
     *,
@@ -75,13 +75,13 @@ def as_sweep(
     return Sweep(paths, axes, (), causes, alike)
 
 
-def _along(results: Any, names: list[str], dim: str) -> list[str]:
+def _along(results: Dataset, names: list[str], dim: str) -> list[str]:
     """Those along a dimension, of which the one that names it is the first."""
     there = [name for name in names if results[name].dims == (dim,)]
     return sorted(there, key=dim.__ne__)
 
 
-def open_results(path: str | os.PathLike, *, check: bool = True) -> Any:
+def open_results(path: str | os.PathLike, *, check: bool = True) -> Dataset:
     """The results of `gf.sweep(..., store=path)`, as far as they are there.
 
     **Arguments:**

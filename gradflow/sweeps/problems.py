@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Hashable
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from .._checks import is_concrete, is_key
+from .._typing import Given
 from ..flow.flow import GradientFlow, scaled
 from ..flow.term import FlowTerm, place
 from ..metrics import Metric
@@ -111,7 +112,7 @@ class Problems:
         return OfProblem(place(params, term.static)[1], problem.watched)
 
 
-def as_problem(made: Any, metrics: dict[str, Metric]) -> Problem:
+def as_problem(made: Given, metrics: dict[str, Metric]) -> Problem:
     """What a user's function made: a task, or a flow, a model and perhaps metrics.
 
     **Raises:** `ValueError` for anything else.
@@ -138,7 +139,7 @@ def placed(tree: PyTree, name: str = "problem") -> PyTree:
     **Raises:** `ValueError` for an array that other processes hold a part of.
     """
 
-    def free(x: Any) -> Any:
+    def free(x: PyTree) -> PyTree:
         if not _committed(x):
             return x
         if not (x.is_fully_addressable or x.is_fully_replicated):

@@ -298,12 +298,12 @@ def _mapped(lanes: list[Lane], batch: Batch) -> Callable[[], Any]:
         for mine, column in zip(own, columns, strict=True)
     ]
     shared = [None if mine else c[0] for mine, c in zip(own, columns, strict=True)]
-    static = Static((tree, batch, devices))
+    static = Static(tree, batch, devices)
     number = jnp.arange(len(lanes))
     out = _program(calls[0][0], number, stack, shared, static)
     back = np.argsort(order)[:count]
 
-    def take(x: Any) -> Any:
+    def take(x: PyTree) -> PyTree:
         return x[back] if eqx.is_array(x) else x
 
     return lambda: jax.tree.map(take, jax.device_get(out))
@@ -318,7 +318,10 @@ def _stacked(column: Sequence[Any]) -> Any:
 class Static(NamedTuple):
     """Arguments that are not traced."""
 
-    value: Any
+    tree: jax.tree_util.PyTreeDef
+    """Of the arguments of a lane."""
+    batch: Batch
+    devices: int
 
 
 @eqx.filter_jit
@@ -329,7 +332,7 @@ def _program(
     shared: list,
     how: Static,
 ) -> Any:
-    tree, batch, devices = how.value
+    tree, batch, devices = how
     shared, plain = eqx.partition(shared, eqx.is_array)
     rest = []
 
@@ -363,7 +366,7 @@ def _signature(lane: Lane) -> tuple:
     return fn, tree, tuple(map(_mark, leaves))
 
 
-def _mark(leaf: Any) -> Hashable:
+def _mark(leaf: PyTree) -> Hashable:
     """Of an array its shape; of anything else, which is part of the program, itself."""
     if eqx.is_array(leaf):
         return leaf.shape, leaf.dtype
@@ -372,7 +375,7 @@ def _mark(leaf: Any) -> Hashable:
     return leaf if isinstance(leaf, Hashable) else id(leaf)
 
 
-def _without_shared(out: Any) -> Any:
+def _without_shared(out: Path | tuple) -> Path | tuple:
     """What a lane gives, without what the lanes of a problem have in common."""
     if isinstance(out, Path):
         return dataclasses.replace(out, static=None, watched={})
@@ -381,7 +384,7 @@ def _without_shared(out: Any) -> Any:
 
 
 def _take(stacked: PyTree, index: int) -> PyTree:
-    def take(x: Any) -> Any:
+    def take(x: PyTree) -> PyTree:
         if not eqx.is_array(x):
             return x
         return x[index] if is_key(x) else np.asarray(x[index])

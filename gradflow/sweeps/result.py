@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
+from .._typing import RealScalarLike
 from ..results import RESULTS
 from ..runs.columns import columns, described, xarray
 from ..runs.path import Path
@@ -297,9 +298,9 @@ def _run_again(
     return run_again(lane.run, params, ts)
 
 
-def _cell(value: Any) -> str:
+def _cell(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)[:9]
 
 
-def _count(value: Any) -> str:
+def _count(value: RealScalarLike) -> str:
     return f"{int(value)}" if np.isfinite(float(value)) else "–"

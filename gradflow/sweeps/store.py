@@ -11,13 +11,18 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path as File
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from ..results import flags
 from .axes import Axes, blocks, count_blocks, lanes_of_block
 from .identity import difference
+
+Group: TypeAlias = Any
+"""A `zarr.Group`. (The package is imported when it is first needed.)"""
+Lock: TypeAlias = Any
+"""A `filelock.FileLock`; likewise."""
 
 
 def zarr() -> Any:
@@ -34,7 +39,7 @@ def zarr() -> Any:
     return zarr
 
 
-def _lock(folder: File) -> Any:
+def _lock(folder: File) -> Lock:
     """A lock of the operating system for a folder, held in a file beside it. It ends
     with its process, however that ends; and is seen by all threads, processes, and, as
     far as a shared file system has locks, hosts."""
@@ -244,8 +249,8 @@ class ZarrStore:
                 little = whole.astype(whole.dtype.newbyteorder("<"))
                 file.write_bytes(little.tobytes())
                 data.append("/".join(parts))
-            there = lambda f: not f.endswith("zarr.json") or (self.path / f).exists()
-            files = [f for f in _files(self.aside) if not there(f)]
+            new = [f for f in _files(self.aside) if f.endswith("zarr.json")]
+            files = [f for f in new if not (self.path / f).exists()]
             # A reader knows by `result` whether a lane is there.
             files += sorted(data, key=lambda f: (f.startswith("result/"), f))
             marker = {f: _digest(self.aside / f) for f in data}
@@ -349,15 +354,15 @@ class ZarrStore:
         block = grid["chunk_grid"]["configuration"]["chunk_shape"]
         counts = [-(-n // b) for n, b in zip(grid["shape"], block, strict=True)]
         at = "/".join(str(int(i)) for i in np.unravel_index(number, counts))
+        places = self.path.glob(f"*/c/{at}")
         # `False`, for `result`, is sorted before `True`.
-        first = lambda f: f.parents[1].name != "result"
-        for place in sorted(self.path.glob(f"*/c/{at}"), key=first):
+        for place in sorted(places, key=lambda f: f.parents[1].name != "result"):
             shutil.rmtree(place) if place.is_dir() else place.unlink()
         shutil.rmtree(self.path / "chunks" / f"{number:06d}")
 
 
 def _array(
-    group: Any,
+    group: Group,
     name: str,
     shape: tuple[int, ...],
     chunks: tuple[int, ...],
@@ -486,7 +491,7 @@ def _remove_left(path: File, of: Callable[[int], bool]) -> None:
         _remove(folder, lock)
 
 
-def _remove(folder: File, lock: Any) -> None:
+def _remove(folder: File, lock: Lock) -> None:
     """Takes a folder away, and then its lock, which another may be waiting for."""
     shutil.rmtree(folder, ignore_errors=True)
     with contextlib.suppress(OSError):  # on Windows `release` takes it away

@@ -96,7 +96,12 @@ def run_stored(
         keep(number, ran)
     _wait_for_all_processes("computed all chunks")
     checkpoints.end()
-    results = open_results(kept.path, check=process == 0)
+    return _opened(lanes, kept, check=process == 0)
+
+
+def _opened(lanes: AbstractLanes, kept: Store, *, check: bool) -> Sweep:
+    """The sweep of a store, with what its paths have from their problems."""
+    plan, results = lanes.plan, open_results(kept.path, check=check)
     causes = {int(lane): cause for lane, cause in results.attrs["causes"].items()}
     problems = StoredProblems(lanes.problems, len(plan.axes))
     given = settings(plan.axes, plan.fixed)
@@ -120,7 +125,9 @@ def _attributes(
     plan = problems.plan
     axes, make = plan.axes, plan.make
     try:
-        first: Any = dict(zip(Problem._fields, problems.of(0), strict=True))
+        first: dict[str, Any] | str = dict(
+            zip(Problem._fields, problems.of(0), strict=True)
+        )
     except Exception as error:
         first = type(error).__name__  # its words may differ from call to call
     values = plan.fixed | plan.asked

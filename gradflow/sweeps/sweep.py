@@ -20,6 +20,7 @@ from .._checks import (
     is_concrete,
     word,
 )
+from .._typing import Given
 from ..flow.flow import check_flow, GradientFlow
 from ..losses import AbstractLoss
 from ..metrics import Metric
@@ -36,7 +37,7 @@ from .result import Sweep
 from .runner import fitting, Runner
 from .stored import run_stored
 
-Given = ParamSpec("Given")
+Arguments = ParamSpec("Arguments")
 Returned = TypeVar("Returned")
 
 _MOVED = {f.name: "run=gf.Descent(…)" for f in dataclasses.fields(Descent)} | {
@@ -44,11 +45,13 @@ _MOVED = {f.name: "run=gf.Descent(…)" for f in dataclasses.fields(Descent)} | 
 }
 
 
-def _told_where(function: Callable[Given, Returned]) -> Callable[Given, Returned]:
+def _told_where(
+    function: Callable[Arguments, Returned],
+) -> Callable[Arguments, Returned]:
     """With an error for what is an option of `run` or `store`, which says so."""
 
     @functools.wraps(function)
-    def call(*args: Given.args, **kwargs: Given.kwargs) -> Returned:
+    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Returned:
         for name in kwargs:
             if name in _MOVED:
                 raise TypeError(f"{name}: give it as an option of {_MOVED[name]}.")
@@ -192,7 +195,8 @@ def make_lanes(
     axes = dict(axes or {})
     _check_axes(axes)
     make = _maker(problem, model, axes, metrics)
-    runs = {name: arguments.pop(name) for name in _ORDER}
+    runs = {name: arguments[name] for name in _ORDER}
+    rest = {name: value for name, value in arguments.items() if name not in runs}
     if runs["weight_decay"] is None:
         raise ValueError("weight_decay: expected a number or a vector, got None.")
     vectors = {k: v for k, v in runs.items() if v is not None and np.ndim(v) > 0}
@@ -200,7 +204,7 @@ def make_lanes(
         if np.ndim(v) > 1:
             raise ValueError(f"{name}: expected a number or a vector, got {v!r}.")
     fixed = {k: _number(v) for k, v in runs.items() if k not in vectors}
-    asked = placed(arguments, "ts, key")
+    asked = placed(rest, "ts, key")
     span = Span(*(asked[name] for name in Span._fields))
     product = make_axes(axes | vectors, zipped)
     plan = Plan(product, make, metrics, fixed, span, asked["saves"], asked)
@@ -208,7 +212,7 @@ def make_lanes(
     if runs["learning_rate"] is None:
         options = (asked[k] for k in ("solver", "atol", "max_steps"))
         return FlowLanes(plan, Problems(plan, mixed=False), *options)
-    # A descent is content with the precision of the model.
+    # A loss that is computed in double precision for weights in single is no obstacle.
     options = (asked[k] for k in ("method", "optimiser", "batch_size", "key"))
     return DescentLanes(plan, Problems(plan, mixed=True), *options)
 
@@ -273,7 +277,7 @@ def _check(plan: Plan) -> None:
         check_integer(plan.saves, "saves", 3)
 
 
-def _number(value: Any) -> Any:
+def _number(value: Given) -> Given:
     """As a plain number of Python's, if it is one."""
     return value if value is None or callable(value) else np.asarray(value).item()
 
