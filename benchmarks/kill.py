@@ -32,18 +32,18 @@ def make(seed):
     return task.flow, task.model, task.metrics
 
 import gradflow.sweeps.store as store
-write = store.Store.write
+write = store.ZarrStore.write
 def told(self, number, *rest):
     write(self, number, *rest)
     print("done", number, flush=True)
-store.Store.write = told
+store.ZarrStore.write = told
 import gradflow.sweeps.identity as configuration
 configuration._commit = lambda folder: "whatever"  # which may change while this runs
 path, chunks, seconds = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
 print("start", flush=True)
 gf.sweep(make, axes={"seed": range(chunks)}, weight_decay=0.1, progress=False,
-         learning_rate=[0.02, 0.05], steps=600, saves=5, chunk=2, store=path,
-         checkpoint=0.0)
+         run=gf.Descent([0.02, 0.05], steps=600), saves=5,
+         store=gf.Store(path, chunk=2, checkpoint=0.0))
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 print("peak", peak, flush=True)
 """

@@ -49,8 +49,8 @@ def single(n):
 
 def sweep(n, store=None):
     return gf.sweep(task.flow, task.model, weight_decay=lams[:n], metrics=metrics,
-                    progress=False, batch="loop", store=store,
-                    chunk=64 if store else None, **options)
+                    progress=False, batch="loop",
+                    store=store and gf.Store(store, chunk=64), **options)
 
 # To compile.
 if what == "single":

@@ -39,6 +39,7 @@ from . import models as models
 from . import tasks as tasks
 from . import manifold as manifold
 from .sweeps.result import Sweep as Sweep
+from .sweeps.options import Descent as Descent, Store as Store
 from .sweeps.sweep import sweep as sweep
 from .sweeps.open import as_sweep as as_sweep, open_results as open_results
 from .theory.predicted_time import PredictedTime as PredictedTime

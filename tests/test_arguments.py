@@ -64,6 +64,14 @@ def many(flow=flow, model=model, **options):
     usual = dict(weight_decay=[0.1, 0.2], t1=1.0, progress=False)
     return gf.sweep(flow, model, **dict(usual, **options))
 
+def stored(**options):
+    return many(store=gf.Store("nowhere.zarr", **options))
+
+def steps(flow=flow, model=model, **options):
+    usual = dict(learning_rate=0.1, steps=3)
+    run = gf.Descent(**dict(usual, **options))
+    return gf.sweep(flow, model, weight_decay=[0.1, 0.2], run=run, progress=False)
+
 def theory(flow=flow, model=model, **options):
     return gf.two_phase(flow, model, **dict(dict(slow_time=1.0), **options))
 
@@ -130,6 +138,14 @@ case("ts", many, *ts, t1=None)
 case("ts", drift, [0.0, 1j], "01", [0.0, np.nan], [1.0, 0.5], [0.0, 9.0])
 case("rtol", many, [0.0, 1e-6], "1e-6", -1.0)
 case("learning_rate", step, 0.0, -1.0, "0.1", None, [0.1, 0.2], lambda t: -0.1)
+case("learning_rate", steps, 0.0, "0.1", None, [0.1, -1.0], lambda t: -0.1)
+case("steps", steps, 0, 2.5, "3", True, [3])
+case("at", steps, [0.5, 1.0], [3], [2, 1], "01", steps=None)
+case("method", steps, "newton", ["projected"])
+case("optimiser", steps, "adam", 3)
+case("key", steps, 3, "0", batch_size=2)
+case("batch_size", steps, 0, 2.0, 9, key=jr.key(0))
+case("run", many, 3, "descent", dict(learning_rate=0.1))
 case("steps", step, 0, 2.5, "3", True, [3])
 case("at", step, [0.5, 1.0], [3], [2, 1], "01", steps=None)
 case("method", step, "newton", None, ["projected"])
@@ -137,8 +153,9 @@ case("optimiser", step, "adam", 3)
 case("key", step, 3, "0", batch_size=2)
 case("batch_size", step, 0, 2.0, 9, key=jr.key(0))
 case("batch", many, "pmap", 3)
-case("chunk", many, 0, 1.5, "4", store="nowhere.zarr")
-case("checkpoint", many, -1.0, "60", None, store="nowhere.zarr")
+case("chunk", stored, 0, 1.5, "4")
+case("checkpoint", stored, -1.0, "60", None)
+case("path", gf.Store, 3, ["a"], None)
 case("store", many, 3, ["a"])
 case("t_max", limit, 0.0, "1e10", -1.0)
 case("residual_tol", limit, -1.0, "0")

@@ -156,17 +156,17 @@ def test_a_descent_with_random_keys_in_lockstep(tmp_path, parts):
     def noisy(rate):
         return optax.chain(optax.add_noise(0.1, 0.5, jr.key(3)), optax.sgd(rate))
 
-    options: dict = dict(
-        learning_rate=1e-2, steps=30, saves=4, batch_size=2, key=jr.key(1),
-        optimiser=noisy, progress=False,
-    )  # fmt: skip
-    path = tmp_path / "s.zarr"
+    steps: dict = dict(
+        learning_rate=1e-2, steps=30, batch_size=2, key=jr.key(1), optimiser=noisy
+    )
+    options: dict = dict(saves=4, progress=False)
     kept = gf.sweep(
-        TASK.flow, TASK.model, weight_decay=[1e-1, 1e-2], batch="vmap", store=path,
-        checkpoint=0.0, **options,
+        TASK.flow, TASK.model, weight_decay=[1e-1, 1e-2], batch="vmap",
+        store=gf.Store(tmp_path / "s.zarr", checkpoint=0.0), run=gf.Descent(**steps),
+        **options,
     )  # fmt: skip
-    alone = gf.descent(TASK.flow, TASK.model, weight_decay=1e-2, **options)
-    np.testing.assert_allclose(kept["train_loss"][1], alone.train_loss, rtol=1e-9)
+    alone = gf.descent(TASK.flow, TASK.model, weight_decay=1e-2, **steps, **options)
+    np.testing.assert_allclose(kept.train_loss[1], alone.train_loss, rtol=1e-9)
 
 
 def test_what_fills_a_program_up_takes_one_step(tmp_path):
@@ -181,8 +181,9 @@ def test_what_fills_a_program_up_takes_one_step(tmp_path):
         return lambda: [(path, None, True)] * size
 
     path = gf.Path.__new__(gf.Path)
-    first = [(path, None, True), (path, None, False)]
-    _programs._go_on(lanes, first, 3, launch, checkpoints)
+    first = [_programs.Part(path, None, ended) for ended in (True, False)]
+    program = _programs.Program([0, 1], lanes, 3)
+    _programs._run_on(program, first, launch, checkpoints)
     assert taken == [[256, 1, 1]]
 
 
@@ -191,12 +192,13 @@ class Cut(BaseException):
 
 
 LAMS = [1e-1, 1e-2, 1e-3]
-OPTIONS = dict(slow_time=2.0, saves=5, solver=gf.KKT4(), progress=False, chunk=3)
+OPTIONS = dict(slow_time=2.0, saves=5, solver=gf.KKT4(), progress=False)
 
 
-def run(path, **options):
-    options = dict(checkpoint=0.0) | OPTIONS | options
-    return gf.sweep(TASK.flow, TASK.model, weight_decay=LAMS, store=path, **options)
+def run(path, checkpoint=0.0, **options):
+    store = gf.Store(path, chunk=3, checkpoint=checkpoint)
+    options = OPTIONS | options
+    return gf.sweep(TASK.flow, TASK.model, weight_decay=LAMS, store=store, **options)
 
 
 def contents(path):
@@ -291,10 +293,10 @@ def test_seconds_between_checkpoints(tmp_path):
 
 def test_what_is_not_reached_yet_is_no_error(tmp_path):
     """With `jax_debug_nans` healthy lanes pass, in parts as well."""
-    steps = dict(learning_rate=0.01, steps=700)
+    steps = dict(run=gf.Descent(0.01, steps=700))
     with jax.debug_nans(True):
-        data = gf.sweep(
+        lanes = gf.sweep(
             TASK.flow, TASK.model, weight_decay=[0.1, 0.2], saves=5, progress=False,
             store=tmp_path / "a", **steps,
         )  # fmt: skip
-    assert (data.result == 0).all() and np.isfinite(data.train_loss).all()
+    assert lanes.succeeded.all() and np.isfinite(lanes.train_loss).all()

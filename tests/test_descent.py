@@ -360,9 +360,8 @@ def test_a_long_schedule_has_exact_times():
 
 def test_a_sweep_on_a_schedule(linear):
     flow, model = linear
-    lanes = gf.sweep(
-        flow, model, weight_decay=[0.1, 0.3], learning_rate=RATES, steps=12, saves=4
-    )
+    steps = gf.Descent(RATES, steps=12)
+    lanes = gf.sweep(flow, model, weight_decay=[0.1, 0.3], run=steps, saves=4)
     one = gf.descent(
         flow, model, weight_decay=0.3, learning_rate=RATES, steps=12, saves=4
     )
@@ -370,7 +369,7 @@ def test_a_sweep_on_a_schedule(linear):
     assert_allclose(lanes[1].t, one.t)
     lanes.to_xarray()
     with pytest.raises(ValueError, match="steps, at: give one with a schedule"):
-        gf.sweep(flow, model, weight_decay=[0.1], learning_rate=RATES, t1=1.0)
+        gf.sweep(flow, model, weight_decay=[0.1], run=gf.Descent(RATES), t1=1.0)
 
 
 def test_what_is_frozen_stays_and_it_can_be_drawn(sparse):

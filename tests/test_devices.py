@@ -35,8 +35,8 @@ def make(seed):
 def run(store=None):
     # 9 steps too far apart: those lanes overshoot.
     return gf.sweep(make, axes={{"seed": range(7)}}, weight_decay=[0.1, 0.2, 0.3],
-                    learning_rate=[0.05, 9.0], steps=30, saves=5, progress=True,
-                    store=store, chunk=6 if store else None, batch="loop")
+                    run=gf.Descent([0.05, 9.0], steps=30), saves=5, progress=True,
+                    store=store and gf.Store(store, chunk=6), batch="loop")
 """
 
 MEMORY = """
@@ -47,7 +47,7 @@ print(json.dumps([jax.local_device_count(), len(lanes.causes)]))
 """
 
 STORED = """
-data = run(out)
+data = run(out).to_xarray()
 print(json.dumps([jax.process_count(), data.attrs["finished"],
                   int((data.result == -1).sum())]))
 """
@@ -126,7 +126,7 @@ def train(put, model, **how):
     return np.asarray(lanes.train_loss)
 
 on = lambda k: lambda a: jax.device_put(a, devices[k])
-flow, steps = dict(ts=jnp.arange(3.0)), dict(learning_rate=0.1, steps=5)
+flow, steps = dict(ts=jnp.arange(3.0)), dict(run=gf.Descent(0.1, steps=5))
 plain = train(lambda a: a, model, **flow)
 split = train(lambda a: jax.device_put(a, rows), on(1)(model), **flow)
 far = train(on(1), on(0)(model), **steps)

@@ -161,7 +161,7 @@ def test_landscape_of_steps(shape):
     """Step then rescale ends where the flow does."""
     stepped = gf.landscape(
         gf.GradientFlow(towards(A)), START, scales=[0.5, 1.0, 2.0],
-        learning_rate=0.05, steps=2000,
+        run=gf.Descent(0.05, steps=2000),
         metrics={"test": towards(B)}, progress=False,
     )  # fmt: skip
     np.testing.assert_allclose(

@@ -12,7 +12,7 @@ import gradflow as gf
 from gradflow import runs
 from gradflow.results import in_words
 from gradflow.solvers import Choice
-from gradflow.sweeps import recipe
+from gradflow.sweeps import lanes
 
 
 def net(activation, width=12):
@@ -100,11 +100,11 @@ def test_what_runs_out_of_steps_is_advised_by_its_solver():
 
 def test_a_lane_whose_solver_is_given_up_is_named(monkeypatch, capsys):
     flow, model = net(jnp.tanh, width=3)
-    monkeypatch.setattr(recipe, "TRIAL_STEPS", 30)
+    monkeypatch.setattr(lanes, "TRIAL_STEPS", 30)
     tried = Choice(diffrax.Tsit5(), "to be tried", True)
-    monkeypatch.setattr(recipe, "as_choice", lambda *_: tried)
+    monkeypatch.setattr(lanes, "as_choice", lambda *_: tried)
     then = Choice(diffrax.Bosh3(), "next")
-    monkeypatch.setattr(recipe, "second_choice", lambda *_: then)
+    monkeypatch.setattr(lanes, "second_choice", lambda *_: then)
     sweep = gf.sweep(flow, model, weight_decay=[0.02, 0.5], slow_time=0.5, saves=4)
     assert sweep.stats["trial_steps"].tolist() == [30, 0]
     told = capsys.readouterr().err

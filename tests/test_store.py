@@ -21,7 +21,7 @@ import pytest
 
 import gradflow as gf
 from gradflow.sweeps.identity import describe, difference
-from gradflow.sweeps.store import remove_stale, Store
+from gradflow.sweeps.store import remove_stale, ZarrStore
 
 xr = pytest.importorskip("xarray")
 pytest.importorskip("zarr")
@@ -38,12 +38,14 @@ def make(seed):
     return task.flow, task.model, task.metrics
 
 
-def run(path, function=make, **options):
-    options = dict(learning_rate=RATES, steps=20, saves=5, chunk=3) | options
-    axes = {"seed": SEEDS}
-    return gf.sweep(
-        function, axes=axes, weight_decay=0.1, progress=False, store=path, **options
-    )
+def run(path, function=make, *, chunk=3, parameters=False, retry=False, **steps):
+    steps = dict(learning_rate=RATES, steps=20) | steps
+    store = gf.Store(path, chunk=chunk, parameters=parameters, retry=retry)
+    sweep = gf.sweep(
+        function, axes={"seed": SEEDS}, weight_decay=0.1, run=gf.Descent(**steps),
+        saves=5, progress=False, store=store,
+    )  # fmt: skip
+    return sweep.to_xarray()
 
 
 def contents(path):
@@ -70,7 +72,7 @@ def test_holds_what_the_sweep_gives(whole):
     assert not gf.open_results(path).train_loss._in_memory  # it is read when it is used
     lanes = gf.sweep(
         make, axes={"seed": SEEDS}, weight_decay=0.1, progress=False,
-        learning_rate=RATES, steps=20, saves=5,
+        run=gf.Descent(RATES, steps=20), saves=5,
     )  # fmt: skip
     expected = lanes.to_xarray()
     assert dict(data.sizes) == dict(seed=4, learning_rate=3, time=5) | {
@@ -247,12 +249,72 @@ def test_lanes_are_compared_with_the_first_whichever_are_run(tmp_path):
     for _ in range(2):
         data = gf.sweep(
             task.flow, task.model, weight_decay=[1e-2, 1.0], slow_time=1.0,
-            saves=20, learning_rate=0.1, progress=False, chunk=1, store=path,
-        )  # fmt: skip
+            saves=20, run=gf.Descent(0.1), progress=False,
+            store=gf.Store(path, chunk=1),
+        ).to_xarray()  # fmt: skip
         assert data.result.values[0] == 0 and data.result.values[1] > 0
         assert "saves: this lane has" in data.attrs["causes"]["1"]
         # The first is there; what is left is run without it.
         shutil.rmtree(path / "chunks" / "000001")
+
+
+def same_in_store(stored, lanes):
+    """Whether a sweep gives the same from a store as in memory."""
+    kept = stored.load()
+    assert kept.load() is kept and lanes.load() is lanes
+    for sweep in (stored, kept):
+        assert isinstance(sweep, gf.Sweep)
+        assert str(sweep) == str(lanes)
+        assert (sweep.dims, sweep.shape, sweep.fixed, sweep.causes) == (
+            lanes.dims, lanes.shape, lanes.fixed, lanes.causes,
+        )  # fmt: skip
+        for name in ("t", "weight_decay", "slow_time", "train_loss", "penalty"):
+            one, two = getattr(sweep, name), getattr(lanes, name)
+            np.testing.assert_array_equal(one, two, name, strict=True)
+        for name, values in lanes.metrics.items():
+            np.testing.assert_array_equal(sweep.metrics[name], values, name)
+        np.testing.assert_array_equal(sweep.succeeded, lanes.succeeded)
+        np.testing.assert_array_equal(sweep.stats["steps"], lanes.stats["steps"])
+        assert bool((sweep.result == lanes.result).all())
+        for one, two in zip(sweep, lanes, strict=True):
+            np.testing.assert_array_equal(one.params.weights, two.params.weights)
+            assert one.watched == two.watched
+            if bool(two.succeeded):
+                assert str(one) == str(two)
+                np.testing.assert_array_equal(one[-1].weights, two[-1].weights)
+
+
+def test_a_sweep_of_many_problems_from_a_store(tmp_path):
+    """One of which cannot be made."""
+    MISSING.add(1)
+    call = dict(
+        axes={"seed": [0, 1, 2]}, weight_decay=0.1, run=gf.Descent(RATES, steps=9),
+        saves=5, progress=False,
+    )  # fmt: skip
+    lanes = gf.sweep(needs_a_file, **call)
+    store = gf.Store(tmp_path / "s.zarr", parameters=True)
+    stored = gf.sweep(needs_a_file, **call, store=store)
+    assert not stored.to_xarray().train_loss._in_memory
+    same_in_store(stored, lanes)
+    crossing = stored.crossing_time("test")
+    np.testing.assert_array_equal(crossing, lanes.crossing_time("test"))
+    MISSING.clear()
+
+
+def test_what_a_store_does_not_have(tmp_path):
+    flow, model, metrics = make(0)
+    sweep = gf.sweep(
+        flow, model, weight_decay=[0.1, 0.2], run=gf.Descent(0.1, steps=9), saves=5,
+        metrics=metrics, progress=False, store=tmp_path / "s.zarr",
+    )  # fmt: skip
+    assert sweep[1].metrics["test"].shape == (5,) and "2 weight decays" in str(sweep)
+    with pytest.raises(ValueError, match="parameters: the store has none"):
+        sweep[1][-1]
+    gf.save(tmp_path / "sweep.npz", sweep)
+    with pytest.raises(ValueError, match="gf.open_results.*sweep.load"):
+        str(gf.load(tmp_path / "sweep.npz"))
+    gf.save(tmp_path / "sweep.npz", sweep.load())
+    assert str(gf.load(tmp_path / "sweep.npz")) == str(sweep)
 
 
 def test_flows_and_a_single_problem(tmp_path):
@@ -260,12 +322,11 @@ def test_flows_and_a_single_problem(tmp_path):
     lams = jnp.geomspace(1e-1, 1e-3, 5)
     options = dict(weight_decay=lams, slow_time=1.0, saves=4, progress=False)
     options |= dict(solver=gf.KKT4(), metrics=task.metrics)
-    data = gf.sweep(
-        task.flow, task.model, store=tmp_path / "s.zarr", chunk=2, parameters=True,
-        **options,
-    )  # fmt: skip
+    store = gf.Store(tmp_path / "s.zarr", chunk=2, parameters=True)
+    stored = gf.sweep(task.flow, task.model, store=store, **options)
     lanes = gf.sweep(task.flow, task.model, **options)
-    np.testing.assert_array_equal(data.metric_test, lanes.metrics["test"])
+    same_in_store(stored, lanes)
+    data = stored.to_xarray()
     back = gf.as_sweep(data, task.flow, task.model, metrics=task.metrics)
     assert str(back) == str(lanes)
     np.testing.assert_array_equal(back[3].models.weights, lanes[3].models.weights)
@@ -276,10 +337,8 @@ def test_flows_and_a_single_problem(tmp_path):
     with pytest.raises(ValueError, match="params_weights"):
         gf.as_sweep(data.drop_vars("params_weights"), task.flow, task.model)
     with pytest.raises(ValueError, match=r"solver.type: KKT4 there, KKT5 here"):
-        gf.sweep(
-            task.flow, task.model, store=tmp_path / "s.zarr", chunk=2, parameters=True,
-            **(options | dict(solver=gf.KKT5())),
-        )  # fmt: skip
+        other = options | dict(solver=gf.KKT5())
+        gf.sweep(task.flow, task.model, store=store, **other)
 
 
 def test_what_is_no_store_is_left_alone(tmp_path):
@@ -298,7 +357,9 @@ def test_what_is_no_store_is_left_alone(tmp_path):
     with pytest.raises(ValueError, match="chunk"):
         run(tmp_path / "s.zarr", chunk=0)
     with pytest.raises(ValueError, match="throw"):
-        run(tmp_path / "s.zarr", throw=True)
+        flow, model, _ = make(0)
+        store = tmp_path / "s.zarr"
+        gf.sweep(flow, model, weight_decay=[0.1], t1=1.0, store=store, throw=True)
 
 
 def described(value):
@@ -360,7 +421,7 @@ def simple(a, b=0):
 
 def test_the_order_of_axes_counts(tmp_path):
     path = tmp_path / "s.zarr"
-    options = dict(weight_decay=0.1, learning_rate=0.05, steps=9, saves=3)
+    options = dict(weight_decay=0.1, run=gf.Descent(0.05, steps=9), saves=3)
     options |= dict(progress=False, store=path)
     gf.sweep(simple, axes={"a": [0, 1], "b": [0, 1]}, **options)
     with pytest.raises(ValueError, match=r"order: \['a', 'b'\] there, \['b', 'a'\]"):
@@ -370,7 +431,7 @@ def test_the_order_of_axes_counts(tmp_path):
 @pytest.mark.parametrize("name", ["chunks", "a/b", ".a"])
 def test_names_of_arrays(tmp_path, name):
     flow, model, _ = make(0)
-    both = dict(weight_decay=[0.1, 0.2], learning_rate=0.05, steps=9, saves=3)
+    both = dict(weight_decay=[0.1, 0.2], run=gf.Descent(0.05, steps=9), saves=3)
     both |= dict(progress=False, store=tmp_path / "s.zarr")
     with pytest.raises(ValueError, match=f"axes: '{name}' can't be"):
         gf.sweep(lambda **_: (flow, model), axes={name: [1]}, **both)
@@ -405,7 +466,7 @@ def test_what_belongs_to_no_chunk_is_mended(copy):
 
 def test_a_corrupted_chunk_is_not_shown_before_it_is_computed_again(copy):
     flip(copy / "train_loss" / "c" / "2" / "0" / "0")
-    Store(copy).forget(2)  # as a run does that is then killed
+    ZarrStore(copy).remove_chunk(2)  # as a run does that is then killed
     data = gf.open_results(copy)
     assert (data.result.values[2] == -1).all() and data.attrs["finished"] == 3
     assert np.isnan(data.train_loss.values[2]).all()
@@ -431,14 +492,14 @@ def test_another_device_is_told(copy):
 
 def test_another_process_may_make_it_first(copy, tmp_path, monkeypatch):
     path = tmp_path / "sweep.zarr"
-    begin = Store._begin
+    begin = ZarrStore._begin
 
     def slow(self, *rest):
         begin(self, *rest)
         if not path.exists():
             shutil.copytree(copy, path)
 
-    monkeypatch.setattr(Store, "_begin", slow)
+    monkeypatch.setattr(ZarrStore, "_begin", slow)
     BUILT.clear()
     run(path, parameters=True)
     assert set(BUILT) <= {0} and leftovers(path) == []
@@ -527,49 +588,50 @@ def test_sweeps_in_threads_have_stores_of_their_own(tmp_path):
         x = jr.normal(jr.key(3), (5000, 6))
         flow = gf.GradientFlow(gf.SquaredError(x, factor * x[:, 1]))
         return gf.sweep(
-            flow, gf.models.LinearModel(jnp.ones(6)), weight_decay=[0.1, 0.01], steps=4,
-            learning_rate=0.1, saves=3, progress=False, store=tmp_path / name,
+            flow, gf.models.LinearModel(jnp.ones(6)), weight_decay=[0.1, 0.01],
+            run=gf.Descent(0.1, steps=4), saves=3, progress=False,
+            store=tmp_path / name,
         )  # fmt: skip
 
     names = ("a", "b", "c")
     calls = lambda factor: [functools.partial(call, n, factor) for n in names]
     first = in_threads(*calls(1.0))
     for one, two in zip(first, in_threads(*calls(1.0)), strict=True):
-        assert one.equals(two)
+        assert one.to_xarray().equals(two.to_xarray())
     for refused in calls(2.0):
         with pytest.raises(ValueError, match="holds another sweep"):
             refused()
     with pytest.raises(ValueError, match="holds another sweep"):
         in_threads(*calls(2.0))
     same = in_threads(*[functools.partial(call, "d", 1.0)] * 3)
-    assert all(one.equals(first[0]) for one in same)
+    assert all(one.to_xarray().equals(first[0].to_xarray()) for one in same)
     assert leftovers(tmp_path / "d") == []
 
 
 def test_a_sweep_from_a_selection(tmp_path):
     flow, model, metrics = make(0)
     again = dict(flow=flow, model=model, metrics=metrics)
-    options = dict(steps=9, saves=3, learning_rate=RATES, weight_decay=[0.1, 0.2, 0.3])
+    options = dict(saves=3, weight_decay=[0.1, 0.2, 0.3])
     options |= dict(progress=False, metrics=metrics)
-    more = dict(parameters=True, chunk=4)
-    data = gf.sweep(flow, model, store=tmp_path / "a", **options, **more)
+    descent = lambda rate: dict(run=gf.Descent(rate, steps=9))
+    store = lambda name: gf.Store(tmp_path / name, parameters=True, chunk=4)
+    sweep = gf.sweep(flow, model, store=store("a"), **options, **descent(RATES))
+    data = sweep.to_xarray()
     assert data.lane.values.tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
     data.attrs["causes"] = {"5": "OSError: gone"}
     part = gf.as_sweep(data.isel(learning_rate=1), **again)
-    lanes = gf.sweep(flow, model, **(options | dict(learning_rate=RATES[1])))
+    lanes = gf.sweep(flow, model, **options, **descent(RATES[1]))
     assert part.causes == {2: "OSError: gone"}
     assert str(part).replace("  RAISED: OSError: gone", "") != str(part)
     np.testing.assert_array_equal(part[1].models.weights, lanes[1].models.weights)
     one = gf.as_sweep(data.isel(learning_rate=1, weight_decay=1), **again)
     np.testing.assert_array_equal(one[0].models.weights, lanes[1].models.weights)
-    zipped = dict(zipped=[("learning_rate", "weight_decay")])
-    data = gf.sweep(flow, model, store=tmp_path / "b", **options, **zipped, **more)
+    options |= dict(zipped=[("learning_rate", "weight_decay")], **descent(RATES))
+    data = gf.sweep(flow, model, store=store("b"), **options).to_xarray()
     assert (
         data.weight_decay.dims == ("learning_rate",) and "weight_decay" in data.coords
     )
-    assert str(gf.as_sweep(data, **again)) == str(
-        gf.sweep(flow, model, **options, **zipped)
-    )
+    assert str(gf.as_sweep(data, **again)) == str(gf.sweep(flow, model, **options))
 
 
 def test_a_sweep_is_of_one_problem(whole):

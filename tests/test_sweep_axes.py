@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+import optax
 import pytest
 from jaxtyping import Array
 
@@ -13,7 +14,8 @@ import gradflow as gf
 LAMS = [1e-1, 1e-2]
 SCALES = jnp.array([0.5, 2.0])
 FLOW = dict(saves=5, progress=False, solver=gf.KKT4(), t1=20.0)
-DESCENT = dict(saves=7, progress=False, steps=60, learning_rate=0.05)
+STEPS = dict(learning_rate=0.05, steps=60)
+DESCENT = dict(saves=7, progress=False, run=gf.Descent(**STEPS))
 TRACES = []
 
 
@@ -136,7 +138,8 @@ def test_penalty_weights():
         penalty = gf.L2() + jnp.asarray(weight) * gf.L1()
         return gf.GradientFlow(loss, penalty=penalty), model, {"seen": seen, "l1": l1}
 
-    options = DESCENT | dict(method="proximal", steps=400)
+    steps = gf.Descent(0.05, steps=400, method="proximal")
+    options = DESCENT | dict(run=steps)
     lanes = gf.sweep(
         flow, axes={"weight": [0.0, 0.1, 1.0]}, weight_decay=0.1, **options
     )
@@ -152,16 +155,17 @@ def l1(model):
 
 
 def test_descents_by_step_size():
-    options = DESCENT | dict(learning_rate=[0.1, 1e-2, 9.0])
+    steps = gf.Descent([0.1, 1e-2, 9.0], steps=60)
+    options = DESCENT | dict(run=steps)
     lanes = gf.sweep(make, axes={"seed": [1, 2]}, weight_decay=0.1, **options)
     assert lanes.dims == ("seed", "learning_rate")
-    alone = single(2, 0.1, 1.0, gf.descent, DESCENT, learning_rate=1e-2)
+    alone = single(2, 0.1, 1.0, gf.descent, dict(saves=7), learning_rate=1e-2, steps=60)
     same(lanes[1, 1], alone)
     assert bool(lanes[1, 2].result == gf.RESULTS.overshot)
     assert "`learning_rate` is likely above" in str(lanes)
     stochastic = gf.sweep(
-        make, axes={"seed": [1]}, weight_decay=LAMS, batch_size=2, key=jr.key(4),
-        **DESCENT,
+        make, axes={"seed": [1]}, weight_decay=LAMS, saves=7, progress=False,
+        run=gf.Descent(**STEPS, batch_size=2, key=jr.key(4)),
     )  # fmt: skip
     assert stochastic.succeeded.all()
 
@@ -228,9 +232,8 @@ def test_models_of_many_sizes():
 def test_many_lanes_are_summed_up():
     flow, model, _ = make(0)
     rates = np.geomspace(1e-3, 10.0, 40)
-    lanes = gf.sweep(
-        flow, model, weight_decay=0.1, **(DESCENT | dict(learning_rate=rates))
-    )
+    steps = gf.Descent(rates, steps=60)
+    lanes = gf.sweep(flow, model, weight_decay=0.1, **(DESCENT | dict(run=steps)))
     text = str(lanes)
     assert len(text.splitlines()) < 12
     failed = int((~np.asarray(lanes.succeeded)).sum())
@@ -250,9 +253,9 @@ def test_many_lanes_are_summed_up():
         (dict(zipped=[("seed", "weight_decay")], axes={"seed": [1]}), "zipped"),
         (dict(init_scale=[1.0, -1.0]), "init_scale"),
         (dict(rtol=[1e-3, 2.0]), "rtol"),
-        (dict(learning_rate=[0.0], t1=None, steps=3), "learning_rate"),
-        (dict(steps=3), "steps"),
-        (dict(learning_rate=0.1, solver=gf.KKT4()), "solver"),
+        (dict(axes={"learning_rate": LAMS}), "learning_rate to gf.Descent"),
+        (dict(run=gf.Descent(0.1), solver=gf.KKT4()), "solver"),
+        (dict(run=gf.Descent(0.1, steps=3), slow_time=1.0), "steps"),
         (dict(model=1), "model"),
         (dict(problem=lambda seed: 3), "problem"),
     ],
@@ -262,6 +265,37 @@ def test_bad_input(change, name):
     options |= dict(progress=False) | change
     with pytest.raises(ValueError, match=name):
         gf.sweep(options.pop("problem"), options.pop("model", None), **options)
+
+
+@pytest.mark.parametrize(
+    "options, name",
+    [
+        (dict(learning_rate=[0.0], steps=3), "learning_rate"),
+        (dict(learning_rate=[[0.1]], steps=3), "learning_rate"),
+        (dict(learning_rate=[lambda k: 0.1], steps=3), "one schedule for all"),
+        (dict(learning_rate=lambda k: 0.1), "steps, at"),
+        (dict(steps=0), "steps"),
+        (dict(steps=3, at=[1, 3]), "steps, .* exactly one"),
+        (dict(at=[3, 1]), "at"),
+        (dict(optimiser=optax.trace), "optimiser"),
+        (dict(batch_size=0), "batch_size"),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_options_of_a_descent_are_checked(options, name):
+    with pytest.raises(ValueError, match=name):
+        gf.Descent(**(dict(learning_rate=0.1) | options))
+
+
+@pytest.mark.parametrize(
+    "name, where", [("learning_rate", "run=gf.Descent"), ("chunk", "store=gf.Store")]
+)
+def test_what_was_an_argument_says_where_it_went(name, where):
+    flow, model, _ = make(0)
+    with pytest.raises(TypeError, match=f"{name}: give it as an option of {where}"):
+        gf.sweep(flow, model, weight_decay=LAMS, **{name: 3})
+    with pytest.raises(TypeError, match="unexpected keyword argument 'nothing'"):
+        gf.sweep(flow, model, weight_decay=LAMS, nothing=3)
 
 
 def test_axes_are_no_business_of_a_flow():
@@ -294,7 +328,7 @@ def test_a_lane_with_fewer_saves_is_marked():
         task.flow,
         task.model,
         weight_decay=[1.0, 1e-2],
-        learning_rate=0.1,
+        run=gf.Descent(0.1),
         slow_time=1.0,
         progress=False,
     )
@@ -306,7 +340,7 @@ def test_a_lane_with_fewer_saves_is_marked():
 @pytest.mark.parametrize(
     "wrong, words",
     [
-        (dict(rtol=[1e-3, 1e-6], learning_rate=1e-2), "rtol: has no meaning"),
+        (dict(rtol=[1e-3, 1e-6], run=gf.Descent(1e-2)), "rtol: has no meaning"),
         (dict(zipped=["weight_decay"]), "zipped: expected groups"),
         (dict(zipped=[()]), "zipped: expected groups"),
         (dict(weight_decay=np.array([[1e-2]])), "weight_decay: expected a number"),

@@ -3,9 +3,15 @@
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+from jaxtyping import Array
+
+from .._typing import Given
+
+Numbers: TypeAlias = float | int | Array | np.ndarray | Sequence[float]
+"""One, or a vector: an axis."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +38,12 @@ class Axes:
         nor words, as random keys, the positions."""
         return {k: (self.along[k], _labels(v)) for k, v in self.values.items()}
 
+    def column(self, name: str) -> np.ndarray:
+        """The value of an axis in each lane."""
+        lanes = np.arange(len(self))
+        place = np.unravel_index(lanes, self.shape)[self.dims.index(self.along[name])]
+        return _labels(self.values[name])[place]
+
     def place(self, lane: int) -> dict[str, int]:
         """The position of a lane along each axis."""
         at = dict(zip(self.dims, np.unravel_index(lane, self.shape), strict=True))
@@ -51,7 +63,7 @@ class Axes:
         """The axes whose values are numbers or words."""
         return {k for k, v in self.values.items() if _are_labels(v)}
 
-    def lane(self, index: Any) -> int:
+    def lane(self, index: Given) -> int:
         """The number of a lane, from its position in each dimension, or itself."""
         if isinstance(index, tuple):
             if len(index) != len(self.shape):
@@ -141,7 +153,7 @@ def short(name: str) -> str:
     )
 
 
-def _items(name: str, values: Any) -> tuple:
+def _items(name: str, values: Given) -> tuple:
     """The values of an axis; numbers as plain Python ones."""
     if not isinstance(values, list | tuple | range) and np.ndim(values) != 1:
         raise ValueError(f"{name}: expected a vector of one or more values.")
@@ -150,7 +162,7 @@ def _items(name: str, values: Any) -> tuple:
     return tuple(_plain(v) for v in values)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     dtype = getattr(value, "dtype", None)
     if isinstance(dtype, np.dtype) and dtype.kind in "biuf" and np.ndim(value) == 0:
         return np.asarray(value).item()
@@ -165,5 +177,5 @@ def _are_labels(values: tuple) -> bool:
     return all(isinstance(v, bool | int | float | str) for v in values)
 
 
-def _word(value: Any) -> str:
+def _word(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -6,9 +6,8 @@ import os
 import secrets
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path as File
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -20,20 +19,26 @@ from ..runs.parts import FIRST
 from ..runs.path import Path
 
 
-def _bare(tree: PyTree) -> PyTree:
+def _without_keys(tree: PyTree) -> PyTree:
     """Random keys as numbers."""
     return jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else x, tree)
 
 
 def _read(file: File, like: PyTree) -> PyTree:
-    """What `_bare` gave of a tree like this, as that tree."""
-    kinds: list[Any] = []
-    kind = lambda x: jax.random.key_impl(x) if is_key(x) else None
-    jax.eval_shape(lambda tree: kinds.extend(map(kind, jax.tree.leaves(tree))), like)
-    read = eqx.tree_deserialise_leaves(file, jax.eval_shape(_bare, like))
+    """What `_without_keys` gave of a tree like this, as that tree."""
+    kinds: list[Hashable | None] = []
+
+    def note_kinds(tree: PyTree) -> None:
+        for x in jax.tree.leaves(tree):
+            kinds.append(jax.random.key_impl(x) if is_key(x) else None)
+
+    def as_key(x: Array, kind: Hashable | None) -> Array:
+        return x if kind is None else jax.random.wrap_key_data(x, impl=kind)
+
+    jax.eval_shape(note_kinds, like)
+    read = eqx.tree_deserialise_leaves(file, jax.eval_shape(_without_keys, like))
     leaves, tree = jax.tree.flatten(read)
-    keys = lambda x, kind: x if kind is None else jax.random.wrap_key_data(x, impl=kind)
-    return jax.tree.unflatten(tree, map(keys, leaves, kinds))
+    return jax.tree.unflatten(tree, map(as_key, leaves, kinds))
 
 
 @functools.lru_cache(maxsize=32)
@@ -49,11 +54,11 @@ class Checkpoints:
         self,
         folder: File,
         every: float,
-        tell: Callable[[str, Path], None] = lambda *_: None,
+        part_done: Callable[[str, Path], None] = lambda *_: None,
     ):
         self.folder = folder
-        self.tell = tell
-        """Is told the name of a lane and its path so far, after each part."""
+        self.part_done = part_done
+        """Is given the name of a lane and its path so far, after each part."""
         self.every = every
         """The least time between two files of a lane, in seconds."""
         self._last: dict[str, float] = {}
@@ -66,8 +71,8 @@ class Checkpoints:
         due."""
         return _number(steps or self._steps)
 
-    def took(self, seconds: float) -> None:
-        """Tells how long a part was."""
+    def part_took(self, seconds: float) -> None:
+        """Chooses how many steps the next part has, by how long one was."""
         if seconds < self.every / 8:
             self._steps = min(2 * self._steps, 2**20)
         elif seconds > max(self.every / 2, 1.0):
@@ -98,7 +103,7 @@ class Checkpoints:
         try:
             self.folder.mkdir(exist_ok=True)
             with open(aside, "wb") as file:
-                eqx.tree_serialise_leaves(file, _bare(state))
+                eqx.tree_serialise_leaves(file, _without_keys(state))
             os.replace(aside, self.folder / f"{name}.eqx")
         except Exception as error:  # a full disk is no failure of the lane
             warnings.warn(
@@ -107,7 +112,7 @@ class Checkpoints:
             )
         self._last[name] = time.monotonic()
 
-    def forget(self, names: Iterable[str]) -> None:
+    def remove(self, names: Iterable[str]) -> None:
         """Takes the files of finished lanes away."""
         there = os.listdir(self.folder) if self.folder.exists() else []
         names = set(names)

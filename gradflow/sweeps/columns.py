@@ -1,12 +1,15 @@
 """Paths as labelled columns of an xarray dataset."""
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
 
 from ..runs.path import Path
 from .stack import Ragged
+
+Dataset: TypeAlias = Any
+"""An `xarray.Dataset`. (The package is imported when it is first needed.)"""
 
 
 def parameter_columns(
@@ -24,7 +27,7 @@ def parameter_columns(
     return out
 
 
-def parameter_name(at: Any) -> str:
+def parameter_name(at: jax.tree_util.KeyPath) -> str:
     # No folders of their own in a store.
     name = jax.tree_util.keystr(at, simple=True, separator=".").replace("/", ".")
     return f"params_{name}"

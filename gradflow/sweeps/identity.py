@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from .._checks import is_key
+from .._typing import Given
 from .._version import __version__
 
 
@@ -57,7 +58,7 @@ def _commit(folder: File) -> str:
         return "unknown"
 
 
-def describe(value: Any, within: tuple[int, ...] = ()) -> Any:
+def describe(value: Given, within: tuple[int, ...] = ()) -> Any:
     """Something that JSON can hold, and that tells `value` from others: arrays by their
     shapes and two sums, modules and other objects by their fields, functions by their
     names; those made inside of others also by what they close over, and those without
@@ -105,7 +106,7 @@ def describe(value: Any, within: tuple[int, ...] = ()) -> Any:
     return _describe_object(value, (*within, id(value)))
 
 
-def _describe_object(value: Any, within: tuple[int, ...]) -> Any:
+def _describe_object(value: Given, within: tuple[int, ...]) -> Any:
     """`within` ends with the object itself."""
     inner = functools.partial(describe, within=within)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -145,7 +146,7 @@ def _describe_object(value: Any, within: tuple[int, ...]) -> Any:
 def _code(code: types.CodeType) -> str:
     """What a function does: its compiled code, and by which version of Python."""
 
-    def plain(x: Any) -> Any:
+    def plain(x: object) -> object:
         if isinstance(x, types.CodeType):
             return x.co_code, x.co_names, x.co_varnames, plain(x.co_consts)
         if isinstance(x, frozenset):
@@ -159,7 +160,7 @@ def _code(code: types.CodeType) -> str:
 _CODE = f"code of {sys.implementation.cache_tag}"
 
 
-def difference(there: Any, here: Any, name: str = "") -> list[str]:
+def difference(there: object, here: object, name: str = "") -> list[str]:
     """What differs, a line each."""
     if isinstance(there, dict) and isinstance(here, dict):
         keys = dict.fromkeys([*there, *here])

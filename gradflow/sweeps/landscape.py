@@ -14,6 +14,7 @@ from .._checks import as_level, check_times
 from ..flow.flow import check_flow, GradientFlow
 from ..losses import AbstractLoss
 from ..metrics import Metric
+from ..runs.path import Path
 from ..runs.problem import as_metrics
 from .sweep import sweep
 
@@ -113,7 +114,10 @@ class Landscape(eqx.Module):
             + "".join(f" {k:>10}" for k in self.metrics)
             + f" {'slope':>8}",
         ]
-        middle = lambda v, i: float(np.median(v[:, i]))
+
+        def middle(values: np.ndarray, i: int) -> float:
+            return float(np.median(values[:, i]))
+
         for i, a in enumerate(self.scale):
             row = f"  {a:8.3g} {middle(self.norm, i):9.3g}"
             row += f" {middle(self.train_loss, i):11.3g}"
@@ -145,9 +149,9 @@ def landscape(
     """The reduced losses at the norms α‖θ₀‖.
 
     By default the flow on the sphere, θ' = −(I − θ̂θ̂ᵀ)∇F, runs from αθ₀ to time t₁. With
-    `learning_rate` and `steps` it is stepped instead, each step of the optimiser
-    followed by a rescaling to the norm, as in the paper; as the learning rate of plain
-    gradient descent goes to zero, that is the flow. (An optimiser that scales
+    `run=gf.Descent(learning_rate=…, steps=…)` it is stepped instead, each step of the
+    optimiser followed by a rescaling to the norm, as in the paper; as the learning rate
+    of plain gradient descent goes to zero, that is the flow. (An optimiser that scales
     coordinates, as Adam does, comes to rest elsewhere than at the minimum, unless F has
     a critical point on the sphere: what is radial in ∇F is no longer so in its step.)
 
@@ -159,10 +163,10 @@ def landscape(
     - `t1`: the time to which the flow runs.
     - `metrics`: functions of the model, by name.
     - `progress`: show a bar.
-    - `options`: for [`gradflow.sweep`][]: those of `simulate`, or where `learning_rate`
-        is among them those of `descent`; and `batch="vmap"`, the default on an
-        accelerator, which runs all starts and norms in lockstep. (For many data sizes
-        sweep with `axes`, over flows that hold the norm.)
+    - `options`: for [`gradflow.sweep`][]: those of `simulate`; `run`, for descents; and
+        `batch="vmap"`, the default on an accelerator, which runs all starts and norms
+        in lockstep. (For many data sizes sweep with `axes`, over flows that hold the
+        norm.)
 
     **Returns:** a [`gradflow.Landscape`][].
 
@@ -177,8 +181,10 @@ def landscape(
     scales = np.asarray(scales, float)
     if not scales[0] > 0:
         raise ValueError("scales: expected three or more increasing positive numbers.")
-    if "learning_rate" not in options and t1 is None:
-        raise ValueError("t1: give the time to run to, or `learning_rate` and `steps`.")
+    if options.get("run") is None and t1 is None:
+        raise ValueError(
+            "t1: give the time to run to, or run=gf.Descent(learning_rate=…, steps=…)."
+        )
     seeds = list(models) if isinstance(models, (list, tuple)) else [models]
     held = GradientFlow(flow.loss, trainable=flow.trainable, hold_norm=True)
     watched = as_metrics(metrics)
@@ -196,7 +202,7 @@ def landscape(
     return Landscape(scale=scales, metrics=table, watched=watched, **fixed)
 
 
-def _end(flow: GradientFlow, path: Any) -> dict[str, float]:
+def _end(flow: GradientFlow, path: Path) -> dict[str, float]:
     last = jax.tree.map(lambda p: p[-1], path.params)
     norm = float(optax.tree.norm(last))
     out = {k: float(v[-1]) for k, v in path.metrics.items()}

@@ -1,111 +1,220 @@
-"""The lanes of a sweep, run for a store chunk by chunk."""
+"""What each lane of a sweep runs: of a flow, or of a descent."""
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+import abc
+import dataclasses
+import functools
+from typing import NamedTuple
 
+import diffrax
+import equinox as eqx
 import jax
+import jax.numpy as jnp
+from jaxtyping import Array, DTypeLike, PRNGKeyArray, PyTree
 
-from ..runs.path import Path
-from .checkpoints import Checkpoints
-from .programs import Batch, run_lanes
-from .progress import Bars
-from .recipe import Lane, Problem, Recipe, Unlike
-from .stack import blank, Owned, stack
-
-
-class Runner:
-    """Runs lanes of a recipe under bars."""
-
-    def __init__(self, recipe: Recipe, batch: Batch, bars: Bars):
-        self.recipe, self.batch, self.bars = recipe, batch, bars
-        # The errors of one problem's own making are for the caller to know.
-        self.one = isinstance(recipe.make, Problem)
-
-    def run(
-        self,
-        numbers: Sequence[int],
-        size: int | None = None,
-        checkpoints: Checkpoints | None = None,
-    ) -> "Lanes":
-        owned: dict[Any, Owned] = {}
-        catch = (RuntimeError,) if self.one else (Exception,)
-        lanes = self._made(numbers, owned)
-        tell = lambda i, path, device: self.bars.tell(numbers[i], path, device)
-        found = run_lanes(
-            lanes,
-            self.batch,
-            size,
-            tell,
-            catch=catch,
-            checkpoints=checkpoints,
-            given_up=self.bars.given_up,
-        )
-        return Lanes(self.recipe, numbers, found, owned)
-
-    def _made(
-        self, numbers: Sequence[int], owned: dict[Any, Owned]
-    ) -> Iterator[Lane | Exception]:
-        for i in numbers:
-            try:
-                lane = self.recipe.lane(i)
-                if (owner := self.recipe.owner(i)) not in owned:
-                    owned[owner] = self.recipe.owned(i)
-                yield lane
-            except Exception as error:
-                if self.one and not isinstance(error, Unlike):
-                    raise
-                yield error
+from .._checks import check_horizon, resolvable
+from ..runs.descent import prepare_descent
+from ..runs.methods import Method, Optimiser
+from ..runs.solve import Solve
+from ..runs.steps import Descend
+from ..runs.times import prepare
+from ..solvers import as_choice, Choice, measure_size, second_choice, TRIAL_STEPS
+from ..solvers.choose import Size
+from .plan import Plan, Span
+from .problems import Last, Problem, Problems
 
 
-class Lanes:
-    """What lanes gave: of each a path, or an error."""
+class Lane(NamedTuple):
+    """One run of a sweep."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        numbers: Sequence[int],
-        found: Sequence[Path | Exception],
-        owned: dict[Any, Owned],
-    ):
-        self.done = [path for path in found if isinstance(path, Path)]
-        self.causes = {
-            i: f"{type(error).__name__}: {error}"
-            for i, error in zip(numbers, found, strict=True)
-            if isinstance(error, Exception)
-        }
-        errors = (error for error in found if isinstance(error, Exception))
-        self.error = next(errors, None)
-        self.solvers = sorted({path.stats["solver"] for path in self.done})
-        if not self.done:
-            return
-        lams = [recipe.value(i, "weight_decay") for i in numbers]
-        self.paths = stack(
-            [
-                path if isinstance(path, Path) else blank(self.done[0], lam)
-                for path, lam in zip(found, lams, strict=True)
-            ]
-        )
-        owners = [recipe.owner(i) for i in numbers]
-        first = next(iter(owned.values()))
-        self.many = len(set(owners)) > 1
-        self.owned = tuple(owned.get(owner, first) for owner in owners)
-        self.watched = [
-            {} if i in self.causes else own.watched
-            for i, own in zip(numbers, self.owned, strict=True)
-        ]
-        """The metrics of each lane, none of one that raised."""
+    run: Solve | Descend
+    why: str
+    """The reason for its solver."""
+    again: "Lane | None" = None
+    """What to do if its solver, which was only tried, fails."""
+    cost: float = 0.0
+    """Grows with the work that is to be expected."""
+    name: str = ""
+    """Of its checkpoint."""
+    shares: bool = False
+    """Whether its term, the flow, is that of all lanes."""
+    trial_steps: Array | None = None
+    """How many the solver took that was tried before."""
+    state: PyTree | None = None
+    """Of a part of it: where the last one ended."""
+    steps: Array | None = None
+    """Of a part of it: how many."""
+
+    def named(self, number: int, shares: bool) -> "Lane":
+        """The same, by its number in the sweep."""
+        again = self.again
+        if again is not None:
+            again = again._replace(name=f"{number}-again", shares=shares)
+        return self._replace(name=str(number), shares=shares, again=again)
 
 
-def fitting(recipe: Recipe, batch: Batch, most: int) -> int:
-    """How many lanes to run as one program, up to `most`: in lockstep as many as fit
-    into the memory of all devices, by estimate; in loops eight a device."""
-    devices = jax.local_devices()
-    if batch == "loop":
-        return max(1, min(most, 8 * len(devices)))
-    try:
-        each = recipe.bytes_per_lane(0)
-    except Exception:  # which is told when the lane is run
-        return most
-    known = devices[0].memory_stats() or {}
-    room = 0.7 * known.get("bytes_limit", 4e9) * len(devices)
-    return max(1, min(most, int(room // each)))
+class AbstractLanes(eqx.Module):
+    """Makes the lanes of a plan, one by one."""
+
+    plan: eqx.AbstractVar[Plan]
+    problems: eqx.AbstractVar[Problems]
+
+    @abc.abstractmethod
+    def lane(self, number: int) -> Lane:
+        """What a lane runs.
+
+        **Raises:** whatever the function that makes the problem raises, and
+        `ValueError` for what it makes.
+        """
+
+    @abc.abstractmethod
+    def cost(self, number: int) -> float:
+        """A number that grows with the expected work of a lane."""
+
+    @abc.abstractmethod
+    def bytes_per_lane(self, number: int) -> int:
+        """About what a lane takes on its device while it runs."""
+
+
+class FlowLanes(AbstractLanes):
+    """Lanes of flows."""
+
+    plan: Plan
+    problems: Problems
+    solver: diffrax.AbstractSolver | None
+    atol: float | None
+    max_steps: int
+    sizes: Last = eqx.field(default_factory=Last)
+    """What the solver was chosen by, for the last problem and tolerance."""
+
+    def lane(self, number: int) -> Lane:
+        plan, watched = self.plan, self.problems.metrics(number)
+        span = _span(plan, self.problems.of(number))
+        term, params = self.problems.start(number)
+        dtype = jax.tree.leaves(params)[0].dtype
+        decay = plan.value(number, "weight_decay")
+        lam = jnp.asarray(decay, dtype)
+        rtol = resolvable(plan.value(number, "rtol"), params)
+        check_horizon(decay, **span.of_flow, saves=plan.saves, dtype=dtype)
+        ts, _ = prepare(
+            term, params, lam, **span.of_flow, saves=plan.saves, watched=watched,
+            measure=False,
+        )  # fmt: skip
+
+        def lane(choice: Choice, most: int, again: Lane | None = None) -> Lane:
+            run = Solve.of(
+                term, params, lam, ts, watched, choice.solver,
+                rtol=_shared_scalar(rtol, ts.dtype), atol=self.atol, max_steps=most,
+            )  # fmt: skip
+            return Lane(run, choice.why, again, self.cost(number))
+
+        size = self._size(number, span) if self.solver is None else None
+        choice, most, again = as_choice(self.solver, size, rtol), self.max_steps, None
+        if size is not None and choice.trial:
+            again = lane(second_choice(size, rtol), most)
+            most = min(most, TRIAL_STEPS)
+        return lane(choice, most, again).named(number, self.problems.one)
+
+    def cost(self, number: int) -> float:
+        """Its time to the end: an explicit solver takes steps in proportion, the others
+        a few more; and more for a smaller tolerance."""
+        rtol = float(self.plan.value(number, "rtol"))
+        return _end(self.plan, number) * rtol**-0.2
+
+    def bytes_per_lane(self, number: int) -> int:
+        """Its parameters at all times and in all stages, and the tangent kernel with
+        what it is made of."""
+        term, params = self.problems.start(number)
+        size = measure_size(term, params, 0.0, 1.0)
+        d, m = size.parameters, size.outputs or size.parameters
+        numbers = d * (3 * _saves(self.plan) + 40) + 6 * m * m + 2 * min(m * d, 2**25)
+        return numbers * jax.tree.leaves(params)[0].dtype.itemsize
+
+    def _size(self, number: int, span: Span) -> Size:
+        """What a solver is chosen by: of the stiffest among all lanes with the same
+        problem and tolerance, so that they have the same, whichever are run."""
+        plan = self.plan
+        key = (plan.owner(number), plan.value(number, "rtol"))
+        return self.sizes.get(key, lambda: self._stiffest(number, span))
+
+    def _stiffest(self, number: int, span: Span) -> Size:
+        plan, stiffest = self.plan, 0.0
+        sizes: dict[float, Size] = {}
+        for k in plan.siblings(number):
+            alpha = plan.value(k, "init_scale")
+            if alpha not in sizes:
+                sizes[alpha] = measure_size(*self.problems.start(k), 0.0, 1.0)
+            lam = plan.value(k, "weight_decay")
+            if span.slow_time is not None:
+                end = span.slow_time / lam
+            else:
+                end = span.t1 if span.ts is None else float(span.ts[-1])
+            stiffest = max(stiffest, (float(sizes[alpha].stiffness) + lam) * end)
+        first = next(iter(sizes.values()))
+        return dataclasses.replace(first, stiffness=jnp.asarray(stiffest))
+
+
+class DescentLanes(AbstractLanes):
+    """Lanes of descents."""
+
+    plan: Plan
+    problems: Problems
+    method: Method | None
+    optimiser: Optimiser | None
+    batch_size: int | None
+    key: PRNGKeyArray | None
+
+    def lane(self, number: int) -> Lane:
+        plan, watched = self.plan, self.problems.metrics(number)
+        problem = self.problems.of(number)
+        span, method = _span(plan, problem), self.method or "subgradient"
+        run = prepare_descent(
+            problem.flow, problem.model, watched,
+            weight_decay=plan.value(number, "weight_decay"),
+            learning_rate=plan.value(number, "learning_rate"),
+            init_scale=plan.value(number, "init_scale"),
+            steps=span.steps, slow_time=span.slow_time, t1=span.t1, at=span.at,
+            saves=plan.saves, method=method, optimiser=self.optimiser,
+            batch_size=self.batch_size, key=self.key,
+        )  # fmt: skip
+        why = f"{method} steps were asked for"
+        lane = Lane(run, why, cost=self.cost(number))
+        return lane.named(number, self.problems.one)
+
+    def cost(self, number: int) -> float:
+        """Its steps."""
+        plan, span = self.plan, self.plan.span
+        if span.at is not None or span.steps is not None:
+            return float(span.steps or span.at[-1])
+        return _end(plan, number) / float(plan.value(number, "learning_rate"))
+
+    def bytes_per_lane(self, number: int) -> int:
+        """Its parameters at all saved steps, and what the optimiser holds."""
+        params = jax.tree.leaves(self.problems.start(number)[1])
+        size = sum(p.size for p in params)
+        return size * (_saves(self.plan) + 8) * params[0].dtype.itemsize
+
+
+def _span(plan: Plan, problem: Problem) -> Span:
+    """How far a lane of a problem goes."""
+    return plan.span if plan.span.given else Span(slow_time=problem.slow_time)
+
+
+def _end(plan: Plan, number: int) -> float:
+    """About the time t at which a lane ends."""
+    span = plan.span
+    if span.ts is not None:
+        return float(span.ts[-1])
+    lam = max(float(plan.value(number, "weight_decay")), 1e-300)
+    return span.t1 or (span.slow_time or 1.0) / lam
+
+
+def _saves(plan: Plan) -> int:
+    """About how many times, or steps, a lane saves."""
+    given = [v for v in (plan.span.ts, plan.span.at) if v is not None]
+    return len(given[0]) if given else plan.saves
+
+
+@functools.lru_cache(maxsize=8)
+def _shared_scalar(value: float, dtype: DTypeLike) -> Array:
+    """One array for all lanes, which they then share."""
+    return jnp.asarray(value, dtype)

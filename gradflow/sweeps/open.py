@@ -4,34 +4,31 @@ import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path as File
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
 from ..flow.flow import check_flow, GradientFlow
 from ..metrics import Metric
-from ..results import from_codes
 from ..runs.columns import xarray
-from ..runs.path import Path
 from ..runs.problem import as_metrics
 from .axes import make_axes
-from .columns import parameter_name
-from .recipe import RUN
+from .columns import Dataset
+from .on_disk import parameter_names, read_paths, settings
+from .plan import RUN
 from .result import Sweep
-from .store import are, Store, UNREADABLE
+from .stack import OfProblem
+from .store import are, UNREADABLE, ZarrStore
 
 
 def as_sweep(
-    results: Any,
+    results: Dataset,
     flow: GradientFlow,
     model: PyTree,
     *,
     metrics: dict[str, Callable | Metric] | None = None,
 ) -> Sweep:
-    """The `Sweep` of one problem, from what was stored of it with `parameters=True`.
+    """The `Sweep` of one problem, from what was stored of it with its parameters.
 
     **Arguments:**
 
@@ -53,11 +50,7 @@ def as_sweep(
     dims = list(results["result"].dims)
     if own := [k for k in known if k not in RUN and results[k].size > 1]:
         raise ValueError(f"results: of many problems; select one value of {own[0]}.")
-    # Those along a dimension, of which the one that names it is the first.
-    along = lambda d: sorted(
-        (k for k in known if results[k].dims == (d,)), key=d.__ne__
-    )
-    groups = [along(d) for d in dims]
+    groups = [_along(results, known, dim) for dim in dims]
     axes = make_axes(
         {name: results[name].values for group in groups for name in group},
         [group for group in groups if len(group) > 1],
@@ -65,36 +58,15 @@ def as_sweep(
     fixed = config | {
         k: results[k].item() for k in known if k in RUN and results[k].ndim == 0
     }
-    rest = lambda name: [results.sizes[d] for d in results[name].dims if d not in dims]
-    flat = lambda name: jnp.asarray(
-        results[name].values.reshape(len(axes), *rest(name))
-    )
     term, params = flow.term(model)
-    places, tree = jax.tree_util.tree_flatten_with_path(params)
-    names = [parameter_name(at) for at, _ in places]
-    if missing := [name for name in names if name not in results]:
-        raise ValueError(f"results: {missing} not stored; sweep with parameters=True.")
-    numbers = [n for n in results.data_vars if results[n].ndim == len(dims)]
-    lams = [at.get("weight_decay", fixed.get("weight_decay")) for at in axes]
-    tolerances = [at.get("rtol", fixed.get("rtol")) for at in axes]
-    paths = Path(
-        t=flat("t"),
-        weight_decay=jnp.asarray(lams, flat("t").dtype),
-        params=tree.unflatten([flat(name) for name in names]),
-        static=term.static,
-        metrics={name: flat(f"metric_{name}") for name in sorted(watched)},
-        train_loss=flat("train_loss"),
-        penalty=flat("penalty"),
-        result=from_codes(np.asarray(flat("result")), results["result"].attrs),
-        stats={
-            "solver": results.attrs["solver"],
-            **({} if None in tolerances else {"rtol": jnp.asarray(tolerances)}),
-            **{
-                n: flat(n) for n in numbers if not n.startswith(("threshold", "result"))
-            },
-        },
-        watched=watched,
-    )
+    if missing := [name for name in parameter_names(params) if name not in results]:
+        raise ValueError(
+            f"results: {missing} not stored; sweep with store=gf.Store(path, "
+            "parameters=True)."
+        )
+    of_problem = OfProblem(term.static, watched)
+    given = settings(axes, fixed)
+    paths = read_paths(results, given, watched, params, of_problem)
     told = results.attrs["causes"]
     lanes = np.ravel(results["lane"]).tolist() if "lane" in results.coords else []
     causes = {i: told[str(k)] for i, k in enumerate(lanes) if str(k) in told}
@@ -102,7 +74,13 @@ def as_sweep(
     return Sweep(paths, axes, (), causes, alike)
 
 
-def open_results(path: str | os.PathLike, *, check: bool = True) -> Any:
+def _along(results: Dataset, names: list[str], dim: str) -> list[str]:
+    """Those along a dimension, of which the one that names it is the first."""
+    there = [name for name in names if results[name].dims == (dim,)]
+    return sorted(there, key=dim.__ne__)
+
+
+def open_results(path: str | os.PathLike, *, check: bool = True) -> Dataset:
     """The results of `gf.sweep(..., store=path)`, as far as they are there.
 
     **Arguments:**
@@ -120,7 +98,7 @@ def open_results(path: str | os.PathLike, *, check: bool = True) -> Any:
     **Raises:** `FileNotFoundError` where there is no store; `ValueError` that names
     the chunks whose checksums are wrong, or that `path` holds something else.
     """
-    store = Store(File(path))
+    store = ZarrStore(File(path))
     found = store.attributes()
     finished = store.finished(check=check)
     broken = [f"{n} ({file})" for n, file in finished.items() if file is not None]

@@ -1,9 +1,9 @@
 """Lanes as programs: one by one, in loops on all devices, or in lockstep."""
 
-import contextlib
 import dataclasses
 import functools
 import time
+from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -11,7 +11,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Bool, PyTree
 
 from .._checks import is_key
 from ..runs.outcome import wants_another
@@ -20,7 +20,7 @@ from ..runs.path import Path
 from ..runs.solve import Solve, solve, solve_part
 from ..runs.steps import Descend, descend, descend_part
 from .checkpoints import Checkpoints
-from .recipe import Lane
+from .lanes import Lane
 
 Batch = Literal["loop", "vmap"]
 _WHOLE: dict[type, Callable] = {Solve: solve, Descend: descend}
@@ -29,11 +29,38 @@ Launch = Callable[[list[Lane], int], Callable[[], list[Any]]]
 """Starts lanes as one program, or a few; what is returned waits for what they give."""
 
 
+class Program(NamedTuple):
+    """Lanes that run as one program."""
+
+    places: list[int]
+    """Of the lanes, among all that are to be run."""
+    lanes: list[Lane]
+    size: int
+    """For how many lanes it is compiled: the last fills up what is missing."""
+
+
+class Running(NamedTuple):
+    """A program that has been launched."""
+
+    program: Program
+    wait: Callable[[], list[Any]]
+    """Waits for what its lanes give, and raises what they raise."""
+
+
+class Part(NamedTuple):
+    """What a part of a lane gives."""
+
+    path: Path
+    """So far."""
+    state: PyTree
+    ended: Bool[Array, ""]
+
+
 def run_lanes(
     lanes: Iterable[Lane | Exception],
     batch: Batch,
     size: int | None = None,
-    tell: Callable[[int, Path | Exception, int], None] = lambda *_: None,
+    lane_done: Callable[[int, Path | Exception, int], None] = lambda *_: None,
     *,
     catch: tuple[type[Exception], ...] = (Exception,),
     checkpoints: Checkpoints | None = None,
@@ -45,31 +72,33 @@ def run_lanes(
     With one device and `batch` "loop" they run one by one, as they come. Otherwise
     `size` of them at a time (`None`: all that are alike) are one program, in which each
     device has as many lanes, and loops over them or runs them in lockstep. While it
-    runs the next lanes are made. `tell` is called with the place of a lane, its result,
-    and the number of its device; `given_up` with a lane whose solver was only tried,
-    and its path, before it begins anew. With `checkpoints` they run in parts, and go on
-    from the file where there is one.
+    runs the next lanes are made. `lane_done` is called with the place of a lane, its
+    result, and the number of its device; `given_up` with a lane whose solver was only
+    tried, and its path, before it begins anew. With `checkpoints` they run in parts,
+    and go on from the file where there is one.
     """
     alone = batch == "loop" and jax.local_device_count() == 1
     launch: Launch = _alone if alone else functools.partial(_together, batch=batch)
+    programs = _Programs(launch, catch, checkpoints, given_up)
     found: dict[int, Path | Exception] = {}
-    running: list[tuple[list[int], Callable]] = []
 
-    def collect(most: int) -> None:
-        """Waits for programs until no more than `most` are left."""
-        while len(running) > most:
-            numbers, ended = running.pop(0)
-            for k, (i, path) in enumerate(zip(numbers, ended(), strict=True)):
-                found[i] = path
-                tell(i, path, k % jax.local_device_count())
+    def keep(place: int, path: Path | Exception, device: int) -> None:
+        found[place] = path
+        lane_done(place, path, device)
 
-    for numbers, some, count in _programs(lanes, 1 if alone else size, found, tell):
-        running.append(
-            (numbers, _start(some, count, launch, catch, checkpoints, given_up))
-        )
-        collect(1)
-    collect(0)
-    return [found[i] for i in sorted(found)]
+    new = _sorted_into_programs(lanes, 1 if alone else size, keep)
+    again: deque[Program] = deque()
+    """Of lanes that are to be run once more; they come before new ones."""
+    running: deque[Running] = deque()
+    while True:
+        program = again.popleft() if again else next(new, None)
+        if program is not None:
+            running.append(programs.start(program))
+            if len(running) == 1:  # the next are made while it runs
+                continue
+        if not running:
+            return [found[place] for place in sorted(found)]
+        again += programs.finish(running.popleft(), keep)
 
 
 _POOL = 4
@@ -77,21 +106,19 @@ _POOL = 4
 loop. Their problems are in memory together."""
 
 
-def _programs(
+def _sorted_into_programs(
     lanes: Iterable[Lane | Exception],
     size: int | None,
-    found: dict[int, Path | Exception],
-    tell: Callable[[int, Path | Exception, int], None],
-) -> Iterator[tuple[list[int], list[Lane], int]]:
-    """The lanes that run as one program: their places, and for how many it is."""
+    keep: Callable[[int, Exception, int], None],
+) -> Iterator[Program]:
+    """Those that run as one program: they differ in numbers only. Errors are kept."""
     pools: dict[tuple, list[tuple[int, Lane]]] = {}
     for i, lane in enumerate(lanes):
         if isinstance(lane, Exception):
-            found[i] = lane
-            tell(i, lane, 0)
+            keep(i, lane, 0)
             continue
         if size == 1:
-            yield [i], [lane], 1
+            yield Program([i], [lane], 1)
             continue
         pool = pools.setdefault(_signature(lane), [])
         pool.append((i, lane))
@@ -105,107 +132,112 @@ def _programs(
             yield _taken(pool, most)
 
 
-def _taken(
-    pool: list[tuple[int, Lane]], size: int
-) -> tuple[list[int], list[Lane], int]:
+def _taken(pool: list[tuple[int, Lane]], size: int) -> Program:
+    """A program for the lanes of a pool that cost most, which are taken out of it."""
     pool.sort(key=lambda item: -item[1].cost)
     some, pool[:] = pool[:size], pool[size:]
-    return [i for i, _ in some], [lane for _, lane in some], size
+    return Program([i for i, _ in some], [lane for _, lane in some], size)
 
 
-def _start(
-    lanes: list[Lane],
-    size: int,
-    launch: Launch,
-    catch: tuple[type[Exception], ...],
-    checkpoints: Checkpoints | None,
-    given_up: Callable[[Lane, Path], None],
-) -> Callable[[], list[Path | Exception]]:
-    """Starts lanes, without waiting for them; what is returned waits."""
-    begin = lambda lanes: _start(lanes, size, launch, catch, checkpoints, given_up)
+class _Programs(NamedTuple):
+    """How programs are started and finished; see `run_lanes`."""
 
-    def end(wait: Callable[[], list[Any]] | Exception) -> list[Path | Exception]:
+    launch: Launch
+    catch: tuple[type[Exception], ...]
+    checkpoints: Checkpoints | None
+    given_up: Callable[[Lane, Path], None]
+
+    def start(self, program: Program) -> Running:
+        """Starts lanes, or their first parts, without waiting for them."""
+        lanes, size = program.lanes, program.size
         try:
-            if isinstance(wait, Exception):
-                raise wait
-            if checkpoints is None:
-                paths = wait()
-            else:
-                paths = _go_on(lanes, wait(), size, launch, checkpoints)
-        except catch as error:
-            if len(lanes) == 1:
-                return [error]
-            return [begin([lane])()[0] for lane in lanes]
-        paths = [
-            path.told(why=lane.why) for lane, path in zip(lanes, paths, strict=True)
-        ]
-        pairs = list(enumerate(zip(lanes, paths, strict=True)))
-        tried = [i for i, (lane, _) in pairs if lane.again is not None]
-        left = [i for i in tried if bool(wants_another(paths[i].result))]
-        others: list[Any] = [lanes[i].again for i in left]
-        for i in left:
-            given_up(lanes[i], paths[i])
-        out: list[Path | Exception] = list(paths)
-        for i, path in zip(left, begin(others)() if left else [], strict=True):
-            if isinstance(path, Path):
-                path = path.told(trial_steps=paths[i].stats["steps"])
-            out[i] = path
-        return out
+            if self.checkpoints is None:
+                return Running(program, self.launch(lanes, size))
+            first = [_first_part(lane, self.checkpoints) for lane in lanes]
+            with in_part():
+                return Running(program, self.launch(first, size))
+        except self.catch as error:
+            return Running(program, functools.partial(_raise, error))
 
-    try:
-        whole = checkpoints is None
-        first = lanes if whole else [_first_part(lane, checkpoints) for lane in lanes]
-        with contextlib.nullcontext() if whole else in_part():
-            wait: Any = launch(first, size)
-    except catch as error:
-        wait = error
-    return lambda: end(wait)
+    def finish(
+        self, running: Running, keep: Callable[[int, Path | Exception, int], None]
+    ) -> list[Program]:
+        """Waits for lanes, and keeps what they give. Returns which to run once more."""
+        program = running.program
+        places, lanes, size = program
+        try:
+            paths = running.wait()
+            if self.checkpoints is not None:
+                parts = [Part(*out) for out in paths]
+                paths = _run_on(program, parts, self.launch, self.checkpoints)
+        except self.catch as error:
+            if len(lanes) > 1:  # of which lane it is shows when each runs by itself
+                one_by_one = zip(places, lanes, strict=True)
+                return [Program([i], [lane], size) for i, lane in one_by_one]
+            keep(places[0], error, 0)
+            return []
+        left: list[tuple[int, Lane]] = []
+        for k, (i, lane, path) in enumerate(zip(places, lanes, paths, strict=True)):
+            path = path.told(why=lane.why)
+            if lane.trial_steps is not None:
+                path = path.told(trial_steps=lane.trial_steps)
+            if lane.again is not None and bool(wants_another(path.result)):
+                self.given_up(lane, path)
+                steps = path.stats["steps"]
+                left.append((i, lane.again._replace(trial_steps=steps)))
+            else:
+                keep(i, path, k % jax.local_device_count())
+        if not left:
+            return []
+        return [Program([i for i, _ in left], [lane for _, lane in left], size)]
+
+
+def _raise(error: Exception) -> Any:
+    raise error
 
 
 def _first_part(lane: Lane, checkpoints: Checkpoints) -> Lane:
     """The first part of a lane; or the one after its checkpoint."""
     steps = checkpoints.count(FIRST)
     part = _PARTS[type(lane.run)]
-    like = lambda: eqx.filter_eval_shape(part, lane.run, None, steps)[1]
+
+    def like() -> PyTree:
+        return eqx.filter_eval_shape(part, lane.run, None, steps)[1]
+
     state = checkpoints.load(lane.name, like)
     if state is not None:
         steps = checkpoints.count()
     return lane._replace(state=state, steps=steps)
 
 
-def _go_on(
-    lanes: list[Lane],
-    found: list[Any],
-    size: int,
-    launch: Launch,
-    checkpoints: Checkpoints,
+def _run_on(
+    program: Program, parts: list[Part], launch: Launch, checkpoints: Checkpoints
 ) -> list[Path]:
     """Part after part of all lanes, from what the first of each gave. The state of one
     that has reached its end is kept too: its chunk is written with the last of them."""
+    lanes, size, parts = program.lanes, program.size, list(parts)
     left = list(range(len(lanes)))
     while True:
         for i in left:
-            path, state, ended = found[i]
-            if not ended:
-                checkpoints.tell(lanes[i].name, path)
+            name, part = lanes[i].name, parts[i]
+            if not part.ended:
+                checkpoints.part_done(name, part.path)
             # A failure is found again.
-            if checkpoints.due(lanes[i].name) and (not ended or path.succeeded):
-                checkpoints.save(lanes[i].name, state)
-        left = [i for i in left if not found[i][2]]
+            if checkpoints.due(name) and (not part.ended or part.path.succeeded):
+                checkpoints.save(name, part.state)
+        left = [i for i in left if not parts[i].ended]
         if not left:
-            return [path for path, _, _ in found]
-        parts = [
-            lanes[i]._replace(state=found[i][1], steps=checkpoints.count())
-            for i in left
-        ]
+            return [part.path for part in parts]
+        steps = checkpoints.count()
+        todo = [lanes[i]._replace(state=parts[i].state, steps=steps) for i in left]
         # What fills the program up in place of lanes that have ended takes one step.
-        filler = parts[-1]._replace(steps=checkpoints.count(1))
+        filler = todo[-1]._replace(steps=checkpoints.count(1))
         begun = time.monotonic()
         with in_part():
-            outs = launch(parts + [filler] * (size - len(parts)), size)()
+            outs = launch(todo + [filler] * (size - len(todo)), size)()
         for i, out in zip(left, outs[: len(left)], strict=True):
-            found[i] = out
-        checkpoints.took(time.monotonic() - begun)
+            parts[i] = Part(*out)
+        checkpoints.part_took(time.monotonic() - begun)
 
 
 def _alone(lanes: list[Lane], size: int) -> Callable[[], list[Any]]:
@@ -266,11 +298,14 @@ def _mapped(lanes: list[Lane], batch: Batch) -> Callable[[], Any]:
         for mine, column in zip(own, columns, strict=True)
     ]
     shared = [None if mine else c[0] for mine, c in zip(own, columns, strict=True)]
-    static = Static((tree, batch, devices))
+    static = Static(tree, batch, devices)
     number = jnp.arange(len(lanes))
     out = _program(calls[0][0], number, stack, shared, static)
     back = np.argsort(order)[:count]
-    take = lambda x: x[back] if eqx.is_array(x) else x
+
+    def take(x: PyTree) -> PyTree:
+        return x[back] if eqx.is_array(x) else x
+
     return lambda: jax.tree.map(take, jax.device_get(out))
 
 
@@ -283,7 +318,10 @@ def _stacked(column: Sequence[Any]) -> Any:
 class Static(NamedTuple):
     """Arguments that are not traced."""
 
-    value: Any
+    tree: jax.tree_util.PyTreeDef
+    """Of the arguments of a lane."""
+    batch: Batch
+    devices: int
 
 
 @eqx.filter_jit
@@ -294,7 +332,7 @@ def _program(
     shared: list,
     how: Static,
 ) -> Any:
-    tree, batch, devices = how.value
+    tree, batch, devices = how
     shared, plain = eqx.partition(shared, eqx.is_array)
     rest = []
 
@@ -328,7 +366,7 @@ def _signature(lane: Lane) -> tuple:
     return fn, tree, tuple(map(_mark, leaves))
 
 
-def _mark(leaf: Any) -> Hashable:
+def _mark(leaf: PyTree) -> Hashable:
     """Of an array its shape; of anything else, which is part of the program, itself."""
     if eqx.is_array(leaf):
         return leaf.shape, leaf.dtype
@@ -337,7 +375,7 @@ def _mark(leaf: Any) -> Hashable:
     return leaf if isinstance(leaf, Hashable) else id(leaf)
 
 
-def _without_shared(out: Any) -> Any:
+def _without_shared(out: Path | tuple) -> Path | tuple:
     """What a lane gives, without what the lanes of a problem have in common."""
     if isinstance(out, Path):
         return dataclasses.replace(out, static=None, watched={})
@@ -346,7 +384,7 @@ def _without_shared(out: Any) -> Any:
 
 
 def _take(stacked: PyTree, index: int) -> PyTree:
-    def take(x: Any) -> Any:
+    def take(x: PyTree) -> PyTree:
         if not eqx.is_array(x):
             return x
         return x[index] if is_key(x) else np.asarray(x[index])

@@ -2,7 +2,6 @@
 
 import sys
 import time
-from typing import Any
 
 import jax
 import numpy as np
@@ -11,10 +10,10 @@ from tqdm.auto import tqdm
 from ..runs.outcome import given_up
 from ..runs.path import Path
 from .axes import Axes
-from .recipe import Lane
+from .lanes import Lane
 
 
-class Bars:
+class ProgressBars:
     """A line for each device of this process: lanes done and failed, steps a second,
     the time that is left, and the lane that took most."""
 
@@ -41,7 +40,8 @@ class Bars:
             for k, device in enumerate(devices)
         ]
 
-    def tell(self, lane: int, path: Path | Exception, device: int) -> None:
+    def lane_done(self, lane: int, path: Path | Exception, device: int) -> None:
+        """Counts a lane, and shows how its device does."""
         bar = self.bars[device]
         if isinstance(path, Exception):
             self.failed[device] += 1
@@ -68,8 +68,8 @@ class Bars:
         where = self.axes.words(int(lane.name))
         tqdm.write(f"{where}: {given_up(path, solver)}", file=sys.stderr)
 
-    def under_way(self, name: str, path: Path) -> None:
-        """Shows how far a lane is that takes long."""
+    def part_done(self, name: str, path: Path) -> None:
+        """Shows how far a lane is that takes long. `name` is that of its checkpoint."""
         bar, now = self.bars[0], time.perf_counter()
         if bar.disable or now - self.shown < max(bar.mininterval, 1.0):
             return
@@ -79,9 +79,9 @@ class Bars:
         words = f"{self.axes.words(lane)}: {done} of {len(path.t)} saved times"
         bar.set_postfix_str(words)
 
-    def __enter__(self) -> "Bars":
+    def __enter__(self) -> "ProgressBars":
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         for bar in self.bars:
             bar.close()

@@ -3,23 +3,23 @@
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Iterator
+from typing import Any
 
 import equinox as eqx
 import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
+from .._typing import RealScalarLike
 from ..results import RESULTS
 from ..runs.columns import columns, described, xarray
 from ..runs.path import Path
 from ..runs.solve import run_again, Solve
 from .axes import Axes, short
-from .recipe import Recipe
-from .stack import Owned, Ragged
-
-Numbers: TypeAlias = float | int | Array | np.ndarray | Sequence[float]
+from .lanes import AbstractLanes, FlowLanes
+from .on_disk import StoredPaths, StoredProblems
+from .stack import OfProblem, Ragged
 
 _SHOWN = 24  # lanes that are printed one by one
 
@@ -31,24 +31,28 @@ class Sweep(eqx.Module):
     and so is `sweep[j, k]` by its position in each dimension. One that failed is marked
     in `result`, and is NaN after its end; one that raised an error is NaN throughout,
     and `causes` has the words. The others are as if it had not been there.
+
+    It is the same whether results are in memory or in a store. Of a store nothing is
+    read but what is asked for: arrays, lanes, `to_xarray()`; `load()` reads all.
     """
 
-    paths: Path
+    paths: Path | StoredPaths
     """All paths as one: its arrays have the lanes as their first axis. (But `static`
     and `watched`, which the lanes of one problem share: where there are many, they are
-    those of `sweep[i]`. Parameters of differing shapes are theirs too.)"""
+    those of `sweep[i]`. Parameters of differing shapes are theirs too.) Of a store, an
+    array is read when it is asked for."""
     axes: Axes
     """The axes, and the dimensions along which they run."""
-    owned: tuple[Owned, ...] = ()
+    owned: tuple[OfProblem, ...] | StoredProblems = ()
     """`static` and `watched` of each lane, where there are many problems."""
     causes: dict[int, str] = eqx.field(default_factory=dict)
     """The error of each lane that raised one."""
     fixed: dict[str, float] = eqx.field(default_factory=dict)
     """What is the same for all lanes: those of `weight_decay`, `init_scale`, `rtol` and
     `learning_rate` that are no axes."""
-    recipe: Any = dataclasses.field(default=None, metadata={"saved": False})
-    """How to make a lane, to run it again (see `Path.again`); `None` where results were
-    read from disk."""
+    lanes: AbstractLanes | None = eqx.field(default=None, metadata={"saved": False})
+    """What makes the lanes, to run one again (see `Path.again`); `None` where results
+    were read from disk."""
 
     @property
     def dims(self) -> tuple[str, ...]:
@@ -113,18 +117,28 @@ class Sweep(eqx.Module):
     def __len__(self) -> int:
         return self.weight_decay.shape[0]
 
+    def load(self) -> "Sweep":
+        """The same, with all that is stored in memory."""
+        if isinstance(self.paths, Path):
+            return self
+        return dataclasses.replace(
+            self, paths=self.paths.load(), owned=tuple(self.owned)
+        )
+
     def __getitem__(self, index: int | np.integer | tuple[int, ...]) -> Path:
         """The path of one lane, by its number or its position in each dimension."""
         i = self.axes.lane(index)
         paths = self.paths
+        if isinstance(paths, StoredPaths):
+            return paths.lane(i)
         ragged = isinstance(paths.params, Ragged)
         bare = dataclasses.replace(paths, static=None, watched={}, stats={})
         bare = dataclasses.replace(bare, params=None) if ragged else bare
         lane = jax.tree.map(lambda x: x[i] if eqx.is_array(x) else x, bare)
         static, watched = self.owned[i] if self.owned else (paths.static, paths.watched)
         again = None
-        if self.recipe is not None and not self.recipe.descends:
-            again = functools.partial(_run_again, self.recipe, i, self._why(i))
+        if isinstance(self.lanes, FlowLanes):
+            again = functools.partial(_run_again, self.lanes, i, self._why(i))
         return dataclasses.replace(
             lane,
             params=paths.params.lanes[i] if ragged else lane.params,
@@ -147,7 +161,11 @@ class Sweep(eqx.Module):
     def crossing_time(self, name: str) -> Float[np.ndarray, "..."]:
         """When metric `name` has passed its threshold for good, in the shape of the
         dimensions; see `Path.crossing_time`."""
-        times = [path.crossing_time(name) for path in self]
+        lanes = self
+        if isinstance(self.paths, StoredPaths):
+            numbers = self.paths.load(parameters=False)
+            lanes = dataclasses.replace(self, paths=numbers)
+        times = [path.crossing_time(name) for path in lanes]
         return np.array(times).reshape(self.shape)
 
     def to_xarray(self) -> Any:
@@ -155,11 +173,16 @@ class Sweep(eqx.Module):
 
         It has `t`, `slow_time`, `train_loss`, `penalty`, `metric_NAME` and
         `threshold_NAME`, what the solver counted (`steps`, …), and `result`, whose
-        attributes give the meanings of its values.
+        attributes give the meanings of its values. Of a store it is what
+        `gradflow.open_results` gives, whose arrays are read when they are used.
         """
+        if isinstance(self.paths, StoredPaths):
+            return self.paths.dataset().copy()
         return _dataset(self)
 
     def __str__(self) -> str:
+        if isinstance(self.paths, StoredPaths):
+            return str(dataclasses.replace(self, paths=self.paths.numbers(), owned=()))
         stats = self.stats
         solver = stats["solver"]
         if not isinstance(solver, str):
@@ -265,19 +288,19 @@ def _dataset(sweep: Sweep) -> Any:
 
 
 def _run_again(
-    recipe: Recipe, i: int, why: str, params: PyTree, ts: Float[Array, " n"]
+    lanes: FlowLanes, i: int, why: str, params: PyTree, ts: Float[Array, " n"]
 ) -> Path:
     """Lane i from elsewhere, by the solver that was chosen for the reason `why`."""
-    lane = recipe.lane(i)
+    lane = lanes.lane(i)
     if lane.again is not None and lane.why != why:
         lane = lane.again
     assert isinstance(lane.run, Solve)
     return run_again(lane.run, params, ts)
 
 
-def _cell(value: Any) -> str:
+def _cell(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)[:9]
 
 
-def _count(value: Any) -> str:
+def _count(value: RealScalarLike) -> str:
     return f"{int(value)}" if np.isfinite(float(value)) else "–"

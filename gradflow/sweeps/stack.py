@@ -8,14 +8,14 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Array, ArrayLike, PyTree
 
 from ..metrics import Metric
 from ..results import RESULTS
 from ..runs.path import Path
 
 
-class Owned(NamedTuple):
+class OfProblem(NamedTuple):
     """What a path has from its problem, and shares with other lanes of it."""
 
     static: PyTree
@@ -25,7 +25,7 @@ class Owned(NamedTuple):
 def blank(like: Path, weight_decay: float) -> Path:
     """The path of a lane that raised: NaN throughout."""
 
-    def none(x: Any) -> Any:
+    def none(x: PyTree) -> PyTree:
         if not eqx.is_array_like(x) or isinstance(x, str):
             return x
         x = jnp.asarray(x)
@@ -61,7 +61,7 @@ def stack(paths: Sequence[Path]) -> Path:
     return dataclasses.replace(paths[0], stats=stats, params=params, **rest)
 
 
-def _joined(*values: Any) -> Any:
+def _joined(*values: ArrayLike) -> Array:
     return jnp.asarray(np.stack([np.asarray(v) for v in values]))
 
 

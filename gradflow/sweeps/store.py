@@ -11,13 +11,18 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path as File
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from ..results import flags
 from .axes import Axes, blocks, count_blocks, lanes_of_block
 from .identity import difference
+
+Group: TypeAlias = Any
+"""A `zarr.Group`. (The package is imported when it is first needed.)"""
+Lock: TypeAlias = Any
+"""A `filelock.FileLock`; likewise."""
 
 
 def zarr() -> Any:
@@ -34,7 +39,7 @@ def zarr() -> Any:
     return zarr
 
 
-def _lock(folder: File) -> Any:
+def _lock(folder: File) -> Lock:
     """A lock of the operating system for a folder, held in a file beside it. It ends
     with its process, however that ends; and is seen by all threads, processes, and, as
     far as a shared file system has locks, hosts."""
@@ -56,7 +61,7 @@ _NO_LOCK = (OSError, NotImplementedError)
 """What comes of a lock that another holds, or that the file system does not have."""
 
 
-class Store:
+class ZarrStore:
     """The folder of a store, a Zarr group.
 
     Each variable is an array in the shape of the sweep's dimensions. A chunk is a block
@@ -122,13 +127,13 @@ class Store:
             warnings.warn(
                 f"store: begun with other versions, so bits may differ: "
                 f"{'; '.join(other)}.",
-                stacklevel=4,
+                stacklevel=5,
             )
         if there["device"] != attributes["device"]:
             warnings.warn(
                 f"store: begun on {there['device']}, and this is "
                 f"{attributes['device']}, so bits may differ.",
-                stacklevel=4,
+                stacklevel=5,
             )
         return there
 
@@ -185,7 +190,7 @@ class Store:
         warnings.warn(
             f"store: {', '.join(wrong)} of {self.path} {are(wrong)} corrupted, and "
             f"{are(wrong)} written anew.",
-            stacklevel=5,
+            stacklevel=6,
         )
         with self._disk("the beginning"):
             self._begin(axes, attributes)
@@ -198,7 +203,7 @@ class Store:
                 with contextlib.suppress(*UNREADABLE):
                     files = self.marker(number)["files"]
                     if any(f.startswith(f"{array}/") for f in files):
-                        self.forget(number)
+                        self.remove_chunk(number)
                         break
 
     def write(
@@ -244,8 +249,8 @@ class Store:
                 little = whole.astype(whole.dtype.newbyteorder("<"))
                 file.write_bytes(little.tobytes())
                 data.append("/".join(parts))
-            there = lambda f: not f.endswith("zarr.json") or (self.path / f).exists()
-            files = [f for f in _files(self.aside) if not there(f)]
+            new = [f for f in _files(self.aside) if f.endswith("zarr.json")]
+            files = [f for f in new if not (self.path / f).exists()]
             # A reader knows by `result` whether a lane is there.
             files += sorted(data, key=lambda f: (f.startswith("result/"), f))
             marker = {f: _digest(self.aside / f) for f in data}
@@ -342,22 +347,22 @@ class Store:
                 return name
         return None
 
-    def forget(self, number: int) -> None:
+    def remove_chunk(self, number: int) -> None:
         """Takes a chunk away: first its `result`, by which a reader knows whether its
         lanes are there, and its marker last."""
         grid = json.loads((self.path / "result" / "zarr.json").read_text())
         block = grid["chunk_grid"]["configuration"]["chunk_shape"]
         counts = [-(-n // b) for n, b in zip(grid["shape"], block, strict=True)]
         at = "/".join(str(int(i)) for i in np.unravel_index(number, counts))
+        places = self.path.glob(f"*/c/{at}")
         # `False`, for `result`, is sorted before `True`.
-        first = lambda f: f.parents[1].name != "result"
-        for place in sorted(self.path.glob(f"*/c/{at}"), key=first):
+        for place in sorted(places, key=lambda f: f.parents[1].name != "result"):
             shutil.rmtree(place) if place.is_dir() else place.unlink()
         shutil.rmtree(self.path / "chunks" / f"{number:06d}")
 
 
 def _array(
-    group: Any,
+    group: Group,
     name: str,
     shape: tuple[int, ...],
     chunks: tuple[int, ...],
@@ -458,7 +463,7 @@ def _digest(file: File) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def plan(axes: Axes, chunk: int) -> tuple[tuple[int, ...], int]:
+def blocks_of(axes: Axes, chunk: int) -> tuple[tuple[int, ...], int]:
     """The shape of the chunks of about `chunk` lanes, and how many there are."""
     block = blocks(axes.shape, chunk)
     return block, count_blocks(axes.shape, block)
@@ -486,7 +491,7 @@ def _remove_left(path: File, of: Callable[[int], bool]) -> None:
         _remove(folder, lock)
 
 
-def _remove(folder: File, lock: Any) -> None:
+def _remove(folder: File, lock: Lock) -> None:
     """Takes a folder away, and then its lock, which another may be waiting for."""
     shutil.rmtree(folder, ignore_errors=True)
     with contextlib.suppress(OSError):  # on Windows `release` takes it away
@@ -494,7 +499,7 @@ def _remove(folder: File, lock: Any) -> None:
     lock.release()
 
 
-def pending(store: Store, numbers: list[int]) -> Iterator[int]:
+def pending(store: ZarrStore, numbers: list[int]) -> Iterator[int]:
     """The chunks of `numbers` that are yet to be computed; corrupted ones are named,
     and are among them."""
     for number in numbers:
@@ -507,5 +512,5 @@ def pending(store: Store, numbers: list[int]) -> Iterator[int]:
                 "computed anew.",
                 stacklevel=2,
             )
-            store.forget(number)
+            store.remove_chunk(number)
         yield number

@@ -1,8 +1,7 @@
 """Runs the lanes of a sweep: all of them, or chunk by chunk into a store."""
 
-import os
 from pathlib import Path as File
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -13,84 +12,106 @@ from .axes import Axes, lanes_of_block
 from .checkpoints import Checkpoints
 from .columns import parameter_columns
 from .identity import about, describe
-from .lanes import fitting, Lanes, Runner
+from .lanes import AbstractLanes
+from .on_disk import settings, StoredPaths, StoredProblems
 from .open import open_results
+from .options import Store
+from .problems import Problem, Problems
 from .programs import Batch
-from .progress import Bars
-from .recipe import Problem, Recipe
-from .store import pending, plan, remove_stale, Store
+from .progress import ProgressBars
+from .result import Sweep
+from .runner import first_shape, fitting, Ran, Runner
+from .store import blocks_of, pending, remove_stale, ZarrStore
+
+
+class _Chunks(NamedTuple):
+    """The chunks of a store: blocks of lanes."""
+
+    axes: Axes
+    block: tuple[int, ...]
+    """The shape of a chunk, along the dimensions."""
+    count: int
+
+    def lanes(self, number: int) -> list[int]:
+        """The numbers of the lanes of a chunk."""
+        return lanes_of_block(self.axes.shape, self.block, number)[1]
 
 
 def run_stored(
-    recipe: Recipe,
-    batch: Batch,
-    progress: bool,
-    path: str | os.PathLike,
-    chunk: int | None,
-    parameters: bool,
-    checkpoint: float,
-    retry: bool,
-) -> Any:
+    lanes: AbstractLanes, batch: Batch, progress: bool, kept: Store
+) -> Sweep:
     """The chunks that the store does not have, as far as they are for this process;
-    returns the store, opened."""
-    axes = recipe.axes
+    returns what is in the store then."""
+    plan = lanes.plan
     processes, process = jax.process_count(), jax.process_index()
-    store = Store(File(path), process)
+    store = ZarrStore(File(kept.path), process)
     remove_stale(store.path, processes)
-    fit = fitting(recipe, batch, len(axes))
-    block, count = plan(axes, chunk or store.chunk() or max(16, fit))
-    store.prepare(axes, _attributes(recipe, block, parameters))
-    lanes_of = lambda number: lanes_of_block(axes.shape, block, number)[1]
-    # The expensive ones first, and so in turn for each process.
-    order = sorted(range(count), key=lambda n: -sum(map(recipe.cost, lanes_of(n))))
+    fit = fitting(lanes, batch, len(plan.axes))
+    size = kept.chunk or store.chunk() or max(16, fit)
+    chunks = _Chunks(plan.axes, *blocks_of(plan.axes, size))
+    attributes = _attributes(lanes.problems, chunks.block, kept.parameters)
+    store.prepare(plan.axes, attributes)
     folder = store.path / "chunks" / "checkpoints"
-    checkpoints = Checkpoints(folder, checkpoint)
-    forget = lambda number: checkpoints.forget(map(str, lanes_of(number)))
+    checkpoints = Checkpoints(folder, kept.checkpoint)
+
+    def keep(number: int, ran: Ran) -> None:
+        _write(store, number, chunks, ran, kept.parameters)
+        checkpoints.remove(map(str, chunks.lanes(number)))
+
+    # The expensive ones first, and so in turn for each process.
+    cost = [-sum(map(lanes.cost, chunks.lanes(n))) for n in range(chunks.count)]
+    order = sorted(range(chunks.count), key=cost.__getitem__)
     # Each looks at its share; then all see the same, and share what is left.
     mine = order[process::processes]
     for number in set(mine) - set(pending(store, mine)):
-        forget(number)
-        if retry and store.marker(number)["causes"]:
-            store.forget(number)
-    _meet("looked at the store")
+        checkpoints.remove(map(str, chunks.lanes(number)))
+        if kept.retry and store.marker(number)["causes"]:
+            store.remove_chunk(number)
+    _wait_for_all_processes("looked at the store")
     left = [number for number in order if not store.is_finished(number)]
-    _meet("shared the chunks")
+    _wait_for_all_processes("shared the chunks")
     todo = left[process::processes]
-    held: list[tuple[int, Lanes]] = []
-    ran = len(left) < count
-    if todo:
-        recipe.compare_with_first()
-    total = sum(len(lanes_of(number)) for number in todo)
-    with Bars(axes, total, progress) as bars:
-        checkpoints.tell = bars.under_way
-        runner = Runner(recipe, batch, bars)
+    total = sum(len(chunks.lanes(number)) for number in todo)
+    most = min(fit, int(np.prod(chunks.block)))
+    held: list[tuple[int, Ran]] = []
+    """Chunks in which no lane has run."""
+    some_ran = len(left) < chunks.count
+    shape = first_shape(lanes) if todo else None
+    with ProgressBars(plan.axes, total, progress) as bars:
+        checkpoints.part_done = bars.part_done
+        runner = Runner(lanes, batch, bars, shape)
         for number in todo:
             if store.is_finished(number):  # by another run of the same
                 continue
-            most = min(fit, int(np.prod(block)))
-            lanes = runner.run(lanes_of(number), most, checkpoints)
-            # Where no lane at all has run, the mistake is not in the lanes.
-            held.append((number, lanes))
-            ran = ran or bool(lanes.done)
-            if ran:
-                for one, found in held:
-                    _write(store, one, axes, block, found, parameters)
-                    forget(one)
-                held = []
+            ran = runner.run(chunks.lanes(number), most, checkpoints)
+            held.append((number, ran))
+            some_ran = some_ran or bool(ran.done)
+            while some_ran and held:
+                keep(*held.pop(0))
+    # Where no lane at all has run, the mistake is not in the lanes.
     if held and processes == 1:
-        error = held[0][1].error
-        assert error is not None
-        raise error
-    for one, found in held:
-        _write(store, one, axes, block, found, parameters)
-        forget(one)
-    _meet("computed all chunks")
+        assert held[0][1].error is not None
+        raise held[0][1].error
+    for number, ran in held:
+        keep(number, ran)
+    _wait_for_all_processes("computed all chunks")
     checkpoints.end()
-    return open_results(path, check=process == 0)
+    return _opened(lanes, kept, check=process == 0)
 
 
-def _meet(what: str) -> None:
-    """Waits until all processes are here."""
+def _opened(lanes: AbstractLanes, kept: Store, *, check: bool) -> Sweep:
+    """The sweep of a store, with what its paths have from their problems."""
+    plan, results = lanes.plan, open_results(kept.path, check=check)
+    causes = {int(lane): cause for lane, cause in results.attrs["causes"].items()}
+    problems = StoredProblems(lanes.problems, len(plan.axes))
+    given = settings(plan.axes, plan.fixed)
+    paths = StoredPaths(str(kept.path), given, problems, results)
+    owned = problems if plan.count_problems > 1 else ()
+    return Sweep(paths, plan.axes, owned, causes, plan.fixed_numbers)
+
+
+def _wait_for_all_processes(what: str) -> None:
+    """Until all have done what it says."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
@@ -98,21 +119,25 @@ def _meet(what: str) -> None:
 
 
 def _attributes(
-    recipe: Recipe, block: tuple[int, ...], parameters: bool
+    problems: Problems, block: tuple[int, ...], parameters: bool
 ) -> dict[str, Any]:
-    axes, make = recipe.axes, recipe.make
+    """What tells the sweep of a store from others, and how it was made."""
+    plan = problems.plan
+    axes, make = plan.axes, plan.make
     try:
-        first: Any = dict(zip(Problem._fields, recipe.problem(0), strict=True))
+        first: dict[str, Any] | str = dict(
+            zip(Problem._fields, problems.of(0), strict=True)
+        )
     except Exception as error:
         first = type(error).__name__  # its words may differ from call to call
-    values = recipe.fixed | recipe.options
+    values = plan.fixed | plan.asked
     config = {
         "problem": None if isinstance(make, Problem) else make,
         "first": first,
         "axes": {k: list(v) for k, v in axes.values.items()},
         "dimensions": dict(axes.along),
         **{k: v for k, v in values.items() if v is not None},
-        "metrics": recipe.metrics,
+        "metrics": plan.metrics,
         "chunk": block,
         "parameters": parameters,
         "float64": jax.config.read("jax_enable_x64"),
@@ -122,29 +147,25 @@ def _attributes(
 
 
 def _write(
-    store: Store,
-    number: int,
-    axes: Axes,
-    block: tuple[int, ...],
-    lanes: Lanes,
-    parameters: bool,
+    store: ZarrStore, number: int, chunks: _Chunks, ran: Ran, parameters: bool
 ) -> None:
-    if lanes.done:
+    """Writes a chunk."""
+    if ran.done:
         kept = {
             name: (("time",) * (values.ndim - 1), _counted(name, values))
-            for name, values in columns(lanes.paths, lanes.watched).items()
+            for name, values in columns(ran.paths, ran.watched).items()
         }
         if parameters:
-            kept |= parameter_columns(lanes.paths)
+            kept |= parameter_columns(ran.paths)
     else:
-        code = np.full(len(lanes.causes), CODES["raised"], np.int32)
+        code = np.full(len(ran.causes), CODES["raised"], np.int32)
         kept = {"result": ((), code)}
     notes = {
-        "causes": {str(i): cause for i, cause in lanes.causes.items()},
+        "causes": {str(i): cause for i, cause in ran.causes.items()},
         "device": jax.local_devices()[0].device_kind,
-        "solver": lanes.solvers,
+        "solver": ran.solvers,
     }
-    store.write(number, axes, block, kept, notes)
+    store.write(number, chunks.axes, chunks.block, kept, notes)
 
 
 def _counted(name: str, values: np.ndarray) -> np.ndarray:
