@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,17 +61,20 @@ class AD(Settings):
     )  # fmt: skip
 
     def compute(self) -> xr.Dataset:
-        runs: Any = gf.sweep(
+        descent = gf.Descent(
+            self.learning_rate,
+            optimiser=falling_adam(self.learning_rate, max(self.steps // 3, 1)),
+            at=[0, self.steps],
+        )
+        runs = gf.sweep(
             self.problem,
             axes={"size": self.sizes, "messiness": self.messiness},
             init_scale=self.alphas,
             weight_decay=0.0,
-            learning_rate=self.learning_rate,
-            optimiser=falling_adam(self.learning_rate, max(self.steps // 3, 1)),
-            at=[0, self.steps],
+            run=descent,
             store=self.store(),
         )
-        ends = runs.isel(time=-1).astype(float)
+        ends = runs.to_xarray().isel(time=-1).astype(float)
         dims = ("size", "messiness", "alpha")
         axes = dict(zip(dims, (self.sizes, self.messiness, self.alphas), strict=True))
         maps = {k: (dims, ends[f"metric_{k}"].values) for k in ("train", "test")}

@@ -139,11 +139,12 @@ def held(
 ) -> np.ndarray:
     """The metrics, train and test, at the end of trainings at held norms, for every α;
     read where they have been done."""
-    runs: Any = gf.sweep(
+    descent = gf.Descent(at=np.array([0, rule.steps]), **rule.options(task.loss))
+    runs = gf.sweep(
         problem(task), axes={"hold": [1]}, init_scale=list(alphas), weight_decay=0.0,
-        at=np.array([0, rule.steps]), store=store, **rule.options(task.loss),
+        run=descent, store=store,
     )  # fmt: skip
-    ends = runs.isel(hold=0, time=-1)
+    ends = runs.to_xarray().isel(hold=0, time=-1)
     return np.stack([ends[f"metric_{part}"].values for part in PARTS])
 
 

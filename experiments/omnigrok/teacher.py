@@ -56,7 +56,7 @@ class Teacher(Settings):
 
     @property
     def rule(self) -> dict[str, Any]:
-        """Of AdamW, as `gf.sweep` takes it."""
+        """Of AdamW, as `gf.Descent` takes it."""
         adam: Any = optax.adam
         return dict(
             learning_rate=self.learning_rate, optimiser=adam, method="decoupled"
@@ -94,15 +94,15 @@ class TSL(Teacher):
         land = lambda **more: gf.landscape(task.flow, task.model, **options, **more)
         maps = {
             "flow": land(t1=self.t1, **FLOW),
-            "Adam": land(steps=self.steps, **adam),
+            "Adam": land(run=gf.Descent(steps=self.steps, **adam)),
         }
         rates, apart = agreement(task)
         lanes = [(2.0, 1.0), (2.0, 0.0), (0.5, 0.0)]
         alphas, gammas = zip(*lanes, strict=True)
         swept = gf.sweep(
             task.flow, task.model, init_scale=alphas, weight_decay=gammas,
-            zipped=[("init_scale", "weight_decay")], steps=3000, saves=SAVES,
-            metrics=task.metrics, throw=True, **self.rule,
+            zipped=[("init_scale", "weight_decay")], saves=SAVES, metrics=task.metrics,
+            throw=True, run=gf.Descent(steps=3000, **self.rule),
         )  # fmt: skip
         title = lambda lane: words(dict(alpha=lane[0], gamma=lane[1]), latex=True)
         runs = {title(lane): run for lane, run in zip(lanes, swept, strict=True)}

@@ -92,7 +92,7 @@ class PhaseDiagram(Settings):
 
     def simulated(self, name: str) -> xr.Dataset:
         """All runs of a task."""
-        runs: Any = gf.sweep(
+        runs = gf.sweep(
             functools.partial(problem, name=name),
             axes={"seed": list(range(self.seeds))},
             init_scale=self.init_scales(name),
@@ -103,7 +103,7 @@ class PhaseDiagram(Settings):
             rtol=1e-7,
             store=self.store(f"_{name}"),
         )
-        return runs
+        return runs.to_xarray()
 
     def predicted(self, name: str) -> xr.Dataset:
         """The times that theory gives, NaN where it gives none."""

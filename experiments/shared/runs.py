@@ -54,9 +54,10 @@ def trained(
     **Raises:** `RuntimeError` where a run failed.
     """
     chunk = 1 if jax.default_backend() == "cpu" else None
-    runs: Any = gf.sweep(
-        problem, learning_rate=learning_rate, store=store, chunk=chunk, **options
-    )
+    own = {f.name for f in dataclasses.fields(gf.Descent)} & set(options)
+    descent = gf.Descent(learning_rate, **{name: options.pop(name) for name in own})
+    kept = gf.Store(store, chunk=chunk)
+    runs = gf.sweep(problem, run=descent, store=kept, **options).to_xarray()
     if failed := int((runs.result != 0).sum()):
         raise RuntimeError(
             f"{store}: {failed} runs left the finite range, or raised an error: "
