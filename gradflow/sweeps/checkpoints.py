@@ -32,7 +32,7 @@ def _read(file: File, like: PyTree) -> PyTree:
         for x in jax.tree.leaves(tree):
             kinds.append(jax.random.key_impl(x) if is_key(x) else None)
 
-    def as_key(x: Array, kind: Hashable | None) -> Array:
+    def as_key(x: PyTree, kind: Hashable | None) -> PyTree:
         return x if kind is None else jax.random.wrap_key_data(x, impl=kind)
 
     jax.eval_shape(note_kinds, like)

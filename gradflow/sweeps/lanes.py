@@ -19,8 +19,8 @@ from ..runs.steps import Descend
 from ..runs.times import prepare
 from ..solvers import as_choice, Choice, measure_size, second_choice, TRIAL_STEPS
 from ..solvers.choose import Size
-from .plan import Plan, Span
-from .problems import Last, Problem, Problems
+from .plan import Plan, Problem, Span
+from .problems import Last, Problems
 
 
 class Lane(NamedTuple):
@@ -205,7 +205,7 @@ def _end(plan: Plan, number: int) -> float:
     if span.ts is not None:
         return float(span.ts[-1])
     lam = max(float(plan.value(number, "weight_decay")), 1e-300)
-    return span.t1 or (span.slow_time or 1.0) / lam
+    return float(span.t1 or (span.slow_time or 1.0) / lam)
 
 
 def _saves(plan: Plan) -> int:

@@ -110,7 +110,7 @@ def _result(results: Dataset) -> RESULTS:
 
 
 @dataclasses.dataclass(frozen=True)
-class StoredProblems(Sequence[OfProblem]):
+class StoredProblems(Sequence):
     """Of each lane, what its path has from its problem: made when it is asked for."""
 
     problems: Problems | None = dataclasses.field(metadata={"saved": False})

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
+from ..flow.flow import GradientFlow
 from ..metrics import Metric
 from .axes import Axes
 
@@ -18,6 +19,16 @@ RECORDED = frozenset(
     "trial_steps iterations kernels sliding conditioning".split()
 )
 """Names in the results, which axes cannot have."""
+
+
+class Problem(NamedTuple):
+    """What is run: the flow, from where, and what is watched."""
+
+    flow: GradientFlow
+    model: PyTree
+    watched: dict[str, Metric]
+    slow_time: float | None = None
+    """How far a task asks to be run."""
 
 
 class Span(NamedTuple):
@@ -47,7 +58,7 @@ class Plan:
     """What a sweep was asked for. Lanes are given by their numbers."""
 
     axes: Axes
-    make: Callable[..., Any]
+    make: Callable[..., Any] | Problem
     """Makes the problem, from the values of its axes; or the `Problem` itself."""
     metrics: dict[str, Metric]
     """In addition to those of the problem."""

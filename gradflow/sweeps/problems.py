@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Hashable
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,20 +16,10 @@ from ..flow.term import FlowTerm
 from ..metrics import Metric
 from ..runs.problem import as_metrics, check_problem
 from ..tasks import Task
-from .plan import Plan
+from .plan import Plan, Problem
 from .stack import OfProblem
 
 Made = TypeVar("Made")
-
-
-class Problem(NamedTuple):
-    """What is run: the flow, from where, and what is watched."""
-
-    flow: GradientFlow
-    model: PyTree
-    watched: dict[str, Metric]
-    slow_time: float | None = None
-    """How far a task asks to be run."""
 
 
 class Last(Generic[Made]):

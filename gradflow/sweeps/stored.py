@@ -16,7 +16,8 @@ from .lanes import AbstractLanes
 from .on_disk import settings, StoredPaths, StoredProblems
 from .open import open_results
 from .options import Store
-from .problems import Problem, Problems
+from .plan import Problem
+from .problems import Problems
 from .programs import Batch
 from .progress import ProgressBars
 from .result import Sweep

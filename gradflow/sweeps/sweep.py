@@ -29,8 +29,8 @@ from ..runs.problem import as_metrics
 from .axes import make_axes, Numbers
 from .lanes import AbstractLanes, DescentLanes, FlowLanes
 from .options import as_store, Descent, Store
-from .plan import Plan, RECORDED, RUN, Span
-from .problems import placed, placed_problem, Problem, Problems
+from .plan import Plan, Problem, RECORDED, RUN, Span
+from .problems import placed, placed_problem, Problems
 from .programs import Batch
 from .progress import ProgressBars
 from .result import Sweep
