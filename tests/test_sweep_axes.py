@@ -271,8 +271,11 @@ def test_bad_input(change, name):
     "options, name",
     [
         (dict(learning_rate=[0.0], steps=3), "learning_rate"),
-        (dict(learning_rate=[[0.1]], steps=3), "learning_rate"),
-        (dict(learning_rate=[lambda k: 0.1], steps=3), "one schedule for all"),
+        (dict(learning_rate=np.array([[0.1]]), steps=3), "learning_rate"),
+        (
+            dict(learning_rate=np.array([lambda k: 0.1]), steps=3),
+            "one schedule for all",
+        ),
         (dict(learning_rate=lambda k: 0.1), "steps, at"),
         (dict(steps=0), "steps"),
         (dict(steps=3, at=[1, 3]), "steps, .* exactly one"),
