@@ -171,10 +171,9 @@ def radial_law(flow: GradientFlow, theory: TwoPhase) -> RadialLaw:
 @eqx.filter_jit
 def _radial(flow: GradientFlow, theory: TwoPhase) -> tuple[Array, Array]:
     term, _ = flow.term(eqx.combine(theory.limit, theory.drift.static))
-    form, rank = theory.spectrum.form, theory.spectrum.rank
 
     def at(params):
-        here = Point(term, params, form, rank)
+        here = Point(term, params, theory.spectrum)
         return jnp.linalg.norm(here.w), -(here.w @ here.drift) / (here.w @ here.w)
 
     return jax.lax.map(at, theory.drift.params)
