@@ -4,10 +4,11 @@ import contextlib
 import dataclasses
 import functools
 import importlib
+import io
 import json
 import types
 from pathlib import Path as File
-from typing import Any, IO
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ _FORMAT = 1
 _PLAIN = (bool, int, float, str)
 
 
-def save(file: str | File | IO[bytes], result: Any) -> None:
+def save(file: str | File | io.IOBase, result: Any) -> None:
     """Writes a result into a file, to be read by [`gradflow.load`][].
 
     The file is an archive as NumPy writes (`.npz`): arrays, and a text in JSON of what
@@ -45,7 +46,7 @@ def save(file: str | File | IO[bytes], result: Any) -> None:
         np.savez_compressed(out, structure=np.array(text), **arrays)
 
 
-def load(file: str | File | IO[bytes]) -> Any:
+def load(file: str | File | io.IOBase) -> Any:
     """Reads what [`gradflow.save`][] wrote, with the same bits in all arrays.
 
     Classes are looked up by name in the modules that define them, which are imported,
@@ -68,8 +69,8 @@ def load(file: str | File | IO[bytes]) -> Any:
 
 
 def _opened(
-    file: str | File | IO[bytes], mode: str
-) -> contextlib.AbstractContextManager[IO[bytes]]:
+    file: str | File | io.IOBase, mode: str
+) -> contextlib.AbstractContextManager[Any]:
     if isinstance(file, str | File):
         return open(file, mode)
     return contextlib.nullcontext(file)

@@ -24,10 +24,10 @@ def test_loss(model):
 test_loss.__test__ = False  # no test, though of its name
 
 
-def same(a, b):
-    """Whether two results have the same structure and the same bits."""
+def same(a, b, structure=True):
+    """Whether two results have the same bits, and the same structure."""
     one, two = (jax.tree.flatten(eqx.filter(x, eqx.is_array)) for x in (a, b))
-    assert str(one[1]) == str(two[1])
+    assert str(one[1]) == str(two[1]) or not structure
     for x, y in zip(one[0], two[0], strict=True):
         assert type(x) is type(y) and x.dtype == y.dtype
         assert np.array_equal(x, y, equal_nan=x.dtype.kind == "f")
@@ -143,7 +143,8 @@ def test_sweep_theory_and_report(tmp_path):
     for result in (sweep, theory, report):
         read = there_and_back(result, tmp_path)
         assert type(read) is type(result) and str(read) == str(result)
-        assert same(result, read)
+        # (What runs the lanes of a sweep again is not kept.)
+        assert same(result, read, structure=False)
     assert read.sweep.to_xarray().equals(sweep.to_xarray())
     assert read.plot() is not None
 
