@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._checks import is_key
+from ._checks import is_concrete, is_key
 from .results import codes, flags, from_codes, RESULTS
 
 _FORMAT = 1
@@ -115,7 +115,7 @@ class _Writer:
     def _describe(self, value: Any) -> dict[str, Any]:
         if isinstance(value, RESULTS):
             return {"kind": "result", "array": self._array(codes(value))}
-        if isinstance(value, jax.core.Tracer):
+        if not is_concrete(value):
             raise ValueError("result: expected numbers, got one that is being traced.")
         if is_key(value):
             data, impl = jax.random.key_data(value), str(jax.random.key_impl(value))
