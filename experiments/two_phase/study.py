@@ -102,11 +102,12 @@ class TwoPhase(Settings):
         kept: dict[str, Any] = {}
         if self.store is not None:
             kept = dict(store=gf.Store(self.store, chunk=1, parameters=True))
-        return gf.sweep(
+        found = gf.sweep(
             task.flow, task.model, weight_decay=jnp.asarray(self.lams),
             slow_time=self.slow_time or task.slow_time, saves=self.saves,
             metrics=task.metrics, solver=gf.KKT5(), rtol=self.tolerance, **kept,
         )  # fmt: skip
+        return found.load()
 
     def compare(self, task: gf.tasks.Task, sweep: gf.Sweep) -> xr.Dataset:
         """Theory against the runs, what is measured of both, and paths to be drawn."""
