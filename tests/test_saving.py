@@ -17,11 +17,8 @@ from gradflow.results import codes, flags, from_codes
 TASK = gf.tasks.diagonal_network(jr.key(0), samples=3, dim=6)
 
 
-def test_loss(model):
+def squares(model):
     return jnp.sum(model.beta**2)
-
-
-test_loss.__test__ = False  # no test, though of its name
 
 
 def same(a, b, structure=True):
@@ -43,7 +40,7 @@ def there_and_back(result, tmp_path):
 
 @pytest.fixture(scope="module")
 def path():
-    watch = {"test": gf.Metric(test_loss, threshold=1e-3)}
+    watch = {"test": gf.Metric(squares, threshold=1e-3)}
     return gf.simulate(
         TASK.flow, TASK.model, weight_decay=1e-2, slow_time=1.0, saves=9, metrics=watch
     )
@@ -54,7 +51,7 @@ def test_a_path(path, tmp_path):
     assert type(read) is gf.Path and same(path, read)
     assert read.again is None and str(read) == str(path)
     assert bool(read.result == gf.RESULTS.successful)
-    assert read.watched["test"].fn is test_loss
+    assert read.watched["test"].fn is squares
     np.testing.assert_array_equal(read[3].beta, path[3].beta)
 
 
@@ -92,9 +89,9 @@ def test_all_kinds(tmp_path):
 
 
 def test_into_bytes_and_by_public_names():
-    gf.save(buffer := io.BytesIO(), [jnp.tanh, jnp.sin, jax.nn.gelu, test_loss])
+    gf.save(buffer := io.BytesIO(), [jnp.tanh, jnp.sin, jax.nn.gelu, squares])
     buffer.seek(0)
-    assert gf.load(buffer) == [jnp.tanh, jnp.sin, jax.nn.gelu, test_loss]
+    assert gf.load(buffer) == [jnp.tanh, jnp.sin, jax.nn.gelu, squares]
 
 
 def test_a_lost_function_says_so(path, tmp_path):

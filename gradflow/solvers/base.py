@@ -110,19 +110,8 @@ def as_flow_solver(solver: diffrax.AbstractSolver) -> AbstractFlowSolver:
     return Explicit(solver) if explicit else Plain(solver)
 
 
-class AbstractPlain(AbstractFlowSolver):
-    """One of Diffrax's own solvers, whose state is the parameters."""
-
-    solver: eqx.AbstractVar[diffrax.AbstractSolver]
-
-    @property
-    def name(self) -> str:
-        return type(self.solver).__name__
-
-    def follow(
-        self, term: AbstractFlowTerm, params: PyTree, weight_decay: Scalar
-    ) -> Followed:
-        return Followed(self.solver, term, params)
+class AbstractOnParams(AbstractFlowSolver):
+    """One whose state is the parameters."""
 
     def controlled(self, controller: Controller) -> Controller:
         return controller
@@ -136,6 +125,21 @@ class AbstractPlain(AbstractFlowSolver):
 
     def loss_of(self, term: AbstractFlowTerm, y: PyTree) -> Scalar:
         return term.loss(term.model(y))
+
+
+class AbstractPlain(AbstractOnParams):
+    """One of Diffrax's own solvers."""
+
+    solver: eqx.AbstractVar[diffrax.AbstractSolver]
+
+    @property
+    def name(self) -> str:
+        return type(self.solver).__name__
+
+    def follow(
+        self, term: AbstractFlowTerm, params: PyTree, weight_decay: Scalar
+    ) -> Followed:
+        return Followed(self.solver, term, params)
 
     def tolerance_share(self, rtol: Scalar) -> Scalar | float:
         return 1.0

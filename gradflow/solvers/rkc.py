@@ -18,7 +18,7 @@ from .._typing import BoolScalarLike, RealScalarLike
 from ..flow.flat import linearized
 from ..flow.term import FlowTerm
 from ..results import RESULTS
-from .base import AbstractFlowSolver, Controller, Followed, Saved
+from .base import AbstractOnParams, Followed, Saved
 from .controllers import lasting
 
 _DAMPING = 2 / 13  # ε; inside the stability interval |P| stays below 1 − ε/3
@@ -39,7 +39,7 @@ class _State(eqx.Module):
     products: Int[Array, ""]  # of its Jacobian with a vector, so far
 
 
-class RKC2(AbstractFlowSolver, diffrax.AbstractAdaptiveSolver[_State]):
+class RKC2(AbstractOnParams, diffrax.AbstractAdaptiveSolver[_State]):
     """Runge-Kutta-Chebyshev of order 2: explicit, with as many stages as it takes.
 
     For y' = f(t, y) whose Jacobian has eigenvalues on or near the negative real axis,
@@ -103,19 +103,6 @@ class RKC2(AbstractFlowSolver, diffrax.AbstractAdaptiveSolver[_State]):
 
     def follow(self, term: FlowTerm, params: PyTree, weight_decay: Scalar) -> Followed:
         return Followed(self, term, params)
-
-    def controlled(self, controller: Controller) -> Controller:
-        return controller
-
-    @staticmethod
-    def coordinates(y: PyTree) -> PyTree:
-        return y
-
-    def params_of(self, y: PyTree) -> PyTree:
-        return y
-
-    def loss_of(self, term: FlowTerm, y: PyTree) -> Scalar:
-        return term.loss(term.model(y))
 
     def tolerance_share(self, rtol: Scalar) -> Scalar | float:
         # Its error falls as the 2/3 power of what it is told.
