@@ -176,8 +176,8 @@ def _vanishing_decay(run: DriftRun) -> Drift:
     smallest, largest, moved, size = _curvature_along(run.term, path.params, rank)
     # The largest along the path: at a point where all of J vanishes no value is small
     # beside another.
-    # Where the path ends off M, as at a cusp, it is no longer the flow on M either.
     lost = jnp.any(smallest < 10 * tiny * jnp.max(largest))
+    # Where the path is off M, as at a cusp, it is no longer the flow on M either.
     lost = lost | jnp.any(moved > 1000 * run.rtol * size)
     # Of two reservations the loss of rank comes first: near it, where the iteration is
     # slow, smooth losses too can seem to slide.
