@@ -21,6 +21,7 @@ from scipy.integrate import solve_ivp
 
 import gradflow as gf
 from gradflow.solvers import KKT4, KKT5, RKC2
+from gradflow.solvers.controllers import AbstractWrapped
 
 gf.enable_float64()
 
@@ -208,28 +209,13 @@ class SciPy:
         return Solved(out.y.T, evaluations=out.nfev)
 
 
-class StopAt(diffrax.AbstractAdaptiveStepSizeController):
+class StopAt(AbstractWrapped):
     """A controller that ends the run at a time of the clock. It looks every so many
     steps; the steps of an implicit solver differ too much in cost to be counted."""
 
     controller: diffrax.PIDController
     deadline: Any
     every: int = eqx.field(static=True)
-
-    @property
-    def rtol(self):
-        return self.controller.rtol
-
-    @property
-    def atol(self):
-        return self.controller.atol
-
-    @property
-    def norm(self):
-        return self.controller.norm
-
-    def wrap(self, direction):
-        return StopAt(self.controller.wrap(direction), self.deadline, self.every)
 
     def init(self, *args):
         t1, state = self.controller.init(*args)

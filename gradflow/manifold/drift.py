@@ -5,12 +5,12 @@ from typing import Any
 import equinox as eqx
 import jax
 import numpy as np
-import optax
 from jaxtyping import Array, Bool, Float, PyTree, Scalar
 
 from ..metrics import Metric
 from ..results import in_words, RESULTS
 from ..runs.crossing import crossing_time
+from ..runs.path import relative_speed, trend
 
 
 class Drift(eqx.Module):
@@ -80,10 +80,7 @@ class Drift(eqx.Module):
     @property
     def speed(self) -> Scalar:
         """‖dw/ds‖/‖w‖ over the last two slow times: how fast it still is."""
-        last = [p[-1] for p in jax.tree.leaves(self.params)]
-        step = [p[-1] - p[-2] for p in jax.tree.leaves(self.params)]
-        size = optax.tree.norm
-        return size(step) / (size(last) * (self.s[-1] - self.s[-2]))
+        return relative_speed(self.params, self.s)
 
     @property
     def stationary(self) -> Bool[Array, ""]:
@@ -93,14 +90,14 @@ class Drift(eqx.Module):
     def __str__(self) -> str:
         d = sum(p[0].size for p in jax.tree.leaves(self.params))
         watched = {"train loss": self.train_loss, "penalty": self.penalty}
-        trends = (_trend(*each) for each in (watched | self.metrics).items())
+        trends = (trend(*each) for each in (watched | self.metrics).items())
         lines = [
             f"Drift of {d} parameters on the critical manifold, s = "
             f"{float(self.s[0]):.3g} … {float(self.s[-1]):.3g}, {len(self)} slow times",
             f"  {self.stats['solver']}, rtol {float(self.stats['rtol']):.1g}: "
             f"{int(self.stats['steps'])} steps, {int(self.stats['rejected'])} rejected",
             f"  {', '.join(trends)}",
-            f"  {_trend('smallest normal curvature η', self.smallest_curvature)}",
+            f"  {trend('smallest normal curvature η', self.smallest_curvature)}",
         ]
         if not bool(self.succeeded):
             lines.append(f"  FAILED: {self.verdict}")
@@ -116,10 +113,3 @@ class Drift(eqx.Module):
         from .. import plot
 
         return plot.drift(self, **kwargs)
-
-
-def _trend(name: str, values: Array) -> str:
-    """From the first to the last of the values that there are."""
-    v = np.asarray(values)
-    finite = v[np.isfinite(v)]
-    return f"{name} {v[0]:.3g} → {finite[-1] if finite.size else np.nan:.3g}"

@@ -10,8 +10,23 @@ from jaxtyping import Array
 Values = Array | np.ndarray
 
 
+class _Curves(Protocol):
+    """What paths and drifts have in common."""
+
+    @property
+    def params(self) -> Any: ...
+    @property
+    def train_loss(self) -> Values: ...
+    @property
+    def penalty(self) -> Values: ...
+    @property
+    def metrics(self) -> Mapping[str, Values]: ...
+    @property
+    def watched(self) -> Mapping[str, Any]: ...
+
+
 @runtime_checkable
-class Path(Protocol):
+class Path(_Curves, Protocol):
     """As [`gradflow.Path`][]: n saved times."""
 
     @property
@@ -20,34 +35,14 @@ class Path(Protocol):
     def t(self) -> Values: ...
     @property
     def slow_time(self) -> Values: ...
-    @property
-    def params(self) -> Any: ...
-    @property
-    def train_loss(self) -> Values: ...
-    @property
-    def penalty(self) -> Values: ...
-    @property
-    def metrics(self) -> Mapping[str, Values]: ...
-    @property
-    def watched(self) -> Mapping[str, Any]: ...
 
 
 @runtime_checkable
-class Drift(Protocol):
+class Drift(_Curves, Protocol):
     """As [`gradflow.manifold.Drift`][]: n slow times."""
 
     @property
     def s(self) -> Values: ...
-    @property
-    def params(self) -> Any: ...
-    @property
-    def train_loss(self) -> Values: ...
-    @property
-    def penalty(self) -> Values: ...
-    @property
-    def metrics(self) -> Mapping[str, Values]: ...
-    @property
-    def watched(self) -> Mapping[str, Any]: ...
 
 
 @runtime_checkable

@@ -149,10 +149,7 @@ class Path(eqx.Module):
         """‖dθ/ds‖/‖θ‖ over the last two saved times: how fast the drift still is, in
         units of slow time. Scaled by λ on purpose: the plain speed ‖θ'‖ is small from
         the moment the data are fitted, long before the drift begins."""
-        last = [p[-1] for p in jax.tree.leaves(self.params)]
-        step = [p[-1] - p[-2] for p in jax.tree.leaves(self.params)]
-        size = optax.tree.norm
-        return size(step) / (size(last) * (self.slow_time[-1] - self.slow_time[-2]))
+        return relative_speed(self.params, self.slow_time)
 
     @property
     def stationary(self) -> Array:
@@ -166,8 +163,8 @@ class Path(eqx.Module):
             f"Path of {d} parameters, λ = {float(self.weight_decay):.3g}, "
             f"t = 0 … {float(self.t[-1]):.3g} (s = {s:.3g}), {len(self)} times",
             f"  {_steps(self.stats)}",
-            f"  {_trend('train loss', self.train_loss)}"
-            + "".join(f", {_trend(k, v)}" for k, v in self.metrics.items()),
+            f"  {trend('train loss', self.train_loss)}"
+            + "".join(f", {trend(k, v)}" for k, v in self.metrics.items()),
         ]
         if not bool(self.succeeded):
             lines.append(f"  FAILED: {self.verdict}")
@@ -226,8 +223,16 @@ def _steps(stats: dict[str, Any]) -> str:
     )
 
 
-def _trend(name: str, values: Array) -> str:
+def trend(name: str, values: Array) -> str:
+    """From the first to the last of the values that there are."""
     v = np.asarray(values)
     finite = v[np.isfinite(v)]
-    last = finite[-1] if finite.size else np.nan
-    return f"{name} {v[0]:.3g} → {last:.3g}"
+    return f"{name} {v[0]:.3g} → {finite[-1] if finite.size else np.nan:.3g}"
+
+
+def relative_speed(params: PyTree, times: Array) -> Scalar:
+    """‖Δθ‖/(‖θ‖ Δt) over the last two of stacked parameters at these times."""
+    last = [p[-1] for p in jax.tree.leaves(params)]
+    step = [p[-1] - p[-2] for p in jax.tree.leaves(params)]
+    size = optax.tree.norm
+    return size(step) / (size(last) * (times[-1] - times[-2]))
