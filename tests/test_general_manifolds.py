@@ -54,7 +54,7 @@ def test_conflicting_labels():
     assert theory.result == gf.RESULTS.successful
     np.testing.assert_allclose(jax.vmap(theory.limit)(x), mean, atol=1e-9)
     np.testing.assert_allclose(
-        theory.drift.srain_loss, np.full(len(theory.drift), 0.5 * (half**2).mean())
+        theory.drift.train_loss, np.full(len(theory.drift), 0.5 * (half**2).mean())
     )
     found = theory.spectrum
     assert found.form == "hessian" and found.rank == 4 and found.dimension == 14
