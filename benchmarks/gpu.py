@@ -112,7 +112,7 @@ def result(
         "seconds": seconds,
         "seconds_per_lane": seconds / lanes,
         "succeeded": int(np.sum(np.asarray(paths.succeeded))),
-        "most_steps": int(np.max(np.asarray(paths.stats["steps"]))),
+        "most_steps": int(np.max(np.asarray(paths.stats.steps))),
         "last_train_loss": np.asarray(paths.train_loss)[..., -1].tolist(),
     }
 

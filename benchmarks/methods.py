@@ -121,19 +121,19 @@ class Gradflow:
         return jax.block_until_ready(path)
 
     def warm(self, lam: float, ts: np.ndarray) -> None:
-        self.compiled.add(self._run(lam, ts, 1e-3).stats["solver"])
+        self.compiled.add(self._run(lam, ts, 1e-3).stats.solver)
 
     def solve(self, lam: float, ts: np.ndarray, rtol: float, budget: float) -> Solved:
         path = self._run(lam, ts, rtol)
         reached = bool(path.succeeded)
-        chosen = path.stats["solver"]
+        chosen = path.stats.solver
         compiled = chosen not in self.compiled
         self.compiled.add(chosen)
         return Solved(
             self.problem.flat(path.params) if reached else None,
             OK if reached else f"failed: {gf.RESULTS[path.result].split('.')[0]}",
-            int(path.stats["steps"]),
-            int(path.stats["rejected"]),
+            int(path.stats.steps),
+            int(path.stats.rejected),
             compiled=compiled,
         )
 

@@ -29,6 +29,7 @@ from .penalties import (
 from .metrics import Accuracy as Accuracy, Metric as Metric
 from .results import RESULTS as RESULTS
 from .runs.path import Path as Path
+from .runs.stats import Stats as Stats
 from .runs.simulate import simulate as simulate
 from .runs.descent import descent as descent
 from .runs.times import log_spaced_steps as log_spaced_steps

@@ -21,7 +21,7 @@ class RESULTS(diffrax.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
     )
     slid = (
         "The run reached its end, but slid along kinks of the loss, where ∇F jumps, as "
-        "networks of ReLUs do: `stats['sliding']` steps. There each step is exact to "
+        "networks of ReLUs do: `stats.sliding` steps. There each step is exact to "
         "about 1e-3 only, and paths from close starts differ by percents. A smooth "
         "activation (softplus, GELU) has no kinks."
     )

@@ -347,7 +347,7 @@ def test_wrong_arguments_that_are_traced_are_results():
     wrong = np.array([False, True, True, True, False])
     expected = np.where(wrong, CODES["wrong_argument"], CODES["successful"])
     assert codes(paths.result).tolist() == expected.tolist()
-    assert ((np.asarray(paths.stats["steps"]) == 0) == wrong).all()
+    assert ((np.asarray(paths.stats.steps) == 0) == wrong).all()
     assert (np.isnan(paths.params.w).all(axis=(1, 2)) == wrong).all()
     assert (np.isnan(paths.train_loss).all(axis=1) == wrong).all()
     for i in (0, 4):

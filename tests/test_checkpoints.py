@@ -53,11 +53,11 @@ def test_a_flow_in_parts():
         term, params, jnp.asarray(lam), ts, watched, solver, rtol=1e-5, max_steps=10_000
     )
     whole = solve(args)
-    assert bool(whole.succeeded) and int(whole.stats["steps"]) > 25
+    assert bool(whole.succeeded) and int(whole.stats.steps) > 25
     few, number = in_parts(solve_part, args, [10])
     assert number > 2
     assert equal(few, in_parts(solve_part, args, [10, 3, 12])[0])
-    assert int(few.stats["steps"]) == int(whole.stats["steps"])
+    assert int(few.stats.steps) == int(whole.stats.steps)
     for a, b in zip(
         jax.tree.leaves(few.params), jax.tree.leaves(whole.params), strict=True
     ):
@@ -72,7 +72,7 @@ def test_the_budget_of_steps_is_that_of_all_parts():
         term, params, jnp.asarray(1e-2), ts, {}, gf.KKT4(), rtol=1e-6, max_steps=25
     )
     path, number = in_parts(solve_part, args, [10])
-    assert number == 3 and int(path.stats["steps"]) == 25
+    assert number == 3 and int(path.stats.steps) == 25
     assert bool(path.result == gf.RESULTS.out_of_steps)
 
 

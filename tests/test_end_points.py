@@ -64,5 +64,5 @@ def test_drift_goes_on_where_rank_is_lost():
     errors = [relative(np.asarray(b), target) for b in drift.models.beta]
     assert errors[1] > 0.01
     assert errors[2] < 1e-4 and errors[3] < 1e-9 and errors[4] < 1e-12
-    curvature = drift.stats["smallest_curvature"]
+    curvature = drift.smallest_curvature
     assert curvature[0] > 0.1 and curvature[-1] < 1e-13

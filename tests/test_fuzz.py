@@ -93,11 +93,11 @@ def judge(problem: Problem) -> Outcome:
     except Exception as error:
         text = str(error).strip() or "-"
         return Outcome(f"{type(error).__name__}: {text.splitlines()[0][:100]}")
-    count = lambda name: int(path.stats.get(name, 0))
+    count = lambda name: int(getattr(path.stats, name) or 0)
     message = gf.RESULTS[path.result] or "successful"
     out = Outcome(
         "slid" if bool(path.result == gf.RESULTS.slid) else message.split(":")[0][:60],
-        solver=str(path.stats["solver"]),
+        solver=str(path.stats.solver),
         steps=count("steps"),
         rejected=count("rejected"),
         sliding=count("sliding"),

@@ -34,7 +34,7 @@ def test_explicit_solver_at_its_stability_limit(rtol, trusted):
     exact = flat_paths(run(task, 1e-3, rtol=1e-9, solver=gf.KKT5()))
     path = run(task, 1e-3, rtol=rtol, solver=diffrax.Tsit5())
     error = sup_error(flat_paths(path), exact)
-    assert path.stats["steps"] < 20_000
+    assert path.stats.steps < 20_000
     if trusted:
         assert path.result == gf.RESULTS.successful and error < 20 * rtol
     else:
@@ -60,7 +60,7 @@ def test_sliding_along_kinks(rtol):
     task = tasks.relu_1d(jr.key(1), width=20, samples=6)
     path = run(task, 1e-2, rtol=rtol, max_steps=2000, throw=True)
     assert path.result == gf.RESULTS.slid and path.succeeded
-    assert 0 < path.stats["sliding"] <= path.stats["accepted"]
+    assert 0 < path.stats.sliding <= path.stats.accepted
     assert "WARNING" in str(path) and "kinks" in str(path)
     start, end = (np.asarray(task.truth.invariant(path[i])) for i in (0, -1))
     decayed = start * np.exp(-2 * 1e-2 * float(path.t[-1]))
@@ -91,7 +91,7 @@ def test_a_smooth_loss_does_not_slide(make, decay, rtol):
     task = SimpleNamespace(flow=gf.GradientFlow(loss), model=model)
     settings = dict(solver=gf.KKT4(), slow_time=1.0, max_steps=2000)
     path = run(task, decay, rtol=rtol, **settings)
-    assert path.result == gf.RESULTS.successful and path.stats["sliding"] == 0
+    assert path.result == gf.RESULTS.successful and path.stats.sliding == 0
 
 
 def test_from_zero():
@@ -111,7 +111,7 @@ def test_rank_collapse_is_told():
     ratios = {}
     for s in (1.0, 60.0):
         path = run(task, 1e-4, slow_time=s, solver=gf.KKT4())
-        ratios[s] = float(path.stats["conditioning"])
+        ratios[s] = float(path.stats.conditioning)
         assert path.result == gf.RESULTS.successful
         assert ("losing rank" in str(path)) == (s == 60.0)
     assert ratios[1.0] > 1e-4 > 1e-6 > ratios[60.0]
@@ -127,14 +127,14 @@ def test_a_jacobian_without_full_rank():
     flow = gf.GradientFlow(gf.SquaredError(x, y))
     path = gf.simulate(flow, model, weight_decay=1e-4, slow_time=5.0, rtol=1e-6)
     assert sup_error(flat_paths(path), np.asarray(truth.path(path.t, 1e-4))) < 5e-6
-    assert path.stats["conditioning"] < 1e-12 and "losing rank" in str(path)
+    assert path.stats.conditioning < 1e-12 and "losing rank" in str(path)
 
 
 def test_more_samples_than_parameters_is_no_loss_of_rank():
     loss, model = noisy(jr.key(0))
     task = SimpleNamespace(flow=gf.GradientFlow(loss), model=model)
     path = run(task, 1e-3, slow_time=1.0, solver=gf.KKT4())
-    assert "conditioning" not in path.stats and "losing rank" not in str(path)
+    assert path.stats.conditioning is None and "losing rank" not in str(path)
 
 
 def test_float32_takes_the_tolerance_that_it_resolves():
@@ -148,7 +148,7 @@ def test_float32_takes_the_tolerance_that_it_resolves():
     with pytest.warns(UserWarning, match="rtol: 1e-07 is below.*float32.*float64"):
         path = run(single, 1e-4, rtol=1e-7)
     assert path.succeeded and path.params.u.dtype == jnp.float32
-    rtol = float(path.stats["rtol"])
+    rtol = float(path.stats.rtol)
     assert 5e-5 < rtol < 2e-4
     exact = run(task, 1e-4, rtol=1e-8, ts=path.t.astype(float), slow_time=None)
     assert sup_error(flat_paths(path), flat_paths(exact)) < 20 * rtol
@@ -217,13 +217,13 @@ def test_a_failure_names_phase_place_and_spectrum(monkeypatch):
 
 
 def bumpy(x, last=0.0):
-    """A path of one parameter that 65 places do not resolve."""
+    """A drift of one parameter that 65 places do not resolve."""
     x = jnp.asarray(x)
     values = jnp.tanh(200 * (x - 0.6)) + jnp.where(x == 1, last, 0.0)
-    return gf.Path(
-        t=x, weight_decay=jnp.ones(()), params={"w": values[:, None]}, static=None,
-        metrics={}, train_loss=values, penalty=values, result=gf.RESULTS.successful,
-        stats={"smallest_curvature": jnp.ones_like(x)}, watched={},
+    return gf.manifold.Drift(
+        s=x, params={"w": values[:, None]}, static=None, metrics={}, train_loss=values,
+        penalty=values, result=gf.RESULTS.successful, stats=gf.Stats("by hand", 0),
+        smallest_curvature=jnp.ones_like(x), watched={},
     )  # fmt: skip
 
 
@@ -234,21 +234,22 @@ def test_refinement_ends_where_a_run_fails_or_theory_has_ended():
         runs.append(x)
         return bumpy(x, jnp.nan if failing and len(runs) == 4 else 0.0)
 
-    path, error = refined(run, 1e-7)
+    told = dict(clock="s", curvature="smallest_curvature")
+    path, error = refined(run, 1e-7, **told)
     assert len(path) == 1025 and len(runs) == 16 and error < 1e-3
     runs.clear()
     # The second of two runs for 257 places fails: what there was stays as it is.
-    path, error = refined(lambda x: run(x, True), 1e-7)
+    path, error = refined(lambda x: run(x, True), 1e-7, **told)
     assert len(runs) == 4 and len(path) == 129 and jnp.isfinite(path.train_loss).all()
     # What changes abruptly after the rank is lost does not count.
     runs.clear()
 
     def lost(x):
         path = run(x)
-        eta = jnp.where(path.t < 0.3, 1.0, 1e-12)
-        return dataclasses.replace(path, stats={"smallest_curvature": eta})
+        eta = jnp.where(path.s < 0.3, 1.0, 1e-12)
+        return dataclasses.replace(path, smallest_curvature=eta)
 
-    path, error = refined(lost, 1e-7)
+    path, error = refined(lost, 1e-7, **told)
     assert len(runs) == 1 and error < 1e-7
 
 

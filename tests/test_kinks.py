@@ -24,7 +24,7 @@ def handmade(t, params):
         train_loss=nothing,
         penalty=nothing,
         result=gf.RESULTS.successful,
-        stats={},
+        stats=gf.Stats("by hand", 0),
         watched={},
     )
 

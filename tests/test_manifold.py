@@ -392,14 +392,14 @@ def test_limit_in_other_units():
         out = limit(c, b)
         np.testing.assert_allclose(out.model.u / c, one.model.u, atol=1e-11)
         np.testing.assert_allclose(out.time * (b / c) ** 2, one.time, rtol=1e-3)
-        assert out.stats["num_steps"] < 1.2 * one.stats["num_steps"]
+        assert out.stats.steps < 1.2 * one.stats.steps
 
 
 def test_undefined_start():
     """The gradient of a norm at zero."""
     loss = gf.Loss(lambda m: (jnp.linalg.norm(m.w) - 1) ** 2)
     out = manifold.limit_map(loss, Linear(jnp.zeros(3)), throw=False)
-    assert out.result == gf.RESULTS.undefined_start and out.stats["num_steps"] < 10
+    assert out.result == gf.RESULTS.undefined_start and out.stats.steps < 10
 
 
 def test_healthy_problems_make_no_nans(getkey):
@@ -531,7 +531,7 @@ def test_drift_of_the_diagonal_network(diagonal):
     assert jnp.max(drift.train_loss) < 1e-16
     found = manifold.spectrum(loss, drift[-1], form="jacobian")
     np.testing.assert_allclose(
-        drift.stats["smallest_curvature"][-1], found.smallest_curvature, rtol=1e-8
+        drift.smallest_curvature[-1], found.smallest_curvature, rtol=1e-8
     )
 
 
@@ -546,7 +546,7 @@ def test_forms_of_the_drift_agree(tanh_net):
     )
     np.testing.assert_allclose(flat(one[-1]), flat(two[-1]), atol=1e-7)
     np.testing.assert_allclose(
-        one.stats["smallest_curvature"], two.stats["smallest_curvature"], rtol=1e-6
+        one.smallest_curvature, two.smallest_curvature, rtol=1e-6
     )
 
 
@@ -559,10 +559,7 @@ def test_drift_passes_through_a_loss_of_rank():
     drift = manifold.riemannian_flow(
         gf.GradientFlow(loss), start, slow_time=20.0, ts=ts, throw=False
     )
-    assert (
-        drift.stats["smallest_curvature"][-1]
-        < 1e-9 * drift.stats["smallest_curvature"][0]
-    )
+    assert drift.smallest_curvature[-1] < 1e-9 * drift.smallest_curvature[0]
     product = jnp.outer(jnp.exp(-2 * ts), start.u * start.v)
     u, v = drift.params.u, drift.params.v
     np.testing.assert_allclose(u * v, product, atol=1e-8)

@@ -41,7 +41,7 @@ def test_smoothing_and_proximal_steps_agree(penalty, problem):
     def smoothed(epsilon):
         flow = gf.GradientFlow(loss, penalty=gf.Moreau(penalty, epsilon))
         path = gf.simulate(flow, start, weight_decay=LAM, ts=TS, rtol=1e-7)
-        assert isinstance(penalty, gf.L1) or path.stats["solver"] == "RKC2"
+        assert isinstance(penalty, gf.L1) or path.stats.solver == "RKC2"
         return path
 
     def stepped(rate):

@@ -31,7 +31,7 @@ def test_steps_that_are_short_for_kinks_are_noticed(monkeypatch):
     )  # fmt: skip
     with pytest.warns(UserWarning, match="after 60 steps .* along kinks"):
         path = run(throw=False)
-    assert path.result == gf.RESULTS.out_of_steps and int(path.stats["steps"]) == 90
+    assert path.result == gf.RESULTS.out_of_steps and int(path.stats.steps) == 90
     assert "max-pooling" in path.verdict and "explicit" not in path.verdict
     assert f"FAILED: {path.verdict}" in str(path)
     with pytest.warns(UserWarning), pytest.raises(RuntimeError, match="Steps of KKT4"):
@@ -84,7 +84,7 @@ def test_the_bar_and_the_solver_that_is_given_up_are_named(monkeypatch, capsys):
         for words in ("Tsit5: ", "Tsit5 is given up after 30 steps; Bosh3", "Bosh3: ")
     )
     assert first < given_up < second and "20 steps" in told
-    assert "Tsit5: 100" not in told and path.stats["trial_steps"] == 30
+    assert "Tsit5: 100" not in told and path.stats.trial_steps == 30
 
 
 def test_what_runs_out_of_steps_is_advised_by_its_solver():
@@ -106,7 +106,7 @@ def test_a_lane_whose_solver_is_given_up_is_named(monkeypatch, capsys):
     then = Choice(diffrax.Bosh3(), "next")
     monkeypatch.setattr(lanes, "second_choice", lambda *_: then)
     sweep = gf.sweep(flow, model, weight_decay=[0.02, 0.5], slow_time=0.5, saves=4)
-    assert sweep.stats["trial_steps"].tolist() == [30, 0]
+    assert sweep.stats.trial_steps.tolist() == [30, 0]
     told = capsys.readouterr().err
     assert "λ 0.02: Tsit5 is given up after 30 steps; Bosh3 begins anew." in told
     assert "λ 0.5: Tsit5" not in told

@@ -525,6 +525,6 @@ def test_radau_stored(decay):
         rtol=1e-4,
         solver=RKC2(),
     )
-    assert path.stats["solver"] == "RKC2"
+    assert path.stats.solver == "RKC2"
     assert sup_error(flat_paths(path), reference) < 5e-4
-    assert int(path.stats["evaluations"]) < 1200 * (1e-2 / decay) ** 0.5
+    assert int(path.stats.evaluations) < 1200 * (1e-2 / decay) ** 0.5

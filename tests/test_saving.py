@@ -151,8 +151,8 @@ def test_labelled(path):
     assert data["train_loss"].dims == ("time",) and data.sizes["time"] == 9
     np.testing.assert_array_equal(data["metric_test"], path.metrics["test"])
     assert float(data["threshold_test"]) == 1e-3 and int(data["result"]) == 0
-    assert int(data["steps"]) == int(path.stats["steps"])
-    assert data.attrs["solver"] == path.stats["solver"]
+    assert int(data["steps"]) == int(path.stats.steps)
+    assert data.attrs["solver"] == path.stats.solver
     assert {"t", "slow_time"} <= set(data.coords)
 
 

@@ -54,7 +54,7 @@ def test_times_and_what_is_saved(linear):
     assert path.watched["norm"].threshold == 1.0
     assert_allclose(path.penalty, 0.5 * (path.params.w**2).sum(axis=1), rtol=1e-12)
     assert_allclose(path.train_loss[7], flow.loss(path[7]), rtol=1e-6)
-    assert path.stats["steps"] == path.stats["accepted"] + path.stats["rejected"]
+    assert path.stats.steps == path.stats.accepted + path.stats.rejected
     assert path.succeeded and path.result == gf.RESULTS.successful
 
     text = str(path)
@@ -71,7 +71,7 @@ def test_given_times_and_t1(linear):
     assert sup_error(flat_paths(path), np.asarray(truth.path(ts, 0.0))) < 5e-6
     path = gf.simulate(flow, model, weight_decay=0.0, t1=0.3, saves=5)
     assert len(path) == 5 and path.t[0] == 0 and path.t[-1] == 0.3
-    assert path.stats["solver"] == "Tsit5"
+    assert path.stats.solver == "Tsit5"
 
 
 def test_train_loss_where_it_is_tiny():
@@ -95,7 +95,7 @@ def test_no_solver_is_special(linear):
         path = gf.simulate(
             flow, model, weight_decay=0.1, ts=ts, solver=solver, rtol=1e-5
         )
-        assert path.stats["solver"] == type(solver).__name__
+        assert path.stats.solver == type(solver).__name__
         assert sup_error(flat_paths(path), exact) < 5e-4
 
 
@@ -103,7 +103,7 @@ def test_default_solver_of_an_opaque_loss(linear):
     flow, model, truth = linear
     opaque = gf.GradientFlow(gf.Loss(flow.loss))
     path = gf.simulate(opaque, model, weight_decay=1e-3, slow_time=2.0, saves=7)
-    assert path.stats["solver"] == "KKT4" and "opaque" in path.stats["why"]
+    assert path.stats.solver == "KKT4" and "opaque" in path.stats.why
     assert sup_error(flat_paths(path), np.asarray(truth.path(path.t, 1e-3))) < 1e-4
 
 
@@ -115,12 +115,12 @@ def test_curvature_that_rises_is_no_trap():
     model = Linear(jnp.array([1e-4]))
     settings = dict(t1=5e4, saves=3, rtol=1e-4)
     path = gf.simulate(flow, model, weight_decay=1e-6, **settings)
-    assert path.succeeded and path.stats["solver"] == "KKT4"
-    assert path.stats["why"].startswith("Tsit5 was tried first")
+    assert path.succeeded and path.stats.solver == "KKT4"
+    assert path.stats.why.startswith("Tsit5 was tried first")
     assert_allclose(path.params.w[-1], 1.0, rtol=1e-4)
     lams = jnp.array([1e-5, 1e-6])
     lanes = gf.sweep(flow, model, weight_decay=lams, progress=False, **settings)
-    assert lanes.succeeded.all() and lanes.stats["solver"] == "KKT4"
+    assert lanes.succeeded.all() and lanes.stats.solver == "KKT4"
 
 
 def test_one_compilation_serves_every_weight_decay(linear):

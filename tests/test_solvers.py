@@ -325,7 +325,7 @@ def error_of(task, decay, ts, reference, rtol):
     path = gf.simulate(
         task.flow, task.model, weight_decay=decay, ts=jnp.asarray(ts), rtol=rtol
     )
-    assert path.stats["solver"] == "KKT4"
+    assert path.stats.solver == "KKT4"
     assert path.result == gf.RESULTS.successful
     return sup_error(flat_paths(path), reference)
 
@@ -422,7 +422,7 @@ def test_stiff_penalty():
             rtol=1e-5,
             solver=gf.KKT4(),
         )
-        steps[told] = int(path.stats["steps"])
+        steps[told] = int(path.stats.steps)
         velocity = jax.jit(
             lambda w, flow=flow: (
                 flow.velocity(eqx.tree_at(lambda m: m.w, model, w), decay).w
@@ -467,7 +467,7 @@ def test_linear_flow_of_a_wide_spectrum(solver, decay):
     rest = rates * target / (rates + decay)
     exact = rest + (start - rest) * np.exp(-np.outer(ts, rates + decay))
     assert sup_error(flat_paths(path), exact) < 5e-6
-    assert path.stats["steps"] < 500
+    assert path.stats.steps < 500
 
 
 # Balance laws: exact, and independent of any other solver
@@ -519,11 +519,11 @@ def test_steps_hardly_depend_on_weight_decay(name):
         ).stats
         for decay in (1e-2, 1e-5, 1e-8)
     }
-    steps = {decay: int(stats["steps"]) for decay, stats in runs.items()}
+    steps = {decay: int(stats.steps) for decay, stats in runs.items()}
     assert steps[1e-8] <= 2 * steps[1e-2], steps
     for stats in runs.values():
-        assert int(stats["rejected"]) <= 0.15 * int(stats["steps"])
-        assert int(stats["kernels"]) <= 0.5 * int(stats["steps"])
+        assert int(stats.rejected) <= 0.15 * int(stats.steps)
+        assert int(stats.kernels) <= 0.5 * int(stats.steps)
 
 
 # The choice

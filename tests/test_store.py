@@ -274,7 +274,7 @@ def same_in_store(stored, lanes):
         for name, values in lanes.metrics.items():
             np.testing.assert_array_equal(sweep.metrics[name], values, name)
         np.testing.assert_array_equal(sweep.succeeded, lanes.succeeded)
-        np.testing.assert_array_equal(sweep.stats["steps"], lanes.stats["steps"])
+        np.testing.assert_array_equal(sweep.stats.steps, lanes.stats.steps)
         assert bool((sweep.result == lanes.result).all())
         for one, two in zip(sweep, lanes, strict=True):
             np.testing.assert_array_equal(one.params.weights, two.params.weights)

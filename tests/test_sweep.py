@@ -50,7 +50,7 @@ def test_vmap_agrees_with_loop(task, looped):
     np.testing.assert_allclose(
         lanes.paths.params.weights, looped.paths.params.weights, rtol=0, atol=1e-9
     )
-    np.testing.assert_array_equal(lanes.stats["steps"], looped.stats["steps"])
+    np.testing.assert_array_equal(lanes.stats.steps, looped.stats.steps)
 
 
 def test_indexing_and_text(task, looped):

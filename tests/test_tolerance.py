@@ -66,7 +66,7 @@ def test_from_zero_in_every_unit(getkey, unit):
     rates = rates + 1e-2
     exact = [modes @ (-np.expm1(-rates * t) / rates * pull) for t in ts]
     assert apart(path, unit * np.stack(exact)) < 5e-6
-    assert path.stats["steps"] < 400
+    assert path.stats.steps < 400
 
 
 def test_units_change_no_step(getkey):
@@ -77,7 +77,7 @@ def test_units_change_no_step(getkey):
         flow = gf.GradientFlow(gf.SquaredError(x, unit * x[:, 0]))
         model = Weights(unit * jr.normal(key, (8,)))
         path = gf.simulate(flow, model, weight_decay=1e-3, slow_time=2.0, saves=9)
-        return int(path.stats["steps"]), flat(path) / unit
+        return int(path.stats.steps), flat(path) / unit
 
     (one, exact), (other, found) = steps(1.0), steps(2.0**-40)
     assert one == other
@@ -174,13 +174,13 @@ def test_a_start_that_is_not_defined_takes_no_step():
     )  # fmt: skip
     path = run(1e-3, jnp.zeros(2))
     assert bool(path.result == gf.RESULTS.undefined_start)
-    assert path.stats["steps"] == 0
+    assert path.stats.steps == 0
     with pytest.raises(RuntimeError, match="not finite at the start"):
         gf.simulate(flow, Weights(jnp.zeros(2)), weight_decay=1e-3, t1=10.0)
     # Under `jit` a negative λ is only known when it runs.
     path = eqx.filter_jit(run)(jnp.array(-1.0), jnp.ones(2))
     assert bool(path.result == gf.RESULTS.wrong_argument)
-    assert path.stats["steps"] == 0
+    assert path.stats.steps == 0
 
 
 # -- stages ---
@@ -202,7 +202,7 @@ def test_smooth_losses_never_slide(solver):
         gf.GradientFlow(gf.Logistic(x, y)), Product(8 * jr.normal(jr.key(6), (4, 9))),
         weight_decay=0.0, t1=100.0, saves=9, solver=solver,
     )  # fmt: skip
-    assert path.stats["sliding"] == 0
+    assert path.stats.sliding == 0
 
 
 def test_the_multiplier_is_solved_for_too():
@@ -255,8 +255,8 @@ def test_curvature_that_the_kernel_leaves_out():
         gf.GradientFlow(gf.SquaredError(x, y)), model, weight_decay=1e-5,
         slow_time=2.0, saves=17, rtol=1e-5, solver=gf.KKT4(),
     )  # fmt: skip
-    assert path.stats["steps"] < 350
-    assert path.stats["sliding"] == 0
+    assert path.stats.steps < 350
+    assert path.stats.sliding == 0
 
 
 def test_equal_steps_land_on_equidistant_times():

@@ -75,7 +75,7 @@ def arrays(paths: dict[str, gf.Path]) -> xr.Dataset:
     data: dict[str, Any] = {}
     for name, path in paths.items():
         print(f"{name}: {path}")
-        alpha = float(path.stats["learning_rate"])
+        alpha = float(path.stats.learning_rate)
         found = {key: path.crossing_time(key) for key in ("train", "test")}
         along = {"t": path.t, **path.metrics}
         data |= {

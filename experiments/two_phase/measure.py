@@ -396,7 +396,7 @@ def relu(task: gf.tasks.Task, path: gf.Path, wanted: float) -> Numbers:
     return {
         "end": t[-1],
         "wanted": wanted,
-        "steps": path.stats["steps"],
+        "steps": path.stats.steps,
         "lam": path.weight_decay,
         "fitted": first_below(t, train / train[0], 0.1),
         "begins": begins,

@@ -11,6 +11,7 @@ from ..metrics import Metric
 from ..results import in_words, RESULTS
 from ..runs.crossing import crossing_time
 from ..runs.path import relative_speed, trend
+from ..runs.stats import Stats
 
 
 class Drift(eqx.Module):
@@ -35,8 +36,10 @@ class Drift(eqx.Module):
     """R, which falls."""
     result: RESULTS
     """How it ended."""
-    stats: dict[str, Any]
-    """The solver, its tolerance, the steps it took, and `"smallest_curvature"`."""
+    stats: Stats
+    """The solver, its tolerance, and the steps it took."""
+    smallest_curvature: Float[Array, " n"]
+    """η(s), the smallest normal curvature of F: theory asks for λ ≪ η."""
     watched: dict[str, Metric]
     """The metrics themselves, with their thresholds."""
 
@@ -44,11 +47,6 @@ class Drift(eqx.Module):
     def slow_time(self) -> Float[Array, " n"]:
         """The same as `s`, by the name that it has in a [`gradflow.Path`][]."""
         return self.s
-
-    @property
-    def smallest_curvature(self) -> Float[Array, " n"]:
-        """η(s), the smallest normal curvature of F: theory asks for λ ≪ η."""
-        return self.stats["smallest_curvature"]
 
     @property
     def models(self) -> PyTree:
@@ -70,7 +68,7 @@ class Drift(eqx.Module):
     @property
     def verdict(self) -> str:
         """How it ended, and what to do about it, in words."""
-        return in_words(self.result, str(self.stats.get("solver", "")), self.s.dtype)
+        return in_words(self.result, str(self.stats.solver), self.s.dtype)
 
     def crossing_time(self, name: str) -> float:
         """The slow time from which metric `name` is past its threshold for good, by
@@ -94,8 +92,7 @@ class Drift(eqx.Module):
         lines = [
             f"Drift of {d} parameters on the critical manifold, s = "
             f"{float(self.s[0]):.3g} … {float(self.s[-1]):.3g}, {len(self)} slow times",
-            f"  {self.stats['solver']}, rtol {float(self.stats['rtol']):.1g}: "
-            f"{int(self.stats['steps'])} steps, {int(self.stats['rejected'])} rejected",
+            f"  {self.stats}",
             f"  {', '.join(trends)}",
             f"  {trend('smallest normal curvature η', self.smallest_curvature)}",
         ]

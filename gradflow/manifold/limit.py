@@ -1,7 +1,5 @@
 """The limit map Φ: where the flow without weight decay ends."""
 
-from typing import Any
-
 import diffrax
 import equinox as eqx
 import jax
@@ -17,6 +15,7 @@ from ..flow.term import FlowTerm
 from ..losses import AbstractCompositeLoss, AbstractLoss
 from ..results import RESULTS
 from ..runs.solve import flees
+from ..runs.stats import Stats
 from ..solvers import KKT5
 from ..solvers.controllers import Relative
 from ._growth import FollowGrowth, timescale
@@ -43,7 +42,8 @@ class Limit(eqx.Module):
     time: Float[Array, ""]
     """The time t at which the flow was near enough to M for its end to be computed."""
     result: RESULTS
-    stats: dict[str, Any]
+    stats: Stats
+    """The solver, its tolerance, and the steps it took."""
     direction: PyTree
     """Where there is no minimiser, the model with the parameters lim θ/‖θ‖ instead, of
     norm one: the direction of what they gained over the last decade of time. Else
@@ -64,7 +64,7 @@ class Limit(eqx.Module):
                 " In its stead: `direction`, of normalised margin "
                 f"{float(self.margin):.3g}"
             )
-        steps = int(self.stats["num_steps"])
+        steps = int(self.stats.steps)
         return f"Limit Φ(θ₀) {end} (t = {float(self.time):.3g}, {steps} steps)"
 
 
@@ -145,8 +145,7 @@ def limit_map(
             first = HessianForm()
             start, _ = partition(out.model, trainable)
             rest = _limit(fixed, start, first, search)
-            taken = out.stats | {"max_steps": 0}
-            stats = {k: v + taken[k] for k, v in rest.stats.items()}
+            stats = rest.stats.with_work_of(out.stats)
             time = out.time + rest.time
             out = eqx.tree_at(lambda o: (o.time, o.stats), rest, (time, stats))
     end, _ = partition(out.model, trainable)
@@ -242,7 +241,7 @@ def _limit(term: FlowTerm, params: PyTree, form: AbstractForm, search: Search) -
         residual=residual,
         time=time,
         result=result,
-        stats=sol.stats,
+        stats=Stats.of(sol, search.solver, search.rtol, search.atol),
         direction=loss.model(direction),
         margin=margin,
     )

@@ -19,6 +19,7 @@ from ..metrics import Metric
 from ..results import RESULTS
 from ..runs.problem import as_metrics, check_problem
 from ..runs.solve import Solve, solve
+from ..runs.stats import Stats
 from ..solvers import AbstractKKT, KKT5
 from ..solvers.controllers import Relative
 from ._normal import weighted_jacobian
@@ -191,7 +192,8 @@ def _vanishing_decay(run: DriftRun) -> Drift:
         train_loss=path.train_loss,
         penalty=path.penalty,
         result=RESULTS.where(start == RESULTS.successful, result, start),
-        stats={**path.stats, "smallest_curvature": smallest},
+        stats=path.stats,
+        smallest_curvature=smallest,
         watched=run.watched,
     )
 
@@ -265,15 +267,8 @@ def _drift(run: DriftRun, form: AbstractForm, solver: diffrax.AbstractSolver) ->
         train_loss=train_loss,
         penalty=penalty,
         result=result,
-        stats={
-            "solver": type(solver).__name__,
-            "rtol": run.rtol,
-            "atol": 0.0 if run.atol is None else run.atol,
-            "steps": sol.stats["num_steps"],
-            "accepted": sol.stats["num_accepted_steps"],
-            "rejected": sol.stats["num_rejected_steps"],
-            "smallest_curvature": smallest,
-        },
+        stats=Stats.of(sol, solver, run.rtol, run.atol),
+        smallest_curvature=smallest,
         watched=run.watched,
     )
 

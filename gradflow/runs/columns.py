@@ -1,7 +1,6 @@
 """Paths as labelled columns of an xarray dataset."""
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import equinox as eqx
@@ -10,6 +9,7 @@ import numpy as np
 
 from ..plot import _drawn
 from ..results import codes, flags, RESULTS
+from .stats import NUMBERS, Stats
 
 
 @runtime_checkable
@@ -17,7 +17,7 @@ class _Paths(_drawn.Path, Protocol):
     @property
     def result(self) -> RESULTS: ...
     @property
-    def stats(self) -> Mapping[str, Any]: ...
+    def stats(self) -> Stats: ...
 
 
 def xarray() -> Any:
@@ -44,11 +44,8 @@ def columns(paths: _Paths, watched: list[dict[str, Any]]) -> dict[str, np.ndarra
         name: [lane[name].threshold if name in lane else None for lane in watched]
         for name in paths.metrics
     }
-    numbers = {
-        k: np.asarray(v)
-        for k, v in paths.stats.items()
-        if not isinstance(v, str | tuple)
-    }
+    known = {name: getattr(paths.stats, name) for name in NUMBERS}
+    numbers = {k: np.asarray(v) for k, v in known.items() if v is not None}
     return {
         "t": np.asarray(paths.t),
         "slow_time": np.asarray(paths.slow_time),
@@ -60,7 +57,7 @@ def columns(paths: _Paths, watched: list[dict[str, Any]]) -> dict[str, np.ndarra
             for k, v in levels.items()
             if any(x is not None for x in v)
         },
-        **{k: v for k, v in numbers.items() if v.ndim == 1 and k not in _AXES},
+        **{k: v for k, v in numbers.items() if v.ndim == 1},
         "result": codes(paths.result),
     }
 
@@ -71,9 +68,11 @@ def one_dataset(path: Any) -> Any:
     lanes = jax.tree.map(lambda x: x[None] if eqx.is_array(x) else x, bare)
     kept = columns(lanes, [path.watched])
     variables = {k: (("time",) * (v.ndim - 1), v[0]) for k, v in kept.items()}
-    words = {k: v for k, v in path.stats.items() if isinstance(v, str)}
-    lam = float(path.weight_decay)
-    attributes = {"weight_decay": lam, **words}
+    attributes = {
+        "weight_decay": float(path.weight_decay),
+        "solver": path.stats.solver,
+        "why": path.stats.why,
+    }
     return described(xarray().Dataset(variables, attrs=attributes))
 
 
@@ -83,6 +82,3 @@ def described(dataset: Any) -> Any:
     dataset["slow_time"].attrs["long_name"] = "slow time s = lambda t"
     dataset["result"].attrs.update(flags())
     return dataset.set_coords(["t", "slow_time"])
-
-
-_AXES = ("rtol", "learning_rate")  # coordinates, where they vary

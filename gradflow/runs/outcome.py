@@ -14,7 +14,7 @@ from .path import Path
 def given_up(path: Path, then: diffrax.AbstractSolver) -> str:
     """Says that a solver on trial has failed, and which one follows."""
     return (
-        f"{path.stats['solver']} is given up after {int(path.stats['steps'])} steps; "
+        f"{path.stats.solver} is given up after {int(path.stats.steps)} steps; "
         f"{type(then).__name__} begins anew."
     )
 

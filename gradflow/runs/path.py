@@ -1,5 +1,6 @@
 """What a run gives: the models along a path in time, and what was watched."""
 
+import dataclasses
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,7 @@ from ..metrics import Metric
 from ..results import in_words, is_known, RESULTS
 from .columns import one_dataset
 from .crossing import crossing_error, crossing_time, is_good
+from .stats import Stats
 
 _PASSES = 20  # at most: each narrows the time down to a share of 1/8 or less
 
@@ -35,7 +37,7 @@ def landed_crossing_time(path: "Path", name: str, metric: Metric) -> float:
     time = crossing_time(t, values, metric)
     if path.again is None or not time > 0:
         return time
-    enough = 0.1 * float(path.stats["rtol"])
+    enough = 0.1 * float(path.stats.rtol)
     params, count = path.params, max(len(t), 9)
     for _ in range(_PASSES):
         # The cubic's error falls as the third power of the spacing, or faster.
@@ -96,7 +98,7 @@ class Path(eqx.Module):
     """R."""
     result: RESULTS
     """How the run ended."""
-    stats: dict[str, Any]
+    stats: Stats
     """The solver, its tolerance, and the steps it took."""
     watched: dict[str, Metric]
     """The metrics themselves, with their thresholds."""
@@ -125,7 +127,8 @@ class Path(eqx.Module):
 
     def told(self, **more: Any) -> "Path":
         """The same path, with more in its `stats`."""
-        return eqx.tree_at(lambda path: path.stats, self, self.stats | more)
+        stats = dataclasses.replace(self.stats, **more)
+        return eqx.tree_at(lambda path: path.stats, self, stats)
 
     @property
     def succeeded(self) -> Array:
@@ -135,7 +138,7 @@ class Path(eqx.Module):
     @property
     def verdict(self) -> str:
         """How the run ended, and what to do about it, in words."""
-        return in_words(self.result, str(self.stats.get("solver", "")), self.t.dtype)
+        return in_words(self.result, str(self.stats.solver), self.t.dtype)
 
     def crossing_time(self, name: str) -> float:
         """When metric `name` has passed its threshold for good, to about `rtol`: the
@@ -162,7 +165,7 @@ class Path(eqx.Module):
         lines = [
             f"Path of {d} parameters, λ = {float(self.weight_decay):.3g}, "
             f"t = 0 … {float(self.t[-1]):.3g} (s = {s:.3g}), {len(self)} times",
-            f"  {_steps(self.stats)}",
+            f"  {self.stats}",
             f"  {trend('train loss', self.train_loss)}"
             + "".join(f", {trend(k, v)}" for k, v in self.metrics.items()),
         ]
@@ -174,10 +177,11 @@ class Path(eqx.Module):
             state = "at rest" if bool(self.stationary) else "still drifting"
             lines.append(f"  {state}: ‖dθ/ds‖/‖θ‖ = {float(self.slow_speed):.2g}")
         floor = 100 * float(jnp.finfo(self.t.dtype).eps)
-        if float(self.stats.get("conditioning", 1.0)) < max(_SINGULAR, floor):
+        least = self.stats.conditioning
+        if least is not None and float(least) < max(_SINGULAR, floor):
             lines.append(
                 "  the Jacobian is losing rank, σ_min²/σ_max² is at most about "
-                f"{float(self.stats['conditioning']):.1g}: see gf.manifold.spectrum"
+                f"{float(least):.1g}: see gf.manifold.spectrum"
             )
         return "\n".join(lines)
 
@@ -187,7 +191,7 @@ class Path(eqx.Module):
         ended = "successful" if bool(self.succeeded) else "FAILED"
         ended = "slid" if bool(self.result == RESULTS.slid) else ended
         return (
-            f"<Path by {self.stats.get('solver', '?')}, λ = "
+            f"<Path by {self.stats.solver}, λ = "
             f"{float(self.weight_decay):.3g}, {len(self)} times to "
             f"t = {float(self.t[-1]):.3g}: {ended}>"
         )
@@ -211,16 +215,6 @@ class Path(eqx.Module):
 
 
 _SINGULAR = 1e-6
-
-
-def _steps(stats: dict[str, Any]) -> str:
-    if "learning_rate" in stats:
-        rate = float(stats["learning_rate"])
-        return f"{stats['solver']}, {int(stats['steps'])} steps of {rate:.3g}"
-    return (
-        f"{stats['solver']}, rtol {float(stats['rtol']):.1g}: {int(stats['steps'])} "
-        f"steps, {int(stats['rejected'])} rejected"
-    )
 
 
 def trend(name: str, values: Array) -> str:

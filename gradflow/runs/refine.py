@@ -27,6 +27,7 @@ def refined(
     most: int = MOST,
     degree: int = DEGREE,
     clock: str = "t",
+    curvature: str | None = None,
 ) -> tuple[P, Float[Array, ""]]:
     """A path at 65, 129, 257, … even places, until interpolation adds at most `target`.
 
@@ -40,6 +41,7 @@ def refined(
     - `most`: the most places, 64·2ᵏ + 1.
     - `degree`: of the interpolation; 1 for a path with kinks.
     - `clock`: the field of the path that holds its times.
+    - `curvature`: the one that holds η along it, if it is a drift.
 
     **Returns:** the path, and its estimated error. With `most` places, and where the
     path did not reach its end, the error may be larger than `target`. Along kinks there
@@ -48,7 +50,7 @@ def refined(
     count. A run for more places that fails is left out, with those after it.
     """
     path = run(np.linspace(0, 1, FEWEST))
-    error = _error(path, degree)
+    error = _error(path, degree, curvature)
     kinked = degree == 1
     while bool(error > target) and len(path) < most:
         if (kinked or bool(path.result == RESULTS.slid)) and len(path) >= 257:
@@ -62,8 +64,8 @@ def refined(
             more.append(run(part))
             if not _reached(more[-1]):
                 return path, error
-        path = _merge([path, *more], clock)
-        error = _error(path, degree)
+        path = _merge([path, *more], clock, curvature)
+        error = _error(path, degree, curvature)
     return path, error
 
 
@@ -75,15 +77,15 @@ def _reached(path: Any) -> bool:
 _SINGULAR = 1e-7  # the part of η(0) below which the manifold of a drift is singular
 
 
-def _error(path: Any, degree: int) -> Float[Array, ""]:
-    eta = path.stats.get("smallest_curvature")
+def _error(path: Any, degree: int, curvature: str | None) -> Float[Array, ""]:
     regular = jnp.ones_like(path.train_loss, bool)
-    if eta is not None:
+    if curvature is not None:
+        eta = getattr(path, curvature)
         regular = jnp.cumsum(~(eta >= _SINGULAR * eta[0])) == 0
     return interpolation_error(path.params, regular, degree)
 
 
-def _merge(paths: list[Any], clock: str) -> Any:
+def _merge(paths: list[Any], clock: str, curvature: str | None) -> Any:
     """One path with the times of all, of which each ran alone; they share the last."""
     first, *others = paths
     ends = (getattr(p, clock)[:-1] for p in others)
@@ -94,18 +96,11 @@ def _merge(paths: list[Any], clock: str) -> Any:
         parts = [np.asarray(one), *(np.asarray(r)[:-1] for r in rest)]
         return jnp.asarray(np.concatenate(parts)[order])
 
-    def stat(name: str, one: Any, *rest: Any) -> Any:
-        if name == "conditioning" or not eqx.is_array(one):
-            return one
-        if one.ndim:
-            return join(one, *rest)
-        # Steps, and other work.
-        return sum(rest, one) if jnp.issubdtype(one.dtype, jnp.integer) else one
-
     result = first.result
     for other in others:
         result = RESULTS.where(result == RESULTS.successful, other.result, result)
-    names = (clock, "params", "metrics", "train_loss", "penalty")
+    names = [clock, "params", "metrics", "train_loss", "penalty"]
+    names += [] if curvature is None else [curvature]
     along = ({name: getattr(p, name) for name in names} for p in paths)
     # The time of a crossing is not landed on in a path of many runs.
     alone = {"again": None} if isinstance(first, Path) else {}
@@ -114,9 +109,7 @@ def _merge(paths: list[Any], clock: str) -> Any:
         **jax.tree.map(join, *along),
         **alone,
         result=result,
-        stats={
-            k: stat(k, v, *(p.stats[k] for p in others)) for k, v in first.stats.items()
-        },
+        stats=first.stats.with_work_of(*(p.stats for p in others)),
     )
 
 

@@ -154,7 +154,7 @@ def simulate(
         then = second_choice(size, rtol)
         if progress:
             tqdm.write(given_up(path, then.solver), file=sys.stderr)
-        path = run(then).told(trial_steps=path.stats["steps"])
+        path = run(then).told(trial_steps=path.stats.steps)
     path = named_wrong(path, wrong)
     return fail_unless_reached(path, path) if throw else path
 
@@ -195,8 +195,8 @@ def solve_watching(run: Solve) -> Path:
         path, state, ended = solve_part(run, None, jnp.asarray(FIRST))
     if bool(ended):
         return path
-    steps, rejected = int(path.stats["steps"]), int(path.stats["rejected"])
-    slid = path.stats.get("sliding")
+    steps, rejected = int(path.stats.steps), int(path.stats.rejected)
+    slid = path.stats.sliding
     far = float(state.t) < 0.1 * float(path.t[-1])
     if far and (rejected if slid is None else int(slid)) > steps / 4:
         told = f"{rejected} rejected" if slid is None else f"{int(slid)} along kinks"

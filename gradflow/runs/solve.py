@@ -26,6 +26,7 @@ from .parts import strong
 from .path import Path
 from .problem import check_scalars
 from .progress import Bar
+from .stats import Stats
 from .times import time_scale
 
 
@@ -159,15 +160,13 @@ def _solve(
         out.counts[0] < run.tolerance.max_steps
     )
     atol = run.tolerance.atol
-    stats = {
-        "solver": solver.name,
-        "rtol": run.tolerance.rtol,
-        "atol": 0.0 if atol is None else atol,
-        "steps": out.counts[0],
-        "accepted": out.counts[1],
-        "rejected": out.counts[2],
+    stats = Stats(
+        solver.name,
+        *out.counts,
+        rtol=run.tolerance.rtol,
+        atol=0.0 if atol is None else atol,
         **work,
-    }
+    )
     path = Path(
         t=run.ts,
         weight_decay=lam,

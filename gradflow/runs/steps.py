@@ -26,6 +26,7 @@ from .minibatch import epoch_order, minibatch
 from .parts import strong
 from .path import Path
 from .problem import check_scalars
+from .stats import Stats
 
 
 class Descend(eqx.Module):
@@ -282,10 +283,6 @@ def _path(run: Descend, descent: _Descent, done: Descended) -> Path:
         train_loss=train_loss,
         penalty=penalty,
         result=RESULTS.where(up, RESULTS.overshot, RESULTS.successful),
-        stats={
-            "solver": f"descent ({words})",
-            "learning_rate": mean,
-            "steps": numbers[-1],
-        },
+        stats=Stats(f"descent ({words})", numbers[-1], learning_rate=mean),
         watched=run.watched,
     )

@@ -106,7 +106,7 @@ def choose_solver(
     The curvature may rise along the path. So Tsit5 is on trial: if it stalls, runs at
     its stability limit, or has not ended after 10 000 steps, the run (of all lanes, in
     a sweep) starts anew without it (`classical=False`), and the steps lost are counted
-    in `stats["trial_steps"]`. Within a path the solver does not change: an explicit
+    in `stats.trial_steps`. Within a path the solver does not change: an explicit
     start would save a tenth to a third of a run (`benchmarks/README.md`).
 
     **Arguments:**

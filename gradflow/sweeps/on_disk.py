@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from ..results import from_codes, RESULTS
 from ..runs.path import Path
+from ..runs.stats import NUMBERS, Stats
 from .axes import Axes
 from .columns import Dataset, parameter_name
 from .problems import Last, Problems
@@ -63,13 +64,7 @@ def read_paths(
     - `like`: parameters of the shape of those to read, or `NotStored`.
     - `of_problem`: what the path has from its problem.
     """
-    dims = results["result"].dims
-    numbers = [
-        name
-        for name in results.data_vars
-        if results[name].ndim == len(dims)
-        and not name.startswith(("threshold", "result"))
-    ]
+    numbers = {name: flat(results, name) for name in NUMBERS if name in results}
     t = flat(results, "t")
     params = like
     if not isinstance(like, NotStored):
@@ -85,11 +80,7 @@ def read_paths(
         train_loss=flat(results, "train_loss"),
         penalty=flat(results, "penalty"),
         result=_result(results),
-        stats={
-            "solver": results.attrs["solver"],
-            **rates,
-            **{name: flat(results, name) for name in numbers},
-        },
+        stats=Stats(results.attrs["solver"], **rates, **numbers),
         watched=of_problem.watched,
     )
 
@@ -250,7 +241,7 @@ class StoredPaths(eqx.Module):
         return (result == RESULTS.successful) | (result == RESULTS.slid)
 
     @property
-    def stats(self) -> dict[str, Any]:
+    def stats(self) -> Stats:
         return self.numbers().stats
 
     @property

@@ -10,14 +10,13 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from ..flow.flow import GradientFlow
 from ..metrics import Metric
+from ..runs.stats import NUMBERS
 from .axes import Axes
 
 RUN = ("weight_decay", "init_scale", "rtol", "learning_rate")
 """The arguments of a run that may be vectors; the axes of a problem are the others."""
-RECORDED = frozenset(
-    "t time slow_time train_loss penalty result steps accepted rejected atol why "
-    "trial_steps iterations kernels sliding conditioning".split()
-)
+_OTHERS = ("t", "time", "slow_time", "train_loss", "penalty", "result", "why")
+RECORDED = frozenset((*NUMBERS, *_OTHERS))
 """Names in the results, which axes cannot have."""
 
 

@@ -183,7 +183,7 @@ class _Programs(NamedTuple):
                 path = path.told(trial_steps=lane.trial_steps)
             if lane.again is not None and bool(wants_another(path.result)):
                 self.given_up(lane, path)
-                steps = path.stats["steps"]
+                steps = path.stats.steps
                 left.append((i, lane.again._replace(trial_steps=steps)))
             else:
                 keep(i, path, k % jax.local_device_count())

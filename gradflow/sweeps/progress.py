@@ -47,7 +47,7 @@ class ProgressBars:
             self.failed[device] += 1
         else:
             self.failed[device] += not bool(path.succeeded)
-            steps = float(path.stats["steps"])
+            steps = float(path.stats.steps)
             self.steps[device] += steps
             self.worst[device] = max(self.worst[device], (steps, lane))
         if not bar.disable:

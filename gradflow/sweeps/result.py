@@ -16,6 +16,7 @@ from ..results import RESULTS
 from ..runs.columns import columns, described, xarray
 from ..runs.path import Path
 from ..runs.solve import run_again, Solve
+from ..runs.stats import Stats
 from .axes import Axes, short
 from .lanes import AbstractLanes, FlowLanes
 from .on_disk import StoredPaths, StoredProblems
@@ -110,7 +111,7 @@ class Sweep(eqx.Module):
         return self.paths.succeeded
 
     @property
-    def stats(self) -> dict[str, Any]:
+    def stats(self) -> Stats:
         """Steps and other counts of each lane; see `Path`."""
         return self.paths.stats
 
@@ -132,28 +133,22 @@ class Sweep(eqx.Module):
         if isinstance(paths, StoredPaths):
             return paths.lane(i)
         ragged = isinstance(paths.params, Ragged)
-        bare = dataclasses.replace(paths, static=None, watched={}, stats={})
+        bare = dataclasses.replace(paths, static=None, watched={})
         bare = dataclasses.replace(bare, params=None) if ragged else bare
         lane = jax.tree.map(lambda x: x[i] if eqx.is_array(x) else x, bare)
+        stats = paths.stats.lane(i)
         static, watched = self.owned[i] if self.owned else (paths.static, paths.watched)
         again = None
         if isinstance(self.lanes, FlowLanes):
-            again = functools.partial(_run_again, self.lanes, i, self._why(i))
+            again = functools.partial(_run_again, self.lanes, i, stats.why)
         return dataclasses.replace(
             lane,
             params=paths.params.lanes[i] if ragged else lane.params,
-            stats={
-                k: v if isinstance(v, str) else v[i] for k, v in paths.stats.items()
-            },
+            stats=stats,
             static=static,
             watched=watched,
             again=again,
         )
-
-    def _why(self, i: int) -> str:
-        """The reason for the solver of lane i."""
-        why = self.stats["why"]
-        return why if isinstance(why, str) else why[i]
 
     def __iter__(self) -> Iterator[Path]:
         return (self[i] for i in range(len(self)))
@@ -184,12 +179,12 @@ class Sweep(eqx.Module):
         if isinstance(self.paths, StoredPaths):
             return str(dataclasses.replace(self, paths=self.paths.numbers(), owned=()))
         stats = self.stats
-        solver = stats["solver"]
+        solver = stats.solver
         if not isinstance(solver, str):
             solver = " or ".join(sorted(set(solver)))
         accuracy = ""
-        if "rtol" in stats:
-            accuracy = f", rtol {float(np.nanmin(stats['rtol'])):.1g}"
+        if stats.rtol is not None:
+            accuracy = f", rtol {float(np.nanmin(stats.rtol)):.1g}"
         if self.dims == ("weight_decay",):
             count = f"{len(self)} weight decays"
         else:
@@ -213,11 +208,12 @@ class Sweep(eqx.Module):
         for i in np.argsort(-lams) if alone else range(len(self)):
             labels = self.axes.labels(int(i))
             own = [labels[name] for name in names]
-            rejected = self.stats.get("rejected", np.full(len(self), np.nan))[i]
+            stats = self.stats.lane(i)
+            rejected = np.nan if stats.rejected is None else stats.rejected
             row = (
                 "  "
                 + "".join(f"{_cell(v):>9} " for v in own)
-                + f"{float(lams[i]):9.2e} {_count(self.stats['steps'][i]):>6} "
+                + f"{float(lams[i]):9.2e} {_count(stats.steps):>6} "
                 f"{_count(rejected):>8} {float(self.train_loss[i, -1]):10.3g}"
                 + "".join(f" {float(v[i, -1]):10.3g}" for v in self.metrics.values())
             )
@@ -231,7 +227,7 @@ class Sweep(eqx.Module):
         if not bool(path.succeeded):
             return f"  FAILED: {path.verdict}"
         if bool(path.result == RESULTS.slid):
-            return f"  slid along kinks in {int(self.stats['sliding'][i])} steps"
+            return f"  slid along kinks in {int(path.stats.sliding)} steps"
         return ""
 
     def _summary(self) -> list[str]:
@@ -242,7 +238,7 @@ class Sweep(eqx.Module):
             where = [self.axes.words(i) for i, m in marks.items() if m == mark]
             shown = "; ".join(where[:3]) + ("; …" if len(where) > 3 else "")
             lines.append(f"  {number} × {mark}\n      at {shown}")
-        steps = np.asarray(self.stats["steps"], float)
+        steps = np.asarray(self.stats.steps, float)
         if np.isfinite(steps).any():
             worst = int(np.nanargmax(steps))
             lines.append(

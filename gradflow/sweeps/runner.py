@@ -123,7 +123,7 @@ class Ran:
         """The error of each lane that raised one."""
         errors = (error for error in found if isinstance(error, Exception))
         self.error = next(errors, None)
-        self.solvers = sorted({path.stats["solver"] for path in self.done})
+        self.solvers = sorted({str(path.stats.solver) for path in self.done})
         if not self.done:
             return
         lams = [lanes.plan.value(i, "weight_decay") for i in numbers]

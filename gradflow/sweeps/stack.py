@@ -13,6 +13,7 @@ from jaxtyping import Array, ArrayLike, PyTree
 from ..metrics import Metric
 from ..results import RESULTS
 from ..runs.path import Path
+from ..runs.stats import Stats
 
 
 class OfProblem(NamedTuple):
@@ -49,8 +50,8 @@ def stack(paths: Sequence[Path]) -> Path:
     """All as one, with the lanes as the first axis. What the solvers tell of some lanes
     only is NaN in the others (0 if it is a count of steps); words that differ are a
     tuple of theirs, and parameters whose shapes differ are `Ragged`."""
-    keys = dict.fromkeys(key for p in paths for key in p.stats)
-    stats = {key: _column(key, [p.stats.get(key) for p in paths]) for key in keys}
+    names = [field.name for field in dataclasses.fields(Stats)]
+    stats = {k: _column(k, [getattr(p.stats, k) for p in paths]) for k in names}
     shapes = [jax.tree.map(jnp.shape, p.params) for p in paths]
     ragged = any(shape != shapes[0] for shape in shapes)
     params = Ragged(tuple(p.params for p in paths))
@@ -58,7 +59,7 @@ def stack(paths: Sequence[Path]) -> Path:
         params = jax.tree.map(_joined, *(p.params for p in paths))
     names = ("t", "weight_decay", "metrics", "train_loss", "penalty", "result")
     rest = {k: jax.tree.map(_joined, *(getattr(p, k) for p in paths)) for k in names}
-    return dataclasses.replace(paths[0], stats=stats, params=params, **rest)
+    return dataclasses.replace(paths[0], stats=Stats(**stats), params=params, **rest)
 
 
 def _joined(*values: ArrayLike) -> Array:
@@ -66,7 +67,7 @@ def _joined(*values: ArrayLike) -> Array:
 
 
 def _column(key: str, values: list[Any]) -> Any:
-    if any(isinstance(v, str) for v in values):
-        return values[0] if len(set(values)) == 1 else tuple(map(str, values))
+    if all(v is None or isinstance(v, str) for v in values):
+        return values[0] if len(set(values)) == 1 else tuple(values)
     missing = 0 if key == "trial_steps" else np.nan
     return _joined(*(missing if v is None else v for v in values))

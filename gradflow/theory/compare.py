@@ -1,6 +1,5 @@
 """How far theory and simulation are apart, for every weight decay."""
 
-import dataclasses
 from typing import NamedTuple
 
 import equinox as eqx
@@ -12,7 +11,7 @@ from jaxtyping import Array, Float, PyTree
 
 from .._checks import check_arguments, word
 from ..results import RESULTS
-from ..runs.path import landed_crossing_time, Path
+from ..runs.path import landed_crossing_time
 from ..sweeps.result import Sweep
 from .predicted_time import PredictedTime
 from .prediction import Predicted, TwoPhase
@@ -94,20 +93,21 @@ class Errors(NamedTuple):
 
 def errors(sweep: Sweep, theory: TwoPhase) -> Errors:
     """The errors of the predictions at all saved times of all lanes."""
-    # What runs a path again takes no part in this, and would compile it anew.
-    lanes = (dataclasses.replace(path, again=None) for path in sweep)
-    found = [jax.tree.map(np.asarray, _errors(theory, path)) for path in lanes]
+    # Compiled once: what is told of a path in words differs from lane to lane.
+    lanes = ((path.t, path.params, path.weight_decay) for path in sweep)
+    found = [jax.tree.map(np.asarray, _errors(theory, *lane)) for lane in lanes]
     return jax.tree.map(lambda *each: np.stack(each), *found)
 
 
 @eqx.filter_jit
-def _errors(theory: TwoPhase, path: Path) -> Errors:
+def _errors(
+    theory: TwoPhase, t: Float[Array, " n"], params: PyTree, lam: Float[Array, ""]
+) -> Errors:
     """`errors` of one lane."""
     norm = optax.tree.norm
     size = norm(jax.tree.map(lambda w: w[0], theory.drift.params))
 
     def at(t: Float[Array, ""], params: PyTree) -> Errors:
-        lam = path.weight_decay
         told = {k: theory.predict_params(t, lam, order=k) for k in theory.orders}
         fast = theory.predict_params(t, jnp.zeros_like(lam), order=1)
         still_fast = jax.tree.map(lambda f, w: f - w[0], fast, theory.drift.params)
@@ -117,7 +117,7 @@ def _errors(theory: TwoPhase, path: Path) -> Errors:
         sizes = {k: norm(each) / size for k, each in off.items()}
         return Errors(sizes, norm(off_drift) / size, term)
 
-    return jax.lax.map(lambda tp: at(*tp), (path.t, path.params))
+    return jax.lax.map(lambda tp: at(*tp), (t, params))
 
 
 def _minus(a: PyTree, b: PyTree) -> PyTree:
@@ -130,8 +130,9 @@ def rates(sweep: Sweep, theory: TwoPhase, found: Errors) -> dict[int, Order]:
     lams, slow = np.asarray(sweep.weight_decay), np.asarray(sweep.slow_time)
     until = theory.regular_until
     regular, whole = slow <= until, slow <= _end(theory, slow.dtype)
-    known_to = (sweep.stats["rtol"], theory.fast.stats["rtol"])
-    floor = 10 * max(float(np.max(e)) for e in (*known_to, theory.interpolation_error))
+    known_to = (sweep.stats.rtol, theory.fast.stats.rtol, theory.interpolation_error)
+    # (A descent has no tolerance.)
+    floor = 10 * max(float(np.max(e)) for e in known_to if e is not None)
     curvature = np.interp(until, theory.drift.s, theory.smallest_curvature)
     largest = float(curvature) / 20
     ratio = _ratio(theory, slow) * lams[:, None]

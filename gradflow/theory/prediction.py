@@ -362,6 +362,8 @@ def _metrics_along(
 ) -> tuple[list[dict[str, Float[Array, " n"]]], Float[Array, " n"]]:
     """The curves and the delay of `Predicted`."""
     size = optax.tree.norm(jax.tree.map(lambda w: w[0], theory.drift.params))
+    rtol = theory.fast.stats.rtol
+    assert rtol is not None
 
     def at(t: Float[Array, ""]) -> PyTree:
         return theory.predict_params(t, lam)
@@ -375,7 +377,7 @@ def _metrics_along(
         speed = optax.tree.norm(jax.jvp(at, (t,), (jnp.ones_like(t),))[1])
         both, one = theory.interpolation_error, theory.drift_interpolation_error
         off = jnp.where(t < theory.fast.t[-1], both, one)
-        off = size * (off + 10 * theory.fast.stats["rtol"])
+        off = size * (off + 10 * rtol)
         return off / jnp.maximum(speed, jnp.finfo(t.dtype).tiny)
 
     orders = _evaluated(theory)

@@ -131,7 +131,7 @@ class Report(eqx.Module):
         curvature, spectrum = np.asarray(theory.smallest_curvature), theory.spectrum
         return [
             "Two-phase theory against simulation "
-            f"({self.sweep.stats['solver']}, {len(self.weight_decay)} weight decays)",
+            f"({self.sweep.stats.solver}, {len(self.weight_decay)} weight decays)",
             f"  critical manifold of dimension {int(spectrum.dimension)}, "
             f"rank {int(spectrum.rank)}"
             + (" (rank ambiguous)" if bool(spectrum.ambiguous) else ""),

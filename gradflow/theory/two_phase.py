@@ -197,7 +197,12 @@ class _Runs(NamedTuple):
             )
 
         return refined(
-            run, self.target, most=self.most, degree=_degree(self.flow), clock="s"
+            run,
+            self.target,
+            most=self.most,
+            degree=_degree(self.flow),
+            clock="s",
+            curvature="smallest_curvature",
         )
 
 

@@ -1,0 +1,112 @@
+"""How a run was made, and what it took."""
+
+import dataclasses
+from typing import TypeAlias
+
+import diffrax
+import equinox as eqx
+import jax
+import numpy as np
+from jaxtyping import Array, Real
+
+Number: TypeAlias = Real[Array | np.ndarray, " *lanes"] | float | int
+Words: TypeAlias = str | tuple[str, ...]
+
+COUNTS = (
+    "steps",
+    "accepted",
+    "rejected",
+    "trial_steps",
+    "iterations",
+    "kernels",
+    "sliding",
+    "evaluations",
+    "products",
+)
+"""What adds up from run to run."""
+NUMBERS = (*COUNTS, "atol", "conditioning")
+"""What labelled results have by these names, too. (`rtol` and `learning_rate` are
+coordinates there, where they vary.)"""
+
+
+class Stats(eqx.Module):
+    """How a run was made, and what it took. What does not apply to it is `None`.
+
+    In a `Sweep` numbers have the lanes as their axis, NaN for those that they do not
+    apply to; and words that differ from lane to lane are a tuple.
+    """
+
+    solver: Words = eqx.field(static=True)
+    """The name of the solver, or the kind of the descent."""
+    steps: Number
+    """The steps taken."""
+    accepted: Number | None = None
+    """Those that were accepted."""
+    rejected: Number | None = None
+    """Those that were tried again, shorter."""
+    rtol: Number | None = None
+    """The tolerance, relative to ‖θ‖."""
+    atol: Number | None = None
+    """The one added to it, in the units of θ."""
+    learning_rate: Number | None = None
+    """Of a descent, the time t of one step; its mean, on a schedule."""
+    why: Words = eqx.field(static=True, default="")
+    """Why this solver."""
+    trial_steps: Number | None = None
+    """The steps lost to a solver that was tried first, and failed."""
+    iterations: Number | None = None
+    """Of KKT solvers: the iterations on the equations of all stages."""
+    kernels: Number | None = None
+    """Of KKT solvers: the tangent kernels JJᵀ that were made."""
+    sliding: Number | None = None
+    """Of KKT solvers: the steps along kinks of the loss."""
+    conditioning: Number | None = None
+    """Of KKT solvers: about σ_min²/σ_max² of J at the end, at most."""
+    evaluations: Number | None = None
+    """Of RKC2: the evaluations of θ'."""
+    products: Number | None = None
+    """Of RKC2: the products with the Jacobian of θ', for its largest eigenvalue."""
+
+    @classmethod
+    def of(
+        cls,
+        solution: diffrax.Solution,
+        solver: diffrax.AbstractSolver,
+        rtol: Number,
+        atol: Number | None,
+    ) -> "Stats":
+        """Those of a solution of Diffrax's, at these tolerances."""
+        return cls(
+            type(solver).__name__,
+            solution.stats["num_steps"],
+            solution.stats["num_accepted_steps"],
+            solution.stats["num_rejected_steps"],
+            rtol=rtol,
+            atol=0.0 if atol is None else atol,
+        )
+
+    def __str__(self) -> str:
+        if self.learning_rate is not None:
+            rate = float(self.learning_rate)
+            return f"{self.solver}, {int(self.steps)} steps of {rate:.3g}"
+        rtol = "" if self.rtol is None else f", rtol {float(self.rtol):.1g}"
+        rejected = "" if self.rejected is None else f", {int(self.rejected)} rejected"
+        return f"{self.solver}{rtol}: {int(self.steps)} steps{rejected}"
+
+    def lane(self, i: int | np.integer) -> "Stats":
+        """Those of lane i, of those of many."""
+        solver, why = (
+            words if isinstance(words, str) else words[i]
+            for words in (self.solver, self.why)
+        )
+        numbers = jax.tree.map(lambda x: x[i], self)
+        return dataclasses.replace(numbers, solver=solver, why=why)
+
+    def with_work_of(self, *others: "Stats") -> "Stats":
+        """With what other runs took added to it."""
+        work = {}
+        for name in COUNTS:
+            each = [getattr(stats, name) for stats in (self, *others)]
+            known = [count for count in each if count is not None]
+            work[name] = sum(known) if known else None
+        return dataclasses.replace(self, **work)
