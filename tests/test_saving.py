@@ -1,4 +1,4 @@
-"""Results written to files, and read again."""
+"""Results written to files and read again, labelled, and shown."""
 
 import io
 import json
@@ -129,15 +129,20 @@ def test_what_is_traced_cannot_be_saved(tmp_path):
         run(1.0)
 
 
-def test_sweep_theory_and_report(tmp_path):
+@pytest.fixture(scope="module")
+def study():
     options = dict(slow_time=1.0, metrics=TASK.metrics)
     sweep = gf.sweep(
         TASK.flow, TASK.model, weight_decay=[1e-2, 1e-3], saves=17, progress=False,
         **options,
     )  # fmt: skip
-    theory = gf.two_phase(TASK.flow, TASK.model, **options)
-    report = gf.compare(sweep, theory)
-    for result in (sweep, theory, report):
+    theory = gf.two_phase(TASK.flow, TASK.model, order=2, **options)
+    return sweep, theory, gf.compare(sweep, theory)
+
+
+def test_sweep_theory_and_report(study, tmp_path):
+    sweep, _, _ = study
+    for result in study:
         read = there_and_back(result, tmp_path)
         assert type(read) is type(result) and str(read) == str(result)
         # (What runs the lanes of a sweep again is not kept.)
@@ -146,7 +151,7 @@ def test_sweep_theory_and_report(tmp_path):
     assert read.plot() is not None
 
 
-def test_labelled(path):
+def test_a_labelled_path(path):
     data = path.to_xarray()
     assert data["train_loss"].dims == ("time",) and data.sizes["time"] == 9
     np.testing.assert_array_equal(data["metric_test"], path.metrics["test"])
@@ -163,3 +168,91 @@ def test_short_in_a_console_and_drawn_in_a_notebook(path):
     assert "<pre>Path of" in shown and "data:image/png;base64," in shown
     stacked = eqx.filter_vmap(lambda i: path)(jnp.arange(2))
     assert repr(stacked) == "<Path of times (2, 9)>"
+
+
+def equal(data, name, values):
+    """That a variable has these values; its dimensions."""
+    np.testing.assert_array_equal(data[name], np.asarray(values), name)
+    return data[name].dims
+
+
+def test_a_labelled_drift(study):
+    drift = study[1].drift
+    data = drift.to_xarray()
+    assert equal(data, "slow_time", drift.s) == ("time",)
+    assert "slow_time" in data.coords and "t" not in data
+    assert data["slow_time"].attrs["units"] == "slow time s"
+    equal(data, "smallest_curvature", drift.smallest_curvature)
+    equal(data, "penalty", drift.penalty)
+    equal(data, "metric_test", drift.metrics["test"])
+    assert equal(data, "steps", drift.stats.steps) == ()
+    assert int(data["result"]) == 0 and data.attrs["solver"] == "KKT5"
+
+
+def test_a_labelled_theory(study):
+    theory = study[1]
+    data = theory.to_xarray()
+    assert equal(data, "fast_t", theory.fast.t) == ("fast_time",)
+    assert equal(data, "drift_slow_time", theory.drift.s) == ("drift_time",)
+    assert set(data.coords) == {"fast_t", "drift_slow_time"}
+    for name in ("fast_t", "fast_scale"):
+        assert data[name].attrs["units"] == "time t"
+    equal(data, "fast_train_loss", theory.fast.train_loss)
+    equal(data, "drift_metric_test", theory.drift.metrics["test"])
+    equal(data, "drift_smallest_curvature", theory.smallest_curvature)
+    for name in ("fast_scale", "fast_shift", "interpolation_error"):
+        equal(data, name, getattr(theory, name))
+    assert int(data["rank"]) == 3 and int(data["dimension"]) == 9
+    known = theory.second.ratio.size
+    equal(data.isel(drift_time=slice(known)), "drift_ratio", theory.second.ratio)
+    assert np.isnan(data["drift_ratio"][known:]).all()
+    assert int(data["result"]) == 0 and data.attrs["orders"] == [1, 2]
+    assert data.attrs["fast_solver"] == theory.fast.stats.solver
+
+
+def test_a_labelled_report(study):
+    sweep, _, report = study
+    data = report.to_xarray()
+    lanes = ("weight_decay",)
+    equal(data, "train_loss", sweep.train_loss)
+    equal(data, "weight_decay", report.weight_decay)
+    for k, order in report.orders.items():
+        own = data.sel(order=k)
+        assert equal(own, "error", order.error) == (*lanes, "time")
+        for name in ("sup", "sup_all", "next_term"):
+            assert equal(own, name, getattr(order, name)) == lanes
+        assert equal(own, "rate_used", order.rate.used) == lanes
+        equal(own, "rate", order.rate.exponent)
+    equal(data, "drift_error", report.drift.error)
+    for name in ("memorised", "grokked"):
+        times = getattr(report, name)
+        assert equal(data, name, times.measured) == lanes
+        equal(data, f"{name}_predicted", times.predicted)
+        equal(data, f"{name}_error", times.error)
+        assert data[name].attrs["units"] == "time t"
+    assert np.isfinite(data["memorised"]).all()
+    equal(data, "valid_until", report.valid_until)
+    assert data["valid_until"].attrs["units"] == "slow time s"
+    assert equal(data, "predicted_t", report.curves.t) == (*lanes, "predicted_time")
+    equal(data, "predicted_metric_test", report.curves.metrics["test"])
+
+
+def test_theory_in_a_console_and_in_a_notebook(study):
+    _, theory, report = study
+    for result, told, first in (
+        (theory.drift, "<Drift by KKT5, 65 slow times to s = 1: successful>", "Drift"),
+        (theory, "<TwoPhase of order 2, fast phase to t = ", "Two-phase theory: "),
+        (
+            report,
+            "<Report on 2 weight decays from 0.001 to 0.01: error of",
+            "Two-phase theory ",
+        ),
+    ):
+        assert repr(result).startswith(told) and len(repr(result)) < 120
+        shown = result._repr_html_()
+        assert f"<pre>{first}" in shown and "data:image/png;base64," in shown
+    stacked = eqx.filter_vmap(lambda i: theory)(jnp.arange(2))
+    assert repr(stacked.drift) == "<Drift of slow times (2, 65)>"
+    traced = []
+    eqx.filter_jit(lambda x: traced.append(repr(x)))(theory)
+    assert traced == ["<TwoPhase of what is traced>"]

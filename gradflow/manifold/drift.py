@@ -7,10 +7,12 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree, Scalar
 
+from .._checks import is_concrete
 from ..metrics import Metric
-from ..results import in_words, RESULTS
+from ..results import in_words, is_known, RESULTS
+from ..runs.columns import one_dataset
 from ..runs.crossing import crossing_time
-from ..runs.path import relative_speed, trend
+from ..runs.path import ended, relative_speed, trend
 from ..runs.stats import Stats
 
 
@@ -104,6 +106,25 @@ class Drift(eqx.Module):
             state = "at rest" if bool(self.stationary) else "still drifting"
             lines.append(f"  {state}: ‖dw/ds‖/‖w‖ = {float(self.speed):.2g}")
         return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        if not is_concrete(self.s) or self.s.ndim != 1 or not is_known(self.result):
+            return f"<Drift of slow times {self.s.shape}>"
+        return (
+            f"<Drift by {self.stats.solver}, {len(self)} slow times to "
+            f"s = {float(self.s[-1]):.3g}: {ended(self)}>"
+        )
+
+    def _repr_html_(self) -> str:
+        from .. import plot
+
+        return plot.as_html(str(self), lambda ax: plot.drift(self, ax))
+
+    def to_xarray(self) -> Any:
+        """An `xarray.Dataset` along `time`: `slow_time`, `train_loss`, `penalty`,
+        `smallest_curvature`, `metric_NAME` and `threshold_NAME`, what the solver
+        counted (`steps`, …), and `result`, as of a [`gradflow.Path`][]."""
+        return one_dataset(self, "slow_time", "smallest_curvature")
 
     def plot(self, **kwargs: Any) -> Any:
         """Loss, metrics and penalty against slow time; see `gradflow.plot.drift`."""

@@ -1,23 +1,37 @@
 """Paths as labelled columns of an xarray dataset."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
 import numpy as np
 
-from ..plot import _drawn
 from ..results import codes, flags, RESULTS
 from .stats import NUMBERS, Stats
 
 
 @runtime_checkable
-class _Paths(_drawn.Path, Protocol):
+class _Recorded(Protocol):
+    @property
+    def train_loss(self) -> Any: ...
+    @property
+    def penalty(self) -> Any: ...
+    @property
+    def metrics(self) -> Mapping[str, Any]: ...
     @property
     def result(self) -> RESULTS: ...
     @property
     def stats(self) -> Stats: ...
+
+
+@runtime_checkable
+class _Paths(_Recorded, Protocol):
+    @property
+    def t(self) -> Any: ...
+    @property
+    def slow_time(self) -> Any: ...
 
 
 def xarray() -> Any:
@@ -40,6 +54,12 @@ def columns(paths: _Paths, watched: list[dict[str, Any]]) -> dict[str, np.ndarra
 
     `watched` are the metrics of each lane, for their thresholds.
     """
+    times = {"t": np.asarray(paths.t), "slow_time": np.asarray(paths.slow_time)}
+    return times | recorded(paths, watched)
+
+
+def recorded(paths: _Recorded, watched: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+    """The same without the times."""
     levels = {
         name: [lane[name].threshold if name in lane else None for lane in watched]
         for name in paths.metrics
@@ -47,8 +67,6 @@ def columns(paths: _Paths, watched: list[dict[str, Any]]) -> dict[str, np.ndarra
     known = {name: getattr(paths.stats, name) for name in NUMBERS}
     numbers = {k: np.asarray(v) for k, v in known.items() if v is not None}
     return {
-        "t": np.asarray(paths.t),
-        "slow_time": np.asarray(paths.slow_time),
         "train_loss": np.asarray(paths.train_loss),
         "penalty": np.asarray(paths.penalty),
         **{f"metric_{k}": np.asarray(v) for k, v in paths.metrics.items()},
@@ -62,23 +80,29 @@ def columns(paths: _Paths, watched: list[dict[str, Any]]) -> dict[str, np.ndarra
     }
 
 
-def one_dataset(path: Any) -> Any:
-    """One path, along `time`; see `Path.to_xarray`."""
-    bare = dataclasses.replace(path, static=None, watched={}, again=None)
+def one_dataset(path: Any, *names: str, **attributes: Any) -> Any:
+    """One path, or what is saved like one, along `time`: the columns of its fields by
+    these names, and what is recorded."""
+    bare = dataclasses.replace(path, static=None, watched={})
     lanes = jax.tree.map(lambda x: x[None] if eqx.is_array(x) else x, bare)
-    kept = columns(lanes, [path.watched])
-    variables = {k: (("time",) * (v.ndim - 1), v[0]) for k, v in kept.items()}
-    attributes = {
-        "weight_decay": float(path.weight_decay),
-        "solver": path.stats.solver,
-        "why": path.stats.why,
-    }
+    kept = {name: np.asarray(getattr(path, name)) for name in names}
+    kept |= {k: v[0] for k, v in recorded(lanes, [path.watched]).items()}
+    variables = {k: (("time",) * v.ndim, v) for k, v in kept.items()}
+    attributes |= {"solver": path.stats.solver, "why": path.stats.why}
     return described(xarray().Dataset(variables, attrs=attributes))
+
+
+TIME = {
+    "t": {"units": "time t", "long_name": "time t"},
+    "slow_time": {"units": "slow time s", "long_name": "slow time s = lambda t"},
+}
+"""Attributes of times, by the names of their columns."""
 
 
 def described(dataset: Any) -> Any:
     """With the meanings of times and results."""
-    dataset["t"].attrs["long_name"] = "time t"
-    dataset["slow_time"].attrs["long_name"] = "slow time s = lambda t"
+    clocks = [name for name in TIME if name in dataset]
+    for name in clocks:
+        dataset[name].attrs.update(TIME[name])
     dataset["result"].attrs.update(flags())
-    return dataset.set_coords(["t", "slow_time"])
+    return dataset.set_coords(clocks)

@@ -188,12 +188,10 @@ class Path(eqx.Module):
     def __repr__(self) -> str:
         if not is_concrete(self.t) or self.t.ndim != 1 or not is_known(self.result):
             return f"<Path of times {self.t.shape}>"
-        ended = "successful" if bool(self.succeeded) else "FAILED"
-        ended = "slid" if bool(self.result == RESULTS.slid) else ended
         return (
             f"<Path by {self.stats.solver}, λ = "
             f"{float(self.weight_decay):.3g}, {len(self)} times to "
-            f"t = {float(self.t[-1]):.3g}: {ended}>"
+            f"t = {float(self.t[-1]):.3g}: {ended(self)}>"
         )
 
     def _repr_html_(self) -> str:
@@ -205,7 +203,8 @@ class Path(eqx.Module):
         """An `xarray.Dataset` along `time`: `t`, `slow_time`, `train_loss`, `penalty`,
         `metric_NAME` and `threshold_NAME`, what the solver counted (`steps`, …), and
         `result`, whose attributes give the meanings of its values."""
-        return one_dataset(self)
+        lam = float(self.weight_decay)
+        return one_dataset(self, "t", "slow_time", weight_decay=lam)
 
     def plot(self, **kwargs: Any) -> Any:
         """Losses, metrics and penalty against time; see `gradflow.plot.path`."""
@@ -215,6 +214,13 @@ class Path(eqx.Module):
 
 
 _SINGULAR = 1e-6
+
+
+def ended(path: Any) -> str:
+    """How a path, or what is saved like one, ended, in one word."""
+    if bool(path.result == RESULTS.slid):
+        return "slid"
+    return "successful" if bool(path.succeeded) else "FAILED"
 
 
 def trend(name: str, values: Array) -> str:

@@ -1,7 +1,7 @@
 """The two-phase prediction: what it says of every small weight decay, and how far."""
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -10,12 +10,19 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from .._checks import check_arguments, check_choice, check_numbers, check_positive
+from .._checks import (
+    check_arguments,
+    check_choice,
+    check_numbers,
+    check_positive,
+    is_concrete,
+)
 from ..manifold import Drift, Spectrum
-from ..results import RESULTS
+from ..results import is_known, RESULTS
 from ..runs.interpolate import DEGREE, holds_until, interpolate, place
 from ..runs.path import Path
 from ..runs.times import even_times
+from .labelled import of_theory
 from .predicted_time import bracket, predicted_time, PredictedTime
 from .second_order import SecondOrder
 
@@ -349,6 +356,35 @@ class TwoPhase(eqx.Module):
             word = "WARNING" if self.stands else "FAILED"
             lines.append(f"  {word}: {self.where}{RESULTS[self.result]}")
         return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        fast, slow = self.fast.t, self.drift.s
+        if not (is_concrete(fast) and is_concrete(slow) and is_known(self.result)):
+            return "<TwoPhase of what is traced>"
+        ended = "successful"
+        if not bool(self.result == RESULTS.successful):
+            ended = "WARNING" if self.stands else "FAILED"
+        return (
+            f"<TwoPhase of order {self.orders[-1]}, fast phase to "
+            f"t = {float(fast[-1]):.3g}, drift to s = {float(slow[-1]):.3g}: {ended}>"
+        )
+
+    def _repr_html_(self) -> str:
+        from .. import plot
+
+        return plot.as_html(str(self), lambda ax: plot.drift(self.drift, ax))
+
+    def to_xarray(self) -> Any:
+        """An `xarray.Dataset` of the two phases: what is recorded along the fast path
+        by names `fast_…`, along `fast_time`, and along the drift by `drift_…`, along
+        `drift_time`; see `Path.to_xarray` and `Drift.to_xarray`.
+
+        And `fast_scale` (a time t), `interpolation_error` and `fast_shift` (relative to
+        ‖Φ(θ₀)‖), `rank` and `dimension` of the manifold, `drift_ratio` at order 2 (the
+        `ratio` of the [`gradflow.SecondOrder`][]; NaN where it is not known), and
+        `result`.
+        """
+        return of_theory(self)
 
 
 def _evaluated(theory: TwoPhase) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float
 
 from ..results import RESULTS
 from ..sweeps.result import Sweep
+from .labelled import of_report
 from .prediction import TwoPhase
 
 # Of each order: how the lanes that its rate is fitted to are marked in the table.
@@ -181,6 +182,31 @@ class Report(eqx.Module):
                 "  no time is predicted where theory does not hold until the crossing"
             )
         return lines
+
+    def __repr__(self) -> str:
+        lams, p = self.weight_decay, self.orders[1].rate.exponent
+        rate = f"error of order λ^{p:.3g}" if np.isfinite(p) else "no rate"
+        return (
+            f"<Report on {lams.size} weight decays from {lams.min():.3g} to "
+            f"{lams.max():.3g}: {rate}>"
+        )
+
+    def _repr_html_(self) -> str:
+        from .. import plot
+
+        return plot.as_html(str(self), lambda ax: plot.losses(self, ax))
+
+    def to_xarray(self) -> Any:
+        """The `xarray.Dataset` of the sweep, and beside each lane what comparing gave.
+
+        Along `order`: `error` (along `time` too), `sup_all`, `sup`, `next_term`, all
+        relative to ‖Φ(θ₀)‖, and `rate`, `rate_stderr`, `rate_used`; of the drift alone
+        `drift_error` and `drift_sup`. Times t: `memorised`, `grokked`, `delay`, and of
+        the first two `…_predicted` and `…_error`. `valid_until` is a slow time s.
+        Along `predicted_time`: `predicted_t` and `predicted_metric_NAME`. The fields
+        say what they are; `theory.to_xarray()` gives the theory.
+        """
+        return of_report(self)
 
     def plot(self, **kwargs: Any) -> Any:
         """The report as a figure; see `gradflow.plot.report`."""
