@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 from .._norms import norm, rms
 from ..flow.term import FlowTerm, Sphere
 from ..metrics import Metric
-from ..penalties import AbstractPenalty
+from ..penalties import absolute_weights, AbstractProximal
 from ..results import RESULTS
 from ..solvers import (
     AbstractFlowSolver,
@@ -192,14 +192,14 @@ def _flow_solver(run: Solve) -> AbstractFlowSolver:
     kinked = [part for _, part in penalty.terms() if not part.smooth]
     kind = type(kinked[0]).__name__
     remedy = f"give gradflow.Moreau({kind}(…), epsilon=…), which is smooth."
-    if type(kinked[0]).prox is AbstractPenalty.prox:
+    if not isinstance(kinked[0], AbstractProximal):
         remedy = "there is no smooth form of it here."
     if isinstance(run.term.chart, Sphere):
         raise ValueError(
             f"penalty: a flow that holds the norm has no use for the kinks of {kind}; "
             + remedy
         )
-    if penalty.absolute_weights(run.params) is None:
+    if absolute_weights(penalty, run.params) is None:
         raise ValueError(
             f"penalty: the kinks of {kind} are not coordinates at zero; {remedy}"
         )
