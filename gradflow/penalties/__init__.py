@@ -3,6 +3,7 @@
 from .base import (
     absolute_weights as absolute_weights,
     AbstractAbsolute as AbstractAbsolute,
+    AbstractComposite as AbstractComposite,
     AbstractCurved as AbstractCurved,
     AbstractKinked as AbstractKinked,
     AbstractLipschitz as AbstractLipschitz,

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
 from .._norms import norm, rms
-from ..flow.term import FlowTerm, Sphere
+from ..flow.term import AbstractFlowTerm, FlowTerm, Sphere
+from ..flow.vector import on_vector
 from ..metrics import Metric
 from ..penalties import absolute_weights, AbstractProximal
 from ..results import RESULTS
@@ -241,7 +242,8 @@ def _controller(
 class _Integrated(NamedTuple):
     """What came of an integration, of the whole run or of a part of it."""
 
-    term: FlowTerm
+    term: AbstractFlowTerm
+    """Of vectors, as are all states."""
     saved: PyTree
     """States at the times to save."""
     end: PyTree
@@ -264,7 +266,8 @@ def _integrate(
     before: Solved | None,
     steps: Int[Array, ""] | None,
 ) -> _Integrated:
-    stepper, term, y0 = solver.follow(run.term, run.params, run.weight_decay)
+    flat, theta = on_vector(run.term, run.params)
+    stepper, term, y0 = solver.follow(flat, theta, run.weight_decay)
     start: dict[str, Any] = dict(t0=jnp.zeros_like(ts[0]), dt0=1e-3 * scale, y0=y0)
     most = run.tolerance.max_steps
     if steps is not None:
@@ -361,7 +364,7 @@ def _record(
         return jax.tree.map(lambda x: jnp.where(reached, x, jnp.nan), values)
 
     params, seen, train_loss, penalty = jax.lax.map(record, out.saved)
-    models = jax.vmap(run.term.chart.place)(params)
+    models = jax.vmap(out.term.chart.place)(params)
     return models, seen, train_loss, penalty
 
 
