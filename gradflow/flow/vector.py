@@ -88,7 +88,7 @@ def on_vector(term: FlowTerm, params: PyTree) -> tuple[FlowTerm, Float[Array, " 
     for a model of many leaves as for one of few; with every leaf on its own, most of
     what is compiled would be sizes and sums of them.
 
-    To be called inside a jitted function: it holds the closure that rebuilds the pytree.
+    To be called inside a jitted function: it holds a closure, which rebuilds the pytree.
     """
     theta, unravel = ravel_pytree(params)
     chart, penalty = Raveled(term.chart, unravel), OfVector(term.penalty, unravel)
