@@ -18,8 +18,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-gf.enable_float64()
-
 CHILD = """
 import json, os, resource, sys, time
 import jax, jax.random as jr, numpy as np
@@ -32,6 +30,7 @@ if count > 1:
     jax.distributed.initialize(address, count, place)
 import gradflow as gf
 
+gf.enable_float64()
 task = gf.tasks.diagonal_network(jr.key(0))
 lams = np.geomspace(1e-2, 1e-5, lanes)
 options = dict(slow_time=3.0, saves=33, solver=gf.KKT4(), rtol=1e-5)

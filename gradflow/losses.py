@@ -74,22 +74,6 @@ class AbstractCompositeLoss(AbstractLoss):
     def outer_curvature(self) -> float | None:
         """w where ℓ'' = w I everywhere (squared error), `None` otherwise."""
 
-    @property
-    def samples(self) -> PyTree | None:
-        """Inputs x with `outputs(model) = jax.vmap(model)(x)` flattened, where each
-        output depends on one sample; `None` where that is not known. It makes the
-        Jacobian as cheap as one gradient."""
-        return None
-
-    def outer_from(
-        self, residuals: Float[Array, " m"], z: Float[Array, " m"]
-    ) -> Scalar:
-        """ℓ(z) where `residuals` = ∇ℓ(z) are known better than z itself, as they are on
-        the critical manifold: z − y is a small difference of large numbers there, and
-        the residuals are what the KKT solvers solve for."""
-        del residuals
-        return self.outer(z)
-
     def __call__(self, model: PyTree) -> Scalar:
         """The loss F(model) = ℓ(z(θ))."""
         return self.outer(self.outputs(model))
@@ -123,30 +107,51 @@ def _is_none(x: Any) -> bool:
     return x is None
 
 
-class _TargetLoss(AbstractCompositeLoss):
+class AbstractSampled(AbstractCompositeLoss):
+    """A composite loss over samples, each of which has outputs of its own."""
+
+    @property
+    @abc.abstractmethod
+    def samples(self) -> PyTree | None:
+        """Inputs x with `outputs(model) = jax.vmap(model)(x)` flattened, where each
+        output depends on one sample; `None` where that is not known. It makes the
+        Jacobian as cheap as one gradient."""
+
+
+class AbstractByResiduals(AbstractCompositeLoss):
+    """A composite loss that can be told by its residuals."""
+
+    @abc.abstractmethod
+    def outer_from(
+        self, residuals: Float[Array, " m"], z: Float[Array, " m"]
+    ) -> Scalar:
+        """ℓ(z) where `residuals` = ∇ℓ(z) are known better than z itself, as they are on
+        the critical manifold: z − y is a small difference of large numbers there, and
+        the residuals are what the KKT solvers solve for."""
+
+
+def samples(loss: AbstractCompositeLoss) -> PyTree | None:
+    """Those of `AbstractSampled`; `None` for any other loss."""
+    return loss.samples if isinstance(loss, AbstractSampled) else None
+
+
+def outer_from(
+    loss: AbstractCompositeLoss, residuals: Float[Array, " m"], z: Float[Array, " m"]
+) -> Scalar:
+    """ℓ(z), by the residuals where the loss is `AbstractByResiduals`."""
+    if isinstance(loss, AbstractByResiduals):
+        return loss.outer_from(residuals, z)
+    return loss.outer(z)
+
+
+class AbstractTargetLoss(AbstractSampled, AbstractByResiduals):
     """What losses against targets of the predictions' shape have in common:
     ℓ(z) = c Σᵢ ρ(zᵢ, yᵢ), with c = 1/n, or 1 for the sum."""
 
-    x: PyTree
-    y: Float[Array, "n ..."]
-    reduction: Literal["mean", "sum"] = eqx.field(static=True)
-    predict: Callable[[Any, PyTree], Array] = eqx.field(static=True)
-
-    def __init__(
-        self,
-        x: PyTree,
-        y: Array,
-        *,
-        reduction: Literal["mean", "sum"] = "mean",
-        predict: Callable[[Any, PyTree], Array] = predict_each,
-    ):
-        self.x, self.y = as_data(x, "x"), as_data(y, "y")
-        self.reduction = reduction
-        self.predict = predict
-        check_choice(reduction, "reduction", ("mean", "sum"))
-        check_callable(predict, "predict", "the model and x")
-        check_loss_data(self.x, self.y, "y")
-        check_finite(self.y, "y")
+    x: eqx.AbstractVar[PyTree]
+    y: eqx.AbstractVar[Float[Array, "n ..."]]
+    reduction: eqx.AbstractVar[Literal["mean", "sum"]]
+    predict: eqx.AbstractVar[Callable[[Any, PyTree], Array]]
 
     def outputs(self, model: PyTree) -> Float[Array, " m"]:
         z = predicted(self.predict, model, self.x)
@@ -167,11 +172,31 @@ class _TargetLoss(AbstractCompositeLoss):
         return 1.0 if self.reduction == "sum" else 1.0 / self.y.shape[0]
 
 
-class SquaredError(_TargetLoss):
+def _checked_targets(
+    x: PyTree, y: Array, reduction: str, predict: Callable[[Any, PyTree], Array]
+) -> tuple[PyTree, Array]:
+    """`x` and `y` as arrays.
+
+    **Raises:** `ValueError` as `SquaredError`.
+    """
+    x, y = as_data(x, "x"), as_data(y, "y")
+    check_choice(reduction, "reduction", ("mean", "sum"))
+    check_callable(predict, "predict", "the model and x")
+    check_loss_data(x, y, "y")
+    check_finite(y, "y")
+    return x, y
+
+
+class SquaredError(AbstractTargetLoss):
     """F(model) = ½ meanᵢ ‖f(xᵢ) − yᵢ‖², the mean over samples; or the sum.
 
     With `reduction="mean"`, ℓ(z) = ‖z − y‖²/(2n); with `"sum"`, ℓ(z) = ½‖z − y‖².
     """
+
+    x: PyTree
+    y: Float[Array, "n ..."]
+    reduction: Literal["mean", "sum"] = eqx.field(static=True)
+    predict: Callable[[Any, PyTree], Array] = eqx.field(static=True)
 
     def __init__(
         self,
@@ -193,7 +218,8 @@ class SquaredError(_TargetLoss):
         **Raises:** `ValueError` where `x` and `y` differ in length, are empty, or hold
         a NaN or an infinity.
         """
-        super().__init__(x, y, reduction=reduction, predict=predict)
+        self.x, self.y = _checked_targets(x, y, reduction, predict)
+        self.reduction, self.predict = reduction, predict
 
     @property
     def outer_curvature(self) -> float:
@@ -209,7 +235,7 @@ class SquaredError(_TargetLoss):
         return 0.5 / self.scale * jnp.sum(residuals * residuals)
 
 
-class Huber(_TargetLoss):
+class Huber(AbstractTargetLoss):
     """F(model) = meanᵢ ρ(f(xᵢ) − yᵢ), or the sum: ρ(r) = ½r² for |r| ≤ δ, and
     δ(|r| − ½δ) beyond, summed over the outputs of a sample.
 
@@ -217,6 +243,10 @@ class Huber(_TargetLoss):
     (P. J. Huber, Ann. Math. Statist. 35, 1964).
     """
 
+    x: PyTree
+    y: Float[Array, "n ..."]
+    reduction: Literal["mean", "sum"] = eqx.field(static=True)
+    predict: Callable[[Any, PyTree], Array] = eqx.field(static=True)
     delta: float
 
     def __init__(
@@ -234,7 +264,8 @@ class Huber(_TargetLoss):
 
         **Raises:** `ValueError` as `SquaredError`, and unless δ is such a number.
         """
-        super().__init__(x, y, reduction=reduction, predict=predict)
+        self.x, self.y = _checked_targets(x, y, reduction, predict)
+        self.reduction, self.predict = reduction, predict
         level = as_level(delta, "delta")
         if level is None or not level > 0:
             raise ValueError(f"delta: expected a positive number, got {word(delta)}.")
@@ -259,13 +290,18 @@ class Huber(_TargetLoss):
         return self._of_differences(jnp.where(quadratic, residuals / self.scale, r))
 
 
-class Logistic(_TargetLoss):
+class Logistic(AbstractTargetLoss):
     """F(model) = meanᵢ log(1 + exp f(xᵢ)) − yᵢ f(xᵢ), or the sum: two classes, one
     logit f(xᵢ), and targets y between 0 and 1 (the probability of the second class).
 
     On separable data this loss has no minimiser: without weight decay ‖θ‖ grows like
     log t.
     """
+
+    x: PyTree
+    y: Float[Array, "n ..."]
+    reduction: Literal["mean", "sum"] = eqx.field(static=True)
+    predict: Callable[[Any, PyTree], Array] = eqx.field(static=True)
 
     def __init__(
         self,
@@ -286,7 +322,8 @@ class Logistic(_TargetLoss):
             if not ((targets >= 0) & (targets <= 1)).all():
                 raise ValueError("y: expected numbers from 0 to 1.")
         y = y if jnp.issubdtype(y.dtype, jnp.inexact) else y.astype(float)
-        super().__init__(x, y, reduction=reduction, predict=predict)
+        self.x, self.y = _checked_targets(x, y, reduction, predict)
+        self.reduction, self.predict = reduction, predict
 
     @property
     def outer_curvature(self) -> None:
@@ -393,7 +430,7 @@ def _from_miss(miss: Float[Array, " n"], plain: Float[Array, " n"]) -> Array:
     return jnp.where(known, -jnp.log1p(-jnp.where(known, miss, 0)), plain)
 
 
-class CrossEntropy(AbstractCompositeLoss):
+class CrossEntropy(AbstractSampled, AbstractByResiduals):
     """F(model) = −meanᵢ log softmax(f(xᵢ))[labelᵢ], f(xᵢ) a vector of k logits.
 
     On separable data this loss has no minimiser: without weight decay ‖θ‖ grows like

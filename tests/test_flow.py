@@ -1,5 +1,7 @@
 """The flow as a vector field, and as a Diffrax term."""
 
+from typing import ClassVar
+
 import diffrax
 import equinox as eqx
 import jax
@@ -15,11 +17,14 @@ import gradflow as gf
 import gradflow.flow.flat
 from gradflow.flow.flat import flatten, linearized
 from gradflow.flow.flow import partition
+from gradflow.losses import samples
 from gradflow.models import LinearModel, TwoLayer
 
 
-class Quartic(gf.AbstractPenalty):
+class Quartic(gf.penalties.AbstractCurved):
     """R(θ) = ¼ Σ θᵢ⁴."""
+
+    diagonal: ClassVar[bool] = True
 
     def __call__(self, params):
         return 0.25 * sum(jnp.sum(p**4) for p in jax.tree.leaves(params))
@@ -179,7 +184,7 @@ def test_tangent_kernel(sampled, block, monkeypatch, getkey):
     at_once = {} if sampled else dict(predict=lambda m, x: jax.vmap(m)(x))
     params, static = partition(model)
     theta, loss = flatten(gf.SquaredError(x, y, **at_once), params, static)
-    assert (loss.composite.samples is not None) == sampled
+    assert (samples(loss.composite) is not None) == sampled
     assert (block > theta.nbytes * 14) == (block > 1000)
     jac = np.asarray(jax.jacfwd(loss.outputs)(theta))
     weights = np.linspace(0.5, 2.0, theta.size)

@@ -1,6 +1,7 @@
 """The plan of the house: which file may know which, and by what names."""
 
 import ast
+import dataclasses
 import graphlib
 import importlib
 import importlib.metadata
@@ -8,6 +9,7 @@ import inspect
 import pathlib
 import types
 
+import equinox as eqx
 import pytest
 
 import gradflow as gf
@@ -110,3 +112,42 @@ def test_the_version_is_the_installed_one():
         pytest.skip("run from its folder, not installed")
     assert gf.__version__ == version
     assert (ROOT / "py.typed").exists()
+
+
+def test_a_class_is_abstract_or_final():
+    """What one class of gradflow has written out, no child of it writes anew; and only
+    abstract ones have children."""
+    for name in MODULES:
+        importlib.import_module(name)
+    pairs = [
+        (child, base)
+        for child in descendants(eqx.Module)
+        for base in child.__mro__[1:]
+        if base in descendants(eqx.Module)
+    ]
+    assert len(pairs) > 100
+    for child, base in pairs:
+        both = written(child) & written(base)
+        assert not both, f"{child.__qualname__} writes {both} of {base.__qualname__}"
+    parents = {base.__name__ for _, base in pairs}
+    assert not {name for name in parents if not name.lstrip("_").startswith("Abstract")}
+
+
+def descendants(cls):
+    """The classes of gradflow below `cls`."""
+    below = {s for c in cls.__subclasses__() for s in {c} | descendants(c)}
+    return {c for c in below if c.__module__.partition(".")[0] == "gradflow"}
+
+
+def written(cls):
+    """The names of the fields of a class, and of the methods in its source that are
+    not abstract."""
+    own = vars(cls).get("__annotations__", {})
+    out = {field.name for field in dataclasses.fields(cls) if field.name in own}
+    for name, value in vars(cls).items():
+        method = inspect.unwrap(getattr(value, "fget", None) or value)
+        code = getattr(method, "__code__", None)
+        abstract = getattr(value, "__isabstractmethod__", False)
+        if code and not abstract and code.co_filename.startswith(str(ROOT)):
+            out.add(name)
+    return out - {"__check_init__"}  # Equinox runs that of each class

@@ -3,6 +3,7 @@
 import json
 import math
 from types import SimpleNamespace
+from typing import ClassVar
 
 import diffrax
 import equinox as eqx
@@ -387,12 +388,13 @@ def test_other_losses(name):
     assert error_of(task, decay, ts, reference, 1e-6) < most * 1e-6
 
 
-class SmoothedL1(gf.AbstractPenalty):
+class SmoothedL1(gf.penalties.AbstractCurved):
     """R(θ) = Σ √(θᵢ² + ε²), as stiff as 1/ε where θᵢ is small; with its curvature, or
     without."""
 
     width: float
     told: bool
+    diagonal: ClassVar[bool] = False
 
     def __call__(self, params):
         size = lambda p: jnp.sum(jnp.sqrt(p**2 + self.width**2))

@@ -11,7 +11,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree, Scalar
 
-from ..losses import AbstractCompositeLoss, AbstractLoss
+from ..losses import AbstractCompositeLoss, AbstractLoss, outer_from, samples
 from .term import AbstractChart, Flat
 
 
@@ -160,7 +160,7 @@ class FlatLoss(AbstractFlatLoss):
     def outer_from(
         self, residuals: Float[Array, " m"], z: Float[Array, " m"]
     ) -> Scalar:
-        return self.composite.outer_from(residuals, z)
+        return outer_from(self.composite, residuals, z)
 
     @property
     def outer_curvature(self) -> float | None:
@@ -169,7 +169,7 @@ class FlatLoss(AbstractFlatLoss):
     def jacobian(self, theta: Float[Array, " d"]) -> Float[Array, "m d"]:
         """J = ∂z/∂θ: sample by sample, at the cost of one gradient for each output of a
         sample, where the loss has `samples`; else by m vector-Jacobian products."""
-        x = self.composite.samples
+        x = samples(self.composite)
         if x is None:
             return jax.jacrev(self.outputs)(theta)
         return self._sample_rows(theta, x)
@@ -187,7 +187,7 @@ class FlatLoss(AbstractFlatLoss):
     ) -> Float[Array, "m m"]:
         # J is made in blocks of rows of at most 256 MB.
         m = jax.eval_shape(self.outputs, theta).shape[0]
-        x = self.composite.samples
+        x = samples(self.composite)
         n = m if x is None else jax.tree.leaves(x)[0].shape[0]
         block = _block_length(n, theta.nbytes * (m // n))
 

@@ -9,7 +9,7 @@ from jaxtyping import PyTree, Scalar
 from .._checks import check_init_scale, check_model, is_concrete, word
 from .._typing import Given
 from ..losses import AbstractLoss
-from ..penalties import AbstractPenalty, L2
+from ..penalties import AbstractPenalty, L2, least_norm
 from .term import Flat, FlowTerm, Sphere, Tangential
 
 
@@ -89,7 +89,7 @@ class GradientFlow(eqx.Module):
         it is minus the element of least norm of ∇F(θ) + λ∂R(θ)."""
         term, params = self.term(model)
         force = jax.grad(lambda p: term.loss(term.model(p)))(params)
-        slope = term.penalty.least_norm(params, force, weight_decay)
+        slope = least_norm(term.penalty, params, force, weight_decay)
         return jax.tree.map(jnp.negative, slope)
 
 

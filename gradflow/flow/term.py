@@ -11,7 +11,8 @@ from jaxtyping import Array, Float, PyTree, Scalar
 
 from .._typing import RealScalarLike
 from ..losses import AbstractLoss
-from ..penalties import AbstractPenalty
+from ..penalties import AbstractPenalty, curvature
+from ..penalties.base import AbstractComposite, AbstractCurved, AbstractKinked, pushed
 
 
 class AbstractChart(eqx.Module):
@@ -49,15 +50,22 @@ class Sphere(AbstractChart):
         return jax.tree.map(lambda p: scale * p, params)
 
 
-class Tangential(AbstractPenalty):
+class Tangential(AbstractComposite, AbstractCurved, AbstractKinked):
     """φ ↦ R(wφ/‖φ‖), whose gradient is tangent to the sphere."""
 
     penalty: AbstractPenalty
     sphere: Sphere
 
+    def weighted(self) -> list[tuple[float | Scalar, AbstractPenalty]]:
+        return [(1.0, self.penalty)]
+
     @property
-    def smooth(self) -> bool:
-        return self.penalty.smooth
+    def kinked(self) -> bool:
+        return not self.penalty.smooth
+
+    @property
+    def diagonal(self) -> bool:
+        return False
 
     def __call__(self, params: PyTree) -> Scalar:
         return self.penalty(self.sphere.place(params))
@@ -66,11 +74,14 @@ class Tangential(AbstractPenalty):
         theta, pull = jax.vjp(self.sphere.place, params)
         return pull(self.penalty.gradient(theta))[0]
 
-    def curvature(self, params: PyTree) -> float | PyTree:
-        return self.penalty.curvature(self.sphere.place(params))
+    def least_norm(
+        self, params: PyTree, force: PyTree, strength: float | Scalar
+    ) -> PyTree:
+        """That off the kinks of R, along which nothing is held at a norm."""
+        return pushed(force, strength, self.gradient(params))
 
-    def terms(self):
-        return self.penalty.terms()
+    def curvature(self, params: PyTree) -> float | PyTree:
+        return curvature(self.penalty, self.sphere.place(params))
 
 
 class AbstractFlowTerm(diffrax.AbstractTerm):

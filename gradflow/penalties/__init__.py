@@ -1,6 +1,22 @@
 """Penalties R(θ) on the trainable parameters."""
 
-from .base import AbstractPenalty as AbstractPenalty, Scaled as Scaled, Sum as Sum
+from .base import (
+    absolute_weights as absolute_weights,
+    AbstractAbsolute as AbstractAbsolute,
+    AbstractComposite as AbstractComposite,
+    AbstractCurved as AbstractCurved,
+    AbstractKinked as AbstractKinked,
+    AbstractLipschitz as AbstractLipschitz,
+    AbstractPenalty as AbstractPenalty,
+    AbstractProximal as AbstractProximal,
+    curvature as curvature,
+    least_norm as least_norm,
+    lipschitz as lipschitz,
+    prox as prox,
+    Scaled as Scaled,
+    smooth_gradient as smooth_gradient,
+    Sum as Sum,
+)
 from .jacobian import Sobolev as Sobolev
 from .leafwise import (
     AbstractLeafwise as AbstractLeafwise,

@@ -1,7 +1,6 @@
 """What a penalty R is; sums and multiples of penalties."""
 
 import abc
-from collections.abc import Callable
 
 import equinox as eqx
 import jax
@@ -11,26 +10,15 @@ from jaxtyping import Array, PyTree, Scalar
 
 from .._checks import is_concrete
 
-LeafMap = tuple[float, Callable[[Array, float | Scalar], Array] | None]
-"""Of a function of one leaf, ½b‖x‖² + r(x): b, and the proximal map of r (of x and a
-step), `None` where r = 0."""
-
 
 class AbstractPenalty(eqx.Module):
     """A penalty R: a function of the trainable parameters θ, a pytree.
 
-    Penalties add up and scale: `L1() + 0.5 * L2()`.
+    Penalties add up and scale: `L1() + 0.5 * L2()`. One of your own that is smooth and
+    not stiff has a value and a gradient, no more. What else may be known of one is
+    declared by the classes below: `AbstractCurved`, `AbstractKinked`,
+    `AbstractProximal`, `AbstractLipschitz`.
     """
-
-    @property
-    def smooth(self) -> bool:
-        """Whether R is differentiable everywhere."""
-        return True
-
-    @property
-    def separable(self) -> bool:
-        """Whether R is a sum of functions of one coordinate each."""
-        return False
 
     @abc.abstractmethod
     def __call__(self, params: PyTree) -> Scalar:
@@ -41,6 +29,62 @@ class AbstractPenalty(eqx.Module):
         """∇R(θ), a pytree like `params`; where R has a kink, the subgradient of least
         norm."""
 
+    @property
+    def smooth(self) -> bool:
+        """Whether R is differentiable everywhere."""
+        return not (isinstance(self, AbstractKinked) and self.kinked)
+
+    @property
+    def separable(self) -> bool:
+        """Whether R is known to be a sum of functions of one coordinate each."""
+        return isinstance(self, AbstractCurved) and self.diagonal
+
+    def terms(self) -> list[tuple[float | Scalar, "AbstractPenalty"]]:
+        """R as a weighted sum: weights, and penalties that are not sums."""
+        if not isinstance(self, AbstractComposite):
+            return [(1.0, self)]
+        return [
+            (weight * inner, part)
+            for weight, whole in self.weighted()
+            for inner, part in whole.terms()
+        ]
+
+    def __add__(self, other: "AbstractPenalty") -> "Sum":
+        return Sum(self, other)
+
+    def __mul__(self, scale: int | float | Scalar) -> "Scaled":
+        return Scaled(scale, self)
+
+    def __rmul__(self, scale: int | float | Scalar) -> "Scaled":
+        return self * scale
+
+
+class AbstractCurved(AbstractPenalty):
+    """A penalty that tells its curvature, as one must that is stiff."""
+
+    @property
+    @abc.abstractmethod
+    def diagonal(self) -> bool:
+        """Whether R is a sum of functions of one coordinate each, and `curvature` all
+        of ∇²R. Where not, the solvers differentiate `gradient` when they need ∇²R."""
+
+    @abc.abstractmethod
+    def curvature(self, params: PyTree) -> float | PyTree:
+        """What the KKT solvers put for ∇²R(θ) in the stage equation: a number ρ where
+        ∇²R ≈ ρ I, or the diagonal of ∇²R, a pytree like `params`, where it is large and
+        uneven (then the tangent kernel is made anew every step). It changes how fast
+        they converge, never what they converge to."""
+
+
+class AbstractKinked(AbstractPenalty):
+    """A penalty that is not differentiable everywhere."""
+
+    @property
+    @abc.abstractmethod
+    def kinked(self) -> bool:
+        """Whether this one has kinks: a sum of smooth penalties has none."""
+
+    @abc.abstractmethod
     def least_norm(
         self, params: PyTree, force: PyTree, strength: float | Scalar
     ) -> PyTree:
@@ -55,9 +99,25 @@ class AbstractPenalty(eqx.Module):
         - `force`: v, a pytree like `params`.
         - `strength`: c ≥ 0.
         """
-        slope = self.gradient(params)
-        return jax.tree.map(lambda v, g: v + strength * g, force, slope)
 
+
+class AbstractAbsolute(AbstractKinked):
+    """A penalty R = S + Σ wᵢ|θᵢ|, w ≥ 0, S smooth: its kinks are at coordinates that
+    are zero, and the KKT solvers follow a flow along them."""
+
+    @abc.abstractmethod
+    def absolute_weights(self, params: PyTree) -> PyTree | None:
+        """w, a pytree like `params`; `None` where this one has no kinks, or others."""
+
+    @abc.abstractmethod
+    def smooth_gradient(self, params: PyTree) -> PyTree:
+        """∇S(θ); ∇R where there are no weights."""
+
+
+class AbstractProximal(AbstractPenalty):
+    """A penalty with a proximal map in closed form."""
+
+    @abc.abstractmethod
     def prox(self, params: PyTree, step: float | Scalar) -> PyTree:
         """The proximal map, argmin_u R(u) + ‖u − θ‖²/(2h): an implicit step of size h
         along −∂R (Parikh and Boyd, Proximal Algorithms, 2014).
@@ -66,59 +126,98 @@ class AbstractPenalty(eqx.Module):
 
         - `params`: θ.
         - `step`: h > 0.
-
-        **Raises:** `NotImplementedError` where none is known in closed form.
         """
-        raise NotImplementedError(
-            f"penalty: {type(self).__name__} has no proximal map in closed form."
-        )
 
-    def absolute_weights(self, params: PyTree) -> PyTree | None:
-        """Where all kinks of R come from a part Σᵢ wᵢ|θᵢ|, its weights w ≥ 0, a pytree
-        like `params`; `None` where R has no kinks, or others."""
-        del params
-        return None
 
-    def smooth_gradient(self, params: PyTree) -> PyTree:
-        """∇S(θ), S = R − Σ wᵢ|θᵢ| with the weights of `absolute_weights`; ∇R where it
-        has none."""
-        weights, slope = self.absolute_weights(params), self.gradient(params)
-        if weights is None:
-            return slope
-        return jax.tree.map(lambda g, w, x: g - w * jnp.sign(x), slope, weights, params)
+class AbstractByLeaf(AbstractProximal):
+    """A penalty Σ r(leaf), each term with a proximal map."""
 
-    def curvature(self, params: PyTree) -> float | PyTree:
-        """What the KKT solvers put for ∇²R(θ) in the stage equation: a number ρ where
-        ∇²R ≈ ρ I, or the diagonal of ∇²R, a pytree like `params`, where it is large and
-        uneven (then the tangent kernel is made anew every step). It changes how fast
-        they converge, never what they converge to. The default is 0: not stiff."""
-        del params
-        return 0.0
+    @abc.abstractmethod
+    def acts_on(self, params: PyTree) -> list[bool]:
+        """Which of the leaves of `params`, in JAX's order, R depends on."""
 
+    @abc.abstractmethod
+    def leaf_prox(self, x: Array, step: float | Scalar) -> Array:
+        """argmin_u r(u) + ‖u − x‖²/(2 `step`)."""
+
+
+class AbstractRidge(AbstractByLeaf):
+    """A penalty ½‖·‖² of some leaves, which any other with a proximal map can be added
+    to."""
+
+
+class AbstractLipschitz(AbstractPenalty):
+    """A penalty that tells its Lipschitz constant."""
+
+    @abc.abstractmethod
     def lipschitz(self, params: PyTree) -> float:
         """L with |R(θ) − R(θ')| ≤ L‖θ − θ'‖ for all parameters shaped as `params`;
         infinite where there is none, or none is known."""
-        del params
-        return float("inf")
 
-    def leaf_maps(self, params: PyTree) -> list[LeafMap] | None:
-        """Where R is a sum of functions of one leaf each, with proximal maps known:
-        these, for each leaf of `params` in JAX's order; otherwise `None`."""
-        del params
-        return None
 
-    def terms(self) -> list[tuple[float | Scalar, "AbstractPenalty"]]:
-        """R as a weighted sum: weights, and penalties that are not sums."""
-        return [(1.0, self)]
+class AbstractComposite(AbstractPenalty):
+    """A penalty that is made of others."""
 
-    def __add__(self, other: "AbstractPenalty") -> "Sum":
-        return Sum(self, other)
+    @abc.abstractmethod
+    def weighted(self) -> list[tuple[float | Scalar, AbstractPenalty]]:
+        """What it is made of, and with which weights."""
 
-    def __mul__(self, scale: int | float | Scalar) -> "Scaled":
-        return Scaled(scale, self)
 
-    def __rmul__(self, scale: int | float | Scalar) -> "Scaled":
-        return self * scale
+# Of any penalty, whatever it declares.
+
+
+def least_norm(
+    penalty: AbstractPenalty, params: PyTree, force: PyTree, strength: float | Scalar
+) -> PyTree:
+    """The element of least norm of v + c∂R(θ), see `AbstractKinked`."""
+    if isinstance(penalty, AbstractKinked):
+        return penalty.least_norm(params, force, strength)
+    return pushed(force, strength, penalty.gradient(params))
+
+
+def pushed(force: PyTree, strength: float | Scalar, slope: PyTree) -> PyTree:
+    """v + c∇R, where R has no kink."""
+    return jax.tree.map(lambda v, g: v + strength * g, force, slope)
+
+
+def absolute_weights(penalty: AbstractPenalty, params: PyTree) -> PyTree | None:
+    """Where all kinks of R come from a part Σᵢ wᵢ|θᵢ|, its weights w ≥ 0; `None` where
+    R has no kinks, or others."""
+    if isinstance(penalty, AbstractAbsolute):
+        return penalty.absolute_weights(params)
+    return None
+
+
+def smooth_gradient(penalty: AbstractPenalty, params: PyTree) -> PyTree:
+    """∇S(θ), S = R − Σ wᵢ|θᵢ| with the weights of `absolute_weights`; ∇R where it has
+    none."""
+    if isinstance(penalty, AbstractAbsolute):
+        return penalty.smooth_gradient(params)
+    return penalty.gradient(params)
+
+
+def curvature(penalty: AbstractPenalty, params: PyTree) -> float | PyTree:
+    """What stands for ∇²R(θ), see `AbstractCurved`; 0 where that is not told."""
+    return penalty.curvature(params) if isinstance(penalty, AbstractCurved) else 0.0
+
+
+def lipschitz(penalty: AbstractPenalty, params: PyTree) -> float:
+    """The Lipschitz constant of R, infinite where that is not told."""
+    if isinstance(penalty, AbstractLipschitz):
+        return penalty.lipschitz(params)
+    return float("inf")
+
+
+def prox(penalty: AbstractPenalty, params: PyTree, step: float | Scalar) -> PyTree:
+    """The proximal map of R, see `AbstractProximal`.
+
+    **Raises:** `NotImplementedError` where none is known in closed form.
+    """
+    if isinstance(penalty, AbstractProximal):
+        return penalty.prox(params, step)
+    raise NotImplementedError(
+        f"penalty: {type(penalty).__name__} has no proximal map in closed form."
+    )
 
 
 class AbstractOwnGradient(AbstractPenalty):
@@ -150,7 +249,25 @@ def _(primals, tangents):
     return value, slope
 
 
-class Sum(AbstractPenalty):
+class _AbstractAlgebra(
+    AbstractComposite,
+    AbstractAbsolute,
+    AbstractCurved,
+    AbstractProximal,
+    AbstractLipschitz,
+):
+    """Penalties made of others know of themselves what those do."""
+
+    @property
+    def kinked(self) -> bool:
+        return any(not part.smooth for _, part in self.weighted())
+
+    @property
+    def diagonal(self) -> bool:
+        return all(part.separable for _, part in self.weighted())
+
+
+class Sum(_AbstractAlgebra):
     """R(θ) = R₁(θ) + R₂(θ) + …, made by `R1 + R2`.
 
     Its `gradient` and `least_norm` are those of least norm where no leaf has two parts
@@ -175,13 +292,8 @@ class Sum(AbstractPenalty):
                 )
         self.parts = parts
 
-    @property
-    def smooth(self) -> bool:
-        return all(part.smooth for part in self.parts)
-
-    @property
-    def separable(self) -> bool:
-        return all(part.separable for part in self.parts)
+    def weighted(self) -> list[tuple[float | Scalar, AbstractPenalty]]:
+        return [(1.0, part) for part in self.parts]
 
     def __call__(self, params: PyTree) -> Scalar:
         return jnp.asarray(sum(part(params) for part in self.parts))
@@ -194,7 +306,7 @@ class Sum(AbstractPenalty):
     ) -> PyTree:
         # What is smooth is a force to what has kinks.
         for part in sorted(self.parts, key=lambda part: not part.smooth):
-            force = part.least_norm(params, force, strength)
+            force = least_norm(part, params, force, strength)
         return force
 
     def prox(self, params: PyTree, step: float | Scalar) -> PyTree:
@@ -205,18 +317,20 @@ class Sum(AbstractPenalty):
         **Raises:** `NotImplementedError` otherwise.
         """
         leaves, tree = jax.tree.flatten(params)
-        ridge: list = [0.0] * len(leaves)
-        others: list[list] = [[] for _ in leaves]
+        ridge: list[float | Scalar] = [0.0] * len(leaves)
+        others: list[list[tuple[float | Scalar, AbstractByLeaf]]] = [[] for _ in leaves]
         for weight, part in self.terms():
-            maps = part.leaf_maps(params)
-            if maps is None:
-                return super().prox(params, step)
-            for i, (b, prox) in enumerate(maps):
-                ridge[i] = ridge[i] + weight * b
-                if prox is not None:
-                    others[i].append((weight, prox, type(part).__name__))
+            if not isinstance(part, AbstractByLeaf):
+                raise NotImplementedError(
+                    "penalty: Sum has no proximal map in closed form."
+                )
+            for i, on in enumerate(part.acts_on(params)):
+                if on and isinstance(part, AbstractRidge):
+                    ridge[i] = ridge[i] + weight
+                elif on:
+                    others[i].append((weight, part))
         if any(len(here) > 1 for here in others):
-            names = sorted({name for here in others for *_, name in here})
+            names = sorted({type(part).__name__ for here in others for _, part in here})
             raise NotImplementedError(
                 "penalty: two parts act on the same leaves, and their sum has no "
                 f"proximal map in closed form: {', '.join(names)}."
@@ -225,14 +339,14 @@ class Sum(AbstractPenalty):
         for x, b, here in zip(leaves, ridge, others, strict=True):
             shrink = 1 + step * b
             x = x / shrink
-            for weight, prox, _ in here:
-                x = prox(x, weight * step / shrink)
+            for weight, part in here:
+                x = part.leaf_prox(x, weight * step / shrink)
             out.append(x)
         return tree.unflatten(out)
 
     def absolute_weights(self, params: PyTree) -> PyTree | None:
         kinked = [part for part in self.parts if not part.smooth]
-        weights = [part.absolute_weights(params) for part in kinked]
+        weights = [absolute_weights(part, params) for part in kinked]
         if not weights or any(w is None for w in weights):
             return None
         return jax.tree.map(lambda *w: sum(w), *weights)
@@ -240,20 +354,17 @@ class Sum(AbstractPenalty):
     def smooth_gradient(self, params: PyTree) -> PyTree:
         # Not from the gradient: where a coordinate is zero, what is left of ∇S there
         # has been taken out by the kink.
-        parts = [part.smooth_gradient(params) for part in self.parts]
+        parts = [smooth_gradient(part, params) for part in self.parts]
         return jax.tree.map(lambda *g: sum(g), *parts)
 
     def curvature(self, params: PyTree) -> float | PyTree:
-        return _add([part.curvature(params) for part in self.parts], params)
+        return _add([curvature(part, params) for part in self.parts], params)
 
     def lipschitz(self, params: PyTree) -> float:
-        return sum(part.lipschitz(params) for part in self.parts)
-
-    def terms(self):
-        return [term for part in self.parts for term in part.terms()]
+        return sum(lipschitz(part, params) for part in self.parts)
 
 
-class Scaled(AbstractPenalty):
+class Scaled(_AbstractAlgebra):
     """c R(θ), made by `c * R`."""
 
     scale: float | Scalar
@@ -274,13 +385,8 @@ class Scaled(AbstractPenalty):
         self.scale = float(scale) if isinstance(scale, int) else scale
         self.penalty = penalty
 
-    @property
-    def smooth(self) -> bool:
-        return self.penalty.smooth
-
-    @property
-    def separable(self) -> bool:
-        return self.penalty.separable
+    def weighted(self) -> list[tuple[float | Scalar, AbstractPenalty]]:
+        return [(self.scale, self.penalty)]
 
     def __call__(self, params: PyTree) -> Scalar:
         return self.scale * self.penalty(params)
@@ -291,27 +397,24 @@ class Scaled(AbstractPenalty):
     def least_norm(
         self, params: PyTree, force: PyTree, strength: float | Scalar
     ) -> PyTree:
-        return self.penalty.least_norm(params, force, self.scale * strength)
+        return least_norm(self.penalty, params, force, self.scale * strength)
 
     def prox(self, params: PyTree, step: float | Scalar) -> PyTree:
-        return self.penalty.prox(params, self.scale * step)
+        return prox(self.penalty, params, self.scale * step)
 
     def absolute_weights(self, params: PyTree) -> PyTree | None:
-        weights = self.penalty.absolute_weights(params)
+        weights = absolute_weights(self.penalty, params)
         return jax.tree.map(lambda w: self.scale * w, weights)
 
     def smooth_gradient(self, params: PyTree) -> PyTree:
-        slope = self.penalty.smooth_gradient(params)
+        slope = smooth_gradient(self.penalty, params)
         return jax.tree.map(lambda g: self.scale * g, slope)
 
     def curvature(self, params: PyTree) -> float | PyTree:
-        return jax.tree.map(lambda c: self.scale * c, self.penalty.curvature(params))
+        return jax.tree.map(lambda c: self.scale * c, curvature(self.penalty, params))
 
     def lipschitz(self, params: PyTree) -> float:
-        return float(self.scale) * self.penalty.lipschitz(params)
-
-    def terms(self):
-        return [(self.scale * c, part) for c, part in self.penalty.terms()]
+        return float(self.scale) * lipschitz(self.penalty, params)
 
 
 def _add(curvatures: list, params: PyTree) -> float | PyTree:

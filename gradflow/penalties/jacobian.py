@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree, Scalar
 
 from .._checks import check_finite
-from .base import AbstractOwnGradient
+from .base import AbstractKinked, AbstractOwnGradient, pushed
 
 
-class Sobolev(AbstractOwnGradient):
+class Sobolev(AbstractOwnGradient, AbstractKinked):
     """R(θ) = meanᵢ ‖∂f/∂x(xᵢ) − Jᵢ‖_F², plus meanᵢ ‖f(xᵢ) − vᵢ‖² where values v are
     given: the distance of the model from a function in the Sobolev sense (Czarnecki et
     al., 2017). With `root`, the square root of the sum over samples, in place of their
@@ -59,8 +59,8 @@ class Sobolev(AbstractOwnGradient):
         self.values = _checked(values, "values", outputs)
 
     @property
-    def smooth(self) -> bool:
-        return not self.root
+    def kinked(self) -> bool:
+        return self.root
 
     def jacobian(self, params: PyTree) -> Array:
         """∂f/∂x at every sample, of shape (n, *outputs, *inputs)."""
@@ -90,6 +90,12 @@ class Sobolev(AbstractOwnGradient):
         size = jnp.sqrt(total)
         half = jnp.where(size > 0, 0.5 / jnp.where(size > 0, size, 1), 0)
         return jax.tree.map(lambda g: half * g, slope)
+
+    def least_norm(
+        self, params: PyTree, force: PyTree, strength: float | Scalar
+    ) -> PyTree:
+        """That off the kink, which is where R = 0."""
+        return pushed(force, strength, self.gradient(params))
 
 
 def _checked(given: Array | None, name: str, shape: tuple[int, ...]) -> Array | None:

@@ -10,12 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree, Scalar
 
-from .base import AbstractOwnGradient, LeafMap
+from .base import (
+    AbstractAbsolute,
+    AbstractByLeaf,
+    AbstractCurved,
+    AbstractKinked,
+    AbstractLipschitz,
+    AbstractOwnGradient,
+    AbstractRidge,
+)
 
 Where = Callable[[Any], Any] | None
 
 
-class AbstractLeafwise(AbstractOwnGradient):
+class AbstractLeafwise(AbstractOwnGradient, AbstractByLeaf):
     """R(θ) = Σ r(leaf), the sum over chosen leaves of the parameters.
 
     `where` picks them, as in `eqx.tree_at`: a function of the model that returns one
@@ -36,22 +44,8 @@ class AbstractLeafwise(AbstractOwnGradient):
         """The element of least norm of `force` + `strength` ∂r(x)."""
 
     @abc.abstractmethod
-    def leaf_prox(self, x: Array, step: float | Scalar) -> Array:
-        """argmin_u r(u) + ‖u − x‖²/(2 `step`)."""
-
-    def leaf_lipschitz(self, x: Array) -> float:
-        """The Lipschitz constant of r."""
-        del x
-        return float("inf")
-
-    def leaf_map(self) -> LeafMap:
-        """r as a ridge and a rest."""
-        return 0.0, self.leaf_prox
-
     def takes(self, x: Array) -> bool:
         """Whether r is a function of arrays of the shape of x."""
-        del x
-        return True
 
     def acts_on(self, params: PyTree) -> list[bool]:
         """Which of the leaves of `params`, in JAX's order, R depends on.
@@ -99,9 +93,6 @@ class AbstractLeafwise(AbstractOwnGradient):
             [(fn if on else other)(*row) for on, row in zip(flags, rows, strict=True)]
         )
 
-    def leaf_maps(self, params: PyTree) -> list[LeafMap] | None:
-        return [self.leaf_map() if on else (0.0, None) for on in self.acts_on(params)]
-
     def value(self, params: PyTree) -> Scalar:
         return jnp.asarray(sum(self.leaf_value(x) for x in self._chosen(params)))
 
@@ -125,18 +116,29 @@ class AbstractLeafwise(AbstractOwnGradient):
     def prox(self, params: PyTree, step: float | Scalar) -> PyTree:
         return self._map(lambda x: self.leaf_prox(x, step), lambda x: x, params)
 
+
+class AbstractLeafwiseLipschitz(AbstractLeafwise, AbstractLipschitz):
+    """One whose r has a Lipschitz constant."""
+
+    @abc.abstractmethod
+    def leaf_lipschitz(self, x: Array) -> float:
+        """That of r."""
+
     def lipschitz(self, params: PyTree) -> float:
         squares = [self.leaf_lipschitz(x) ** 2 for x in self._chosen(params)]
         return float(np.sqrt(sum(squares)))
 
 
-class L2(AbstractLeafwise):
+class L2(AbstractLeafwise, AbstractRidge, AbstractCurved):
     """R(θ) = ½‖θ‖²; ∇R(θ) = θ. Its proximal map is θ/(1 + h)."""
 
     where: Where = eqx.field(static=True, default=None, kw_only=True)
 
     @property
-    def separable(self) -> bool:
+    def diagonal(self) -> bool:
+        return True
+
+    def takes(self, x: Array) -> bool:
         return True
 
     def leaf_value(self, x: Array) -> Scalar:
@@ -150,16 +152,13 @@ class L2(AbstractLeafwise):
     def leaf_prox(self, x: Array, step: float | Scalar) -> Array:
         return x / (1 + step)
 
-    def leaf_map(self) -> LeafMap:
-        return 1.0, None
-
     def curvature(self, params: PyTree) -> float | PyTree:
         if self.where is None:
             return 1.0
         return self._map(jnp.ones_like, jnp.zeros_like, params)
 
 
-class L1(AbstractLeafwise):
+class L1(AbstractLeafwiseLipschitz, AbstractAbsolute, AbstractCurved):
     """R(θ) = ‖θ‖₁ = Σ|θᵢ|; the subgradient of least norm is sign(θ), zero at zero.
 
     Its proximal map is soft thresholding, sign(θᵢ) max(|θᵢ| − h, 0).
@@ -168,11 +167,14 @@ class L1(AbstractLeafwise):
     where: Where = eqx.field(static=True, default=None, kw_only=True)
 
     @property
-    def smooth(self) -> bool:
-        return False
+    def kinked(self) -> bool:
+        return True
 
     @property
-    def separable(self) -> bool:
+    def diagonal(self) -> bool:
+        return True
+
+    def takes(self, x: Array) -> bool:
         return True
 
     def leaf_value(self, x: Array) -> Scalar:
@@ -191,11 +193,17 @@ class L1(AbstractLeafwise):
     def leaf_lipschitz(self, x: Array) -> float:
         return x.size**0.5
 
+    def curvature(self, params: PyTree) -> float:
+        return 0.0
+
     def absolute_weights(self, params: PyTree) -> PyTree:
         return self._map(jnp.ones_like, jnp.zeros_like, params)
 
+    def smooth_gradient(self, params: PyTree) -> PyTree:
+        return jax.tree.map(jnp.zeros_like, params)
 
-class ElasticNet(AbstractLeafwise):
+
+class ElasticNet(AbstractLeafwise, AbstractAbsolute, AbstractCurved):
     """R(θ) = a‖θ‖₁ + ½b‖θ‖² (Zou and Hastie, 2005).
 
     Its proximal map is soft thresholding by ha, divided by 1 + hb.
@@ -213,11 +221,14 @@ class ElasticNet(AbstractLeafwise):
                 )
 
     @property
-    def smooth(self) -> bool:
-        return False
+    def kinked(self) -> bool:
+        return True
 
     @property
-    def separable(self) -> bool:
+    def diagonal(self) -> bool:
+        return True
+
+    def takes(self, x: Array) -> bool:
         return True
 
     def leaf_value(self, x: Array) -> Scalar:
@@ -236,6 +247,10 @@ class ElasticNet(AbstractLeafwise):
         weights = lambda x: jnp.full_like(x, self.l1)
         return self._map(weights, jnp.zeros_like, params)
 
+    def smooth_gradient(self, params: PyTree) -> PyTree:
+        slope, weights = self.gradient(params), self.absolute_weights(params)
+        return jax.tree.map(lambda g, w, x: g - w * jnp.sign(x), slope, weights, params)
+
     def curvature(self, params: PyTree) -> float | PyTree:
         if self.where is None:
             return self.l2
@@ -243,7 +258,7 @@ class ElasticNet(AbstractLeafwise):
         return self._map(ridge, jnp.zeros_like, params)
 
 
-class GroupLasso(AbstractLeafwise):
+class GroupLasso(AbstractLeafwiseLipschitz, AbstractKinked):
     """R(θ) = Σ_g ‖θ_g‖, the sum over groups of parameters of their norms, not squared.
 
     It sets whole groups to zero (Yuan and Lin, 2006). The subgradient of least norm is
@@ -264,8 +279,8 @@ class GroupLasso(AbstractLeafwise):
     where: Where = eqx.field(static=True, default=None, kw_only=True)
 
     @property
-    def smooth(self) -> bool:
-        return False
+    def kinked(self) -> bool:
+        return True
 
     def __check_init__(self):
         if self.groups not in ("rows", "columns", "leaf"):

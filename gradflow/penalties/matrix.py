@@ -5,10 +5,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Scalar
 
 from ._spectral import kept_svd, spectral
-from .leafwise import AbstractLeafwise, soft_threshold, Where
+from .base import AbstractKinked
+from .leafwise import (
+    AbstractLeafwise,
+    AbstractLeafwiseLipschitz,
+    soft_threshold,
+    Where,
+)
 
 
-class Nuclear(AbstractLeafwise):
+class Nuclear(AbstractLeafwiseLipschitz, AbstractKinked):
     """R(θ) = Σ_W ‖W‖_*, the sum of the singular values of weight matrices.
 
     It sets singular values to zero: it asks for low rank. With W = UΣVᵀ over the
@@ -24,8 +30,8 @@ class Nuclear(AbstractLeafwise):
     where: Where = eqx.field(static=True, default=None, kw_only=True)
 
     @property
-    def smooth(self) -> bool:
-        return False
+    def kinked(self) -> bool:
+        return True
 
     def takes(self, x: Array) -> bool:
         return x.ndim == 2

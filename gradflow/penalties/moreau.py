@@ -6,10 +6,18 @@ import numpy as np
 from jaxtyping import PyTree, Scalar
 
 from .._checks import is_concrete
-from .base import AbstractOwnGradient, AbstractPenalty
+from .base import (
+    AbstractCurved,
+    AbstractLipschitz,
+    AbstractOwnGradient,
+    AbstractPenalty,
+    AbstractProximal,
+    lipschitz,
+    prox,
+)
 
 
-class Moreau(AbstractOwnGradient):
+class Moreau(AbstractOwnGradient, AbstractCurved, AbstractProximal, AbstractLipschitz):
     """R_ε(θ) = min_u R(u) + ‖u − θ‖²/(2ε), the smooth envelope of a convex penalty R.
 
     Its gradient is (θ − prox_{εR}(θ))/ε, of Lipschitz constant 1/ε. Where R itself has
@@ -37,7 +45,7 @@ class Moreau(AbstractOwnGradient):
                     f"epsilon: expected a positive number, got {epsilon!r}."
                 )
         for _, part in penalty.terms():
-            if type(part).prox is AbstractPenalty.prox:
+            if not isinstance(part, AbstractProximal):
                 raise ValueError(
                     "penalty: expected one with a proximal map, got "
                     f"{type(part).__name__}."
@@ -46,36 +54,36 @@ class Moreau(AbstractOwnGradient):
         self.epsilon = epsilon
 
     @property
-    def separable(self) -> bool:
+    def diagonal(self) -> bool:
         return self.penalty.separable
 
     def value(self, params: PyTree) -> Scalar:
-        nearest = self.penalty.prox(params, self.epsilon)
+        nearest = prox(self.penalty, params, self.epsilon)
         away = jax.tree.map(lambda x, u: jnp.sum((x - u) ** 2), params, nearest)
         total = sum(jax.tree.leaves(away))
         return self.penalty(nearest) + total / (2 * self.epsilon)
 
     def gradient(self, params: PyTree) -> PyTree:
-        nearest = self.penalty.prox(params, self.epsilon)
+        nearest = prox(self.penalty, params, self.epsilon)
         return jax.tree.map(lambda x, u: (x - u) / self.epsilon, params, nearest)
 
     def prox(self, params: PyTree, step: float | Scalar) -> PyTree:
         """θ + h/(h + ε) (prox_{(h+ε)R}(θ) − θ)."""
         total = step + self.epsilon
-        far = self.penalty.prox(params, total)
+        far = prox(self.penalty, params, total)
         return jax.tree.map(lambda x, u: x + step / total * (u - x), params, far)
 
     def curvature(self, params: PyTree) -> float | PyTree:
         """The diagonal of ∇²R_ε where R is separable (for ℓ1, 1/ε where |θᵢ| < ε, zero
         elsewhere). Otherwise 1/(2ε), half way between the least and the most it can be:
         with it the solvers' iteration contracts whatever ∇²R_ε is."""
-        if not self.separable:
+        if not self.diagonal:
             return 0.5 / self.epsilon
         ones = jax.tree.map(jnp.ones_like, params)
         return jax.jvp(self.gradient, (params,), (ones,))[1]
 
     def lipschitz(self, params: PyTree) -> float:
-        return self.penalty.lipschitz(params)
+        return lipschitz(self.penalty, params)
 
     def error(self, params: PyTree) -> float | Scalar:
         """εL²/2, which R − R_ε never exceeds; infinite where R has no Lipschitz

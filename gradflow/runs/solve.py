@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
 from .._norms import norm, rms
-from ..flow.term import FlowTerm, Sphere
+from ..flow.term import AbstractFlowTerm, FlowTerm, Sphere
+from ..flow.vector import on_vector
 from ..metrics import Metric
-from ..penalties import AbstractPenalty
+from ..penalties import absolute_weights, AbstractProximal
 from ..results import RESULTS
 from ..solvers import (
     AbstractFlowSolver,
@@ -191,14 +192,14 @@ def _flow_solver(run: Solve) -> AbstractFlowSolver:
     kinked = [part for _, part in penalty.terms() if not part.smooth]
     kind = type(kinked[0]).__name__
     remedy = f"give gradflow.Moreau({kind}(…), epsilon=…), which is smooth."
-    if type(kinked[0]).prox is AbstractPenalty.prox:
+    if not isinstance(kinked[0], AbstractProximal):
         remedy = "there is no smooth form of it here."
     if isinstance(run.term.chart, Sphere):
         raise ValueError(
             f"penalty: a flow that holds the norm has no use for the kinks of {kind}; "
             + remedy
         )
-    if penalty.absolute_weights(run.params) is None:
+    if absolute_weights(penalty, run.params) is None:
         raise ValueError(
             f"penalty: the kinks of {kind} are not coordinates at zero; {remedy}"
         )
@@ -240,7 +241,8 @@ def _controller(
 class _Integrated(NamedTuple):
     """What came of an integration, of the whole run or of a part of it."""
 
-    term: FlowTerm
+    term: AbstractFlowTerm
+    """Of vectors, as are all states."""
     saved: PyTree
     """States at the times to save."""
     end: PyTree
@@ -263,7 +265,8 @@ def _integrate(
     before: Solved | None,
     steps: Int[Array, ""] | None,
 ) -> _Integrated:
-    stepper, term, y0 = solver.follow(run.term, run.params, run.weight_decay)
+    flat, theta = on_vector(run.term, run.params)
+    stepper, term, y0 = solver.follow(flat, theta, run.weight_decay)
     start: dict[str, Any] = dict(t0=jnp.zeros_like(ts[0]), dt0=1e-3 * scale, y0=y0)
     most = run.tolerance.max_steps
     if steps is not None:
@@ -360,7 +363,7 @@ def _record(
         return jax.tree.map(lambda x: jnp.where(reached, x, jnp.nan), values)
 
     params, seen, train_loss, penalty = jax.lax.map(record, out.saved)
-    models = jax.vmap(run.term.chart.place)(params)
+    models = jax.vmap(out.term.chart.place)(params)
     return models, seen, train_loss, penalty
 
 

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Int, PRNGKeyArray, PyTree, Scalar
 
 from ..flow.term import Flat, FlowTerm, Sphere
 from ..metrics import Metric
+from ..penalties import prox
 from ..results import RESULTS
 from .methods import (
     as_optimiser,
@@ -211,7 +212,7 @@ class _Descent(eqx.Module):
         if run.method == "decoupled":
             moved = along(moved, decay, penalty.gradient(params))
         if run.method == "proximal":
-            moved = penalty.prox(moved, -decay)
+            moved = prox(penalty, moved, -decay)
         return moved, memory
 
     def until(self, at: _Shown, end: Array) -> _Shown:

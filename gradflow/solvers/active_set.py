@@ -20,7 +20,7 @@ from .._norms import rms
 from .._typing import BoolScalarLike, RealScalarLike
 from ..flow.term import AbstractChart, AbstractFlowTerm, Tracked, TrackedFlowTerm
 from ..losses import AbstractLoss
-from ..penalties import AbstractPenalty
+from ..penalties import absolute_weights, AbstractPenalty, smooth_gradient
 from ..results import RESULTS
 from .base import AbstractFlowSolver, Controller, Followed, Saved
 from .controllers import Landing
@@ -247,7 +247,7 @@ class ActiveSet(
 
 
 def _weights(term: AbstractFlowTerm, params: PyTree) -> Float[Array, " d"]:
-    return ravel_pytree(term.penalty.absolute_weights(params))[0]
+    return ravel_pytree(absolute_weights(term.penalty, params))[0]
 
 
 def _on_orthant(term: AbstractFlowTerm, sign: Float[Array, " d"]) -> TrackedFlowTerm:
@@ -260,7 +260,7 @@ def _force(
     """∇(F + λS), by the multiplier: on the critical manifold ∇F is as small as λ."""
     theta, loss = flat_problem(term, y.params)
     _, pull = jax.vjp(loss.outputs, theta)
-    smooth = OnOrthant(term.penalty, jnp.zeros_like(theta)).smooth_gradient(y.params)
+    smooth = smooth_gradient(term.penalty, y.params)
     return pull(y.multiplier)[0] + weight_decay * ravel_pytree(smooth)[0]
 
 

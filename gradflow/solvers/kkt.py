@@ -17,6 +17,7 @@ from .._norms import norm
 from .._typing import BoolScalarLike, RealScalarLike
 from ..flow.flat import AbstractFlatLoss
 from ..flow.term import AbstractFlowTerm, Tracked, TrackedFlowTerm
+from ..penalties import curvature
 from ..results import RESULTS
 from .base import AbstractFlowSolver, Controller, Followed, Saved
 from .controllers import lasting
@@ -246,7 +247,7 @@ class AbstractKKT(
         term, params = unwrap(terms, y0)
         theta, loss = flat_problem(term, params)
         h = jnp.asarray(terms.contr(t0, t1), theta.dtype)
-        rho = term.penalty.curvature(params)
+        rho = curvature(term.penalty, params)
         leaves = jax.tree.leaves(rho)
         uneven = len(leaves) > 1 or jnp.ndim(leaves[0]) > 0
         problem = _Problem(

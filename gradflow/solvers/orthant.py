@@ -10,13 +10,19 @@ from jaxtyping import Array, Float, PyTree, Scalar
 from ..flow.flat import AbstractFlatLoss, FlatOpaqueLoss, flatten_on
 from ..flow.term import AbstractFlowTerm, Tracked
 from ..losses import AbstractCompositeLoss
-from ..penalties import AbstractPenalty
+from ..penalties import (
+    absolute_weights,
+    AbstractCurved,
+    AbstractPenalty,
+    curvature,
+    smooth_gradient,
+)
 from .kernel import DENSE_LIMIT
 
 HELD = 1e30  # the curvature that stands for a coordinate held at zero
 
 
-class OnOrthant(AbstractPenalty):
+class OnOrthant(AbstractCurved):
     """A penalty R = S + Σ wᵢ|θᵢ| where each coordinate has a known sign σᵢ, which makes
     it smooth, S + Σ wᵢσᵢθᵢ; where σᵢ = 0 the coordinate is held at zero."""
 
@@ -26,19 +32,19 @@ class OnOrthant(AbstractPenalty):
     def __call__(self, params: PyTree) -> Scalar:
         return self.penalty(params)
 
-    def smooth_gradient(self, params: PyTree) -> PyTree:
-        """∇S."""
-        return self.penalty.smooth_gradient(params)
+    @property
+    def diagonal(self) -> bool:
+        return False
 
     def gradient(self, params: PyTree) -> PyTree:
-        smooth, unravel = ravel_pytree(self.smooth_gradient(params))
-        weights, _ = ravel_pytree(self.penalty.absolute_weights(params))
+        smooth, unravel = ravel_pytree(smooth_gradient(self.penalty, params))
+        weights, _ = ravel_pytree(absolute_weights(self.penalty, params))
         free = jnp.abs(self.sign)
         return unravel(free * (smooth + weights * self.sign))
 
     def curvature(self, params: PyTree) -> PyTree:
         flat, unravel = ravel_pytree(params)
-        rho = ravel_pytree(self.penalty.curvature(params))[0].astype(flat.dtype)
+        rho = ravel_pytree(curvature(self.penalty, params))[0].astype(flat.dtype)
         rho = jnp.broadcast_to(rho, flat.shape)
         return unravel(jnp.where(self.sign == 0, HELD, rho))
 
@@ -48,7 +54,7 @@ def only_holds(penalty: AbstractPenalty, params: PyTree) -> bool:
     then it is the same for all step sizes."""
     if not isinstance(penalty, OnOrthant):
         return False
-    rest = penalty.penalty.curvature(params)
+    rest = curvature(penalty.penalty, params)
     return isinstance(rest, float) and rest == 0.0
 
 
