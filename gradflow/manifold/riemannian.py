@@ -10,7 +10,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from .._checks import check_arguments, check_given, check_times, is_concrete, resolvable
+from .._checks import check_arguments, check_given, resolvable
 from .._norms import norm
 from ..flow.flat import FlatLoss, flatten
 from ..flow.flow import check_free, GradientFlow
@@ -20,6 +20,7 @@ from ..results import RESULTS
 from ..runs.problem import as_metrics, check_problem
 from ..runs.solve import Solve, solve
 from ..runs.stats import Stats
+from ..runs.times import drift_times
 from ..solvers import AbstractKKT, KKT5
 from ..solvers.controllers import Relative
 from ._normal import weighted_jacobian
@@ -107,7 +108,7 @@ def riemannian_flow(
     term, params = flow.term(model)
     check_problem(term, params, watched)
     rtol = resolvable(rtol, params)
-    times = _save_times(ts, slow_time, params)
+    times = drift_times(ts, slow_time, params)
     served, start = retract_in_form(term.loss, params, term.static, form)
     params, _ = flow.partition(start.model)
     run = DriftRun(term, params, start.result, times, watched, rtol, atol, max_steps)
@@ -118,25 +119,6 @@ def riemannian_flow(
     if throw:
         out = out.result.error_if(out, out.result != RESULTS.successful)
     return out
-
-
-def _save_times(
-    ts: Float[Array, " n"] | None, slow_time: float, params: PyTree
-) -> Float[Array, " n"]:
-    dtype = jax.tree.leaves(params)[0].dtype
-    if ts is None:
-        last = jnp.asarray(slow_time, dtype)
-        times = jnp.expm1(jnp.linspace(0, 1, 257, dtype=dtype) * jnp.log1p(last))
-        return times.at[-1].set(last)
-    check_times(ts, "ts", 1)
-    ts = jnp.asarray(ts, dtype)
-    if is_concrete(ts) and is_concrete(slow_time):
-        increasing = ts.size > 0 and (np.diff(ts) > 0).all()
-        if not increasing or ts[0] < 0 or ts[-1] > slow_time:
-            raise ValueError(
-                f"ts: expected increasing slow times from 0 to slow_time = {slow_time}."
-            )
-    return ts
 
 
 class DriftRun(eqx.Module):

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree, Scalar
@@ -10,6 +11,7 @@ from jaxtyping import Array, Float, PyTree, Scalar
 from .._checks import (
     check_integer,
     check_positive,
+    check_times,
     is_concrete,
 )
 from .._norms import norm
@@ -165,6 +167,27 @@ def _save_times(
     fraction = jnp.linspace(0.0, 1.0, saves - 1, dtype=t1.dtype)
     later = (start * (t1 / start) ** fraction).at[-1].set(t1)
     return jnp.concatenate([jnp.zeros_like(later[:1]), later])
+
+
+def drift_times(
+    ts: Float[Array, " n"] | None, slow_time: float, params: PyTree
+) -> Float[Array, " n"]:
+    """The slow times at which a drift is saved: those given, or 257 from 0 to
+    `slow_time`, evenly in log(1 + s)."""
+    dtype = jax.tree.leaves(params)[0].dtype
+    if ts is None:
+        last = jnp.asarray(slow_time, dtype)
+        times = jnp.expm1(jnp.linspace(0, 1, 257, dtype=dtype) * jnp.log1p(last))
+        return times.at[-1].set(last)
+    check_times(ts, "ts", 1)
+    ts = jnp.asarray(ts, dtype)
+    if is_concrete(ts) and is_concrete(slow_time):
+        increasing = ts.size > 0 and (np.diff(ts) > 0).all()
+        if not increasing or ts[0] < 0 or ts[-1] > slow_time:
+            raise ValueError(
+                f"ts: expected increasing slow times from 0 to slow_time = {slow_time}."
+            )
+    return ts
 
 
 def time_scale(

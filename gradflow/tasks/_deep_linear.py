@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from .._checks import check_positive
 from ..losses import SquaredError
 from ..models import DeepLinear
-from ._checks import check_count, check_positive
+from ._checks import check_count
 from ._task import Task, train_and_test
 
 

@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from .._checks import check_choice, check_positive
 from ..losses import SquaredError
 from ..models import DiagonalNetwork, DifferenceNetwork
-from ._checks import check_choice, check_count, check_positive
+from ._checks import check_count
 from ._task import at_zero, Task, train_and_test
 from ._truths import AbstractSparseTruth
 

@@ -8,10 +8,11 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
+from .._checks import check_positive
 from ..losses import CrossEntropy
 from ..models import TwoLayer
 from ..penalties import AbstractPenalty, L1
-from ._checks import check_count, check_positive
+from ._checks import check_count
 from ._digits import digits
 from ._task import accuracies, Task
 

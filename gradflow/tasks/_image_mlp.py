@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
+from .._checks import check_choice, check_positive
 from ..flow.flow import scaled
 from ..losses import CrossEntropy, SquaredError
-from ._checks import check_choice, check_count, check_positive
+from ._checks import check_count
 from ._digits import digits
 from ._task import accuracies, Task
 

@@ -8,9 +8,10 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, Real
 
+from .._checks import check_choice, check_positive
 from ..losses import SquaredError
 from ..models import LinearModel
-from ._checks import check_choice, check_count, check_positive
+from ._checks import check_count
 from ._task import Task, train_and_test
 
 

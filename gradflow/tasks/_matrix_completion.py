@@ -7,9 +7,10 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from .._checks import check_choice, check_positive
 from ..losses import SquaredError
 from ..models import MatrixFactorisation
-from ._checks import check_choice, check_count, check_positive
+from ._checks import check_count
 from ._convex import Certified, least_nuclear, places
 from ._task import at_zero, Task, train_and_test
 from ._truths import AbstractConvexTruth

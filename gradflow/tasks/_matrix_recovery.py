@@ -7,10 +7,11 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from .._checks import check_choice, check_positive
 from ..losses import SquaredError
 from ..models import DeepLinear
 from ..penalties import AbstractPenalty, L2
-from ._checks import check_choice, check_count, check_fraction, check_positive
+from ._checks import check_count, check_part
 from ._convex import Certified, least_nuclear, places
 from ._matrix_completion import entries
 from ._task import fit_and_recovery, Task
@@ -67,7 +68,7 @@ def matrix_recovery(
         check_count(side, "shape", least=2)
     check_count(rank, "rank", most=min(shape))
     check_count(samples, "samples", most=rows * columns - 1)
-    check_fraction(leverage, "leverage")
+    check_part(leverage, "leverage")
     if leverage > 0 and measurements != "entries":
         raise ValueError("leverage: only entries have leverage scores.")
     check_count(depth, "depth")

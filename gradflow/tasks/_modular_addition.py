@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Int, PRNGKeyArray
 
+from .._checks import check_positive
 from ..losses import CrossEntropy
 from ..models import PairProduct
 from ..penalties import AbstractPenalty, L1
-from ._checks import check_count, check_fraction, check_positive
+from ._checks import check_count, check_part
 from ._task import accuracies, Task
 
 
@@ -49,7 +50,7 @@ def modular_addition(
     **Raises:** `ValueError` where an argument is out of range.
     """
     check_count(modulus, "modulus", least=2)
-    check_fraction(fraction, "fraction")
+    check_part(fraction, "fraction")
     check_count(side, "side")
     check_count(width, "width")
     check_positive(init_scale, "init_scale")

@@ -8,10 +8,11 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray
 
+from .._checks import check_choice, check_positive
 from ..flow.flow import scaled
 from ..losses import CrossEntropy
 from ..models import Transformer
-from ._checks import check_choice, check_count, check_fraction, check_positive
+from ._checks import check_count, check_part
 from ._task import accuracies, Task
 
 _SIGNS = {"addition": "+", "division": "/"}
@@ -53,7 +54,7 @@ def modular_transformer(
     **Raises:** `ValueError` where an argument is out of range.
     """
     check_count(modulus, "modulus", least=2)
-    check_fraction(fraction, "fraction")
+    check_part(fraction, "fraction")
     check_choice(operation, "operation", tuple(_SIGNS))
     check_positive(init_scale, "init_scale")
     truth = OperationTruth(modulus, operation)

@@ -9,12 +9,13 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import PRNGKeyArray, PyTree, Scalar
 
+from .._checks import check_positive
 from ..data import enumerated_molecules, molecular_graph, qm9, qm9_path, QM9_SHA256
 from ..flow.flow import scaled
 from ..losses import SquaredError
 from ..metrics import Metric
 from ..models import GraphNetwork
-from ._checks import check_count, check_positive
+from ._checks import check_count
 from ._task import Task
 
 

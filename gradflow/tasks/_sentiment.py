@@ -9,12 +9,13 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Scalar
 
+from .._checks import check_positive
 from ..data import imdb, imdb_path, IMDB_SHA256, synthetic_reviews, Vocabulary
 from ..flow.flow import scaled
 from ..losses import Logistic
 from ..metrics import Metric
 from ..models import LSTMClassifier
-from ._checks import check_count, check_positive
+from ._checks import check_count
 from ._image_mlp import DataTruth
 from ._task import Task
 

@@ -6,10 +6,11 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray, Scalar
 
+from .._checks import check_positive
 from ..losses import SquaredError
 from ..models import HadamardProduct, LinearModel
 from ..penalties import L1
-from ._checks import check_count, check_fraction, check_positive
+from ._checks import check_count, check_part
 from ._task import fit_and_recovery, Task
 from ._truths import AbstractSparseTruth
 
@@ -61,7 +62,7 @@ def sparse_recovery(
     check_count(depth, "depth")
     if not snr > 0:
         raise ValueError(f"snr: expected a positive number, got {snr!r}.")
-    check_fraction(coherence, "coherence")
+    check_part(coherence, "coherence")
     scale = (1e-6 if depth == 1 else 1e-2) if scale is None else scale
     check_positive(scale, "scale")
 

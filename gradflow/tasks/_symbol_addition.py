@@ -8,11 +8,12 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from .._checks import check_positive
 from ..flow.flow import scaled
 from ..losses import SquaredError
 from ..metrics import Metric
 from ..models import EmbeddingDecoder, messy_embedding
-from ._checks import check_count, check_fraction, check_positive
+from ._checks import check_count, check_part
 from ._polarizability import MeanSquare
 from ._task import Task
 
@@ -61,7 +62,7 @@ def symbol_addition(
     check_count(modulus, "modulus", least=2)
     pairs = np.stack(np.triu_indices(modulus), axis=1)
     check_count(train, "train", most=len(pairs) - 1)
-    check_fraction(messiness, "messiness")
+    check_part(messiness, "messiness")
     check_positive(init_scale, "init_scale")
     split_key, vector_key, table_key, init_key = jr.split(key, 4)
     pairs = jnp.asarray(pairs[np.asarray(jr.permutation(split_key, len(pairs)))])

@@ -6,10 +6,11 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import PRNGKeyArray, Scalar
 
+from .._checks import check_positive
 from ..flow.flow import scaled
 from ..losses import SquaredError
 from ..metrics import Metric
-from ._checks import check_count, check_positive
+from ._checks import check_count
 from ._task import Task
 
 

@@ -6,10 +6,11 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from .._checks import check_positive
 from ..losses import SquaredError
 from ..models import TwoLayer
 from ..penalties import AbstractPenalty, Sobolev
-from ._checks import check_count, check_positive
+from ._checks import check_count
 from ._task import at_zero, Task, train_and_test
 
 
