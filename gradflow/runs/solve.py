@@ -10,12 +10,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
 from .._norms import norm, rms
-from ..flow.term import FlowTerm, Sphere
+from ..flow.term import AbstractFlowTerm, FlowTerm, Sphere
 from ..metrics import Metric
 from ..penalties import absolute_weights, AbstractProximal
 from ..results import RESULTS
 from ..solvers import (
     AbstractFlowSolver,
+    AbstractKKT,
     ActiveSet,
     as_flow_solver,
     curvature_jumps,
@@ -203,7 +204,7 @@ def _flow_solver(run: Solve) -> AbstractFlowSolver:
         raise ValueError(
             f"penalty: the kinks of {kind} are not coordinates at zero; {remedy}"
         )
-    if not solver.follows_kinks:
+    if not isinstance(solver, AbstractKKT):
         raise ValueError(
             f"solver: only the KKT solvers follow a flow along the kinks of {kind}, "
             f"got {solver.name}; or {remedy}"
@@ -241,7 +242,7 @@ def _controller(
 class _Integrated(NamedTuple):
     """What came of an integration, of the whole run or of a part of it."""
 
-    term: FlowTerm
+    term: AbstractFlowTerm
     saved: PyTree
     """States at the times to save."""
     end: PyTree
