@@ -31,14 +31,16 @@ def records() -> list[dict[str, Any]]:
 
 def number(x: float | str) -> str:
     """As one writes it: 3.7·10⁻⁶, 58 500, −0.95; what is words already, as it is."""
-    if isinstance(x, float | int) and x == int(x):
-        x = f"{int(x):,}".replace(",", " " if abs(x) >= 1e4 else "")
-    elif isinstance(x, float):
+    if isinstance(x, str):
+        words = x
+    elif x == int(x):
+        words = f"{int(x):,}".replace(",", " " if abs(x) >= 1e4 else "")
+    else:
         mantissa, exponent = f"{x:.3e}".split("e")
         power = f"10{str(int(exponent)).translate(SUPERSCRIPT)}"
         mantissa = f"{float(mantissa):g}·" if float(mantissa) != 1 else ""
-        x = f"{mantissa}{power}" if abs(x) < 1e-2 else f"{x:.4g}"
-    return x.replace("-", "−")
+        words = f"{mantissa}{power}" if abs(x) < 1e-2 else f"{x:.4g}"
+    return words.replace("-", "−")
 
 
 def cells(record: dict[str, Any]) -> Iterable[list[str]]:

@@ -7,7 +7,7 @@ whether it is wrong, for the result of the run to say (`RESULTS.wrong_argument`)
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import diffrax
 import jax
@@ -15,7 +15,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, Bool, PRNGKeyArray, PyTree
 
 from ._typing import Given
 
@@ -28,7 +28,7 @@ def is_concrete(x) -> bool:
     return not isinstance(x, jax.core.Tracer)
 
 
-def is_key(x) -> bool:
+def is_key(x: Given) -> TypeGuard[PRNGKeyArray]:
     """Whether it is an array of random keys, which is none of numbers."""
     return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 

@@ -29,7 +29,9 @@ def predict_each(model: Callable, x: PyTree) -> Array:
     return jax.vmap(model)(x)
 
 
-def predicted(predict: Callable[[Any, PyTree], Array], model: Any, x: PyTree) -> Array:
+def predicted(
+    predict: Callable[[Any, PyTree], Array], model: PyTree, x: PyTree
+) -> Array:
     """`predict(model, x)`.
 
     **Raises:** `ValueError` where the model cannot take x.
@@ -103,7 +105,7 @@ class AbstractCompositeLoss(AbstractLoss):
         return pullback(cotangent)[0]
 
 
-def _is_none(x: Any) -> bool:
+def _is_none(x: object) -> bool:
     return x is None
 
 

@@ -35,7 +35,7 @@ class Metric(eqx.Module):
     def __check_init__(self):
         check_callable(self.fn, "fn")
 
-    def __call__(self, model: Any) -> Scalar:
+    def __call__(self, model: PyTree) -> Scalar:
         return self.fn(model)
 
 
@@ -61,13 +61,13 @@ class Accuracy(eqx.Module):
         check_loss_data(self.x, self.labels, "labels")
         check_labels(self.labels)
 
-    def logits(self, model: Any) -> Float[Array, "n k"]:
+    def logits(self, model: PyTree) -> Float[Array, "n k"]:
         """The logits of all samples."""
         logits = predicted(predict_each, model, self.x)
         check_logits(self.labels, logits.shape)
         return logits
 
-    def __call__(self, model: Any) -> Scalar:
+    def __call__(self, model: PyTree) -> Scalar:
         logits = self.logits(model)
         right = jnp.argmax(logits, axis=-1).astype(self.labels.dtype) == self.labels
         return jnp.mean(right, dtype=logits.dtype)

@@ -163,7 +163,7 @@ class T(Settings):
         decay = (np.maximum(away - floor, 0) / (rho**at * away[0] + 1e-300)).max()
         unseen = float(truth.unseen()) * np.linalg.norm(np.asarray(truth.target))
         error = np.linalg.norm(ridge - np.asarray(truth.target))
-        return {"ridge_rate": float(decay), "ridge_floor": unseen / error}
+        return {"ridge_rate": float(decay), "ridge_floor": float(unseen / error)}
 
     def signs(self) -> dict[str, float]:
         """Lemma C.31: a ← a − α sign(a) is in its band from ⌊|a|/α⌋ steps on."""

@@ -87,9 +87,10 @@ class AD(Settings):
     def judge(self, data: xr.Dataset) -> list[Row]:
         sizes, m, edges = data["size"].values, data.messiness.values, self.edges(data)
         rows, tests = [], []
-        for size, *maps in zip(sizes, data.train.values, data.test.values, strict=True):
-            rows += spread_rows(size, *maps, self.level)
-            tests.append(inside(*maps, self.level))
+        maps = zip(sizes, data.train.values, data.test.values, strict=True)
+        for size, train, test in maps:
+            rows += spread_rows(size, train, test, self.level)
+            tests.append(inside(train, test, self.level))
         rows += tip_rows(sizes, m, edges, np.array(tests))
         return rows + angle_rows(sizes, m, edges)[0]
 

@@ -189,10 +189,11 @@ def with_times(
     `lasting`, those from which on it is kept; after a filter, `calm`."""
     find = for_good if lasting else first
     test = metrics["test"]
-    half = 0.5 if test.higher_is_better else 2 * test.threshold
+    level = test.threshold
+    half = 0.5 if test.higher_is_better or level is None else 2 * level
     asked = {
         "memorised": ("train", metrics["train"].threshold),
-        "grokked": ("test", test.threshold),
+        "grokked": ("test", level),
         "half": ("test", half),
     }
     for name, (key, level) in asked.items():

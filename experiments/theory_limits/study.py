@@ -232,8 +232,10 @@ def grokking_times(scaled: dict[str, dict[float, gf.Report]]) -> Figure:
 
 
 def _row(count: int) -> tuple[Figure, Any]:
-    size = dict(figsize=(3.9 * count + 0.6, 4.4), layout="constrained")
-    fig, axes = plt.subplots(1, count, squeeze=False, **size)
+    size = (3.9 * count + 0.6, 4.4)
+    fig, axes = plt.subplots(
+        1, count, squeeze=False, figsize=size, layout="constrained"
+    )
     return fig, axes[0]
 
 

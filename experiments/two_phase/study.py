@@ -5,7 +5,7 @@ import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ TASKS: dict[str, Callable[..., gf.tasks.Task]] = {
     "deep_linear": gf.tasks.deep_linear,
     "relu_1d": gf.tasks.relu_1d,
 }
-Name = Literal[*TASKS]  # pyright: ignore[reportInvalidTypeForm]
+Name: TypeAlias = Literal[*TASKS]  # pyright: ignore[reportInvalidTypeForm]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,12 +2,12 @@
 
 import abc
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree, Scalar
 
@@ -15,7 +15,7 @@ from ..losses import AbstractCompositeLoss, AbstractLoss, outer_from, samples
 from .term import AbstractChart, Flat
 
 
-def operations(jaxpr: Any) -> Iterator[Any]:
+def operations(jaxpr: Jaxpr | ClosedJaxpr) -> Iterator[JaxprEqn]:
     """All equations of a program, and of those inside of it."""
     for equation in jaxpr.eqns:
         yield equation
@@ -117,6 +117,10 @@ class AbstractFlatLoss(eqx.Module):
         """w where ℓ'' = w I everywhere, `None` otherwise."""
 
     @abc.abstractmethod
+    def jacobian(self, theta: Float[Array, " d"]) -> Float[Array, "m d"]:
+        """J = ∂z/∂θ."""
+
+    @abc.abstractmethod
     def tangent_kernel(
         self, theta: Float[Array, " d"], weights: Float[Array, " d"] | None = None
     ) -> Float[Array, "m m"]:
@@ -167,7 +171,7 @@ class FlatLoss(AbstractFlatLoss):
         return self.composite.outer_curvature
 
     def jacobian(self, theta: Float[Array, " d"]) -> Float[Array, "m d"]:
-        """J = ∂z/∂θ: sample by sample, at the cost of one gradient for each output of a
+        """J: sample by sample, at the cost of one gradient for each output of a
         sample, where the loss has `samples`; else by m vector-Jacobian products."""
         x = samples(self.composite)
         if x is None:
@@ -274,6 +278,9 @@ class FlatOpaqueLoss(AbstractFlatLoss):
     @property
     def outer_curvature(self) -> None:
         return None
+
+    def jacobian(self, theta: Float[Array, " d"]) -> Float[Array, "d d"]:
+        return jnp.eye(theta.size, dtype=theta.dtype)
 
     def tangent_kernel(
         self, theta: Float[Array, " d"], weights: Float[Array, " d"] | None = None

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 from jaxtyping import Array, Float
 
 from ..losses import CrossEntropy, Huber, Logistic, SquaredError
@@ -19,7 +20,7 @@ def may_have_kinks(loss: AbstractFlatLoss, theta: Float[Array, " d"]) -> bool:
     return _kinked(jax.make_jaxpr(loss.outputs if own else loss.__call__)(theta))
 
 
-def _kinked(jaxpr: Any) -> bool:
+def _kinked(jaxpr: Jaxpr | ClosedJaxpr) -> bool:
     # The maximum in a softmax is one through which no derivative flows.
     shifts = any(one.primitive.name == "stop_gradient" for one in jaxpr.eqns)
 
@@ -42,7 +43,7 @@ def _kinked(jaxpr: Any) -> bool:
     return any(map(kinked, jaxpr.eqns))
 
 
-def _function(one: Any) -> str | None:
+def _function(one: JaxprEqn) -> str | None:
     """The name of the function whose derivative is given by hand (`jax.custom_jvp`)."""
     inner = one.params.get("call_jaxpr")
     about = getattr(getattr(inner, "jaxpr", None), "debug_info", None)

@@ -21,6 +21,11 @@ class FollowGrowth(AbstractWrapped):
     controller: diffrax.AbstractAdaptiveStepSizeController
     term: FlowTerm
 
+    def __init__(
+        self, controller: diffrax.AbstractAdaptiveStepSizeController, term: FlowTerm
+    ):
+        self.controller, self.term = controller, term
+
     def init(self, *args):
         return self.controller.init(*args)
 
@@ -30,8 +35,9 @@ class FollowGrowth(AbstractWrapped):
         keep, next_t0, next_t1, jump, state, result = self.controller.adapt_step_size(
             t0, t1, y0, y1_candidate, args, y_error, error_order, controller_state
         )
-        rate = _growth(self.term, y1_candidate).astype(t1.dtype)
-        most = 2 * jnp.asarray(self.rtol, t1.dtype) ** (1 / 6)
+        dtype = jnp.result_type(t1)
+        rate = _growth(self.term, y1_candidate).astype(dtype)
+        most = 2 * jnp.asarray(self.rtol, dtype) ** (1 / 6)
         far = keep & ((t1 - t0) * rate > most)
         next_t0 = jnp.where(far, t0, next_t0)
         # A bit shorter, so that the next one passes though μ has risen.

@@ -200,7 +200,7 @@ def _limit(term: FlowTerm, params: PyTree, form: AbstractForm, search: Search) -
     decades = t_max * 10.0 ** np.arange(-3, 1).astype(dtype)
     sol = _follow(term, params, form, search, pace, decades)
     ts, ys = sol.ts, sol.ys
-    assert ts is not None and ys is not None
+    assert ts is not None and ys is not None and sol.event_mask is not None
     (time,), (thetas, losses) = ts[0], ys[1]
     last = jax.tree.map(lambda y: y[0], ys[0])
     end = flatten(term.loss, last, term.static)[0]

@@ -84,7 +84,9 @@ class AbstractLeafwise(AbstractOwnGradient, AbstractByLeaf):
         pairs = zip(self.acts_on(params), jax.tree.leaves(params), strict=True)
         return [x for on, x in pairs if on]
 
-    def _map(self, fn: Callable, other: Callable, params: PyTree, *rest: Any) -> PyTree:
+    def _map(
+        self, fn: Callable, other: Callable, params: PyTree, *rest: PyTree
+    ) -> PyTree:
         """`fn` of the leaves that R acts on, `other` of the others."""
         leaves, tree = jax.tree.flatten(params)
         rows = zip(leaves, *map(tree.flatten_up_to, rest), strict=True)

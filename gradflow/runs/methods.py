@@ -161,7 +161,7 @@ class DescentOptimiser(NamedTuple):
         """The update from `params` of ½‖θ‖², or an error."""
 
         def size(p):
-            return 0.5 * sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(p))
+            return jnp.asarray(0.5 * sum(jnp.sum(x**2) for x in jax.tree.leaves(p)))
 
         moved, _ = self.update(size, lambda p: p, self.made.init(params), params)
         if jax.tree.map(jnp.shape, moved) != jax.tree.map(jnp.shape, params):

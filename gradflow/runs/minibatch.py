@@ -1,20 +1,23 @@
 """Minibatches of a loss over samples."""
 
-from typing import Any
+from collections.abc import Callable
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, Int, PRNGKeyArray
+from jaxtyping import Array, Int, PRNGKeyArray, PyTree, Scalar
 
 from .._checks import is_key, word
-from ..losses import AbstractLoss, CrossEntropy, Huber, Logistic, SquaredError
+from ..losses import AbstractLoss, AbstractTargetLoss, CrossEntropy
 
 
-def _data(loss: Any) -> tuple[Any, Any]:
+def _data(loss: AbstractLoss) -> tuple[PyTree, PyTree]:
     """Inputs, and targets or labels."""
-    return (loss.x, loss.labels if isinstance(loss, CrossEntropy) else loss.y)
+    if isinstance(loss, CrossEntropy):
+        return loss.x, loss.labels
+    assert isinstance(loss, AbstractTargetLoss)
+    return loss.x, loss.y
 
 
 def check_batches(
@@ -32,7 +35,7 @@ def check_batches(
         raise ValueError(
             f"key: expected one, to draw minibatches with, got {word(key)}."
         )
-    if not isinstance(loss, SquaredError | Huber | Logistic | CrossEntropy):
+    if not isinstance(loss, AbstractTargetLoss | CrossEntropy):
         kind = type(loss).__name__
         raise ValueError(f"batch_size: {kind} has no samples known to draw from.")
     x, y = _data(loss)
@@ -47,14 +50,20 @@ def check_batches(
     return y.shape[0]
 
 
-def epoch_order(loss: Any, key: PRNGKeyArray, epoch: Array) -> Int[Array, " n"]:
+def epoch_order(
+    loss: AbstractLoss, key: PRNGKeyArray, epoch: Array
+) -> Int[Array, " n"]:
     """The order of the samples in an epoch."""
     return jr.permutation(jr.fold_in(key, epoch), _data(loss)[1].shape[0])
 
 
 def minibatch(
-    loss: Any, order: Int[Array, " n"], key: PRNGKeyArray, step: Array, size: int
-) -> tuple[Any, Int[Array, " n"]]:
+    loss: AbstractLoss,
+    order: Int[Array, " n"],
+    key: PRNGKeyArray,
+    step: Array,
+    size: int,
+) -> tuple[Callable[[PyTree], Scalar], Int[Array, " n"]]:
     """The loss on the minibatch of a step, an unbiased estimate, and the order of the
     epoch."""
     n = order.shape[0]
@@ -66,5 +75,5 @@ def minibatch(
     chosen = order[(place * size + jnp.arange(size)) % n]
     some = jax.tree.map(lambda a: a[chosen], _data(loss))
     some_loss = eqx.tree_at(_data, loss, some)
-    total = getattr(loss, "reduction", "mean") == "sum"
+    total = isinstance(loss, AbstractTargetLoss) and loss.reduction == "sum"
     return (lambda model: some_loss(model) * (n / size)) if total else some_loss, order

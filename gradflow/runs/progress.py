@@ -6,7 +6,10 @@ from typing import Any
 import diffrax
 import equinox as eqx
 import jax.numpy as jnp
+from jaxtyping import PyTree
 from tqdm.auto import tqdm
+
+from .._typing import RealScalarLike
 
 
 class Bar(diffrax.TqdmProgressMeter):
@@ -17,7 +20,7 @@ class Bar(diffrax.TqdmProgressMeter):
     def __init__(self, name: str):
         self.name = name
 
-    def step(self, state: Any, progress: Any) -> Any:
+    def step(self, state: PyTree, progress: RealScalarLike) -> PyTree:
         # The end is always shown.
         count = jnp.where(progress >= 1, 0, state.step)
         return super().step(eqx.tree_at(lambda s: s.step, state, count), progress)
@@ -36,14 +39,14 @@ class Bar(diffrax.TqdmProgressMeter):
         return lambda bar: bar.close()
 
 
-def _begin(name: str) -> Any:
+def _begin(name: str) -> tqdm:
     form = (
         "{desc}: {percentage:.2f}%|{bar}| [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
     )
     return tqdm(total=100, unit="%", desc=name, bar_format=form)
 
 
-def _step(every: int, bar: Any, progress: Any) -> None:
+def _step(every: int, bar: tqdm, progress: RealScalarLike) -> None:
     steps = int(bar.postfix.split()[0]) if bar.postfix else -every
     steps += every if progress < 1 else 0
     bar.set_postfix_str(f"{steps} steps", refresh=False)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Protocol, runtime_checkable, TypeVar
 
 import equinox as eqx
 import jax
@@ -14,7 +14,21 @@ from ..results import RESULTS
 from .interpolate import DEGREE, interpolate
 from .path import Path
 
-P = TypeVar("P", bound=eqx.Module)  # a `Path`, or what is saved like one
+
+@runtime_checkable
+class Refinable(Protocol):
+    """A `Path`, or what is saved like one."""
+
+    @property
+    def params(self) -> PyTree: ...
+    @property
+    def train_loss(self) -> Float[Array, " n"]: ...
+    @property
+    def result(self) -> RESULTS: ...
+    def __len__(self) -> int: ...
+
+
+P = TypeVar("P", bound=Refinable)
 
 FEWEST = 65
 MOST = 1025
@@ -69,7 +83,7 @@ def refined(
     return path, error
 
 
-def _reached(path: Any) -> bool:
+def _reached(path: Refinable) -> bool:
     """Whether the run came to its end, however."""
     return bool(jnp.isfinite(path.train_loss[-1]))
 

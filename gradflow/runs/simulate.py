@@ -5,6 +5,7 @@ import functools
 import sys
 import warnings
 from collections.abc import Callable
+from typing import TypeVar
 
 import diffrax
 import equinox as eqx
@@ -150,7 +151,7 @@ def simulate(
     kinked = kinked and _kinked(term, params)
     choice = as_choice(solver, size, rtol)
     path = run(choice)
-    if choice.trial and bool(wants_another(path.result)):
+    if choice.trial and size is not None and bool(wants_another(path.result)):
         then = second_choice(size, rtol)
         if progress:
             tqdm.write(given_up(path, then.solver), file=sys.stderr)
@@ -159,7 +160,10 @@ def simulate(
     return fail_unless_reached(path, path) if throw else path
 
 
-def _underivable(values: PyTree, solver: str, adjoint: Given) -> PyTree:
+Values = TypeVar("Values")
+
+
+def _underivable(values: Values, solver: str, adjoint: Given) -> Values:
     """`values`; who differentiates what comes of them gets an error."""
     told = (
         f"adjoint: a run by {solver} has no derivative; give solver=diffrax.Tsit5(), "

@@ -17,6 +17,7 @@ from ..penalties import absolute_weights, AbstractProximal
 from ..results import RESULTS
 from ..solvers import (
     AbstractFlowSolver,
+    AbstractKKT,
     ActiveSet,
     as_flow_solver,
     curvature_jumps,
@@ -203,7 +204,7 @@ def _flow_solver(run: Solve) -> AbstractFlowSolver:
         raise ValueError(
             f"penalty: the kinks of {kind} are not coordinates at zero; {remedy}"
         )
-    if not solver.follows_kinks:
+    if not isinstance(solver, AbstractKKT):
         raise ValueError(
             f"solver: only the KKT solvers follow a flow along the kinks of {kind}, "
             f"got {solver.name}; or {remedy}"

@@ -1,7 +1,7 @@
 """The compiled loop of a descent, and the verdict on it."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import diffrax
 import equinox as eqx
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Int, PRNGKeyArray, PyTree, Scalar
 
-from ..flow.term import Flat, FlowTerm, Sphere
+from ..flow.term import Flat, FlowTerm, Sphere, Tangential
 from ..metrics import Metric
 from ..penalties import prox
 from ..results import RESULTS
@@ -151,10 +151,10 @@ class _Descent(eqx.Module):
     def of(cls, run: Descend) -> "_Descent":
         term, sphere = run.term, None
         if isinstance(term.chart, Sphere):
-            sphere, penalty = term.chart, run.term.penalty
+            sphere, penalty = term.chart, term.penalty
+            assert isinstance(penalty, Tangential)
             # That of θ itself, not of the point that the sphere makes it.
-            free: Any = penalty
-            term = FlowTerm(term.loss, free.penalty, Flat(sphere.static))
+            term = FlowTerm(term.loss, penalty.penalty, Flat(sphere.static))
         return cls(
             run=run,
             term=term,
@@ -178,8 +178,9 @@ class _Descent(eqx.Module):
         run, order, loss = self.run, state.order, self.term.loss
         rate = run.learning_rate
         h = rate(i) if isinstance(rate, Scheduled) else rate
-        if run.key is not None and run.batch_size is not None:
-            loss, order = minibatch(loss, order, run.key, i, run.batch_size)
+        key, size = run.key, run.batch_size
+        if key is not None and size is not None and order is not None:
+            loss, order = minibatch(loss, order, key, i, size)
         moved, memory = self.move(loss, state, h)
         if self.sphere is not None:
             moved = self.sphere.place(moved)

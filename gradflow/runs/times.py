@@ -152,6 +152,7 @@ def _prepare(
     ts = span.ts
     if ts is None:
         end = span.t1 if span.slow_time is None else span.slow_time / weight_decay
+        assert end is not None  # one of the three is given
         ts = _save_times(term, params, weight_decay, end, saves)
     if not measure:
         return ts, None

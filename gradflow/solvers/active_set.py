@@ -82,7 +82,6 @@ class ActiveSet(
     differentiable: ClassVar[bool] = False
     sees_growth: ClassVar[bool] = True
     sees_jumps: ClassVar[bool] = True
-    follows_kinks: ClassVar[bool] = True
     term_structure: ClassVar = SignedFlowTerm
     interpolation_cls: ClassVar = (
         diffrax.ThirdOrderHermitePolynomialInterpolation.from_k

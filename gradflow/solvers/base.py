@@ -57,8 +57,6 @@ class AbstractFlowSolver(eqx.Module):
     flow leaves a saddle; otherwise the controller of the steps does."""
     sees_jumps: AbstractClassVar[bool]
     """Whether its estimate sees errors where the curvature jumps, as Huber's does."""
-    follows_kinks: AbstractClassVar[bool]
-    """Whether an `ActiveSet` of it follows a flow along kinks of its penalty."""
 
     @property
     @abc.abstractmethod
@@ -155,7 +153,6 @@ class Plain(AbstractPlain):
     differentiable: ClassVar[bool] = True
     sees_growth: ClassVar[bool] = False
     sees_jumps: ClassVar[bool] = False
-    follows_kinks: ClassVar[bool] = False
 
     def reservation(self, saved: Saved) -> RESULTS:
         return RESULTS.successful
@@ -174,7 +171,6 @@ class Explicit(AbstractPlain):
     differentiable: ClassVar[bool] = True
     sees_growth: ClassVar[bool] = False
     sees_jumps: ClassVar[bool] = False
-    follows_kinks: ClassVar[bool] = False
 
     def reservation(self, saved: Saved) -> RESULTS:
         """`unstable` where its steps were limited by stability, and so many that noise

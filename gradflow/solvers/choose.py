@@ -70,8 +70,9 @@ def as_choice(
     solver: diffrax.AbstractSolver | None, size: Size | None, rtol: float | Scalar
 ) -> Choice:
     """The solver given, or the one that `choose_solver` finds for `size`."""
-    if solver is not None or size is None:
+    if solver is not None:
         return Choice(solver, "given")
+    assert size is not None  # it is measured where no solver is given
     return choose_solver(size, rtol=rtol)
 
 

@@ -150,7 +150,7 @@ class Relative(diffrax.AbstractAdaptiveStepSizeController):
         # A step that ends a rounding before a time to land on would leave a tiny one to
         # it, as steps of equal length do between equidistant times. And a tiny step
         # that is accepted is no failure.
-        eps = jnp.finfo(t1.dtype).eps
+        eps = jnp.finfo(jnp.result_type(t1)).eps
         next_t1 = jnp.where(keep, next_t1 + 4 * eps * jnp.abs(next_t1), next_t1)
         tiny = keep & (result == diffrax.RESULTS.dt_min_reached)
         result = diffrax.RESULTS.where(tiny, diffrax.RESULTS.successful, result)

@@ -1,5 +1,7 @@
 """The matrix of a KKT step: made, kept, drifted, factorised."""
 
+import functools
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -89,16 +91,11 @@ def _factorise(
         matrix = cho_factor(ridge / w * eye + kernel, lower=True)[0]
         pivots = jnp.zeros(kernel.shape[0], jnp.int32)
         smallest = w * jnp.min(jnp.diag(matrix)) ** 2
-
-        def solve(b):
-            return cho_solve((matrix, True), b)
+        solve = functools.partial(cho_solve, (matrix, True))
     else:
         matrix, pivots = lu_factor(ridge / w * eye + kernel)
         smallest = w * jnp.min(jnp.abs(jnp.diag(matrix)))
-
-        def solve(b):
-            return lu_solve((matrix, pivots), b)
-
+        solve = functools.partial(lu_solve, (matrix, pivots))
     if len(eye) <= _INVERTED:
         matrix = solve(eye)
     return Factor(matrix, pivots, jnp.asarray(shift, kernel.dtype), smallest)
@@ -141,19 +138,17 @@ class StageMatrix(eqx.Module):
         fresh, whole = effort >= RENEWED, effort == WHOLE
         shift = (alpha if jnp.ndim(alpha) == 0 else 1) / c
         definite = loss.outer_curvature is not None
-
-        def make():
-            return _factorise(loss, shift, kernel, definite)
-
         if inverse is not None:
             shift = jnp.where(whole, 1 / c, shift)
 
-            def make():
-                return jax.lax.cond(
-                    whole,
-                    lambda: _factorise(loss, shift, kernel, False),
-                    lambda: _factorise(loss, shift, kernel, definite),
-                )
+        def make():
+            if inverse is None:
+                return _factorise(loss, shift, kernel, definite)
+            return jax.lax.cond(
+                whole,
+                lambda: _factorise(loss, shift, kernel, False),
+                lambda: _factorise(loss, shift, kernel, definite),
+            )
 
         factor = jax.lax.cond(fresh | _drifted(factor, shift), make, lambda: factor)
         return cls(loss, kernel, inverse, alpha, shift, factor, fresh, whole)

@@ -1,6 +1,7 @@
 """KKT-ESDIRK: stiff solvers for the gradient flow of a composite loss."""
 
-from typing import Any, ClassVar, NamedTuple, TYPE_CHECKING
+import abc
+from typing import ClassVar, NamedTuple, TYPE_CHECKING
 
 import diffrax
 import equinox as eqx
@@ -140,10 +141,14 @@ class AbstractKKT(
     differentiable: ClassVar[bool] = False
     sees_growth: ClassVar[bool] = True
     sees_jumps: ClassVar[bool] = True
-    follows_kinks: ClassVar[bool] = True
     term_structure: ClassVar = AbstractFlowTerm
     interpolation_cls: ClassVar = ThirdOrderHermitePolynomialInterpolation.from_k
     tableau: AbstractClassVar[diffrax.ButcherTableau]
+    root_finder: eqx.AbstractVar[ChordIteration]
+
+    @abc.abstractmethod
+    def order(self, terms: PyTree[AbstractTerm]) -> int:
+        """Of the method, whatever the terms."""
 
     @property
     def name(self) -> str:
@@ -396,7 +401,6 @@ class AbstractKKT(
     ) -> _Step:
         """The stages with one matrix; the multiplier and the error at their end."""
         term, loss, y0, h = problem.term, problem.loss, problem.theta, problem.h
-        finder: Any = self.root_finder
         stages = Stages(
             term=term,
             loss=loss,
@@ -407,7 +411,7 @@ class AbstractKKT(
             matrix=StageMatrix.of(
                 loss, kernel, inverse, problem.alpha, problem.c, effort, state.factor
             ),
-            finder=finder,
+            finder=self.root_finder,
             most=self.root_find_max_steps,
             lasting=state.lasting,
         )
@@ -454,7 +458,11 @@ class AbstractKKT(
         low, high = jnp.hypot(two, three), jnp.hypot(three, four)
         ratio = high / jnp.where(low > 0, low, 1)
         size = JUMPED * high
-        return size * jnp.minimum(ratio, 1) ** (self.order(None) - 3)  # pyright: ignore[reportArgumentType]
+        return size * jnp.minimum(ratio, 1) ** (self.order(None) - 3)
+
+
+# Which is no root finder of Optimistix's, but given the tolerances as those are.
+_FINDER: ChordIteration = diffrax.with_stepsize_controller_tols(ChordIteration)()  # pyright: ignore[reportArgumentType]
 
 
 class KKT4(AbstractKKT):
@@ -494,9 +502,7 @@ class KKT4(AbstractKKT):
     `diffrax.PIDController`, and `args=weight_decay`.
     """
 
-    root_finder: ChordIteration = diffrax.with_stepsize_controller_tols(
-        ChordIteration
-    )()
+    root_finder: ChordIteration = _FINDER
     root_find_max_steps: int = 12
     tableau: ClassVar[diffrax.ButcherTableau] = diffrax.KenCarp4.tableau.tableaus[1]
 
@@ -515,9 +521,7 @@ class KKT5(AbstractKKT):
     term is added to it, for plain decay, to which the published estimate is blind.
     """
 
-    root_finder: ChordIteration = diffrax.with_stepsize_controller_tols(
-        ChordIteration
-    )()
+    root_finder: ChordIteration = _FINDER
     root_find_max_steps: int = 12
     tableau: ClassVar[diffrax.ButcherTableau] = kencarp5()
 

@@ -82,7 +82,6 @@ class RKC2(AbstractOnParams, diffrax.AbstractAdaptiveSolver[_State]):
     differentiable: ClassVar[bool] = False
     sees_growth: ClassVar[bool] = True
     sees_jumps: ClassVar[bool] = False
-    follows_kinks: ClassVar[bool] = False
     term_structure: ClassVar = AbstractTerm
     interpolation_cls: ClassVar = ThirdOrderHermitePolynomialInterpolation.from_k
     max_stages: int = 10_000

@@ -162,7 +162,7 @@ def _items(name: str, values: Given) -> tuple:
     return tuple(_plain(v) for v in values)
 
 
-def _plain(value: object) -> object:
+def _plain(value: Given) -> Given:
     dtype = getattr(value, "dtype", None)
     if isinstance(dtype, np.dtype) and dtype.kind in "biuf" and np.ndim(value) == 0:
         return np.asarray(value).item()

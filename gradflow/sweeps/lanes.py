@@ -93,7 +93,7 @@ class FlowLanes(AbstractLanes):
         dtype = jax.tree.leaves(params)[0].dtype
         decay = plan.value(number, "weight_decay")
         lam = jnp.asarray(decay, dtype)
-        rtol = resolvable(plan.value(number, "rtol"), params)
+        rtol = float(resolvable(plan.value(number, "rtol"), params))
         check_horizon(decay, **span.of_flow, saves=plan.saves, dtype=dtype)
         ts, _ = prepare(
             term, params, lam, **span.of_flow, saves=plan.saves, watched=watched,
@@ -183,8 +183,10 @@ class DescentLanes(AbstractLanes):
     def cost(self, number: int) -> float:
         """Its steps."""
         plan, span = self.plan, self.plan.span
-        if span.at is not None or span.steps is not None:
-            return float(span.steps or span.at[-1])
+        if span.steps is not None:
+            return float(span.steps)
+        if span.at is not None:
+            return float(span.at[-1])
         return _end(plan, number) / float(plan.value(number, "learning_rate"))
 
     def bytes_per_lane(self, number: int) -> int:

@@ -48,12 +48,13 @@ class Descent(eqx.Module):
 
     def __check_init__(self) -> None:
         rate = self.learning_rate
-        if np.ndim(rate) > 1:
+        rates = np.asarray(rate)
+        if rates.ndim > 1:
             raise ValueError(
                 f"learning_rate: expected a number or a vector, got {rate!r}."
             )
-        for one in rate if np.ndim(rate) else (rate,):
-            if np.ndim(rate) and callable(one):
+        for one in rates.ravel().tolist():
+            if rates.ndim and callable(one):
                 raise ValueError(
                     "learning_rate: expected numbers, or one schedule for all."
                 )

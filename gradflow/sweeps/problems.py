@@ -59,12 +59,12 @@ class Problems:
         **Raises:** whatever the function that makes it raises, and `ValueError` for
         what it makes.
         """
-        plan = self.plan
-        if isinstance(plan.make, Problem):
-            return plan.make
+        plan, given = self.plan, self.plan.make
+        if isinstance(given, Problem):
+            return given
 
         def make() -> Problem:
-            made = plan.make(**plan.values_of_problem(lane))
+            made = given(**plan.values_of_problem(lane))
             return placed_problem(as_problem(made, plan.metrics))
 
         return self._problem.get(plan.owner(lane), make)

@@ -318,7 +318,7 @@ def _stacked(column: Sequence[Any]) -> Any:
 class Static(NamedTuple):
     """Arguments that are not traced."""
 
-    tree: jax.tree_util.PyTreeDef
+    tree: jax.tree_util.PyTreeDef  # pyright: ignore[reportInvalidTypeForm]
     """Of the arguments of a lane."""
     batch: Batch
     devices: int

@@ -9,6 +9,7 @@ from tqdm.auto import tqdm
 
 from ..runs.outcome import given_up
 from ..runs.path import Path
+from ..runs.solve import Solve
 from .axes import Axes
 from .lanes import Lane
 
@@ -62,11 +63,11 @@ class ProgressBars:
 
     def given_up(self, lane: Lane, path: Path) -> None:
         """Says that the solver of a lane, which was only tried, has failed."""
-        if self.bars[0].disable or lane.again is None:
+        again = None if lane.again is None else lane.again.run
+        if self.bars[0].disable or not isinstance(again, Solve):
             return
-        solver = lane.again.run.solver
         where = self.axes.words(int(lane.name))
-        tqdm.write(f"{where}: {given_up(path, solver)}", file=sys.stderr)
+        tqdm.write(f"{where}: {given_up(path, again.solver)}", file=sys.stderr)
 
     def part_done(self, name: str, path: Path) -> None:
         """Shows how far a lane is that takes long. `name` is that of its checkpoint."""

@@ -298,5 +298,5 @@ def _cell(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)[:9]
 
 
-def _count(value: RealScalarLike) -> str:
+def _count(value: RealScalarLike | np.generic) -> str:
     return f"{int(value)}" if np.isfinite(float(value)) else "–"

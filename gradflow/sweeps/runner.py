@@ -63,7 +63,8 @@ class Runner:
         bars: ProgressBars,
         shape: Shape | None = None,
     ):
-        self.lanes, self.batch, self.bars, self.shape = lanes, batch, bars, shape
+        self.lanes, self.bars, self.shape = lanes, bars, shape
+        self.batch: Batch = batch
         # The errors of one problem's own making are for the caller to know.
         self.one = lanes.problems.one
 

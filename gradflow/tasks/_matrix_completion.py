@@ -1,11 +1,11 @@
 """Completing a low-rank matrix from some of its entries."""
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from .._checks import check_choice, check_positive
 from ..losses import SquaredError
@@ -96,7 +96,7 @@ def matrix_completion(
     )
 
 
-def entries(model: Any, flat: Int[Array, " N"]) -> Float[Array, " N"]:
+def entries(model: PyTree, flat: Int[Array, " N"]) -> Float[Array, " N"]:
     """The entries of `model.matrix`, (m, n), at the places `flat` = n i + j.
 
     Forms the whole matrix once: a gather of rows of its factors for each entry is

@@ -1,10 +1,8 @@
 """Recovering a sparse vector from fewer linear measurements than unknowns."""
 
-from typing import Any
-
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, Float, PRNGKeyArray, Scalar
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
 from .._checks import check_positive
 from ..losses import SquaredError
@@ -97,7 +95,7 @@ def sparse_recovery(
     )
 
 
-def coefficients(model: Any) -> Float[Array, "*batch d"]:
+def coefficients(model: PyTree) -> Float[Array, "*batch d"]:
     """The coefficients a of a linear model, of any depth."""
     return model.weights if isinstance(model, LinearModel) else model.beta
 
@@ -113,7 +111,7 @@ class SparseTruth(AbstractSparseTruth):
     targets: Float[Array, " n"]
     target: Float[Array, " d"]
 
-    def coefficients(self, model: Any) -> Float[Array, "*batch d"]:
+    def coefficients(self, model: PyTree) -> Float[Array, "*batch d"]:
         """a of `model`."""
         return coefficients(model)
 
