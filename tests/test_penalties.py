@@ -466,3 +466,20 @@ def test_a_penalty_of_your_own_adds_up():
     assert_allclose(
         flat(penalty.gradient(model)), 2 * flat(model) ** 3 + 2 * flat(model)
     )
+
+
+def test_what_is_not_declared_would_never_be_asked():
+    class Undeclared(AbstractPenalty):
+        def __call__(self, params):
+            return gf.L2()(params)
+
+        def gradient(self, params):
+            return params
+
+        def curvature(self, params):
+            return 1.0
+
+    loss = gf.SquaredError(jnp.ones((2, 3)), jnp.ones(2))
+    for penalty in (Undeclared(), 2 * Undeclared() + gf.L1()):
+        with pytest.raises(ValueError, match="Undeclared has `curvature`.*AbstractCur"):
+            gf.GradientFlow(loss, penalty=penalty)

@@ -9,7 +9,7 @@ from jaxtyping import PyTree, Scalar
 from .._checks import check_init_scale, check_model, is_concrete, word
 from .._typing import Given
 from ..losses import AbstractLoss
-from ..penalties import AbstractPenalty, L2, least_norm
+from ..penalties import AbstractPenalty, check_declared, L2, least_norm
 from .term import Flat, FlowTerm, Sphere, Tangential
 
 
@@ -41,7 +41,8 @@ class GradientFlow(eqx.Module):
         - `hold_norm`: keep the norm ‖θ‖ of the trainable parameters at its initial
             value: the flow on a sphere, θ' = −(I − θ̂θ̂ᵀ)(∇F(θ) + λ∇R(θ)), θ̂ = θ/‖θ‖.
 
-        **Raises:** `ValueError` where loss or penalty is none of gradflow's.
+        **Raises:** `ValueError` where loss or penalty is none of gradflow's, or a
+            penalty has more to tell than its class declares.
         """
         if not isinstance(loss, AbstractLoss):
             raise ValueError(
@@ -53,6 +54,8 @@ class GradientFlow(eqx.Module):
                 f"penalty: expected a gradflow penalty, got {word(penalty)}; see "
                 "gradflow.AbstractPenalty for one of your own."
             )
+        if penalty is not None:
+            check_declared(penalty)
         self.loss = loss
         self.penalty = L2() if penalty is None else penalty
         self.trainable = trainable

@@ -24,12 +24,9 @@ from .term import AbstractChart, FlowTerm
 class Raveled(AbstractChart):
     """The state is that of another chart, as one vector."""
 
+    static: PyTree
     chart: AbstractChart
     unravel: Callable[[Array], PyTree] = eqx.field(static=True)
-
-    @property
-    def static(self) -> PyTree:
-        return self.chart.static
 
     def place(self, params: Float[Array, " d"]) -> PyTree:
         return self.chart.place(self.unravel(params))
@@ -91,5 +88,5 @@ def on_vector(term: FlowTerm, params: PyTree) -> tuple[FlowTerm, Float[Array, " 
     To be called inside a jitted function: it holds the closure that rebuilds the tree.
     """
     theta, unravel = ravel_pytree(params)
-    chart, penalty = Raveled(term.chart, unravel), OfVector(term.penalty, unravel)
-    return FlowTerm(term.loss, penalty, chart), theta
+    chart = Raveled(term.static, term.chart, unravel)
+    return FlowTerm(term.loss, OfVector(term.penalty, unravel), chart), theta

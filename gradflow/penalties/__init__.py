@@ -9,6 +9,7 @@ from .base import (
     AbstractLipschitz as AbstractLipschitz,
     AbstractPenalty as AbstractPenalty,
     AbstractProximal as AbstractProximal,
+    check_declared as check_declared,
     curvature as curvature,
     least_norm as least_norm,
     lipschitz as lipschitz,

@@ -165,6 +165,26 @@ class AbstractComposite(AbstractPenalty):
 
 # Of any penalty, whatever it declares.
 
+_DECLARED = {
+    "curvature": AbstractCurved,
+    "least_norm": AbstractKinked,
+    "absolute_weights": AbstractAbsolute,
+    "prox": AbstractProximal,
+    "lipschitz": AbstractLipschitz,
+}
+
+
+def check_declared(penalty: AbstractPenalty) -> None:
+    """Raises where a penalty has a method that nobody would ask it for, since its class
+    does not say so."""
+    for _, part in penalty.terms():
+        for method, base in _DECLARED.items():
+            if hasattr(part, method) and not isinstance(part, base):
+                raise ValueError(
+                    f"penalty: {type(part).__name__} has `{method}`, which counts only "
+                    f"in a subclass of gradflow.penalties.{base.__name__}."
+                )
+
 
 def least_norm(
     penalty: AbstractPenalty, params: PyTree, force: PyTree, strength: float | Scalar

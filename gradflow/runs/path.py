@@ -37,6 +37,7 @@ def landed_crossing_time(path: "Path", name: str, metric: Metric) -> float:
     time = crossing_time(t, values, metric)
     if path.again is None or not time > 0:
         return time
+    assert path.stats.rtol is not None  # it is a flow, if it can be run again
     enough = 0.1 * float(path.stats.rtol)
     params, count = path.params, max(len(t), 9)
     for _ in range(_PASSES):

@@ -199,6 +199,7 @@ def solve_watching(run: Solve) -> Path:
         path, state, ended = solve_part(run, None, jnp.asarray(FIRST))
     if bool(ended):
         return path
+    assert path.stats.rejected is not None
     steps, rejected = int(path.stats.steps), int(path.stats.rejected)
     slid = path.stats.sliding
     far = float(state.t) < 0.1 * float(path.t[-1])

@@ -70,7 +70,9 @@ def read_paths(
     if not isinstance(like, NotStored):
         leaves = [flat(results, name) for name in parameter_names(like)]
         params = jax.tree.structure(like).unflatten(leaves)
-    rates = {k: jnp.asarray(v) for k, v in given.items() if k != "weight_decay"}
+    rates: dict[str, Any] = {
+        k: jnp.asarray(v) for k, v in given.items() if k != "weight_decay"
+    }
     return Path(
         t=t,
         weight_decay=jnp.asarray(given["weight_decay"], t.dtype),

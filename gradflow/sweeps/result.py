@@ -16,7 +16,7 @@ from ..results import RESULTS
 from ..runs.columns import columns, described, xarray
 from ..runs.path import Path
 from ..runs.solve import run_again, Solve
-from ..runs.stats import Stats
+from ..runs.stats import Stats, Words
 from .axes import Axes, short
 from .lanes import AbstractLanes, FlowLanes
 from .on_disk import StoredPaths, StoredProblems
@@ -227,6 +227,7 @@ class Sweep(eqx.Module):
         if not bool(path.succeeded):
             return f"  FAILED: {path.verdict}"
         if bool(path.result == RESULTS.slid):
+            assert path.stats.sliding is not None
             return f"  slid along kinks in {int(path.stats.sliding)} steps"
         return ""
 
@@ -284,7 +285,7 @@ def _dataset(sweep: Sweep) -> Any:
 
 
 def _run_again(
-    lanes: FlowLanes, i: int, why: str, params: PyTree, ts: Float[Array, " n"]
+    lanes: FlowLanes, i: int, why: Words, params: PyTree, ts: Float[Array, " n"]
 ) -> Path:
     """Lane i from elsewhere, by the solver that was chosen for the reason `why`."""
     lane = lanes.lane(i)
