@@ -64,15 +64,15 @@ def read_paths(
     - `like`: parameters of the shape of those to read, or `NotStored`.
     - `of_problem`: what the path has from its problem.
     """
-    numbers = {name: flat(results, name) for name in NUMBERS if name in results}
+    numbers: dict[str, Any] = {
+        name: flat(results, name) for name in NUMBERS if name in results
+    }
     t = flat(results, "t")
     params = like
     if not isinstance(like, NotStored):
         leaves = [flat(results, name) for name in parameter_names(like)]
         params = jax.tree.structure(like).unflatten(leaves)
-    rates: dict[str, Any] = {
-        k: jnp.asarray(v) for k, v in given.items() if k != "weight_decay"
-    }
+    numbers |= {k: jnp.asarray(v) for k, v in given.items() if k != "weight_decay"}
     return Path(
         t=t,
         weight_decay=jnp.asarray(given["weight_decay"], t.dtype),
@@ -82,7 +82,7 @@ def read_paths(
         train_loss=flat(results, "train_loss"),
         penalty=flat(results, "penalty"),
         result=_result(results),
-        stats=Stats(results.attrs["solver"], **rates, **numbers),
+        stats=Stats(results.attrs["solver"], **numbers),
         watched=of_problem.watched,
     )
 
