@@ -14,6 +14,7 @@ os.environ.setdefault("XLA_FLAGS", flags)
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import pytest
 from jaxtyping import install_import_hook
 
@@ -41,12 +42,45 @@ def cpu_seconds():
     return times.user + times.system + times.children_user + times.children_system
 
 
+# What a test may take of one core, unless it is marked `slow` or `long`. Nearly all of
+# it is compilation, and many hundred tests are to end within minutes.
+MOST_SECONDS = 5.0
+# What `reference_seconds` took on the idle machine for which that was set.
+REFERENCE = 0.11
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
     begin = cpu_seconds()
     result = yield
-    record(item, "call", cpu_seconds() - begin)
+    seconds = cpu_seconds() - begin
+    record(item, "call", seconds)
+    marked = any(map(item.get_closest_marker, ("slow", "long")))
+    if not marked and seconds > MOST_SECONDS:
+        # Slower machines, and those that do other work too, may take longer.
+        limit = MOST_SECONDS * max(1.0, reference_seconds() / REFERENCE)
+        if seconds > limit:
+            pytest.fail(
+                f"took {seconds:.1f} s of a core, the limit is {limit:.1f} s here: make it"
+                " shorter, share a program with its neighbours, or mark it slow."
+            )
     return result
+
+
+def reference_seconds():
+    """What a small program takes to be compiled, which was not before."""
+
+    def program(x):
+        for i in range(15):
+            x = jnp.sin(x) * i + jnp.sum(x)
+        return x
+
+    def once():
+        begin = cpu_seconds()
+        jax.jit(lambda x: program(x))(jnp.ones(7)).block_until_ready()
+        return cpu_seconds() - begin
+
+    return min(once() for _ in range(3))
 
 
 @pytest.hookimpl(wrapper=True)

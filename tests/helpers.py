@@ -6,11 +6,18 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+import pytest
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 from scipy.integrate import solve_ivp
 
 import gradflow as gf
+
+
+def first_of(problems):
+    """The parameters of a fixture: the first of some problems, and the others, slow."""
+    first, *others = problems
+    return [first, *(pytest.param(name, marks=pytest.mark.slow) for name in others)]
 
 
 class Linear(eqx.Module):

@@ -31,6 +31,7 @@ def loss_on(x, y):
     return gf.SquaredError(jnp.asarray(x), jnp.asarray(y), reduction="sum")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [0.05, -0.4, 0.3])
 def test_one_coordinate_in_closed_form(target):
     """θ' = target − θ − λ sign θ from 1: it reaches 0 at t = ln((1−c)/−c), with
@@ -66,6 +67,7 @@ def flow_and_exact():
     return flow, Linear(jnp.asarray(start)), ts, exact
 
 
+@pytest.mark.slow
 def test_flow_equals_the_exact_one(flow_and_exact):
     flow, start, ts, exact = flow_and_exact
     ts = jnp.asarray(ts)
@@ -109,6 +111,7 @@ def test_velocity_is_zero_where_a_coordinate_is_held():
     np.testing.assert_allclose(velocity.a, [0.0, -0.3, 0.0], atol=1e-15)
 
 
+@pytest.mark.slow
 def test_lanes_agree_with_single_runs(flow_and_exact):
     flow, start, ts, exact = flow_and_exact
     lams = jnp.array([1e-2, 1e-3])
@@ -122,6 +125,7 @@ def test_lanes_agree_with_single_runs(flow_and_exact):
     assert error < 2e-6 * size
 
 
+@pytest.mark.slow
 def test_drift_is_the_exact_one():
     """Piecewise linear, ending in finite time at the point of least ℓ1 norm."""
     x, y = data(12, 40, 3)
@@ -140,6 +144,7 @@ def test_drift_is_the_exact_one():
     np.testing.assert_array_equal(found[-1] == 0, np.abs(corners[-1]) == 0)
 
 
+@pytest.mark.slow
 def test_without_weight_decay_there_are_no_kinks(flow_and_exact):
     flow, start, *_ = flow_and_exact
     ts = jnp.array([0.0, 1.0, 10.0])
@@ -148,6 +153,7 @@ def test_without_weight_decay_there_are_no_kinks(flow_and_exact):
     np.testing.assert_allclose(run(flow).params.a, run(plain).params.a, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_only_chosen_leaves_are_penalised():
     """The one left out follows ridge-free least squares, and is not held at zero."""
 

@@ -258,6 +258,7 @@ print(json.dumps([answers, len(ran)]))
 """
 
 
+@pytest.mark.slow
 def test_wrong_arguments_are_named_before_any_compute():
     here = os.path.dirname(__file__)
     code = textwrap.dedent(_CASES).format(tests=here)
@@ -279,6 +280,7 @@ def test_wrong_arguments_are_named_before_any_compute():
     assert ran == 0
 
 
+@pytest.mark.slow
 def test_a_threshold_may_be_an_array():
     loss = gf.SquaredError(jnp.eye(2), jnp.array([1.0, 2.0]))
     watch = gf.Metric(loss, threshold=jnp.asarray(0.25))
@@ -322,6 +324,7 @@ def test_a_flow_where_a_loss_is_enough(twins, name):
         assert by_flow.parameters == 4
 
 
+@pytest.mark.slow
 def test_limit_map_of_a_flow(twins):
     flow, loss, model = twins
     away = model | {"w": model["w"] + 0.1}
@@ -331,6 +334,7 @@ def test_limit_map_of_a_flow(twins):
     assert limit["kept"].tolist() == [1.0, 1.0]
 
 
+@pytest.mark.slow
 def test_wrong_arguments_that_are_traced_are_results():
     """None of them takes a step; their neighbours are as they are alone."""
     loss = gf.SquaredError(jnp.eye(2), jnp.array([1.0, 2.0]))
@@ -386,6 +390,7 @@ def test_a_traced_descent():
     np.testing.assert_allclose(path.params.w[1], [0.98, 1.08])
 
 
+@pytest.mark.slow
 def test_labels_that_a_made_problem_has_no_logits_for():
     """They are not known to the program, which is for all lanes: each is looked at."""
     x = jr.normal(jr.key(0), (4, 3))

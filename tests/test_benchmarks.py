@@ -17,6 +17,7 @@ import predict  # noqa: E402
 import report  # noqa: E402
 
 
+@pytest.mark.slow
 def test_quick_run_writes_everything(tmp_path):
     options = ["--quick", "--out", str(tmp_path)]
     run_script(*options, "--methods", "gradflow", "descent", "--budget", "0.5")

@@ -37,6 +37,7 @@ def test_every_row_has_a_command():
     assert config.steps == 10**6
 
 
+@pytest.mark.slow
 def test_linear_programs_are_counted(tmp_path):
     small = dict(features=20, sparsities=(1, 6), samples=(5, 20), trials=1)
     summary = run("cs7", tmp_path, **small)
@@ -59,6 +60,7 @@ def test_theorems_hold_as_inequalities(tmp_path):
     assert sum(row["value"] > 1e-2 for row in judged) >= 5
 
 
+@pytest.mark.slow
 def test_two_norms_and_a_closed_form(tmp_path):
     small = dict(features=20, sparsity=2, samples=6, beta=1e-3, steps=10**6)
     summary = run("cs5", tmp_path, quick=True, **small)

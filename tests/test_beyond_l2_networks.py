@@ -138,6 +138,7 @@ def test_first_step_at_a_level():
     assert runs.first(steps, values, 3.0, higher=True) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("squared", [False, True])
 def test_sobolev_lowers_the_distance_of_derivatives(tmp_path, monkeypatch, squared):
     small = functools.partial(

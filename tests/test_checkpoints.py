@@ -42,6 +42,7 @@ def equal(a, b):
     return all(np.array_equal(x, y, equal_nan=True) for x, y in arrays)
 
 
+@pytest.mark.slow
 def test_a_flow_in_parts():
     """One that lands on kinks."""
     lam, solver = 1e-2, gf.KKT4()
@@ -65,6 +66,7 @@ def test_a_flow_in_parts():
     np.testing.assert_allclose(few.metrics["test"], whole.metrics["test"], rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_the_budget_of_steps_is_that_of_all_parts():
     term, params = TASK.flow.term(TASK.model)
     ts = jnp.array([0.0, 1.0, 1e3])
@@ -114,6 +116,7 @@ def test_a_descent_that_leaves_the_finite_range_in_parts(gone_at):
     assert np.isfinite(path.train_loss).tolist() == [True, True, False, False]
 
 
+@pytest.mark.slow
 def test_a_pause_before_any_step_was_accepted():
     flow = gf.GradientFlow(TASK.loss, penalty=gf.L2())
     term, params = flow.term(TASK.model)
@@ -152,6 +155,7 @@ def test_random_keys_are_kept(tmp_path):
         assert a.dtype == b.dtype and bool(jnp.all(a == b))
 
 
+@pytest.mark.slow
 def test_a_descent_with_random_keys_in_lockstep(tmp_path, parts):
     def noisy(rate):
         return optax.chain(optax.add_noise(0.1, 0.5, jr.key(3)), optax.sgd(rate))
@@ -223,6 +227,7 @@ def parts(monkeypatch):
     return begun
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", ["loop", "vmap"])
 def test_a_lane_that_was_cut_off_goes_on(tmp_path, monkeypatch, parts, batch):
     whole = tmp_path / "whole.zarr"

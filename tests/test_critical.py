@@ -56,6 +56,7 @@ def test_limit_with_label_noise(noisy_diagonal):
     np.testing.assert_allclose(gone, jnp.zeros(8), atol=1e-9)
 
 
+@pytest.mark.slow
 def test_drift_with_label_noise(noisy_diagonal):
     """u² − v² dies as e^{−2s} on uv = β; F stays, the norm falls."""
     loss, _, beta, limit = noisy_diagonal
@@ -85,6 +86,7 @@ def low_rank_fit(seed=3):
     return gf.SquaredError(q, q @ target.T, reduction="sum"), np.asarray(target)
 
 
+@pytest.mark.slow
 def test_best_approximation_of_rank_one():
     loss, target = low_rank_fit()
     kb, ka = jr.split(jr.key(0))
@@ -176,6 +178,7 @@ def hard_margin(x, sign):
     return answer.x
 
 
+@pytest.mark.slow
 def test_separable_data_give_the_widest_margin():
     """Soudry et al., arXiv 1710.10345. Two points have the margin 1, the others more
     than 2: they are forgotten as 1/t, and the balance of the two is found as t^(−1/2).
@@ -196,6 +199,7 @@ def test_separable_data_give_the_widest_margin():
     assert "direction" in str(limit) and f"{float(limit.margin):.3g}" in str(limit)
 
 
+@pytest.mark.slow
 def test_margin_of_a_softmax():
     """Of a label's logit above the next one."""
     loss = gf.CrossEntropy(jnp.eye(3)[:2], jnp.array([0, 2]))

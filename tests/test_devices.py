@@ -82,6 +82,7 @@ def one(tmp_path_factory):
     return dict(np.load(folder / "one.npz"))
 
 
+@pytest.mark.slow
 def test_eight_devices(one, tmp_path):
     told, err = ended(start(MEMORY, tmp_path / "8.npz", devices=8))
     assert told == [8, 6]
@@ -92,6 +93,7 @@ def test_eight_devices(one, tmp_path):
     assert all(f"cpu {k}" in err for k in range(8)) and "steps/s" in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
 def test_many_processes_share_a_store(one, tmp_path, processes):
     with socket.socket() as free:
@@ -135,6 +137,7 @@ print(json.dumps([(plain == split).all().item(),
 """
 
 
+@pytest.mark.slow
 def test_data_on_other_devices_are_placed(tmp_path):
     told, _ = ended(start(PLACED, tmp_path / "no.npz", devices=2))
     assert told == [True, True]

@@ -31,6 +31,7 @@ def tanh_net():
 # --- At a point --------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["dense", "matrix-free"])
 @pytest.mark.parametrize("form", ["jacobian", "hessian"])
 def test_curvature_of_the_hyperbola(form, method):
@@ -102,6 +103,7 @@ def quartic():
     return loss, Linear(jnp.zeros(15)), gf.RESULTS.singular_point
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["dense", "matrix-free"])
 @pytest.mark.parametrize(
     "case", [no_gap(), hyperbola(1.0), hyperbola(0.0), quartic()], ids=range(4)
@@ -126,6 +128,7 @@ def test_rtol_decides_what_distance_is_measured_in():
 # --- Without a matrix --------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["jacobian", "hessian"])
 def test_matrix_free_is_dense(form, tanh_net):
     """To 4e-11 of the condition numbers, 13 of J and 170 of ∇²F."""
@@ -150,6 +153,7 @@ def test_matrix_free_is_dense(form, tanh_net):
     np.testing.assert_allclose(two.bending, one.bending, rtol=1e-8)
 
 
+@pytest.mark.slow
 def test_least_squares_in_any_unit():
     """Without an absolute tolerance: one of 4e-11 left the point beside a regular one
     off M, where the rank is higher."""
@@ -162,6 +166,7 @@ def test_least_squares_in_any_unit():
         np.testing.assert_allclose(x / unit, exact, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_matrix_free_with_a_curved_outer_loss(tanh_net):
     """ℓ'' is not a multiple of I: the singular values are those of (ℓ'')^½J."""
     loss, on = tanh_net
@@ -175,6 +180,7 @@ def test_matrix_free_with_a_curved_outer_loss(tanh_net):
     np.testing.assert_allclose(hessian.curvatures[:8], dense.curvatures, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_matrix_free_sees_redundant_data():
     loss, model = diagonal_problem(jr.key(7), samples=6, features=15)
     twice = gf.SquaredError(
@@ -192,6 +198,7 @@ def test_matrix_free_sees_redundant_data():
     assert manifold.diagnose(flow, on).result == gf.RESULTS.successful
 
 
+@pytest.mark.slow
 def test_size_decides(monkeypatch):
     """Above it no matrix is made: not for the form, nor for what follows."""
 
@@ -217,6 +224,7 @@ def test_size_decides(monkeypatch):
         manifold.tangent_projection(loss, on, model)
 
 
+@pytest.mark.slow
 def test_too_few_steps_are_named():
     loss, model = linear_problem(jr.key(0), samples=8, features=20)
     on = manifold.retract(loss, model).model
@@ -268,6 +276,7 @@ def test_saddle_without_a_matrix():
 # --- Along a drift -----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_regularity_along_the_drift_of_a_hyperbola():
     """uv = y from (u₀, y/u₀): u² − v² = c₀e^{−2s}, and η = u² + v² = √(c² + 4y²)."""
     y, u0 = 0.1, 2.0
@@ -310,6 +319,7 @@ def test_regularity_along_the_drift_of_a_hyperbola():
     assert manifold.regularity(flow, off).result == gf.RESULTS.not_critical
 
 
+@pytest.mark.slow
 def test_regularity_where_rank_is_lost():
     """One output keeps its scale, one dies as e^{−2s}: rank 2 falls to 1."""
     loss = gf.SquaredError(

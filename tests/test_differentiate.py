@@ -35,6 +35,7 @@ AT = (jnp.array(2.0), jnp.array(0.3))
 RIGHT = jax.grad(exact, argnums=(0, 1))(*AT)
 
 
+@pytest.mark.slow
 def test_forward():
     run = lambda *at: end(
         *at, solver=diffrax.Tsit5(), adjoint=diffrax.ForwardMode()
@@ -44,6 +45,7 @@ def test_forward():
     assert_allclose(slope, RIGHT[0] - 2 * RIGHT[1], rtol=1e-7)
 
 
+@pytest.mark.slow
 def test_reverse():
     run = lambda *at: end(*at, solver=diffrax.Tsit5())
     assert_allclose(jax.grad(run, argnums=(0, 1))(*AT), RIGHT, rtol=1e-7)

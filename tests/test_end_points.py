@@ -20,6 +20,7 @@ def relative(a, b):
     return np.linalg.norm(a - b) / np.linalg.norm(b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["difference", "product"])
 def test_diagonal_network_ends_at_the_least_l1_norm(form):
     task = gf.tasks.diagonal_network(jax.random.key(0), form=form)
@@ -30,6 +31,7 @@ def test_diagonal_network_ends_at_the_least_l1_norm(form):
     assert relative(np.asarray(task.truth.coefficients(limit)), target) > 0.1
 
 
+@pytest.mark.slow
 def test_completion_ends_at_the_least_nuclear_norm():
     pytest.importorskip("cvxpy")
     task = gf.tasks.matrix_completion(jax.random.key(0))
@@ -39,6 +41,7 @@ def test_completion_ends_at_the_least_nuclear_norm():
     assert relative(start, target) > 0.1
 
 
+@pytest.mark.slow
 def test_linear_regression_ends_at_the_least_norm():
     task = gf.tasks.linear_regression(jax.random.key(0), samples=5, dim=12)
     target = np.asarray(task.truth.end_point())
@@ -46,6 +49,7 @@ def test_linear_regression_ends_at_the_least_norm():
     assert jnp.isfinite(target).all()
 
 
+@pytest.mark.slow
 def test_drift_goes_on_where_rank_is_lost():
     """10 of 12 curvatures die on the way: the drift is regularised by a weight decay of
     1e-14 of the largest one, says that rank was lost, and ends at the least ℓ1 norm all

@@ -36,6 +36,7 @@ def results(tmp_path_factory):
         return out, STUDY.main(config)
 
 
+@pytest.mark.slow
 def test_summary_has_every_number(results):
     out, summary = results
     written = json.loads((out / "summary.json").read_text())
@@ -48,6 +49,7 @@ def test_summary_has_every_number(results):
     assert written["versions"]["jax"] == jax.__version__
 
 
+@pytest.mark.slow
 def test_every_check_has_a_value_a_bound_and_a_verdict(results):
     checks = results[1]["checks"]
     assert all({"name", "value", "bound", "ok", "sentence"} == c.keys() for c in checks)
@@ -59,6 +61,7 @@ def test_every_check_has_a_value_a_bound_and_a_verdict(results):
     assert results[1]["passed"] == sum(c["ok"] is True for c in checks)
 
 
+@pytest.mark.slow
 def test_arrays_are_labelled(results):
     data = record.kept(results[0] / "arrays.nc")
     assert data.sizes["drift_time"] > 20
@@ -69,6 +72,7 @@ def test_arrays_are_labelled(results):
     assert float(lane.metric_test[-1]) < float(lane.metric_test[0])
 
 
+@pytest.mark.slow
 def test_arrays_are_judged_and_drawn_again(results, monkeypatch):
     """Nothing is computed, under the settings that they were computed with."""
     out, summary = results
@@ -86,12 +90,14 @@ def test_arrays_are_judged_and_drawn_again(results, monkeypatch):
         STUDY.main(study.TwoPhase(out=out / "elsewhere", redraw=True))
 
 
+@pytest.mark.slow
 def test_figures_are_written(results):
     names = {p.name for p in results[0].glob("*.png")}
     assert names == {"report.png", "collapse.png", "linear.png"}
     assert all((results[0] / n).stat().st_size > 10_000 for n in names)
 
 
+@pytest.mark.slow
 def test_runs_are_kept(results):
     out, summary = results
     data = gf.open_results(out / "runs.zarr")
@@ -121,6 +127,7 @@ def test_tables_are_those_of_the_recorded_runs():
     assert list(map(report.number, numbers)) == told
 
 
+@pytest.mark.slow
 def test_a_run_is_recorded(results, tmp_path, monkeypatch):
     (tmp_path / "records").mkdir()
     monkeypatch.setattr(report, "HERE", tmp_path)
@@ -135,6 +142,7 @@ def test_a_run_is_recorded(results, tmp_path, monkeypatch):
     assert table.count("\n") == 1 + len(summary["checks"]) and "pass" in table
 
 
+@pytest.mark.slow
 def test_help_names_every_option():
     command = [sys.executable, "-m", "experiments.two_phase", "--help"]
     run = dict(capture_output=True, text=True, check=True, cwd=ROOT)

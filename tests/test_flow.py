@@ -59,6 +59,7 @@ def test_penalty_of_your_own(getkey):
     assert_allclose(velocity.u, -force_u - 0.3 * np.asarray(model.u) ** 3, rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", [gf.KKT4(), gf.KKT5()])
 def test_solvers_take_the_penalty_of_the_flow(solver):
     """With no data to speak of, θ' = −λθ³: θ(t) = θ₀/√(1 + 2λθ₀²t)."""
@@ -74,6 +75,7 @@ def test_solvers_take_the_penalty_of_the_flow(solver):
     assert_allclose(path.penalty, 0.25 * (expected**4).sum(axis=1), rtol=2e-5)
 
 
+@pytest.mark.slow
 def test_frozen_leaves(getkey):
     """Only what is trainable moves, is penalised and is in the state."""
     loss, model = diagonal_problem(getkey(), samples=3, features=5)
@@ -257,6 +259,7 @@ def test_outputs_without_a_forward_product_are_refused():
         linearized(known_by_its_slope, jnp.ones(3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", [gf.KKT4(), gf.RKC2()])
 def test_a_run_of_a_model_with_reverse_products_only(getkey, solver):
     x, key = jr.normal(getkey(), (5, 2)), getkey()

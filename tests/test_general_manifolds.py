@@ -40,6 +40,7 @@ def tanh_network(key, width):
     )
 
 
+@pytest.mark.slow
 def test_conflicting_labels():
     """Each input comes with two labels: their mean is fitted, half their difference is
     left, M has a dimension less for each input, and theory has its rate."""
@@ -71,6 +72,7 @@ def test_conflicting_labels():
     assert abs(slope - 1) < 0.1 and errors[0] < 0.1
 
 
+@pytest.mark.slow
 def test_more_data_than_can_be_fitted():
     """20 noisy labels of two neurons, 6 parameters: the minimum is isolated."""
     model = models.TwoLayer(
@@ -96,6 +98,7 @@ def test_more_data_than_can_be_fitted():
 # --- Deep linear networks that lack rank ---------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lacking", ["inputs", "target"])
 def test_drift_of_a_rank_deficient_minimum(lacking):
     """Inputs of rank two, fitted; or a target of rank one by W₁ of rank one, with noise
@@ -144,6 +147,7 @@ def test_drift_of_a_rank_deficient_minimum(lacking):
 # --- Singular points along a drift ---------------------------------------------------
 
 
+@pytest.mark.slow
 def test_drift_to_fewer_coordinates_than_samples():
     """uᵢvᵢ in three dimensions, two samples, least ℓ1 norm at one coordinate: the
     second singular value dies as e^{−cs}, c < 1 by what leaves; regular up to s = 2, by
@@ -209,6 +213,7 @@ class Away(gf.penalties.AbstractPenalty):
         return Product(params.u + 1, params.v)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["jacobian", "hessian"])
 def test_crossing_reached_in_finite_time(form):
     """On uv = 0 from (1, 0) to (−1, 0): u = 2e^{−s} − 1, through the origin, where the

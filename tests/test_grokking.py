@@ -82,6 +82,7 @@ def test_names_and_thresholds(diagonal):
         theory.crossing_time("other", 1e-3)
 
 
+@pytest.mark.slow
 def test_widths(diagonal):
     _, _, paths = diagonal
     a, b = (gf.widths(paths[i]) for i in (1, 2))
@@ -130,6 +131,7 @@ def test_radial_law(diagonal):
     assert law.log_norm[-1] < -0.3 and np.all(np.diff(law.log_norm) < 0)
 
 
+@pytest.mark.slow
 def test_transition_time_of_large_scales():
     assert np.isclose(gf.transition_time(np.e**2, 0.1), 20.0)
     with pytest.raises(ValueError, match="scale"):
@@ -181,6 +183,7 @@ def cube():
     return run(), run(order=2), exact
 
 
+@pytest.mark.slow
 def test_times_inside_a_slow_fast_phase(cube):
     _, theory, exact = cube
     lams = np.geomspace(1e-6, 8e-2, 16)  # beyond 0.09 it never leaves
@@ -194,6 +197,7 @@ def test_times_inside_a_slow_fast_phase(cube):
     assert told[0].error < 1e-5 * told[0].time
 
 
+@pytest.mark.slow
 def test_a_slow_fast_phase_limits_the_validity(cube):
     first, second, exact = cube
     for theory in (first, second):
@@ -236,6 +240,7 @@ def decaying(threshold=1e-3):
     return flow, Pair(jnp.ones(2)), watch, exact, traced
 
 
+@pytest.mark.slow
 def test_measured_times_are_landed_on():
     flow, model, watch, exact, traced = decaying()
     run = functools.partial(gf.simulate, flow, model, weight_decay=0.02, rtol=1e-8)
@@ -256,6 +261,7 @@ def test_measured_times_are_landed_on():
     assert abs(jump.crossing_time("jump") - at) < 1e-7 * at
 
 
+@pytest.mark.slow
 def test_each_lane_of_a_sweep_is_landed_on():
     flow, model, watch, exact, traced = decaying()
     # The last one ends before it crosses, and the first is made to have failed.

@@ -27,6 +27,7 @@ def run(task, decay, **options):
     return gf.simulate(task.flow, task.model, weight_decay=decay, **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rtol", "trusted"), [(1e-3, False), (1e-7, True)])
 def test_explicit_solver_at_its_stability_limit(rtol, trusted):
     """Diffrax itself calls both runs a success."""
@@ -44,6 +45,7 @@ def test_explicit_solver_at_its_stability_limit(rtol, trusted):
             run(task, 1e-3, rtol=rtol, solver=diffrax.Tsit5(), throw=True)
 
 
+@pytest.mark.slow
 def test_explicit_solver_where_curvature_falls_along_the_path():
     """Stiff at first, and not at the end: what counts is the whole path."""
     loss = gf.Loss(lambda w: 0.5 * (w[0] * w[1] - 1) ** 2)
@@ -54,6 +56,7 @@ def test_explicit_solver_where_curvature_falls_along_the_path():
     assert path.result == gf.RESULTS.unstable
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rtol", [1e-3, 1e-6])
 def test_sliding_along_kinks(rtol):
     """Neither stalls nor passes for exact; and the balance law is kept."""
@@ -82,6 +85,7 @@ def outliers(key):
     return gf.Huber(x, y, delta=0.3), eqx.nn.MLP(2, 2, 10, 1, jnp.tanh, key=km)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rtol", [1e-3, 1e-6])
 @pytest.mark.parametrize("decay", [1e-2, 1e-5])
 @pytest.mark.parametrize("make", [noisy, outliers])
@@ -94,6 +98,7 @@ def test_a_smooth_loss_does_not_slide(make, decay, rtol):
     assert path.result == gf.RESULTS.successful and path.stats.sliding == 0
 
 
+@pytest.mark.slow
 def test_from_zero():
     """θ₀ = 0 sets no scale of its own."""
     x, y = jr.normal(jr.key(0), (3, 8)), jnp.array([1.0, -2.0, 0.5])
@@ -105,6 +110,7 @@ def test_from_zero():
     assert sup_error(flat_paths(path), np.asarray(truth.path(path.t, 1e-3))) < 1e-5
 
 
+@pytest.mark.slow
 def test_rank_collapse_is_told():
     """On a diagonal network coordinates die out, and the rank of J with them."""
     task = tasks.diagonal_network(jr.key(0), samples=12, dim=24, sparsity=2)
@@ -117,6 +123,7 @@ def test_rank_collapse_is_told():
     assert ratios[1.0] > 1e-4 > 1e-6 > ratios[60.0]
 
 
+@pytest.mark.slow
 def test_a_jacobian_without_full_rank():
     """Each sample twice, so that half the singular values of J vanish."""
     x = jr.normal(jr.key(0), (3, 8))
@@ -130,6 +137,7 @@ def test_a_jacobian_without_full_rank():
     assert path.stats.conditioning < 1e-12 and "losing rank" in str(path)
 
 
+@pytest.mark.slow
 def test_more_samples_than_parameters_is_no_loss_of_rank():
     loss, model = noisy(jr.key(0))
     task = SimpleNamespace(flow=gf.GradientFlow(loss), model=model)
@@ -137,6 +145,7 @@ def test_more_samples_than_parameters_is_no_loss_of_rank():
     assert path.stats.conditioning is None and "losing rank" not in str(path)
 
 
+@pytest.mark.slow
 def test_float32_takes_the_tolerance_that_it_resolves():
     task = tasks.diagonal_network(jr.key(0), samples=8, dim=20, sparsity=3)
     cast = lambda x: x.astype(jnp.float32) if eqx.is_inexact_array(x) else x
@@ -164,6 +173,7 @@ LOSSES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOSSES)
 def test_train_loss_is_as_exact_as_the_parameters(name):
     kx, ky, km = jr.split(jr.key(4), 3)
@@ -190,6 +200,7 @@ def test_train_loss_is_as_exact_as_the_parameters(name):
 # A failure of the theory names the phase, the place, and the curvatures there
 
 
+@pytest.mark.slow
 def test_a_failure_names_phase_place_and_spectrum(monkeypatch):
     # The flow of a quartic comes to rest as t^{−1/2}: never, up to t_max.
     quartic = gf.Loss(lambda model: (model.weights[0] ** 2) ** 2 / 4)
@@ -253,6 +264,7 @@ def test_refinement_ends_where_a_run_fails_or_theory_has_ended():
     assert len(runs) == 1 and error < 1e-7
 
 
+@pytest.mark.slow
 def test_theory_where_infinities_and_nan_raise():
     task = tasks.diagonal_network(jr.key(2), samples=3, dim=6, sparsity=1)
     found = gf.two_phase(

@@ -66,6 +66,7 @@ def invariant(task, model):
     return ravel_pytree(task.truth.invariant(model))[0], 2.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMOOTH)
 def test_limit_and_drift(name):
     """The limit keeps what the flow conserves and has the dimension known; along the
@@ -90,6 +91,7 @@ def test_limit_and_drift(name):
         np.testing.assert_allclose(now, start * np.exp(-rate * s), atol=1e-6 * size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KINKED)
 def test_balance_with_kinks(name):
     """No manifold to speak of, but the balance and, in the slow phase, the norm; and F

@@ -94,6 +94,7 @@ def test_relu_drift():
         assert z[0] * z[1] < 0
 
 
+@pytest.mark.slow
 def test_kink_along_a_riemannian_drift():
     """One neuron a·relu(wx + b), fitted at x = 1: along M w − b decays as e^{−s}, a² −
     (w + b)²/2 as e^{−2s}, and wx + b at x = −½, where there is no sample, changes its

@@ -44,6 +44,7 @@ def held():
     return gf.GradientFlow(towards(A), hold_norm=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", [gf.KKT5(), gf.RKC2(), None])
 def test_flow_on_the_sphere(solver, held):
     path = gf.simulate(
@@ -59,6 +60,7 @@ def test_flow_on_the_sphere(solver, held):
     assert eqx.tree_equal(path[0], START, rtol=1e-14)
 
 
+@pytest.mark.slow
 def test_a_penalty_pulls_along_the_sphere_only():
     """Weight decay does nothing there; ½‖θ − B‖² as a penalty is a second loss."""
 
@@ -97,6 +99,7 @@ def test_stepping_and_rescaling_approaches_the_flow(held):
     assert abs(slope - 1) < 0.15
 
 
+@pytest.mark.slow
 def test_lanes_hold_their_norm(held):
     sweep = gf.sweep(
         held, START, weight_decay=jnp.array([0.0, 0.5]), ts=TS, batch="vmap",
@@ -169,6 +172,7 @@ def test_landscape_of_steps(shape):
     )
 
 
+@pytest.mark.slow
 def test_landscape_draws_itself(shape):
     plt = pytest.importorskip("matplotlib.pyplot")
     flow = gf.GradientFlow(towards(A))

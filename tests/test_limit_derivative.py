@@ -47,6 +47,7 @@ def stiff():
     return SimpleNamespace(**locals())
 
 
+@pytest.mark.slow
 def test_derivative_off_the_manifold(stiff):
     """Forward, reverse, finite differences, and DΦ∇F = 0: Φ is constant along the
     flow."""
@@ -65,6 +66,7 @@ def test_derivative_off_the_manifold(stiff):
     np.testing.assert_array_equal(stiff.w, phi(theta))
 
 
+@pytest.mark.slow
 def test_derivative_without_interpolation():
     """uv = 1 and uv = 2 at once: the limit is on uv = y = 3/2, with c = u² − v²
     conserved: u∞² = (c + √(c² + 4y²))/2, in closed form."""
@@ -96,6 +98,7 @@ def test_derivative_on_the_manifold_is_the_projection():
     np.testing.assert_allclose(jac @ derivative, jnp.zeros_like(jac), atol=1e-9)
 
 
+@pytest.mark.slow
 def test_derivative_of_a_batch():
     """Under jit and vmap as one by one; a lane without a limit is NaN, and alone. In
     each DΦ∇F = 0, seen along a random u to 1e-7, what a derivative is exact to."""
@@ -115,6 +118,7 @@ def test_derivative_of_a_batch():
     assert (size[kept] > 1).all() and (along < 1e-7 * size)[kept].all()
 
 
+@pytest.mark.slow
 def test_iterative_step_is_the_dense_one(stiff, monkeypatch):
     """What serves more than 1500 parameters: its linear systems, and their transpose
     in reverse mode. ∇²F leaves the weights of the dead feature alone; where b is zero
@@ -138,6 +142,7 @@ def test_iterative_step_is_the_dense_one(stiff, monkeypatch):
         assert (one != two).any()
 
 
+@pytest.mark.slow
 def test_iterative_derivative_is_the_dense_one(stiff, monkeypatch):
     monkeypatch.setattr(_variational, "_DENSE", 0)
     made = _variational.pushforward.__wrapped__

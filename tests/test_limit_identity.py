@@ -25,6 +25,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_derivative_along_the_flow_is_zero(kind):
     """To 1e-9 ‖∇F‖ in each of 20 cases with three samples, inputs, labels and starts

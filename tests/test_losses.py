@@ -169,6 +169,7 @@ def derivatives(outer, z, u):
     return slope(z), along(slope)(z), back(z), along(along(slope))(z)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("y", [0.0, 1.0, 0.5, 0.3])
 def test_logistic_does_not_cancel(y, dtype):
@@ -198,6 +199,7 @@ def test_logistic_does_not_cancel(y, dtype):
         assert_allclose(one, float(value[i]), rtol=4 * eps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_cross_entropy_does_not_cancel(dtype):
     """The same for a class of three; right, wrong, and undecided."""

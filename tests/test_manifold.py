@@ -162,6 +162,7 @@ class Logistic(gf.AbstractCompositeLoss):
         return None
 
 
+@pytest.mark.slow
 def test_curvatures_of_a_loss_that_is_not_quadratic(getkey):
     x = jr.normal(getkey(), (3, 5))
     loss = Logistic(x, jax.nn.softmax(jr.normal(getkey(), (3, 4))))
@@ -246,6 +247,7 @@ def test_retraction_says_when_there_is_nothing_to_reach():
 # --- Limit map ---------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_limit_of_linear_regression(getkey):
     loss, model = linear_problem(getkey(), samples=4, features=9)
     w = model.w + jnp.linalg.pinv(loss.x) @ (loss.y - loss.x @ model.w)
@@ -254,6 +256,7 @@ def test_limit_of_linear_regression(getkey):
     np.testing.assert_allclose(out.model.w, w, atol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", [None, diffrax.Tsit5()])
 def test_limit_on_the_hyperbola(solver):
     """uv = y with u² − v² conserved: u² = (c + √(c² + 4y²))/2."""
@@ -290,6 +293,7 @@ def test_derivative_of_the_limit_is_the_projection(diagonal, getkey):
     np.testing.assert_allclose((ends[0] - ends[1]) / (2 * h), pv, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_limit_where_the_data_cannot_be_fitted():
     """uv = 1 and uv = 2 at once: the Jacobian form meets residuals, the Hessian form
     takes over, and the limit is on uv = 3/2."""
@@ -329,6 +333,7 @@ def lsoda_limit(loss, model, end):
     return out.y[:, -1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["jacobian", "hessian"])
 def test_limit_past_a_saddle(form):
     """From tiny starts one coordinate has arrived, to ten digits and more, before the
@@ -344,6 +349,7 @@ def test_limit_past_a_saddle(form):
         assert right[1:].max() > 0.5
 
 
+@pytest.mark.slow
 def test_limit_of_a_network_from_a_tiny_start():
     x = jnp.linspace(-1.0, 1.2, 3)
     loss = gf.SquaredError(x, jnp.array([0.4, -0.2, 0.5]))
@@ -368,6 +374,7 @@ def test_the_last_move_is_as_short_as_it_seemed():
     assert found
 
 
+@pytest.mark.slow
 def test_limit_from_zero(getkey):
     """The solution of least norm, in any unit of the targets."""
     loss, _ = linear_problem(getkey(), samples=3, features=5)
@@ -378,6 +385,7 @@ def test_limit_from_zero(getkey):
         np.testing.assert_allclose(out.model.w / unit, least, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_limit_in_other_units():
     """θ in units of c, outputs in units of b: t is in units of c²/b²."""
     x, y = jr.normal(jr.key(0), (3, 5)), jnp.array([1.0, -2.0, 0.5])
@@ -395,6 +403,7 @@ def test_limit_in_other_units():
         assert out.stats.steps < 1.2 * one.stats.steps
 
 
+@pytest.mark.slow
 def test_undefined_start():
     """The gradient of a norm at zero."""
     loss = gf.Loss(lambda m: (jnp.linalg.norm(m.w) - 1) ** 2)
@@ -402,6 +411,7 @@ def test_undefined_start():
     assert out.result == gf.RESULTS.undefined_start and out.stats.steps < 10
 
 
+@pytest.mark.slow
 def test_healthy_problems_make_no_nans(getkey):
     loss, model = diagonal_problem(getkey(), samples=2, features=4)
     with jax.debug_nans(True):
@@ -427,6 +437,7 @@ def overdetermined(key):
     return loss, Linear(jr.normal(kw, (6,))), jnp.linalg.pinv(x)
 
 
+@pytest.mark.slow
 def test_limit_of_least_squares_without_interpolation(getkey):
     loss, model, pinv = overdetermined(getkey())
     out = manifold.limit_map(loss, model)
@@ -437,6 +448,7 @@ def test_limit_of_least_squares_without_interpolation(getkey):
     assert found.form == "hessian" and found.dimension == 2
 
 
+@pytest.mark.slow
 def test_separable_data_have_no_limit(getkey):
     x = jr.normal(jr.key(3), (12, 3))
     loss = gf.CrossEntropy(x, (x[:, 0] > 0).astype(int))
@@ -447,6 +459,7 @@ def test_separable_data_have_no_limit(getkey):
         manifold.limit_map(loss, model, t_max=1e7)
 
 
+@pytest.mark.slow
 def test_inseparable_data_have_a_limit(getkey):
     """The same inputs with both labels: a minimiser exists, and is found."""
     x = jr.normal(getkey(), (6, 2))
@@ -467,6 +480,7 @@ class Bowl(gf.AbstractLoss):
         return jnp.sum(0.5 * self.a * (w - 9) ** 2 + 0.25 * self.b * w**4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "a, b, expected",
     [
@@ -484,6 +498,7 @@ def test_how_a_flow_ends(a, b, expected):
     assert out.result == expected
 
 
+@pytest.mark.slow
 def test_limit_out_of_steps(diagonal):
     loss, start, _ = diagonal
     out = manifold.limit_map(loss, start, max_steps=3, throw=False)
@@ -493,6 +508,7 @@ def test_limit_out_of_steps(diagonal):
 # --- Riemannian flow ---------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_drift_of_linear_regression(getkey):
     loss, model = linear_problem(getkey(), samples=4, features=9)
     start = manifold.limit_map(loss, model).model
@@ -514,6 +530,7 @@ def test_drift_of_least_squares_without_interpolation(getkey):
     np.testing.assert_allclose(drift.params.w, exact, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_drift_of_the_diagonal_network(diagonal):
     """u⊙v decays as e^(−2s), the norm falls, and the path stays on M."""
     loss, _, start = diagonal
@@ -535,6 +552,7 @@ def test_drift_of_the_diagonal_network(diagonal):
     )
 
 
+@pytest.mark.slow
 def test_forms_of_the_drift_agree(tanh_net):
     loss, _, start = tanh_net
     ts = jnp.array([0.0, 0.3, 1.0])
@@ -550,6 +568,7 @@ def test_forms_of_the_drift_agree(tanh_net):
     )
 
 
+@pytest.mark.slow
 def test_drift_passes_through_a_loss_of_rank():
     """With one nonzero coefficient wanted and 6 samples, all coordinates but one die:
     σ_min falls to 1e-6 of its start by s = 20, and the end has the least ℓ1 norm."""
@@ -567,6 +586,7 @@ def test_drift_passes_through_a_loss_of_rank():
     np.testing.assert_allclose(beta, jnp.zeros(20).at[0].set(1.0), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_lost_rank_is_named():
     """uv = 0 crosses itself at the origin, where the drift from (1, 0) is heading."""
     loss = gf.SquaredError(jnp.ones(1), jnp.zeros(1))
@@ -603,6 +623,7 @@ def test_drift_checks_its_times_and_its_start(diagonal):
 # --- Transformations ---------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_under_jit_and_vmap(getkey):
     loss, _ = linear_problem(getkey(), samples=4, features=9)
     models = Linear(jr.normal(getkey(), (3, 9)))
@@ -631,6 +652,7 @@ def test_under_jit_and_vmap(getkey):
         assert batch[4][i] == 4
 
 
+@pytest.mark.slow
 def test_single_precision(getkey):
     loss, model = linear_problem(getkey(), samples=4, features=9)
     single = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)

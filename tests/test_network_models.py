@@ -92,6 +92,7 @@ def test_transformer(symbols, word):
     assert_allclose(last, expected[-1], rtol=1e-11)
 
 
+@pytest.mark.slow
 def test_gradient_of_a_transformer(transformer):
     words = [[3, 0, 6, 1], [2, 2, 0, 5]]
     by = jnp.asarray(np.random.default_rng(1).normal(size=7))
@@ -307,6 +308,7 @@ def test_flow_and_descent_hold_the_decoder_and_the_embedding():
     assert path.train_loss[-1] < path.train_loss[0]
 
 
+@pytest.mark.slow
 def test_every_model_runs_as_a_flow(transformer, lstm, network, graph):
     """One step of the flow: gradients that are finite, and downhill."""
     graphs = jax.tree.map(lambda leaf: np.stack([leaf, leaf]), numpy(graph))

@@ -136,6 +136,7 @@ def mnist_folder(tmp_path):
     return write_mnist(tmp_path, samples=40, test_samples=10)
 
 
+@pytest.mark.slow
 def test_images_from_files(mnist_folder, monkeypatch):
     make = lambda **options: tasks.image_classification(
         jr.key(7), samples=30, width=4, published=False, **options

@@ -34,6 +34,7 @@ def distance(one, other):
     return float(jnp.max(jnp.abs(one.params.a - other.params.a)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("penalty", [gf.L1(), gf.GroupLasso(), gf.Nuclear()], ids=str)
 def test_smoothing_and_proximal_steps_agree(penalty, problem):
     loss, start = problem
@@ -64,6 +65,7 @@ def test_smoothing_and_proximal_steps_agree(penalty, problem):
     assert float(jnp.max(jnp.abs(exact.params.a[-1] - exact.params.a[0]))) > 0.3
 
 
+@pytest.mark.slow
 def test_two_phase_theory_of_a_penalty_with_kinks(problem):
     """The drift is piecewise linear, and so is its interpolation: the error is of order
     λ down to what that leaves, which is told."""

@@ -14,6 +14,7 @@ def test_there_are_notebooks():
     assert NOTEBOOKS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
 # Of the Jupyter client in this process; the notebook's own are in its kernel.
 @pytest.mark.filterwarnings("default::DeprecationWarning", "default::ResourceWarning")

@@ -48,6 +48,7 @@ def test_every_row_has_a_command():
     assert config.modulus < 113 and "small" in config.title
 
 
+@pytest.mark.slow
 def test_a_run_is_stored_and_read_again(tmp_path):
     config = transformer.MAN(**TINY, out=tmp_path)
     at = np.arange(61)  # as a run of 60 steps below, whose program it shares
@@ -107,6 +108,7 @@ def test_addition_is_judged(tmp_path):
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
 
 
+@pytest.mark.slow
 def test_held_norms_and_scans(tmp_path):
     held, *_ = verbs(transformer.MAC(**TINY, steps=60, out=tmp_path / "c"))
     norm = held.norm.values[0]
@@ -177,6 +179,7 @@ def test_scans_are_judged():
     assert judged(times) == [True, False]
 
 
+@pytest.mark.slow
 def test_step_then_rescale_goes_over_into_the_flow():
     task = gf.tasks.teacher_mlp(jr.key(1), width=5, samples=6, init_scale=1.0)
     rates, apart = teacher.agreement(task, t1=2.0)
@@ -236,6 +239,7 @@ def test_a_small_start_is_compared_with_a_large_one_that_generalises():
     assert judged({**six, (2.0, 0.03): never}) == [True, False]
 
 
+@pytest.mark.slow
 def test_quick_runs_tell_what_was_run(tmp_path):
     """What is asked for beside it counts, and the summary has both."""
     given = STUDY.parse(["ma-r", "--quick", "--steps", "3", "--modulus", "5"])
@@ -271,6 +275,7 @@ def test_names_of_marks_stay_on_the_axes(last):
 NEXT_TO_NOTHING = dict(width=4, samples=5)
 
 
+@pytest.mark.slow
 def test_landscapes_from_start_to_end(tmp_path, monkeypatch):
     """But for the comparison with the flow, which has a test of its own."""
     rates = 0.08 / 2.0 ** np.arange(4)
@@ -288,6 +293,7 @@ def test_landscapes_from_start_to_end(tmp_path, monkeypatch):
     assert (tmp_path / "ts_l.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_scans_of_the_teacher_from_start_to_end(tmp_path, monkeypatch):
     monkeypatch.setattr(teacher, "SAVES", 10)
     config = teacher.TST(

@@ -206,6 +206,7 @@ def test_inputs_that_tell_the_label(digits):
     assert told.truth.title.endswith("m = 0")
 
 
+@pytest.mark.slow
 def test_images_from_start_to_end(tmp_path):
     """What is recorded, its title, and that what was trained is not trained again."""
     config = images.MNG(
@@ -232,6 +233,7 @@ def test_images_from_start_to_end(tmp_path):
         dataclasses.replace(config, learning_rate=1e-2).compute()
 
 
+@pytest.mark.slow
 def test_a_row_of_a_landscape_is_a_sweep_over_scales(tmp_path, digits):
     rule = scans.Rule(1e-2, 30)
     alphas = (0.5, 2.0)
@@ -261,6 +263,7 @@ def test_lanes_are_stored_one_by_one(tmp_path, digits):
 SMALL: dict = dict(width=6, batch_size=None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config, checks, sizes",
     [
@@ -305,6 +308,7 @@ def test_commands_from_start_to_end(tmp_path, config, checks, sizes):
     assert any(tmp_path.glob("runs*.zarr"))
 
 
+@pytest.mark.slow
 def test_maps_of_toy_addition(tmp_path):
     small = dict(sizes=(25,), alphas=(0.5, 1.0), messiness=(0.0, 0.2), steps=30)
     config = addition.AD(width=8, learning_rate=1e-2, out=tmp_path, **small)

@@ -175,6 +175,7 @@ def test_symbol_addition():
     assert abs(messy.model.embedding - task.model.embedding).max() > 0.1
 
 
+@pytest.mark.slow
 def test_descent_learns_a_table_of_sums():
     """The whole way: a small transformer memorises what it sees."""
     task = tasks.modular_transformer(

@@ -309,6 +309,7 @@ def test_the_smooth_part_keeps_its_force_at_zero():
     assert_allclose(flat(smooth_gradient(gf.L2(), model)), flat(model))
 
 
+@pytest.mark.slow
 def test_sliding_against_a_smooth_part():
     """A flow with ‖θ‖₁ and a coupling that pushes coordinates off zero, against small
     proximal steps."""
@@ -353,6 +354,7 @@ def test_absolute_weights():
     assert_allclose(weights.b, np.full(3, 0.5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("root", [False, True])
 def test_sobolev(root):
     """Against the Jacobian of a tanh network written out, and differences."""
@@ -396,6 +398,7 @@ def test_penalties_under_vmap():
         assert_allclose(flat(last), flat(jax.jit(run)(one(2))), atol=1e-13)
 
 
+@pytest.mark.slow
 def test_smoothed_l1_in_a_flow():
     """Without data, |θᵢ| falls at the rate λ until it is ε, then as e^{−λt/ε}."""
     loss = gf.SquaredError(jnp.zeros((1, 3)), jnp.zeros(1))

@@ -58,6 +58,7 @@ def test_what_is_said_of_a_run():
     assert (study.with_phase(study.times(runs, theory), 0.05).phase == 0).all()
 
 
+@pytest.mark.slow
 def test_a_small_diagram(tmp_path, monkeypatch):
     tiny = functools.partial(gf.tasks.linear_regression, samples=3, dim=6)
     case = study.Case(tiny, (2.0, 6.0), 3.0, "a line")

@@ -1,19 +1,17 @@
 """Figures have labelled axes, legends and one curve for each lane."""
 
 import equinox as eqx
-import jax
-import jax.numpy as jnp
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
+import problems
 import pytest
 from matplotlib.figure import Figure
+from problems import LAMS
 
 import gradflow as gf
 
 matplotlib.use("Agg")
-
-LAMS = jnp.array([1e-2, 1e-3, 1e-4])
 
 
 @pytest.fixture(autouse=True)
@@ -26,20 +24,8 @@ def no_figures():
 
 @pytest.fixture(scope="module")
 def results():
-    task = gf.tasks.linear_regression(jax.random.key(0), samples=4, dim=8)
-    options = dict(slow_time=3.0, metrics=task.metrics)
-    theory = gf.two_phase(task.flow, task.model, order=2, **options)
-    sweep = gf.sweep(
-        task.flow,
-        task.model,
-        weight_decay=LAMS,
-        saves=65,
-        **options,
-        solver=gf.KKT5(),
-        rtol=1e-8,
-        progress=False,
-    )
-    return sweep, gf.compare(sweep, theory)
+    sweep, _, report = problems.study()
+    return sweep, report
 
 
 def axes():

@@ -22,6 +22,7 @@ def net(activation, width=12):
     return gf.GradientFlow(loss), model
 
 
+@pytest.mark.slow
 def test_steps_that_are_short_for_kinks_are_noticed(monkeypatch):
     flow, model = net(jax.nn.leaky_relu)
     monkeypatch.setattr(runs.simulate, "FIRST", 60)
@@ -68,6 +69,7 @@ def test_pooling_has_kinks():
     assert runs.simulate._kinked(*gf.GradientFlow(loss).term(model))
 
 
+@pytest.mark.slow
 def test_the_bar_and_the_solver_that_is_given_up_are_named(monkeypatch, capsys):
     flow, model = net(jnp.tanh, width=3)
     monkeypatch.setattr(runs.simulate, "TRIAL_STEPS", 30)
@@ -98,6 +100,7 @@ def test_what_runs_out_of_steps_is_advised_by_its_solver():
     assert "float64" not in stalled("float64")
 
 
+@pytest.mark.slow
 def test_a_lane_whose_solver_is_given_up_is_named(monkeypatch, capsys):
     flow, model = net(jnp.tanh, width=3)
     monkeypatch.setattr(lanes, "TRIAL_STEPS", 30)

@@ -3,9 +3,12 @@
 import pathlib
 import re
 
+import pytest
+
 README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_example_runs(tmp_path, monkeypatch, capsys):
     import matplotlib
 

@@ -247,6 +247,7 @@ def test_growing_components_do_no_harm():
 # The spectral radius
 
 
+@pytest.mark.slow
 def test_start_vector_that_misses_the_stiff_eigenvector():
     """The state claims ρ = 1 while it is 10⁴: in a diagonal system power iteration from
     a unit vector never sees any other. The stages do."""
@@ -302,6 +303,7 @@ def test_a_step_that_ends_in_high_curvature_is_rejected():
     assert_allclose(error, 0.0)
 
 
+@pytest.mark.slow
 def test_spectral_radius_along_a_path():
     """It is the largest curvature of the loss, plus λ."""
     task = tasks.diagonal_network(jr.key(2), samples=6, dim=20, sparsity=2)
@@ -458,6 +460,7 @@ def test_float32():
     assert solution.stats["num_steps"] < 300
 
 
+@pytest.mark.slow
 def test_vmap_equals_a_loop():
     velocity = lambda t, y, k: -k * jnp.array([1.0, 0.01]) * (y - 1) - y**3
     rates = jnp.array([1.0, 1e2, 1e4])
@@ -477,6 +480,7 @@ def test_vmap_equals_a_loop():
     assert len(set(map(int, states.evaluations))) == 3
 
 
+@pytest.mark.slow
 def test_jumps_and_backwards():
     """After a jump of the velocity slope and spectral radius are renewed; and time may
     run backwards."""
@@ -509,6 +513,7 @@ def test_jumps_and_backwards():
 # Flows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decay", DECAYS)
 def test_radau_stored(decay):
     """Of the loss nothing is asked but its gradient."""

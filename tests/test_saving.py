@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+import problems
 import pytest
 
 import gradflow as gf
@@ -131,13 +132,7 @@ def test_what_is_traced_cannot_be_saved(tmp_path):
 
 @pytest.fixture(scope="module")
 def study():
-    options = dict(slow_time=1.0, metrics=TASK.metrics)
-    sweep = gf.sweep(
-        TASK.flow, TASK.model, weight_decay=[1e-2, 1e-3], saves=17, progress=False,
-        **options,
-    )  # fmt: skip
-    theory = gf.two_phase(TASK.flow, TASK.model, order=2, **options)
-    return sweep, theory, gf.compare(sweep, theory)
+    return problems.study()
 
 
 def test_sweep_theory_and_report(study, tmp_path):
@@ -202,7 +197,7 @@ def test_a_labelled_theory(study):
     equal(data, "drift_smallest_curvature", theory.smallest_curvature)
     for name in ("fast_scale", "fast_shift", "interpolation_error"):
         equal(data, name, getattr(theory, name))
-    assert int(data["rank"]) == 3 and int(data["dimension"]) == 9
+    assert int(data["rank"]) == 4 and int(data["dimension"]) == 4
     known = theory.second.ratio.size
     equal(data.isel(drift_time=slice(known)), "drift_ratio", theory.second.ratio)
     assert np.isnan(data["drift_ratio"][known:]).all()
@@ -240,11 +235,11 @@ def test_a_labelled_report(study):
 def test_theory_in_a_console_and_in_a_notebook(study):
     _, theory, report = study
     for result, told, first in (
-        (theory.drift, "<Drift by KKT5, 65 slow times to s = 1: successful>", "Drift"),
+        (theory.drift, "<Drift by KKT5, 65 slow times to s = 3: successful>", "Drift"),
         (theory, "<TwoPhase of order 2, fast phase to t = ", "Two-phase theory: "),
         (
             report,
-            "<Report on 2 weight decays from 0.001 to 0.01: error of",
+            "<Report on 3 weight decays from 0.0001 to 0.01: error of",
             "Two-phase theory ",
         ),
     ):

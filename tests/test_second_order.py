@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import first_of
 from jax.flatten_util import ravel_pytree
 
 import gradflow as gf
@@ -53,7 +54,7 @@ def soft_labels():
 PROBLEMS = {f.__name__: f for f in (diagonal, teacher_student, soft_labels)}
 
 
-@pytest.fixture(scope="module", params=PROBLEMS)
+@pytest.fixture(scope="module", params=first_of(PROBLEMS))
 def studied(request):
     flow, model, slow_time = PROBLEMS[request.param]()
     theory = gf.two_phase(flow, model, slow_time=slow_time, order=2, rtol=1e-10)
@@ -112,6 +113,7 @@ def test_start_and_end_of_the_fast_phase(studied):
     assert theory.second.mismatch < 1e-6
 
 
+@pytest.mark.slow
 def test_normal_and_tangent_parts(studied):
     _, flow, theory, _, _ = studied
     term, _ = flow.term(eqx.combine(theory.limit, theory.drift.static))
@@ -125,6 +127,7 @@ def test_normal_and_tangent_parts(studied):
         assert np.linalg.norm(at.project(w1) - w1) < 1e-5 * np.linalg.norm(w1 + h)
 
 
+@pytest.mark.slow
 def test_hessian_form_agrees(studied):
     name, flow, theory, _, _ = studied
     if name != "diagonal":
@@ -203,6 +206,7 @@ def test_where_the_solver_of_the_tangent_part_stops(studied, monkeypatch):
     np.testing.assert_allclose(found.ratio[-1], ratio[-1], rtol=0.1)
 
 
+@pytest.mark.slow
 def test_every_term_is_needed(studied):
     name, flow, theory, sweep, _ = studied
     if name != "teacher_student":
@@ -245,6 +249,7 @@ def vectors(params):
     return np.asarray(jax.vmap(lambda p: ravel_pytree(p)[0])(params))
 
 
+@pytest.mark.slow
 def test_second_derivative_of_the_limit_map():
     flow, model, _ = soft_labels()
     limit = gf.manifold.limit_map(flow.loss, model, rtol=1e-11)
@@ -300,6 +305,7 @@ def test_derivative_of_the_drift_field():
     np.testing.assert_allclose(difference, at.field_jvp(v), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_linear_regression_in_closed_form():
     task = gf.tasks.linear_regression(KEY, samples=5, dim=12)
     x, y = np.asarray(task.loss.x), np.asarray(task.loss.y)

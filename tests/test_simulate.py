@@ -30,6 +30,7 @@ def linear():
     return gf.GradientFlow(loss), model, truth
 
 
+@pytest.mark.slow
 def test_times_and_what_is_saved(linear):
     flow, model, truth = linear
     norm = gf.Metric(lambda m: jnp.sum(m.w**2), threshold=1.0)
@@ -63,6 +64,7 @@ def test_times_and_what_is_saved(linear):
     assert len(text.splitlines()) == 4 and "FAILED" not in text
 
 
+@pytest.mark.slow
 def test_given_times_and_t1(linear):
     flow, model, truth = linear
     ts = jnp.array([0.5, 1.0, 40.0])
@@ -74,6 +76,7 @@ def test_given_times_and_t1(linear):
     assert path.stats.solver == "Tsit5"
 
 
+@pytest.mark.slow
 def test_train_loss_where_it_is_tiny():
     """The solver lands on every time: interpolation would leave the manifold, where F
     is O(λ²), and saved losses would be larger by orders of magnitude."""
@@ -87,6 +90,7 @@ def test_train_loss_where_it_is_tiny():
     assert_allclose(path.train_loss, exact, rtol=0.05)
 
 
+@pytest.mark.slow
 def test_no_solver_is_special(linear):
     flow, model, truth = linear
     ts = jnp.array([0.0, 1.0, 10.0])
@@ -99,6 +103,7 @@ def test_no_solver_is_special(linear):
         assert sup_error(flat_paths(path), exact) < 5e-4
 
 
+@pytest.mark.slow
 def test_default_solver_of_an_opaque_loss(linear):
     flow, model, truth = linear
     opaque = gf.GradientFlow(gf.Loss(flow.loss))
@@ -107,6 +112,7 @@ def test_default_solver_of_an_opaque_loss(linear):
     assert sup_error(flat_paths(path), np.asarray(truth.path(path.t, 1e-3))) < 1e-4
 
 
+@pytest.mark.slow
 def test_curvature_that_rises_is_no_trap():
     """F = ½(w³ − 1)² from w = 1e-4: flat at first, stiff at the end. Tsit5 looks cheap,
     and is given up."""
@@ -123,6 +129,7 @@ def test_curvature_that_rises_is_no_trap():
     assert lanes.succeeded.all() and lanes.stats.solver == "KKT4"
 
 
+@pytest.mark.slow
 def test_one_compilation_serves_every_weight_decay(linear):
     flow, model, _ = linear
     traces = []
@@ -149,6 +156,7 @@ def test_one_compilation_serves_every_weight_decay(linear):
     assert run(1e-3) == 0 and run(1e-5) == 0 and run(1e-5, 1e-5) == 0
 
 
+@pytest.mark.slow
 def test_float32(linear):
     task = make_task("diagonal")
     ts = jnp.geomspace(0.1, 5e4, 12)
@@ -163,6 +171,7 @@ def test_float32(linear):
     assert sup_error(flat_paths(path), flat_paths(double)) < 5e-4
 
 
+@pytest.mark.slow
 def test_gradient_descent_of_small_step(linear):
     """Optax with weight decay is Euler's method on the flow: O(step)."""
     task = tasks.diagonal_network(jr.key(2), samples=4, dim=10, sparsity=2)
@@ -190,6 +199,7 @@ def test_gradient_descent_of_small_step(linear):
     assert_allclose(np.log2(np.divide(errors[:-1], errors[1:])), 1.0, atol=0.1)
 
 
+@pytest.mark.slow
 def test_progress_bar(linear, capfd):
     flow, model, _ = linear
     gf.simulate(flow, model, weight_decay=0.1, t1=100.0, saves=5, progress=True)
@@ -206,6 +216,7 @@ FALLING = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FALLING)
 def test_unbounded_loss_diverges(name):
     flow = gf.GradientFlow(gf.Loss(FALLING[name]))
@@ -225,6 +236,7 @@ def test_unbounded_loss_diverges(name):
         run(True)
 
 
+@pytest.mark.slow
 def test_loss_that_turns_nan():
     """F = Σ log wᵢ: w² = w₀² − 2t ends at t = 1/2."""
     flow = gf.GradientFlow(gf.Loss(lambda m: jnp.sum(jnp.log(m.w))))
@@ -240,6 +252,7 @@ def test_loss_that_turns_nan():
     assert np.all(np.isnan(path.params.w[2]))
 
 
+@pytest.mark.slow
 def test_out_of_steps(linear):
     flow, model, _ = linear
     run = lambda throw: gf.simulate(
@@ -323,6 +336,7 @@ print(json.dumps([answers, len(ran)]))
 """
 
 
+@pytest.mark.slow
 def test_bad_input_is_named_before_any_compute():
     here = os.path.dirname(__file__)
     code = textwrap.dedent(_BAD).format(tests=here)
@@ -344,6 +358,7 @@ def test_bad_input_is_named_before_any_compute():
     assert ran == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hold", [False, True])
 def test_initial_scale(hold):
     """By simulate and by descent: θ(0) = αθ₀, and held is its norm."""

@@ -51,6 +51,7 @@ def linear():
 # Against closed forms
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decay", [1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6])
 @pytest.mark.parametrize("solver", KKT, ids=by_name)
 def test_linear_regression(solver, decay):
@@ -73,6 +74,7 @@ def logistic(t, start, target, decay):
     return np.sqrt(k / (1 + (k / start**2 - 1) * np.exp(-2 * k * t)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("solver", "steps"), [(gf.KKT4, (15, 30, 60)), (gf.KKT5, (9, 18, 36))]
 )
@@ -103,6 +105,7 @@ def test_order(solver, steps):
 # In plain Diffrax
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", KKT, ids=by_name)
 def test_saving(solver, linear):
     term, params, truth = linear
@@ -162,6 +165,7 @@ def test_progress_meter(meter, linear, capfd):
     assert "100.00%" in printed
 
 
+@pytest.mark.slow
 def test_jit_and_vmap_over_weight_decay(linear):
     term, params, truth = linear
     run = lambda decay: controlled(gf.KKT5(), term, params, decay, 2 / decay)
@@ -201,6 +205,7 @@ def test_a_step_in_float32_stays_there():
     assert dtypes(after) == dtypes(state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", KKT, ids=by_name)
 def test_a_failed_iteration_rejects_the_step(solver):
     x, ky, model = tanh_problem(jr.key(3))
@@ -239,6 +244,7 @@ def test_a_failed_iteration_rejects_the_step(solver):
     assert np.linalg.norm(bold - careful) < 1e-5 * np.linalg.norm(careful)
 
 
+@pytest.mark.slow
 def test_restart(linear):
     """A solve in two halves goes on as if it had never stopped: the multiplier, the
     slope and the tangent kernel are handed over."""
@@ -271,6 +277,7 @@ def test_restart(linear):
     assert np.abs(forgetful - whole).max() > 1e-9
 
 
+@pytest.mark.slow
 def test_restart_with_step_size_control(linear):
     term, params, truth = linear
     saveat = diffrax.SaveAt(t1=True, solver_state=True, controller_state=True)
@@ -331,6 +338,7 @@ def error_of(task, decay, ts, reference, rtol):
     return sup_error(flat_paths(path), reference)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("rtol", [1e-4, 1e-6])
 @pytest.mark.parametrize("name", SMALL)
@@ -349,6 +357,7 @@ def stored(name):
     return task, data
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("rtol", [1e-4, 1e-6])
 @pytest.mark.parametrize("name", SMALL)
@@ -376,6 +385,7 @@ LOSSES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOSSES)
 def test_other_losses(name):
     decay = 1e-3
@@ -408,6 +418,7 @@ class SmoothedL1(gf.penalties.AbstractCurved):
         return jax.tree.map(bend, params) if self.told else 0.0
 
 
+@pytest.mark.slow
 def test_stiff_penalty():
     """Against SciPy; and what the curvature is for."""
     loss, model = linear_problem(jr.key(0), samples=3, features=6)
@@ -443,6 +454,7 @@ def test_stiff_penalty():
     assert steps[True] < steps[False]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", KKT, ids=by_name)
 @pytest.mark.parametrize("decay", [1e-1, 1e-4])
 def test_linear_flow_of_a_wide_spectrum(solver, decay):
@@ -483,6 +495,7 @@ BALANCED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rtol", [1e-4, 1e-6])
 @pytest.mark.parametrize("name", BALANCED)
 def test_balance(name, rtol):

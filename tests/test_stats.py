@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+import pytest
 
 import gradflow as gf
 from gradflow.sweeps.stack import stack
@@ -35,6 +36,7 @@ def test_words_are_no_arguments():
     assert str(jax.jit(lambda stats: stats)(ONE)) == str(ONE)
 
 
+@pytest.mark.slow
 def test_lanes_by_different_solvers():
     """A number that some solvers do not have is NaN in their lanes."""
     task = gf.tasks.diagonal_network(jr.key(0), samples=3, dim=6)

@@ -50,6 +50,7 @@ CLASSICS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rtol", [1e-3, 1e-5])
 @pytest.mark.parametrize("name", CLASSICS)
 def test_stiff_classic(name, rtol):

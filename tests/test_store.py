@@ -317,6 +317,7 @@ def test_what_a_store_does_not_have(tmp_path):
     assert str(gf.load(tmp_path / "sweep.npz")) == str(sweep)
 
 
+@pytest.mark.slow
 def test_flows_and_a_single_problem(tmp_path):
     task = gf.tasks.linear_regression(jr.key(0), samples=3, dim=6)
     lams = jnp.geomspace(1e-1, 1e-3, 5)
@@ -529,6 +530,7 @@ def held_by_another(folder):
     return process
 
 
+@pytest.mark.slow
 def test_what_others_have_left_aside(tmp_path):
     path = tmp_path / "a[1].zarr"
     aside = lambda name: path.with_name(f"{path.name}.partial-{name}")
@@ -646,6 +648,7 @@ KILLS = int(os.environ.get("GRADFLOW_KILLS", "2"))
 """How many times a run is killed; the process takes some seconds to start each time."""
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on(tmp_path):
     """SIGKILL at random moments; then the store is as if nothing had happened."""
     script = ROOT / "benchmarks" / "kill.py"

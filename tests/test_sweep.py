@@ -27,6 +27,7 @@ def run(task, **options):
     return gf.sweep(task.flow, task.model, **options)
 
 
+@pytest.mark.slow
 def test_each_lane_is_the_single_run(task, looped):
     for i, lam in enumerate(LAMS):
         path = gf.simulate(
@@ -43,6 +44,7 @@ def test_each_lane_is_the_single_run(task, looped):
         np.testing.assert_array_equal(looped[i].metrics["test"], path.metrics["test"])
 
 
+@pytest.mark.slow
 def test_vmap_agrees_with_loop(task, looped):
     lanes = run(task, batch="vmap")
     assert jnp.all(lanes.succeeded)
@@ -63,6 +65,7 @@ def test_indexing_and_text(task, looped):
     assert "1.00e-03" in text and "KKT5" in text and "FAILED" not in text
 
 
+@pytest.mark.slow
 def test_compiles_once():
     task = gf.tasks.linear_regression(jax.random.key(1), samples=3, dim=5)
     traces = []
@@ -78,6 +81,7 @@ def test_compiles_once():
     assert len(traces) == once > 0
 
 
+@pytest.mark.slow
 def test_a_failed_lane_is_marked_and_harms_no_other():
     # θ' = (a − λ)θ: for λ = 0.01 beyond what numbers can hold by the end.
     fn = lambda model: -1.0 * jnp.sum(model.weights**2)
@@ -128,6 +132,7 @@ def test_progress_bar_counts_lanes(task, capsys):
     assert "3/3" in shown and "0 failed" in shown
 
 
+@pytest.mark.slow
 def test_frozen_leaves_are_shared():
     model = gf.models.DiagonalNetwork(jnp.full(4, 0.5), jnp.full(4, 0.7))
     only_u = eqx.tree_at(lambda m: m.u, jax.tree.map(lambda _: False, model), True)

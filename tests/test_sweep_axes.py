@@ -65,6 +65,7 @@ def test_every_lane_is_the_single_run(swept):
         swept[12]
 
 
+@pytest.mark.slow
 def test_each_problem_has_its_own_threshold(swept):
     levels = {float(lane.watched["test"].threshold) for lane in swept}
     assert len(levels) == 3
@@ -218,6 +219,7 @@ def test_a_lane_that_raises_is_marked_and_harms_no_other(batch):
         lanes([-1])
 
 
+@pytest.mark.slow
 def test_models_of_many_sizes():
     def network(width):
         task = gf.tasks.teacher_student(jr.key(0), width=width, samples=4)
@@ -309,6 +311,7 @@ def test_axes_are_no_business_of_a_flow():
         gf.sweep(flow, weight_decay=LAMS, t1=1.0)
 
 
+@pytest.mark.slow
 def test_axes_of_random_keys():
     keys = [jr.key(0), jr.key(1)]
     for values in (keys, jnp.stack(keys)):

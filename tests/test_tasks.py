@@ -88,6 +88,7 @@ def interpolating_point(task):
     return theta
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MAKERS)
 def test_same_key_same_task(name):
     task = task_of(name)
@@ -154,6 +155,7 @@ def test_tanh_has_no_invariant():
         task.truth.invariant(task.model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("weight_decay", [1e-1, 1e-3])
 def test_linear_path_against_radau(reduction, weight_decay):
@@ -314,6 +316,7 @@ def test_least_nuclear_norm_is_feasible_and_certified():
     assert norm < np.linalg.norm(truth.target, "nuc") * (1 + 1e-9)
 
 
+@pytest.mark.slow
 def test_completion_recovers_where_enough_is_observed():
     pytest.importorskip("cvxpy")
     make = tasks.matrix_completion

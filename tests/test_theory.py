@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import first_of
 
 import gradflow as gf
 from gradflow.runs.interpolate import interpolate
@@ -28,7 +29,7 @@ TASKS = {
 }
 
 
-@pytest.fixture(scope="module", params=TASKS)
+@pytest.fixture(scope="module", params=first_of(TASKS))
 def studied(request):
     make, slow_time = TASKS[request.param]
     task = make()
@@ -92,6 +93,7 @@ def test_prediction_begins_at_the_model_and_passes_the_limit(studied):
     assert all(jnp.isnan(x).all() for x in leaves(beyond))
 
 
+@pytest.mark.slow
 def test_prediction_agrees_with_the_flow_between_the_saved_times(studied):
     task, theory, _, _ = studied
     ts = jnp.geomspace(3 * theory.fast_scale, theory.fast.t[-1] / 2, 7)
@@ -114,6 +116,7 @@ def test_limit_has_the_known_codimension(studied):
     assert not bool(theory.spectrum.ambiguous)
 
 
+@pytest.mark.slow
 def test_derivative_of_the_limit_map_is_the_tangent_projection(studied):
     task, theory, _, _ = studied
     params, static = eqx.partition(theory.limit, eqx.is_inexact_array)
@@ -206,6 +209,7 @@ def test_crossing_time():
     )
 
 
+@pytest.mark.slow
 def test_no_prediction_without_a_minimiser():
     x = jnp.array([[-2.0], [-1.0], [1.0], [2.0]])
     loss = gf.CrossEntropy(x, jnp.array([0, 0, 1, 1]))
@@ -214,6 +218,7 @@ def test_no_prediction_without_a_minimiser():
         gf.two_phase(gf.GradientFlow(loss), model, slow_time=1.0)
 
 
+@pytest.mark.slow
 def test_compare_needs_the_same_model():
     task = gf.tasks.linear_regression(KEY, samples=5, dim=12)
     other = gf.tasks.linear_regression(KEY, samples=5, dim=13)
@@ -240,6 +245,7 @@ def test_compare_needs_the_same_model():
         gf.compare(sweep, theory)
 
 
+@pytest.mark.slow
 def test_redundant_data():
     x = jax.random.normal(KEY, (4, 9))
     x = jnp.concatenate([x, x[:1]])
@@ -257,6 +263,7 @@ def test_redundant_data():
     np.testing.assert_allclose(theory.drift.models.weights, exact, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_failures_are_results_where_asked():
     task = gf.tasks.diagonal_network(KEY, samples=8, dim=20, sparsity=2)
     short = gf.two_phase(
@@ -266,6 +273,7 @@ def test_failures_are_results_where_asked():
     assert "step budget" in str(short)
 
 
+@pytest.mark.slow
 def test_interpolation_error_bounds_the_error():
     # A small start: a plateau, and then an abrupt fall.
     task = gf.tasks.diagonal_network(

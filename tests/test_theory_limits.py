@@ -26,6 +26,7 @@ def results(tmp_path_factory):
         return out, STUDY.main(config)
 
 
+@pytest.mark.slow
 def test_order_two_and_grokking_times_are_checked(results):
     out, summary = results
     assert json.loads((out / "summary.json").read_text()) == summary
@@ -40,6 +41,7 @@ def test_order_two_and_grokking_times_are_checked(results):
     assert all(c["ok"] for c in checks.values())
 
 
+@pytest.mark.slow
 def test_everything_is_written(results):
     out, _ = results
     for name in ("errors", "horizons", "grokking_times"):

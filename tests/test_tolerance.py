@@ -50,6 +50,7 @@ def apart(path, exact):
 # -- units, zero, decay ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", [1e-200, 1e-7, 1.0, 1e8])
 def test_from_zero_in_every_unit(getkey, unit):
     x = jr.normal(getkey(), (9, 4))
@@ -69,6 +70,7 @@ def test_from_zero_in_every_unit(getkey, unit):
     assert path.stats.steps < 400
 
 
+@pytest.mark.slow
 def test_units_change_no_step(getkey):
     """θ in a unit of 1e-12, with time to match: the same steps."""
     x, key = jr.normal(getkey(), (5, 8)), getkey()
@@ -84,6 +86,7 @@ def test_units_change_no_step(getkey):
     np.testing.assert_allclose(found, exact, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_what_has_decayed_stays_exact():
     """A weight that nothing but decay moves, beside one that is fitted at zero."""
     flow = gf.GradientFlow(gf.SquaredError(jnp.eye(3)[:1], jnp.zeros(1)))
@@ -111,6 +114,7 @@ def test_norms_do_not_underflow():
 # -- growth ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", [gf.KKT4(), gf.KKT5()])
 def test_leaving_saddles(solver):
     """Two layers from 1e-3: each factor of e of growth is a few steps, whose errors add
@@ -137,6 +141,7 @@ def test_leaving_saddles(solver):
 # -- verdicts ---
 
 
+@pytest.mark.slow
 def test_large_targets_are_no_divergence():
     x = jr.normal(jr.key(3), (30, 5), jnp.float32)
     y = 1e6 + 3e5 * x[:, 1]
@@ -155,6 +160,7 @@ def test_exact_growth_is_no_divergence():
     np.testing.assert_allclose(flat(path)[-1], 1 + 1e12, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("power", [3, 4])
 def test_finite_time_blow_up_is_divergence(power):
     """w' = w² or w³ reaches infinity at t = 1 or ½."""
@@ -166,6 +172,7 @@ def test_finite_time_blow_up_is_divergence(power):
     assert np.isnan(flat(path)[-1]).all()
 
 
+@pytest.mark.slow
 def test_a_start_that_is_not_defined_takes_no_step():
     flow = gf.GradientFlow(gf.Loss(lambda m: (jnp.linalg.norm(m.w) - 1) ** 2))
     run = lambda lam, w: gf.simulate(
@@ -195,6 +202,7 @@ class Product(eqx.Module):
         return jnp.prod(self.u, 0) @ x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", [gf.KKT4(), gf.KKT5()])
 def test_smooth_losses_never_slide(solver):
     x, y = jr.normal(jr.key(4), (30, 9)), jr.uniform(jr.key(5), (30,))
@@ -205,6 +213,7 @@ def test_smooth_losses_never_slide(solver):
     assert path.stats.sliding == 0
 
 
+@pytest.mark.slow
 def test_the_multiplier_is_solved_for_too():
     """From α = 3e3 a logit changes by far more than θ's tolerance of it: μ, the force,
     may not lag behind."""
@@ -235,6 +244,7 @@ def test_the_multiplier_is_solved_for_too():
     np.testing.assert_allclose(path.train_loss, jax.vmap(loss)(path.models), rtol=0.02)
 
 
+@pytest.mark.slow
 def test_curvature_that_the_kernel_leaves_out():
     """An attention layer that cannot fit its data: a few hundred steps, of which
     none slides."""
@@ -292,6 +302,7 @@ def test_error_of_one_large_coordinate():
     assert kept(0.9e-3) and not kept(1.1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("solver", "bound"), [(gf.KKT4(), 10), (gf.KKT5(), 5), (gf.RKC2(), 5)]
 )

@@ -167,7 +167,6 @@ class AbstractComposite(AbstractPenalty):
 
 _DECLARED = {
     "curvature": AbstractCurved,
-    "least_norm": AbstractKinked,
     "absolute_weights": AbstractAbsolute,
     "prox": AbstractProximal,
     "lipschitz": AbstractLipschitz,
