@@ -31,6 +31,13 @@ def test_in_words():
     assert str(descent) == "descent (subgradient), 50 steps of 0.01"
 
 
+def test_fields_by_name():
+    assert ONE["steps"] == 7 and ONE["solver"] == "KKT4" and ONE["sliding"] is None
+    for name in ("of", "step", "__str__"):
+        with pytest.raises(KeyError):
+            ONE[name]
+
+
 def test_words_are_no_arguments():
     """So that what a run gives may come out of `jax.jit`, too."""
     assert str(jax.jit(lambda stats: stats)(ONE)) == str(ONE)

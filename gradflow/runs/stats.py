@@ -32,6 +32,8 @@ coordinates there, where they vary.)"""
 class Stats(eqx.Module):
     """How a run was made, and what it took. What does not apply to it is `None`.
 
+    `stats["steps"]` is `stats.steps`, for names that are not known beforehand.
+
     In a `Sweep` numbers have the lanes as their axis, NaN for those that they do not
     apply to; and words that differ from lane to lane are a tuple.
     """
@@ -84,6 +86,11 @@ class Stats(eqx.Module):
             rtol=rtol,
             atol=0.0 if atol is None else atol,
         )
+
+    def __getitem__(self, name: str) -> Number | Words | None:
+        if name not in (field.name for field in dataclasses.fields(self)):
+            raise KeyError(name)
+        return getattr(self, name)
 
     def __str__(self) -> str:
         if self.learning_rate is not None:
