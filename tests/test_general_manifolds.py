@@ -182,6 +182,7 @@ class Cusp(eqx.Module):
         return 2 * self.x**3 - 2 * self.y**2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slow_time, lost", [(4.0, False), (8.0, True)])
 def test_cusp(slow_time, lost):
     """x³ = y² is (u², u³), on which ½(x² + y²) drives u' = −u(2 + 3u²)/(4 + 9u²) to

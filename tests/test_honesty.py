@@ -28,7 +28,9 @@ def run(task, decay, **options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("rtol", "trusted"), [(1e-3, False), (1e-7, True)])
+@pytest.mark.parametrize(
+    ("rtol", "trusted"), [(1e-3, False), (1e-4, False), (1e-7, True)]
+)
 def test_explicit_solver_at_its_stability_limit(rtol, trusted):
     """Diffrax itself calls both runs a success."""
     task = tasks.diagonal_network(jr.key(0))
@@ -39,7 +41,7 @@ def test_explicit_solver_at_its_stability_limit(rtol, trusted):
     if trusted:
         assert path.result == gf.RESULTS.successful and error < 20 * rtol
     else:
-        assert path.result == gf.RESULTS.unstable and error > 20 * rtol
+        assert path.result == gf.RESULTS.unstable and error > 5 * rtol
         assert "stability limit" in str(path)
         with pytest.raises(RuntimeError, match="stability limit"):
             run(task, 1e-3, rtol=rtol, solver=diffrax.Tsit5(), throw=True)

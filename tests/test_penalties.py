@@ -486,3 +486,17 @@ def test_what_is_not_declared_would_never_be_asked():
     for penalty in (Undeclared(), 2 * Undeclared() + gf.L1()):
         with pytest.raises(ValueError, match="Undeclared has `curvature`.*AbstractCur"):
             gf.GradientFlow(loss, penalty=penalty)
+
+
+@pytest.mark.slow
+def test_the_curvature_of_a_strong_sobolev_penalty():
+    """Without its Hessian in the matrix of the stages this takes 2900 steps."""
+    net = gf.scaled(eqx.nn.MLP(2, "scalar", 8, 1, jnp.tanh, key=jr.key(1)), 2.0)
+    x = jr.normal(jr.key(2), (10, 2))
+    flow = gf.GradientFlow(
+        gf.SquaredError(x, jnp.sin(x[:, 0])), penalty=gf.Sobolev(net, x)
+    )
+    path = gf.simulate(
+        flow, net, weight_decay=10.0, t1=100.0, rtol=1e-3, solver=gf.KKT4(), saves=9
+    )
+    assert path.stats.steps < 200
