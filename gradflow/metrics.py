@@ -39,6 +39,11 @@ class Metric(eqx.Module):
         return self.fn(model)
 
 
+def without_thresholds(metrics: dict[str, Metric]) -> dict[str, Metric]:
+    """The functions alone: what is compiled for one threshold serves all."""
+    return {name: Metric(metric.fn) for name, metric in metrics.items()}
+
+
 class Accuracy(eqx.Module):
     """The share of samples whose largest logit is at their label, from 0 to 1.
 

@@ -15,7 +15,7 @@ from .._norms import norm
 from ..flow.flat import FlatLoss, flatten
 from ..flow.flow import check_free, GradientFlow
 from ..flow.term import FlowTerm
-from ..metrics import Metric
+from ..metrics import Metric, without_thresholds
 from ..results import RESULTS
 from ..runs.problem import as_metrics, check_problem
 from ..runs.solve import Solve, solve
@@ -149,7 +149,7 @@ def _vanishing_decay(run: DriftRun) -> Drift:
             run.params,
             lam,
             times / lam,
-            run.watched,
+            without_thresholds(run.watched),
             KKT5(),
             rtol=run.rtol,
             atol=run.atol,

@@ -27,7 +27,7 @@ from ..flow.flat import flatten_on
 from ..flow.flow import check_flow, GradientFlow, scaled
 from ..flow.nonsmooth import may_have_kinks
 from ..flow.term import FlowTerm
-from ..metrics import Metric
+from ..metrics import Metric, without_thresholds
 from ..solvers import (
     as_choice,
     as_flow_solver,
@@ -112,16 +112,17 @@ def simulate(
         weight_decay=weight_decay, init_scale=init_scale, rtol=rtol, max_steps=max_steps
     ) | check_given(atol=atol, solver=solver)
     watched = as_metrics(metrics)
+    bare = without_thresholds(watched)  # as in a sweep: what is compiled serves both
     model = scaled(model, init_scale, trainable=flow.trainable)
     term, params = flow.term(model)
     dtype = jax.tree.leaves(params)[0].dtype
     wrong = wrong | check_horizon(weight_decay, slow_time, t1, ts, saves, dtype)
-    check_problem(term, params, watched)
+    check_problem(term, params, bare)
     rtol = resolvable(rtol, params)
 
     lam = jnp.asarray(weight_decay, dtype)
     times, size = prepare(
-        term, params, lam, slow_time, t1, ts, saves, watched, measure=solver is None
+        term, params, lam, slow_time, t1, ts, saves, bare, measure=solver is None
     )
 
     def run(choice: Choice) -> Path:
@@ -131,7 +132,7 @@ def simulate(
             given = _underivable(given, known.name, adjoint)
         one = Solve.of(
             *given,
-            watched,
+            bare,
             choice.solver,
             rtol=rtol,
             atol=atol,
@@ -140,6 +141,7 @@ def simulate(
             progress=progress,
         )
         path = solve_watching(one) if kinked else solve(one)
+        path = dataclasses.replace(path, watched=watched)
         if is_concrete(path.t):
             again = functools.partial(run_again, one)
             path = dataclasses.replace(path, again=again)

@@ -13,7 +13,7 @@ from .._checks import is_concrete, is_key
 from .._typing import Given
 from ..flow.flow import GradientFlow, scaled
 from ..flow.term import FlowTerm
-from ..metrics import Metric
+from ..metrics import Metric, without_thresholds
 from ..runs.problem import as_metrics, check_problem
 from ..tasks import Task
 from .plan import Plan, Problem
@@ -88,7 +88,7 @@ class Problems:
 
         def make() -> dict[str, Metric]:
             problem = self.of(lane)
-            bare = {k: Metric(metric.fn) for k, metric in problem.watched.items()}
+            bare = without_thresholds(problem.watched)
             term, params = problem.flow.term(problem.model)
             check_problem(term, params, bare, mixed=self.mixed)
             return bare
