@@ -90,6 +90,7 @@ def test_flow_equals_the_exact_one(flow_and_exact):
     assert ((zeros[:-1] & ~zeros[1:]).any(axis=0) & zeros[-1]).any() or zeros[0, 3]
 
 
+@pytest.mark.slow
 def test_from_zero(flow_and_exact):
     """What is held from the start is at zero inside the solver too."""
     flow, start, ts, _ = flow_and_exact

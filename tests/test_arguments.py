@@ -359,6 +359,7 @@ def test_wrong_arguments_that_are_traced_are_results():
         np.testing.assert_allclose(paths.params.w[i], alone.params.w, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["rtol", "atol", "init_scale", "ts", "t1"])
 def test_any_traced_argument_of_a_run(name):
     loss = gf.SquaredError(jnp.eye(2), jnp.array([1.0, 2.0]))

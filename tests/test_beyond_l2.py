@@ -50,6 +50,7 @@ def test_linear_programs_are_counted(tmp_path):
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
 
 
+@pytest.mark.slow
 def test_theorems_hold_as_inequalities(tmp_path):
     small = dict(features=16, sparsity=1, samples=8, seeds=1)
     small |= dict(alphas=(0.05,), betas=(1e-3,), etas=(0.3,))

@@ -255,6 +255,7 @@ def test_a_lane_that_was_cut_off_goes_on(tmp_path, monkeypatch, parts, batch):
         assert sum(parts) == 1 and parts.count(False) >= 2
 
 
+@pytest.mark.slow
 def test_the_bar_tells_how_far_a_long_lane_is(tmp_path, monkeypatch, parts, capsys):
     monkeypatch.setattr(progress.time, "perf_counter", iter(range(10**6)).__next__)
     run(tmp_path / "s.zarr", progress=True)

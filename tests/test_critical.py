@@ -107,6 +107,7 @@ def test_best_approximation_of_rank_one():
     np.testing.assert_allclose(balance(limit.model), balance(model), atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ["zero", "second"])
 def test_saddle_is_named(start):
     """θ = 0, and the second singular direction, whence the first is not seen."""
@@ -125,6 +126,7 @@ def test_saddle_is_named(start):
         manifold.limit_map(loss, model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "expected"), [((2, 1), 7), ((1, 1), 5)])
 def test_rank_deficient_minimum(ranks, expected):
     """W₂W₁ = W* of rank one by two hidden units: the image of (dW₁, dW₂) ↦ W₂dW₁ +

@@ -285,6 +285,7 @@ def test_each_lane_of_a_sweep_is_landed_on():
     np.testing.assert_allclose(report.grokked.measured, times, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_crossing_that_cannot_be_landed_on_is_told():
     flow, model, watch, exact, _ = decaying()
     path = gf.simulate(flow, model, weight_decay=0.02, t1=1e3, metrics=watch, saves=17)

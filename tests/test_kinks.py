@@ -70,6 +70,7 @@ def resampled_crossings(path, x, tolerance=1e-6, fine=16):
     return counts
 
 
+@pytest.mark.slow
 def test_relu_drift():
     """A drift of a ReLU network crosses kinks: as many, of each gate, as are counted
     along the interpolated path."""

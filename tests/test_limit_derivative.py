@@ -84,6 +84,7 @@ def test_derivative_without_interpolation():
     )
 
 
+@pytest.mark.slow
 def test_derivative_on_the_manifold_is_the_projection():
     loss, model = diagonal_problem(jr.key(7), samples=6, features=15)
     limit = manifold.limit_map(loss, model).model

@@ -519,6 +519,7 @@ def test_drift_of_linear_regression(getkey):
     np.testing.assert_allclose(drift.params.w, exact, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_drift_of_least_squares_without_interpolation(getkey):
     loss, model, pinv = overdetermined(getkey())
     start = manifold.limit_map(loss, model).model

@@ -92,6 +92,7 @@ def norm_of(model):
     return math.sqrt(sum(float(np.sum(np.square(leaf))) for leaf in leaves))
 
 
+@pytest.mark.slow
 def test_addition_is_judged(tmp_path):
     """A network that only memorises fails, and its files are there."""
     config = transformer.MAN(**TINY, steps=60, out=tmp_path)
@@ -317,6 +318,7 @@ def test_scans_of_the_teacher_from_start_to_end(tmp_path, monkeypatch):
     assert_allclose(start[1], 4 * start[0])
 
 
+@pytest.mark.slow
 def test_theory_of_the_teacher_is_written(tmp_path, monkeypatch):
     """With made-up predictions: true ones take a while to compile, and theory has tests
     of its own."""

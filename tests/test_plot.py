@@ -4,10 +4,10 @@ import equinox as eqx
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
-import problems
 import pytest
+import shared_problems
 from matplotlib.figure import Figure
-from problems import LAMS
+from shared_problems import LAMS
 
 import gradflow as gf
 
@@ -24,7 +24,7 @@ def no_figures():
 
 @pytest.fixture(scope="module")
 def results():
-    sweep, _, report = problems.study()
+    sweep, _, report = shared_problems.study()
     return sweep, report
 
 

@@ -83,6 +83,7 @@ def forced():
     return diffrax.ODETerm(velocity), jnp.ones(1), None, 2.0, np.array([0.2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("problem", [logistic_flow, forced])
 def test_order(problem):
     term, y0, args, t1, expected = problem()
@@ -321,6 +322,7 @@ def test_spectral_radius_along_a_path():
 # The stages
 
 
+@pytest.mark.slow
 def test_most_stages():
     """A step that would need more is refused, whatever its error; the run goes on with
     shorter ones."""
@@ -355,6 +357,7 @@ def test_most_stages():
         RKC2(max_stages=1)
 
 
+@pytest.mark.slow
 def test_evaluations_grow_as_the_root_of_the_stiffness():
     ts = jnp.linspace(0.0, 6.0, 50)
     saveat = diffrax.SaveAt(ts=ts, dense=True, solver_state=True)
@@ -417,6 +420,7 @@ def test_restart_and_counts():
 # In plain Diffrax
 
 
+@pytest.mark.slow
 def test_pytrees_and_precisions():
     rates = {"a": jnp.geomspace(1.0, 1e3, 6).reshape(2, 3), "b": [jnp.asarray(50.0)]}
     velocity = lambda t, y, _: jax.tree.map(lambda k, y: -k * y - y**3, rates, y)

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-import problems
 import pytest
+import shared_problems
 
 import gradflow as gf
 from gradflow.results import codes, flags, from_codes
@@ -132,7 +132,7 @@ def test_what_is_traced_cannot_be_saved(tmp_path):
 
 @pytest.fixture(scope="module")
 def study():
-    return problems.study()
+    return shared_problems.study()
 
 
 def test_sweep_theory_and_report(study, tmp_path):

@@ -285,6 +285,7 @@ def test_second_derivative_of_the_limit_map():
     assert abs(np.log2(errors[0] / errors[1]) - 2) < 0.3, errors
 
 
+@pytest.mark.slow
 def test_derivative_of_the_drift_field():
     flow, model, _ = soft_labels()
     limit = gf.manifold.limit_map(flow.loss, model, rtol=1e-11)

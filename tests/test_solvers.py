@@ -135,6 +135,7 @@ def test_saving(solver, linear):
     assert_allclose(dense, solution.ys["ts"].w, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.slow
 def test_event(linear):
     """The time at which a coordinate of the kernel has fallen by half."""
     term, params, truth = linear
@@ -189,6 +190,7 @@ def tanh_problem(key, *, outputs=None, samples=4):
     return jr.normal(kx, (samples, 2)), ky, model
 
 
+@pytest.mark.slow
 def test_a_step_in_float32_stays_there():
     """Though in plain Diffrax times are float64 here."""
     x, ky, model = tanh_problem(jr.key(3))
@@ -368,6 +370,7 @@ def test_radau_stored(name, rtol, decay):
     assert error_of(task, decay, ts, reference, rtol) < 5 * rtol
 
 
+@pytest.mark.slow
 def test_references_say_how_they_were_made():
     for name in SMALL:
         about = json.loads(str(stored(name)[1]["about"]))
@@ -520,6 +523,7 @@ def test_balance(name, rtol):
 # Cost
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["diagonal", "tanh"])
 def test_steps_hardly_depend_on_weight_decay(name):
     task = make_task(name)
