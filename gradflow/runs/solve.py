@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
+from .._host import as_array
 from .._norms import norm, rms
 from ..flow.term import AbstractFlowTerm, FlowTerm, Sphere
 from ..flow.vector import on_vector
@@ -76,15 +77,15 @@ class Solve(eqx.Module):
     ) -> "Solve":
         """With numbers as arrays, and what is not given as usual."""
         tolerance = Tolerance(
-            jnp.asarray(rtol, ts.dtype),
-            None if atol is None else jnp.asarray(atol, ts.dtype),
+            as_array(rtol, ts.dtype),
+            None if atol is None else as_array(atol, ts.dtype),
             max_steps,
         )
         usual = diffrax.RecursiveCheckpointAdjoint()
         return cls(
             term=term,
             params=params,
-            weight_decay=jnp.asarray(weight_decay),
+            weight_decay=as_array(weight_decay),
             ts=ts,
             watched=watched,
             same=frozenset(k for k, m in watched.items() if m.fn is term.loss),
