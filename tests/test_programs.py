@@ -71,5 +71,5 @@ def test_programs_of_the_example(tmp_path, monkeypatch):
     assert len(names) <= MOST, collections.Counter(names)
     with compiled() as names:
         exec("print(report)" + drawn, scope)
-        str(scope["sweep"]), str(scope["theory"]), str(scope["theory"].drift)
+        print(scope["sweep"], scope["theory"], scope["theory"].drift)
     assert not names

@@ -103,7 +103,7 @@ def _error(path: Any, degree: int, curvature: str | None) -> Float[Array, ""]:
 def _merge(paths: list[Any], clock: str, curvature: str | None) -> Any:
     """One path with the times of all, of which each ran alone; they share the last."""
     first, *others = paths
-    ends = (getattr(p, clock)[:-1] for p in others)
+    ends = (np.asarray(getattr(p, clock))[:-1] for p in others)
     times = np.concatenate([getattr(first, clock), *ends])
     order = np.argsort(times)
 

@@ -415,13 +415,12 @@ def flees(params: PyTree, velocity: PyTree, t: Scalar) -> Bool[Array, ""]:
 
 def _translate(result: diffrax.RESULTS) -> RESULTS:
     """Diffrax's result in gradflow's words."""
-    out = RESULTS.promote(result)
-    for theirs, ours in (
-        (RESULTS.max_steps_reached, RESULTS.out_of_steps),
-        (RESULTS.event_occurred, RESULTS.diverged),
-    ):
-        out = RESULTS.where(out == theirs, ours, out)
     # All else that can go wrong in a solver goes wrong in a step.
-    named = (out == RESULTS.successful) | (out == RESULTS.out_of_steps)
-    named = named | (out == RESULTS.diverged)
-    return RESULTS.where(named, out, RESULTS.stalled)
+    out = RESULTS.stalled
+    for theirs, ours in (
+        (diffrax.RESULTS.successful, RESULTS.successful),
+        (diffrax.RESULTS.max_steps_reached, RESULTS.out_of_steps),
+        (diffrax.RESULTS.event_occurred, RESULTS.diverged),
+    ):
+        out = RESULTS.where(result == theirs, ours, out)
+    return out

@@ -267,7 +267,7 @@ class AbstractKKT(
         result = diffrax.RESULTS.where(
             out.ok,
             diffrax.RESULTS.successful,
-            diffrax.RESULTS.nonlinear_divergence,
+            diffrax.RESULTS.nonlinear_divergence,  # pyright: ignore[reportArgumentType]
         )
         free = 1.0
         if isinstance(term.penalty, OnOrthant):

@@ -134,7 +134,7 @@ def rates(sweep: Sweep, theory: TwoPhase, found: Errors) -> dict[int, Order]:
     regular, whole = slow <= until, slow <= _end(theory, slow.dtype)
     known_to = (sweep.stats.rtol, theory.fast.stats.rtol, theory.interpolation_error)
     # (A descent has no tolerance.)
-    floor = 10 * max(float(np.max(e)) for e in known_to if e is not None)
+    floor = 10 * max(float(np.asarray(e).max()) for e in known_to if e is not None)
     curvature = np.interp(until, theory.drift.s, theory.smallest_curvature)
     largest = float(curvature) / 20
     ratio = _ratio(theory, slow) * lams[:, None]

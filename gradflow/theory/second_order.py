@@ -72,7 +72,7 @@ class SecondOrder(eqx.Module):
         text = (
             f"second order known to s = {float(self.until):.3g}; its terms fall as "
             f"{ratio[0]:.2g} λ at s = 0, {ratio[-1]:.2g} λ at the end, "
-            f"{np.max(fast):.2g} λ in the fast phase"
+            f"{fast.max():.2g} λ in the fast phase"
         )
         if float(self.mismatch) > 1e-2:
             text += (

@@ -270,7 +270,7 @@ def _fast_scales(
     return tau, jnp.maximum(end, 10 * tau)
 
 
-def _share(error: np.ndarray, whole: float) -> Float[Array, ""]:
+def _share(error: np.ndarray | np.generic, whole: float) -> Float[Array, ""]:
     """`error` relative to ‖Φ‖, which may be zero."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return as_array(error / whole)
