@@ -79,6 +79,7 @@ def check_numbers(
         raise ValueError(f"{name}: expected {expected}, got {word(x)}.")
     if not is_concrete(array):
         return ~jnp.all(jnp.isfinite(array) & okay(array))
+    array = np.asarray(array)
     if not (np.isfinite(array) & okay(array)).all():
         raise ValueError(f"{name}: expected {expected}, got {word(x)}.")
     return False
@@ -316,7 +317,8 @@ def check_horizon(
     check_integer(saves, "saves", 3)
     (name,) = given
     if ts is not None:
-        wrong, end, unit = check_times(ts, "ts"), ts[-1], 1.0
+        wrong, unit = check_times(ts, "ts"), 1.0
+        end = np.asarray(ts)[-1] if is_concrete(ts) else ts[-1]
     else:
         end = t1 if slow_time is None else slow_time
         wrong = check_positive(end, name)
@@ -325,12 +327,12 @@ def check_horizon(
         there = jnp.asarray(end, dtype) / jnp.min(jnp.asarray(unit, dtype))
         return wrong | ~jnp.isfinite(there)
     number = jnp.finfo(dtype)
-    least = float(np.min(weight_decay))
+    least = float(np.asarray(weight_decay).min())
     if 0 < least < number.tiny:
         raise ValueError(f"weight_decay: {least:.3g} is zero in {np.dtype(dtype)}.")
     if slow_time is not None and least == 0:
         raise ValueError("slow_time: s = λt needs weight_decay > 0; give t1 or ts.")
-    end = float(end) / float(np.min(unit))
+    end = float(end) / float(np.asarray(unit).min())
     if not end < float(number.max):
         raise ValueError(
             f"{name}: the run would end at t = {end:.3g}, and the largest number in "
@@ -350,6 +352,7 @@ def check_times(ts: Given, name: str, least: int = 2) -> Wrong:
     if not is_concrete(values):
         increasing = jnp.all(jnp.diff(values) > 0) & (values[0] >= 0)
         return ~(increasing & jnp.isfinite(values[-1]))
+    values = np.asarray(values)
     if not np.isfinite(values).all():
         raise ValueError(f"{name}: expected finite numbers, got some that are not.")
     if values[0] < 0 or (np.diff(values) <= 0).any():

@@ -1,14 +1,16 @@
 """How a computation ended: every cause with its remedy, and its number in a store."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import diffrax
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, PyTree
 
 from ._checks import is_concrete
+from ._host import as_array, numpy_of
 
 
 class RESULTS(diffrax.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
@@ -161,13 +163,30 @@ def from_codes(values: np.ndarray, attributes: Mapping[str, Any]) -> RESULTS:
     if unknown := sorted(set(names) - set(CODES)):
         raise ValueError(f"results: {', '.join(unknown)} is no result known here.")
     index = np.array([_NAMES.index(name) for name in names], np.int32)
-    index = jnp.asarray(index.reshape(np.shape(values)))
+    index = as_array(index.reshape(np.shape(values)))
     return eqx.tree_at(lambda r: r._value, RESULTS.successful, index)
+
+
+Out = TypeVar("Out", bound=PyTree)
 
 
 def is_known(result: RESULTS) -> bool:
     """Whether a result is known now, and not only when what is traced is run."""
     return is_concrete(result._value)
+
+
+def among(result: RESULTS, *those: RESULTS) -> Bool[Array, "*lanes"]:
+    """Whether a result, or each of a stack, is one of those."""
+    values = result._value
+    return as_array(numpy_of(values).isin(values, np.array([r._value for r in those])))
+
+
+def only_if_successful(out: Out, result: RESULTS) -> Out:
+    """`out`; an error, now or when what is traced is run, where the result is no
+    success."""
+    if is_known(result) and np.asarray(among(result, RESULTS.successful)).all():
+        return out
+    return result.error_if(out, result != RESULTS.successful)
 
 
 def flags() -> dict[str, Any]:
@@ -181,9 +200,9 @@ def flags() -> dict[str, Any]:
 def in_words(result: RESULTS, solver: str, dtype: jnp.dtype | np.dtype) -> str:
     """The message of a result of a run, with what its solver and its precision add."""
     message = RESULTS[result]
-    if bool(result == RESULTS.out_of_steps):
+    if among(result, RESULTS.out_of_steps):
         message += f" {_slow(solver)}"
-    if bool(result == RESULTS.stalled) and jnp.finfo(dtype).bits < 64:
+    if among(result, RESULTS.stalled) and jnp.finfo(dtype).bits < 64:
         name = jnp.finfo(dtype).dtype
         message += f" Or call gradflow.enable_float64() first: this is {name}."
     return message

@@ -7,6 +7,7 @@ import optax
 from jaxtyping import PyTree, Scalar
 
 from .._checks import check_init_scale, check_model, is_concrete, word
+from .._host import as_array
 from .._typing import Given
 from ..losses import AbstractLoss
 from ..penalties import AbstractPenalty, check_declared, L2, least_norm
@@ -175,7 +176,9 @@ def scaled(
     check_init_scale(alpha, "alpha")
     params, static = _split(model, trainable)
 
-    def times(p):
-        return jnp.asarray(alpha, p.dtype) * p
+    return eqx.combine(_times(as_array(alpha), params), static)
 
-    return eqx.combine(jax.tree.map(times, params), static)
+
+@jax.jit
+def _times(alpha: Scalar, params: PyTree) -> PyTree:
+    return jax.tree.map(lambda p: alpha.astype(p.dtype) * p, params)

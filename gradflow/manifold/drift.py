@@ -8,8 +8,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree, Scalar
 
 from .._checks import is_concrete
+from .._host import as_array, known, taken
 from ..metrics import Metric
-from ..results import in_words, is_known, RESULTS
+from ..results import among, in_words, is_known, RESULTS
 from ..runs.columns import one_dataset
 from ..runs.crossing import crossing_time
 from ..runs.path import ended, relative_speed, trend
@@ -57,7 +58,8 @@ class Drift(eqx.Module):
 
     def __getitem__(self, index: int | np.integer) -> PyTree:
         """The model at `s[index]`."""
-        return eqx.combine(jax.tree.map(lambda p: p[index], self.params), self.static)
+        params = jax.tree.map(lambda p: taken(p, index), self.params)
+        return eqx.combine(params, self.static)
 
     def __len__(self) -> int:
         return self.s.shape[0]
@@ -65,7 +67,7 @@ class Drift(eqx.Module):
     @property
     def succeeded(self) -> Bool[Array, ""]:
         """Whether it reached its last slow time. (It may have `slid`: see `result`.)"""
-        return (self.result == RESULTS.successful) | (self.result == RESULTS.slid)
+        return among(self.result, RESULTS.successful, RESULTS.slid)
 
     @property
     def verdict(self) -> str:
@@ -85,22 +87,23 @@ class Drift(eqx.Module):
     @property
     def stationary(self) -> Bool[Array, ""]:
         """Whether it has come to rest: `speed` below 1e-3."""
-        return self.speed < 1e-3
+        return as_array(known(self.speed) < 1e-3)
 
     def __str__(self) -> str:
-        d = sum(p[0].size for p in jax.tree.leaves(self.params))
+        d = sum(p.size for p in jax.tree.leaves(self.params)) // len(self)
+        s = np.asarray(self.s)
         watched = {"train loss": self.train_loss, "penalty": self.penalty}
         trends = (trend(*each) for each in (watched | self.metrics).items())
         lines = [
             f"Drift of {d} parameters on the critical manifold, s = "
-            f"{float(self.s[0]):.3g} … {float(self.s[-1]):.3g}, {len(self)} slow times",
+            f"{s[0]:.3g} … {s[-1]:.3g}, {len(self)} slow times",
             f"  {self.stats}",
             f"  {', '.join(trends)}",
             f"  {trend('smallest normal curvature η', self.smallest_curvature)}",
         ]
         if not bool(self.succeeded):
             lines.append(f"  FAILED: {self.verdict}")
-        elif bool(self.result == RESULTS.slid):
+        elif among(self.result, RESULTS.slid):
             lines.append(f"  WARNING: {RESULTS[self.result]}")
         elif len(self) > 1:
             state = "at rest" if bool(self.stationary) else "still drifting"
@@ -112,7 +115,7 @@ class Drift(eqx.Module):
             return f"<Drift of slow times {self.s.shape}>"
         return (
             f"<Drift by {self.stats.solver}, {len(self)} slow times to "
-            f"s = {float(self.s[-1]):.3g}: {ended(self)}>"
+            f"s = {float(np.asarray(self.s)[-1]):.3g}: {ended(self)}>"
         )
 
     def _repr_html_(self) -> str:

@@ -9,6 +9,7 @@ composite and interpolated ([`JacobianForm`](jacobian_form.py)), and from ∇²F
 from abc import abstractmethod
 
 import equinox as eqx
+import numpy as np
 from equinox import AbstractClassVar
 from jaxtyping import Array, Float, Int, PyTree
 
@@ -62,7 +63,9 @@ class AbstractForm(eqx.Module):
         eigenvalue of ∇²F, zero where it is not known."""
 
     @abstractmethod
-    def curvatures(self, values: Float[Array, " k"]) -> Float[Array, " k"]:
+    def curvatures(
+        self, values: Float[Array | np.ndarray, " k"]
+    ) -> Float[Array | np.ndarray, " k"]:
         """|eigenvalues| of ∇²F from `values`."""
 
     @abstractmethod

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from ..flow.flat import FlatLoss
@@ -51,7 +52,9 @@ class HessianForm(AbstractForm):
         eigenvalues = jnp.linalg.eigvalsh(jax.hessian(loss)(theta))
         return -jnp.sort(-jnp.abs(eigenvalues)), eigenvalues[0]
 
-    def curvatures(self, values: Float[Array, " k"]) -> Float[Array, " k"]:
+    def curvatures(
+        self, values: Float[Array | np.ndarray, " k"]
+    ) -> Float[Array | np.ndarray, " k"]:
         return values
 
     def told_curvatures(

@@ -92,7 +92,9 @@ class JacobianForm(AbstractForm):
         singular = jnp.linalg.svd(a, compute_uv=False)
         return singular, jnp.zeros((), theta.dtype)
 
-    def curvatures(self, values: Float[Array, " k"]) -> Float[Array, " k"]:
+    def curvatures(
+        self, values: Float[Array | np.ndarray, " k"]
+    ) -> Float[Array | np.ndarray, " k"]:
         return values**2
 
     def told_curvatures(

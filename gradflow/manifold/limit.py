@@ -8,12 +8,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
 from .._checks import check_arguments, check_given
+from .._host import known
 from .._norms import norm
 from ..flow.flat import FlatLoss, flatten
 from ..flow.flow import GradientFlow, partition
 from ..flow.term import FlowTerm
 from ..losses import AbstractCompositeLoss, AbstractLoss
-from ..results import RESULTS
+from ..results import among, only_if_successful, RESULTS
 from ..runs.solve import flees
 from ..runs.stats import Stats
 from ..solvers import KKT5
@@ -55,11 +56,11 @@ class Limit(eqx.Module):
     for other losses."""
 
     def __str__(self) -> str:
-        if bool(self.result == RESULTS.successful):
+        if among(self.result, RESULTS.successful):
             end = f"reached, to a relative distance of {float(self.residual):.1g}"
         else:
             end = f"FAILED: {RESULTS[self.result]}"
-        if bool(self.result == RESULTS.no_minimiser):
+        if among(self.result, RESULTS.no_minimiser):
             end += (
                 " In its stead: `direction`, of normalised margin "
                 f"{float(self.margin):.3g}"
@@ -141,7 +142,7 @@ def limit_map(
     if form == "auto" and first.interpolating and failed(out.result):
         # It came to rest where the loss is not interpolated, so M is not {r = 0}. The
         # limit from there is the limit from the start.
-        if (out.result == RESULTS.not_critical).all():
+        if np.all(known(among(out.result, RESULTS.not_critical))):
             first = HessianForm()
             start, _ = partition(out.model, trainable)
             rest = _limit(fixed, start, first, search)
@@ -152,7 +153,7 @@ def limit_map(
     end = tie(params, end, term, first, out.time, out.result)
     out = eqx.tree_at(lambda o: o.model, out, eqx.combine(end, term.static))
     if throw:
-        out = out.result.error_if(out, out.result != RESULTS.successful)
+        out = only_if_successful(out, out.result)
     return out
 
 

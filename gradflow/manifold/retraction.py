@@ -3,13 +3,15 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._checks import check_arguments, check_given
+from .._host import known
 from ..flow.flat import FlatLoss, flatten
 from ..flow.flow import GradientFlow
 from ..losses import AbstractLoss
-from ..results import is_known, RESULTS
+from ..results import among, is_known, only_if_successful, RESULTS
 from .choice import begin, first_form, Form
 from .forms import AbstractForm
 from .hessian_form import HessianForm
@@ -71,7 +73,7 @@ def retract(
     term, params = begin(loss, model, trainable)
     _, out = retract_in_form(term.loss, params, term.static, form, rtol, max_steps)
     if throw:
-        out = out.result.error_if(out, out.result != RESULTS.successful)
+        out = only_if_successful(out, out.result)
     return out
 
 
@@ -147,4 +149,4 @@ def nearest(
 
 def failed(result: RESULTS) -> bool:
     """Whether it is known now that `result` is a failure."""
-    return is_known(result) and bool((result != RESULTS.successful).any())
+    return is_known(result) and not np.all(known(among(result, RESULTS.successful)))

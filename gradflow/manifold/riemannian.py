@@ -16,7 +16,7 @@ from ..flow.flat import FlatLoss, flatten
 from ..flow.flow import check_free, GradientFlow
 from ..flow.term import FlowTerm
 from ..metrics import Metric, without_thresholds
-from ..results import RESULTS
+from ..results import among, only_if_successful, RESULTS
 from ..runs.problem import as_metrics, check_problem
 from ..runs.solve import Solve, solve
 from ..runs.stats import Stats
@@ -117,7 +117,7 @@ def riemannian_flow(
     else:
         out = _drift(run, served, diffrax.Dopri8() if solver is None else solver)
     if throw:
-        out = out.result.error_if(out, out.result != RESULTS.successful)
+        out = only_if_successful(out, out.result)
     return out
 
 
@@ -139,16 +139,13 @@ class DriftRun(eqx.Module):
 
 def _vanishing_decay(run: DriftRun) -> Drift:
     """The flow at a λ at which its distance from w° is rounding."""
-    times, start = run.times, run.start
-    tiny = _vanishing(times.dtype) / 10
-    rank, largest = _rank_and_scale(run.term, run.params)
-    lam = tiny * largest
+    rank, lam, ts = _vanishing_flow(run.term, run.params, run.times)
     path = solve(
         Solve.of(
             run.term,
             run.params,
             lam,
-            times / lam,
+            ts,
             without_thresholds(run.watched),
             KKT5(),
             rtol=run.rtol,
@@ -156,24 +153,15 @@ def _vanishing_decay(run: DriftRun) -> Drift:
             max_steps=run.max_steps,
         )
     )
-    smallest, largest, moved, size = _curvature_along(run.term, path.params, rank)
-    # The largest along the path: at a point where all of J vanishes no value is small
-    # beside another.
-    lost = jnp.any(smallest < 10 * tiny * jnp.max(largest))
-    # Where the path is off M, as at a cusp, it is no longer the flow on M either.
-    lost = lost | jnp.any(moved > 1000 * run.rtol * size)
-    # Of two reservations the loss of rank comes first: near it, where the iteration is
-    # slow, smooth losses too can seem to slide.
-    lost = lost & path.succeeded
-    result = RESULTS.where(lost, RESULTS.rank_lost, path.result)
+    smallest, result = _told(run, path.params, path.result, rank)
     return Drift(
-        s=times,
+        s=run.times,
         params=path.params,
         static=path.static,
         metrics=path.metrics,
         train_loss=path.train_loss,
         penalty=path.penalty,
-        result=RESULTS.where(start == RESULTS.successful, result, start),
+        result=result,
         stats=path.stats,
         smallest_curvature=smallest,
         watched=run.watched,
@@ -181,16 +169,36 @@ def _vanishing_decay(run: DriftRun) -> Drift:
 
 
 @eqx.filter_jit
-def _rank_and_scale(
-    term: FlowTerm, params: PyTree
-) -> tuple[Int[Array, ""], Float[Array, ""]]:
-    """The rank of J, below m where data are redundant, and the largest curvature."""
+def _vanishing_flow(
+    term: FlowTerm, params: PyTree, times: Float[Array, " n"]
+) -> tuple[Int[Array, ""], Float[Array, ""], Float[Array, " n"]]:
+    """The rank of J, below m where data are redundant; a λ that vanishes beside the
+    largest curvature; and the times t of these slow times."""
     w, loss = flatten(term.loss, params, term.static)
     found = measure(loss, w, JacobianForm())
-    return found.rank, found.curvatures[0]
+    lam = _vanishing(times.dtype) / 10 * found.curvatures[0]
+    return found.rank, lam, times / lam
 
 
 @eqx.filter_jit
+def _told(
+    run: DriftRun, path: PyTree, result: RESULTS, rank: Int[Array, ""]
+) -> tuple[Float[Array, " n"], RESULTS]:
+    """η along the path, and the result of the drift from that of the flow."""
+    smallest, largest, moved, size = _curvature_along(run.term, path, rank)
+    # The largest along the path: at a point where all of J vanishes no value is small
+    # beside another.
+    lost = jnp.any(smallest < _vanishing(run.times.dtype) * jnp.max(largest))
+    # Where the path is off M, as at a cusp, it is no longer the flow on M either.
+    lost = lost | jnp.any(moved > 1000 * run.rtol * size)
+    # Of two reservations the loss of rank comes first: near it, where the iteration is
+    # slow, smooth losses too can seem to slide.
+    lost = lost & among(result, RESULTS.successful, RESULTS.slid)
+    result = RESULTS.where(lost, RESULTS.rank_lost, result)
+    result = RESULTS.where(run.start == RESULTS.successful, result, run.start)
+    return smallest, result
+
+
 def _curvature_along(
     term: FlowTerm, params: PyTree, rank: Int[Array, ""]
 ) -> tuple[Float[Array, " n"], ...]:

@@ -4,9 +4,11 @@ import math
 
 import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._checks import check_given, is_concrete
+from .._host import as_array, known, numpy_of
 from ..flow.flat import FlatLoss, flatten
 from ..flow.flow import GradientFlow
 from ..losses import AbstractLoss
@@ -50,35 +52,38 @@ class Spectrum(eqx.Module):
     def curvatures(self) -> Float[Array, " k"]:
         """|eigenvalues| of ∇²F, descending: σ² in the Jacobian form (where d − k more
         are zero)."""
-        return self.source.curvatures(self.values)
+        return as_array(self.source.curvatures(known(self.values)))
 
     @property
     def dimension(self) -> Int[Array, ""]:
         """The dimension d − rank of M."""
-        return self.parameters - self.rank
+        return as_array(self.parameters - known(self.rank))
 
     @property
     def smallest_curvature(self) -> Float[Array, ""]:
         """η, the smallest curvature of F normal to M; infinite where rank = 0."""
-        last = self.curvatures[jnp.maximum(self.rank - 1, 0)]
-        return jnp.where(self.rank == 0, jnp.inf, last)
+        values, rank = known(self.curvatures), known(self.rank)
+        xp = numpy_of(values, rank)
+        last = values[xp.maximum(rank - 1, 0)]
+        return as_array(xp.where(rank == 0, xp.inf, last), last.dtype)
 
     @property
     def deficient(self) -> Bool[Array, ""]:
         """Whether J has less than full rank: some data are redundant, or M is singular
         here. False in the Hessian form, where there is no rank to expect."""
         if self.source.interpolating:
-            return self.rank < self.expected
+            return as_array(known(self.rank) < self.expected)
         return jnp.zeros_like(self.ambiguous)
 
     def __str__(self) -> str:
         if not is_concrete(self.rank) or self.rank.ndim > 0:
             return repr(self)
+        values = np.asarray(self.values)
         lines = [
             f"Critical manifold of dimension {self.dimension}: rank {self.rank}"
             f"{' (rank ambiguous)' if self.ambiguous else ''} in {self.parameters} "
             f"parameters",
-            f"  {self.source.measured}: {self.values[0]:.3g} … {self.values[-1]:.3g}; "
+            f"  {self.source.measured}: {values[0]:.3g} … {values[-1]:.3g}; "
             f"gap {self.gap:.1e} (at least {GAP:.0e} is asked)",
             f"  smallest normal curvature {self.smallest_curvature:.3g}",
         ]

@@ -102,7 +102,7 @@ def sweep(
 
     **Raises:** `ValueError` for a metric or an axis that the sweep does not have.
     """
-    values = curves(sweep, metric)
+    values = np.asarray(curves(sweep, metric))
     known = list(sweep.coords)
     if by is None:
         by = "weight_decay" if "weight_decay" in known else known[-1]

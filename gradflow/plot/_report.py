@@ -93,7 +93,7 @@ def losses(report: Report, ax: Axes | None = None) -> Axes:
         ax.plot(*positive(t[i], train[i]), color=colours(i), lw=1.0)
         if not _has_test(report):
             continue
-        test = np.asarray(paths.metrics["test"][i])
+        test = np.asarray(paths.metrics["test"])[i]
         ax.plot(*positive(t[i], test), color=colours(i), lw=2.2)
         x, y = positive(report.curves.t[i], report.curves.metrics["test"][i])
         ax.plot(x, y, color=THEORY, lw=1.4, ls=(0, (4, 3)))
@@ -130,11 +130,12 @@ def collapse(report: Report, ax: Axes | None = None, *, metric: str = "test") ->
     ax.plot(x, y, color=THEORY, lw=1.4, ls=(0, (4, 3)), label="drift $w^\\circ(s)$")
     _horizons(report, ax)
     # The fast phase, which is at smaller and smaller s, is not of interest here.
-    left = 1e-4 * float(drift.s[-1])
+    end = float(np.asarray(drift.s)[-1])
+    left = 1e-4 * end
     shown = values[(slow >= left) & np.isfinite(values)]
     shown = np.append(shown, np.asarray(curve))
     shown = shown[shown > 0]
-    ax.set_xlim(left, float(drift.s[-1]) * 1.3)
+    ax.set_xlim(left, end * 1.3)
     ax.set_ylim(shown.min() / 1.3, shown.max() * 1.3)
     if shown.max() < 30 * shown.min():
         ax.set_yscale("linear")
@@ -210,7 +211,7 @@ def curvature(report: Report, ax: Axes | None = None) -> Axes:
         ax.axhline(lam, color=colours(i), lw=1.5)
     ax.plot(*positive(drift.s, eta), color="black", lw=2.2, label="$\\eta(s)$")
     until = report.regular_until
-    if until < float(drift.s[-1]):
+    if until < np.asarray(drift.s)[-1]:
         ax.axvline(until, color=TEST, ls=":", lw=1.8, label="$\\eta$ at a tenth")
     from matplotlib.lines import Line2D
 
@@ -228,8 +229,9 @@ def _horizons(report: Report, ax: Axes) -> None:
     for those that end before the drift does."""
     colours = Colours(report.weight_decay)
     label = "theory holds up to here"
+    end = float(np.asarray(report.theory.drift.s)[-1])
     for i, s in enumerate(report.valid_until):
-        if 0 < s < float(report.theory.drift.s[-1]):
+        if 0 < s < end:
             at = ax.get_xaxis_transform()
             ax.plot(s, 0.02, "v", color=colours(i), mec="black", transform=at, ms=7,
                 label=label, clip_on=False)  # fmt: skip

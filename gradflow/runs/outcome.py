@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from .._checks import Wrong
-from ..results import is_known, RESULTS
+from .._host import as_array, numpy_of
+from ..results import among, is_known, RESULTS
 from .path import Path
 
 
@@ -22,7 +23,7 @@ def given_up(path: Path, then: diffrax.AbstractSolver) -> str:
 def wants_another(result: RESULTS) -> Array:
     """Whether a solver on trial failed for a reason of its own."""
     reasons = (RESULTS.out_of_steps, RESULTS.unstable, RESULTS.stalled)
-    return jnp.any(jnp.stack([result == reason for reason in reasons]))
+    return as_array(numpy_of(result._value).any(among(result, *reasons)))
 
 
 def fail_unless_reached(out: PyTree, path: Path) -> PyTree:

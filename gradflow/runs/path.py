@@ -7,15 +7,14 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Float, PyTree, Scalar
 
 from .._checks import is_concrete, word
+from .._host import as_array, known, size, taken
 from .._typing import Given
 from ..metrics import Metric
-from ..results import in_words, is_known, RESULTS
+from ..results import among, in_words, is_known, RESULTS
 from .columns import one_dataset
 from .crossing import crossing_error, crossing_time, is_good
 from .stats import Stats
@@ -48,9 +47,9 @@ def landed_crossing_time(path: "Path", name: str, metric: Metric) -> float:
         start, width = t[i], t[i + 1] - t[i]
         if width <= enough * time:
             break
-        params = jax.tree.map(lambda p, i=i: jnp.asarray(p)[i], params)
+        params = jax.tree.map(lambda p, i=i: taken(p, i), params)
         local = np.linspace(0.0, width, count)
-        piece = path.again(params, jnp.asarray(local, path.t.dtype))
+        piece = path.again(params, as_array(local, path.t.dtype))
         t, values = start + local, np.asarray(piece.metrics[name], float)
         if not np.isfinite(values).all():
             told = piece.verdict if not bool(piece.succeeded) else "not finite there"
@@ -112,7 +111,7 @@ class Path(eqx.Module):
     @property
     def slow_time(self) -> Float[Array, "*lanes n"]:
         """s = λt."""
-        return self.weight_decay[..., None] * self.t
+        return as_array(known(self.weight_decay)[..., None] * known(self.t))
 
     @property
     def models(self) -> PyTree:
@@ -121,7 +120,8 @@ class Path(eqx.Module):
 
     def __getitem__(self, index: int | np.integer) -> PyTree:
         """The model at `t[index]`."""
-        return eqx.combine(jax.tree.map(lambda p: p[index], self.params), self.static)
+        params = jax.tree.map(lambda p: taken(p, index), self.params)
+        return eqx.combine(params, self.static)
 
     def __len__(self) -> int:
         return self.t.shape[0]
@@ -134,7 +134,7 @@ class Path(eqx.Module):
     @property
     def succeeded(self) -> Array:
         """Whether the run reached its last time. (It may have `slid`: see `result`.)"""
-        return (self.result == RESULTS.successful) | (self.result == RESULTS.slid)
+        return among(self.result, RESULTS.successful, RESULTS.slid)
 
     @property
     def verdict(self) -> str:
@@ -158,26 +158,26 @@ class Path(eqx.Module):
     @property
     def stationary(self) -> Array:
         """Whether the drift has come to rest: `slow_speed` below 1e-3."""
-        return self.slow_speed < 1e-3
+        return as_array(known(self.slow_speed) < 1e-3)
 
     def __str__(self) -> str:
-        d = sum(p[0].size for p in jax.tree.leaves(self.params))
-        s = float(self.slow_time[-1])
+        d = sum(p.size for p in jax.tree.leaves(self.params)) // len(self)
+        t, s = (float(np.asarray(x)[-1]) for x in (self.t, self.slow_time))
         lines = [
             f"Path of {d} parameters, λ = {float(self.weight_decay):.3g}, "
-            f"t = 0 … {float(self.t[-1]):.3g} (s = {s:.3g}), {len(self)} times",
+            f"t = 0 … {t:.3g} (s = {s:.3g}), {len(self)} times",
             f"  {self.stats}",
             f"  {trend('train loss', self.train_loss)}"
             + "".join(f", {trend(k, v)}" for k, v in self.metrics.items()),
         ]
         if not bool(self.succeeded):
             lines.append(f"  FAILED: {self.verdict}")
-        elif bool(self.result == RESULTS.slid):
+        elif among(self.result, RESULTS.slid):
             lines.append(f"  WARNING: {RESULTS[self.result]}")
         elif float(self.weight_decay) > 0:
             state = "at rest" if bool(self.stationary) else "still drifting"
             lines.append(f"  {state}: ‖dθ/ds‖/‖θ‖ = {float(self.slow_speed):.2g}")
-        floor = 100 * float(jnp.finfo(self.t.dtype).eps)
+        floor = 100 * float(np.finfo(self.t.dtype).eps)
         least = self.stats.conditioning
         if least is not None and float(least) < max(_SINGULAR, floor):
             lines.append(
@@ -192,7 +192,7 @@ class Path(eqx.Module):
         return (
             f"<Path by {self.stats.solver}, λ = "
             f"{float(self.weight_decay):.3g}, {len(self)} times to "
-            f"t = {float(self.t[-1]):.3g}: {ended(self)}>"
+            f"t = {float(np.asarray(self.t)[-1]):.3g}: {ended(self)}>"
         )
 
     def _repr_html_(self) -> str:
@@ -219,7 +219,7 @@ _SINGULAR = 1e-6
 
 def ended(path: Any) -> str:
     """How a path, or what is saved like one, ended, in one word."""
-    if bool(path.result == RESULTS.slid):
+    if among(path.result, RESULTS.slid):
         return "slid"
     return "successful" if bool(path.succeeded) else "FAILED"
 
@@ -233,7 +233,9 @@ def trend(name: str, values: Array) -> str:
 
 def relative_speed(params: PyTree, times: Array) -> Scalar:
     """‖Δθ‖/(‖θ‖ Δt) over the last two of stacked parameters at these times."""
-    last = [p[-1] for p in jax.tree.leaves(params)]
-    step = [p[-1] - p[-2] for p in jax.tree.leaves(params)]
-    size = optax.tree.norm
-    return size(step) / (size(last) * (times[-1] - times[-2]))
+    leaves, times = jax.tree.leaves(params), known(times)
+    last, before = ([known(taken(p, i)) for p in leaves] for i in (-1, -2))
+    # Where θ is zero, or did not come that far, there is no speed.
+    with np.errstate(divide="ignore", invalid="ignore"):
+        step = size([a - b for a, b in zip(last, before, strict=True)])
+        return as_array(step / (size(last) * (times[-1] - times[-2])))

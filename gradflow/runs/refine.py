@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
-from ..results import RESULTS
+from .._host import as_array
+from ..results import among, RESULTS
 from .interpolate import DEGREE, interpolate
 from .path import Path
 
@@ -66,8 +67,8 @@ def refined(
     path = run(np.linspace(0, 1, FEWEST))
     error = _error(path, degree, curvature)
     kinked = degree == 1
-    while bool(error > target) and len(path) < most:
-        if (kinked or bool(path.result == RESULTS.slid)) and len(path) >= 257:
+    while float(error) > float(target) and len(path) < most:
+        if (kinked or among(path.result, RESULTS.slid)) and len(path) >= 257:
             break
         n = len(path)
         between = (np.arange(n - 1) + 0.5) / (n - 1)
@@ -85,34 +86,34 @@ def refined(
 
 def _reached(path: Refinable) -> bool:
     """Whether the run came to its end, however."""
-    return bool(jnp.isfinite(path.train_loss[-1]))
+    return bool(np.isfinite(np.asarray(path.train_loss)[-1]))
 
 
 _SINGULAR = 1e-7  # the part of η(0) below which the manifold of a drift is singular
 
 
 def _error(path: Any, degree: int, curvature: str | None) -> Float[Array, ""]:
-    regular = jnp.ones_like(path.train_loss, bool)
+    regular = np.ones(len(path), bool)
     if curvature is not None:
-        eta = getattr(path, curvature)
-        regular = jnp.cumsum(~(eta >= _SINGULAR * eta[0])) == 0
-    return interpolation_error(path.params, regular, degree)
+        eta = np.asarray(getattr(path, curvature))
+        regular = np.cumsum(~(eta >= _SINGULAR * eta[0])) == 0
+    return interpolation_error(path.params, as_array(regular), degree)
 
 
 def _merge(paths: list[Any], clock: str, curvature: str | None) -> Any:
     """One path with the times of all, of which each ran alone; they share the last."""
     first, *others = paths
-    ends = (getattr(p, clock)[:-1] for p in others)
+    ends = (np.asarray(getattr(p, clock))[:-1] for p in others)
     times = np.concatenate([getattr(first, clock), *ends])
     order = np.argsort(times)
 
     def join(one: Array, *rest: Array) -> Array:
         parts = [np.asarray(one), *(np.asarray(r)[:-1] for r in rest)]
-        return jnp.asarray(np.concatenate(parts)[order])
+        return as_array(np.concatenate(parts)[order])
 
     result = first.result
     for other in others:
-        result = RESULTS.where(result == RESULTS.successful, other.result, result)
+        result = other.result if among(result, RESULTS.successful) else result
     names = [clock, "params", "metrics", "train_loss", "penalty"]
     names += [] if curvature is None else [curvature]
     along = ({name: getattr(p, name) for name in names} for p in paths)

@@ -11,6 +11,7 @@ import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PyTree, Scalar
 from tqdm.auto import tqdm
 
@@ -22,6 +23,7 @@ from .._checks import (
     is_concrete,
     resolvable,
 )
+from .._host import as_array
 from .._typing import Given
 from ..flow.flat import flatten_on
 from ..flow.flow import check_flow, GradientFlow, scaled
@@ -120,7 +122,7 @@ def simulate(
     check_problem(term, params, bare)
     rtol = resolvable(rtol, params)
 
-    lam = jnp.asarray(weight_decay, dtype)
+    lam = as_array(weight_decay, dtype)
     times, size = prepare(
         term, params, lam, slow_time, t1, ts, saves, bare, measure=solver is None
     )
@@ -198,21 +200,22 @@ def _kinked(term: FlowTerm, params: PyTree) -> bool:
 def solve_watching(run: Solve) -> Path:
     """`solve`, in two parts: after the first it says where kinks make steps short."""
     with in_part():
-        path, state, ended = solve_part(run, None, jnp.asarray(FIRST))
+        path, state, ended = solve_part(run, None, as_array(FIRST))
     if bool(ended):
         return path
     assert path.stats.rejected is not None
     steps, rejected = int(path.stats.steps), int(path.stats.rejected)
     slid = path.stats.sliding
-    far = float(state.t) < 0.1 * float(path.t[-1])
+    end = float(np.asarray(path.t)[-1])
+    far = float(state.t) < 0.1 * end
     if far and (rejected if slid is None else int(slid)) > steps / 4:
         told = f"{rejected} rejected" if slid is None else f"{int(slid)} along kinks"
         warnings.warn(
             f"simulate: after {steps} steps ({told}) t = {float(state.t):.2g} of "
-            f"{float(path.t[-1]):.2g}. Steps are short where the loss has kinks, as of "
+            f"{end:.2g}. Steps are short where the loss has kinks, as of "
             "ReLU or max-pooling; the run goes on, and may take long. A smooth "
             "activation (softplus, GELU) has none; or loosen rtol, or give an earlier "
             "end.",
             stacklevel=4,
         )
-    return solve_part(run, state, jnp.asarray(run.tolerance.max_steps))[0]
+    return solve_part(run, state, as_array(run.tolerance.max_steps))[0]

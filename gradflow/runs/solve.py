@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
+from .._host import as_array
 from .._norms import norm, rms
 from ..flow.term import AbstractFlowTerm, FlowTerm, Sphere
 from ..flow.vector import on_vector
@@ -76,15 +77,15 @@ class Solve(eqx.Module):
     ) -> "Solve":
         """With numbers as arrays, and what is not given as usual."""
         tolerance = Tolerance(
-            jnp.asarray(rtol, ts.dtype),
-            None if atol is None else jnp.asarray(atol, ts.dtype),
+            as_array(rtol, ts.dtype),
+            None if atol is None else as_array(atol, ts.dtype),
             max_steps,
         )
         usual = diffrax.RecursiveCheckpointAdjoint()
         return cls(
             term=term,
             params=params,
-            weight_decay=jnp.asarray(weight_decay),
+            weight_decay=as_array(weight_decay),
             ts=ts,
             watched=watched,
             same=frozenset(k for k, m in watched.items() if m.fn is term.loss),
@@ -414,13 +415,12 @@ def flees(params: PyTree, velocity: PyTree, t: Scalar) -> Bool[Array, ""]:
 
 def _translate(result: diffrax.RESULTS) -> RESULTS:
     """Diffrax's result in gradflow's words."""
-    out = RESULTS.promote(result)
-    for theirs, ours in (
-        (RESULTS.max_steps_reached, RESULTS.out_of_steps),
-        (RESULTS.event_occurred, RESULTS.diverged),
-    ):
-        out = RESULTS.where(out == theirs, ours, out)
     # All else that can go wrong in a solver goes wrong in a step.
-    named = (out == RESULTS.successful) | (out == RESULTS.out_of_steps)
-    named = named | (out == RESULTS.diverged)
-    return RESULTS.where(named, out, RESULTS.stalled)
+    out = RESULTS.stalled
+    for theirs, ours in (
+        (diffrax.RESULTS.successful, RESULTS.successful),
+        (diffrax.RESULTS.max_steps_reached, RESULTS.out_of_steps),
+        (diffrax.RESULTS.event_occurred, RESULTS.diverged),
+    ):
+        out = RESULTS.where(result == theirs, ours, out)
+    return out

@@ -9,6 +9,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Real
 
+from .._host import as_array, taken
+
 Number: TypeAlias = Real[Array | np.ndarray, " *lanes"] | float | int
 Words: TypeAlias = str | tuple[str, ...]
 
@@ -106,7 +108,7 @@ class Stats(eqx.Module):
             words if isinstance(words, str) else words[i]
             for words in (self.solver, self.why)
         )
-        numbers = jax.tree.map(lambda x: x[i], self)
+        numbers = jax.tree.map(lambda x: taken(x, i), self)
         return dataclasses.replace(numbers, solver=solver, why=why)
 
     def with_work_of(self, *others: "Stats") -> "Stats":
@@ -115,5 +117,5 @@ class Stats(eqx.Module):
         for name in COUNTS:
             each = [getattr(stats, name) for stats in (self, *others)]
             known = [count for count in each if count is not None]
-            work[name] = sum(known) if known else None
+            work[name] = as_array(sum(map(np.asarray, known))) if known else None
         return dataclasses.replace(self, **work)

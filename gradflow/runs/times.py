@@ -14,6 +14,7 @@ from .._checks import (
     check_times,
     is_concrete,
 )
+from .._host import as_array, numpy_of
 from .._norms import norm
 from .._typing import Given
 from ..flow.term import FlowTerm
@@ -23,15 +24,14 @@ from .problem import check_scalars
 
 
 def even_times(
-    x: Float[Array | np.ndarray, " n"],
-    end: Float[Array, ""],
-    scale: Float[Array, ""],
+    x: Float[np.ndarray, " n"], end: Float[Array, ""], scale: Float[Array, ""]
 ) -> Float[Array, " n"]:
     """The times at fractions x of the way to `end`, in log(1 + t/τ), τ the scale; the
     last fraction is 1."""
-    fraction = jnp.asarray(x, end.dtype)
-    times = scale * jnp.expm1(fraction * jnp.log1p(end / scale))
-    return times.at[-1].set(end)
+    last, unit = np.asarray(end), np.asarray(scale)
+    x = x[:-1].astype(last.dtype)
+    with np.errstate(divide="ignore", invalid="ignore"):  # an end that is not finite
+        return as_array(np.append(unit * np.expm1(x * np.log1p(last / unit)), last))
 
 
 _MOST_STEPS = 2**62  # of an integer of 64 bits
@@ -121,10 +121,10 @@ def prepare(
 ) -> tuple[Float[Array, " n"], Size | None]:
     """The times to save; and, if asked for, what `choose_solver` wants to know."""
     if ts is not None and not measure:
-        return jnp.asarray(ts, weight_decay.dtype), None
+        return as_array(ts, weight_decay.dtype), None
 
     def array(x):
-        return None if x is None else jnp.asarray(x, weight_decay.dtype)
+        return None if x is None else as_array(x, weight_decay.dtype)
 
     span = _Span(array(slow_time), array(t1), array(ts))
     return _prepare(term, params, weight_decay, span, saves, watched, measure)
@@ -177,14 +177,16 @@ def drift_times(
     `slow_time`, evenly in log(1 + s)."""
     dtype = jax.tree.leaves(params)[0].dtype
     if ts is None:
-        last = jnp.asarray(slow_time, dtype)
-        times = jnp.expm1(jnp.linspace(0, 1, 257, dtype=dtype) * jnp.log1p(last))
-        return times.at[-1].set(last)
+        xp = numpy_of(slow_time)
+        last = xp.asarray(slow_time, dtype)
+        x = np.linspace(0, 1, 257, dtype=dtype)[:-1]
+        return as_array(xp.append(xp.expm1(x * xp.log1p(last)), last))
     check_times(ts, "ts", 1)
-    ts = jnp.asarray(ts, dtype)
+    ts = as_array(ts, dtype)
     if is_concrete(ts) and is_concrete(slow_time):
-        increasing = ts.size > 0 and (np.diff(ts) > 0).all()
-        if not increasing or ts[0] < 0 or ts[-1] > slow_time:
+        s = np.asarray(ts)
+        increasing = s.size > 0 and (np.diff(s) > 0).all()
+        if not increasing or s[0] < 0 or s[-1] > slow_time:
             raise ValueError(
                 f"ts: expected increasing slow times from 0 to slow_time = {slow_time}."
             )

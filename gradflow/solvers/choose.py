@@ -9,6 +9,7 @@ import jax
 from jaxtyping import PyTree, Scalar
 
 from .._checks import is_concrete
+from .._host import as_array, known
 from ..flow.term import AbstractFlowTerm
 from ..losses import AbstractCompositeLoss
 from ..penalties import Moreau
@@ -45,8 +46,9 @@ def measure_size(
     outputs, loss = None, term.loss
     if isinstance(loss, AbstractCompositeLoss):
         outputs = jax.eval_shape(lambda p: loss.outputs(term.model(p)), params).size
+    largest = known(sharpness(term, params)) + known(weight_decay)
     return Size(
-        (sharpness(term, params) + weight_decay) * t1,
+        as_array(largest * known(t1)),
         sum(p.size for p in jax.tree.leaves(params)),
         outputs,
         not term.penalty.smooth,

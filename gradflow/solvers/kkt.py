@@ -8,7 +8,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optimistix as optx
 from diffrax import AbstractTerm, ThirdOrderHermitePolynomialInterpolation
 from jax.flatten_util import ravel_pytree
 from jax.scipy.linalg import cho_factor
@@ -268,7 +267,7 @@ class AbstractKKT(
         result = diffrax.RESULTS.where(
             out.ok,
             diffrax.RESULTS.successful,
-            diffrax.RESULTS.promote(optx.RESULTS.nonlinear_divergence),
+            diffrax.RESULTS.nonlinear_divergence,  # pyright: ignore[reportArgumentType]
         )
         free = 1.0
         if isinstance(term.penalty, OnOrthant):

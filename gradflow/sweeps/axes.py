@@ -5,9 +5,11 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
+import jax
 import numpy as np
 from jaxtyping import Array
 
+from .._checks import is_key
 from .._typing import Given
 
 Numbers: TypeAlias = float | int | Array | np.ndarray | Sequence[float]
@@ -159,6 +161,8 @@ def _items(name: str, values: Given) -> tuple:
         raise ValueError(f"{name}: expected a vector of one or more values.")
     if len(values) == 0:
         raise ValueError(f"{name}: expected a vector of one or more values, got none.")
+    if isinstance(values, jax.Array) and not is_key(values):
+        values = np.asarray(values)
     return tuple(_plain(v) for v in values)
 
 

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import diffrax
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, PRNGKeyArray, PyTree
 
 from .._checks import check_horizon, resolvable
+from .._host import as_array
 from ..runs.descent import prepare_descent
 from ..runs.methods import Method, Optimiser
 from ..runs.solve import Solve
@@ -92,7 +92,7 @@ class FlowLanes(AbstractLanes):
         term, params = self.problems.start(number)
         dtype = jax.tree.leaves(params)[0].dtype
         decay = plan.value(number, "weight_decay")
-        lam = jnp.asarray(decay, dtype)
+        lam = as_array(decay, dtype)
         rtol = float(resolvable(plan.value(number, "rtol"), params))
         check_horizon(decay, **span.of_flow, saves=plan.saves, dtype=dtype)
         ts, _ = prepare(
@@ -150,7 +150,7 @@ class FlowLanes(AbstractLanes):
                 end = span.t1 if span.ts is None else float(span.ts[-1])
             stiffest = max(stiffest, (float(sizes[alpha].stiffness) + lam) * end)
         first = next(iter(sizes.values()))
-        return dataclasses.replace(first, stiffness=jnp.asarray(stiffest))
+        return dataclasses.replace(first, stiffness=as_array(stiffest))
 
 
 class DescentLanes(AbstractLanes):
@@ -219,4 +219,4 @@ def _saves(plan: Plan) -> int:
 @functools.lru_cache(maxsize=8)
 def _shared_scalar(value: float, dtype: DTypeLike) -> Array:
     """One array for all lanes, which they then share."""
-    return jnp.asarray(value, dtype)
+    return as_array(value, dtype)

@@ -11,8 +11,9 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
+from .._host import taken
 from .._typing import RealScalarLike
-from ..results import RESULTS
+from ..results import among, RESULTS
 from ..runs.columns import columns, described, xarray
 from ..runs.path import Path
 from ..runs.solve import run_again, Solve
@@ -135,7 +136,7 @@ class Sweep(eqx.Module):
         ragged = isinstance(paths.params, Ragged)
         bare = dataclasses.replace(paths, static=None, watched={})
         bare = dataclasses.replace(bare, params=None) if ragged else bare
-        lane = jax.tree.map(lambda x: x[i] if eqx.is_array(x) else x, bare)
+        lane = jax.tree.map(lambda x: taken(x, i) if eqx.is_array(x) else x, bare)
         stats = paths.stats.lane(i)
         static, watched = self.owned[i] if self.owned else (paths.static, paths.watched)
         again = None
@@ -205,6 +206,8 @@ class Sweep(eqx.Module):
         ]
         alone = self.dims == ("weight_decay",)
         lams = np.asarray(self.weight_decay)
+        losses = np.asarray(self.train_loss)
+        watched = [np.asarray(values) for values in self.metrics.values()]
         for i in np.argsort(-lams) if alone else range(len(self)):
             labels = self.axes.labels(int(i))
             own = [labels[name] for name in names]
@@ -214,8 +217,8 @@ class Sweep(eqx.Module):
                 "  "
                 + "".join(f"{_cell(v):>9} " for v in own)
                 + f"{float(lams[i]):9.2e} {_count(stats.steps):>6} "
-                f"{_count(rejected):>8} {float(self.train_loss[i, -1]):10.3g}"
-                + "".join(f" {float(v[i, -1]):10.3g}" for v in self.metrics.values())
+                f"{_count(rejected):>8} {losses[i, -1]:10.3g}"
+                + "".join(f" {values[i, -1]:10.3g}" for values in watched)
             )
             lines.append(row + self._mark(int(i)))
         return lines
@@ -226,7 +229,7 @@ class Sweep(eqx.Module):
         path = self[i]
         if not bool(path.succeeded):
             return f"  FAILED: {path.verdict}"
-        if bool(path.result == RESULTS.slid):
+        if among(path.result, RESULTS.slid):
             assert path.stats.sliding is not None
             return f"  slid along kinks in {int(path.stats.sliding)} steps"
         return ""

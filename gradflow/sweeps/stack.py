@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, PyTree
 
+from .._host import as_array
 from ..metrics import Metric
 from ..results import RESULTS
 from ..runs.path import Path
@@ -29,13 +30,14 @@ def blank(like: Path, weight_decay: float) -> Path:
     def none(x: PyTree) -> PyTree:
         if not eqx.is_array_like(x) or isinstance(x, str):
             return x
-        x = jnp.asarray(x)
-        return jnp.full_like(x, jnp.nan if jnp.issubdtype(x.dtype, jnp.inexact) else 0)
+        x = np.asarray(x)
+        inexact = jnp.issubdtype(x.dtype, jnp.inexact)
+        return as_array(np.full_like(x, np.nan if inexact else 0))
 
     path = jax.tree.map(none, like)
     return dataclasses.replace(
         path,
-        weight_decay=jnp.asarray(weight_decay, like.t.dtype),
+        weight_decay=as_array(weight_decay, like.t.dtype),
         result=RESULTS.raised,
     )
 
@@ -63,7 +65,7 @@ def stack(paths: Sequence[Path]) -> Path:
 
 
 def _joined(*values: ArrayLike) -> Array:
-    return jnp.asarray(np.stack([np.asarray(v) for v in values]))
+    return as_array(np.stack([np.asarray(v) for v in values]))
 
 
 def _column(key: str, values: list[Any]) -> Any:

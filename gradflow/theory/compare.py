@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from .._checks import check_arguments, word
-from ..results import RESULTS
+from ..results import among, RESULTS
 from ..runs.path import landed_crossing_time
 from ..sweeps.result import Sweep
 from .predicted_time import PredictedTime
@@ -73,10 +73,12 @@ def check_same_model(sweep: Sweep, theory: TwoPhase) -> None:
     if not same or any(a.shape[2:] != b.shape[1:] for a, b in pairs):
         raise ValueError("theory: made for a model of another structure than sweep's.")
     # Lanes whose first saved time is later do not tell.
-    at_start = np.asarray(sweep.t[:, 0]) == 0
+    at_start = np.asarray(sweep.t)[:, 0] == 0
     fast = theory.fast.params
     for a, b in zip(jax.tree.leaves(many), jax.tree.leaves(fast), strict=True):
-        if at_start.any() and not np.allclose(np.asarray(a)[at_start, 0], b[0]):
+        if at_start.any() and not np.allclose(
+            np.asarray(a)[at_start, 0], np.asarray(b)[0]
+        ):
             raise ValueError("theory: made for another initial model than sweep's.")
 
 
@@ -132,12 +134,12 @@ def rates(sweep: Sweep, theory: TwoPhase, found: Errors) -> dict[int, Order]:
     regular, whole = slow <= until, slow <= _end(theory, slow.dtype)
     known_to = (sweep.stats.rtol, theory.fast.stats.rtol, theory.interpolation_error)
     # (A descent has no tolerance.)
-    floor = 10 * max(float(np.max(e)) for e in known_to if e is not None)
+    floor = 10 * max(float(np.asarray(e).max()) for e in known_to if e is not None)
     curvature = np.interp(until, theory.drift.s, theory.smallest_curvature)
     largest = float(curvature) / 20
     ratio = _ratio(theory, slow) * lams[:, None]
     # A lane that slid along kinks is exact to three digits only.
-    exact = {1: np.asarray(sweep.result == RESULTS.successful)}
+    exact = {1: np.asarray(among(sweep.result, RESULTS.successful))}
     terms = {1: np.full_like(slow, np.nan)}
     if theory.second is not None and found.term is not None:
         exact[2] = _sup(ratio, regular) <= 0.1
@@ -205,7 +207,7 @@ def fit_rate(
 
 def _end(theory: TwoPhase, dtype: np.dtype) -> float:
     """The end of the drift, and a rounding more."""
-    return float(theory.drift.s[-1]) * (1 + 8 * np.finfo(dtype).eps)
+    return float(np.asarray(theory.drift.s)[-1]) * (1 + 8 * np.finfo(dtype).eps)
 
 
 def _ratio(theory: TwoPhase, slow: np.ndarray) -> np.ndarray:

@@ -1,6 +1,5 @@
 """The two-phase prediction: what it says of every small weight decay, and how far."""
 
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -17,8 +16,9 @@ from .._checks import (
     check_positive,
     is_concrete,
 )
+from .._host import as_array, taken
 from ..manifold import Drift, Spectrum
-from ..results import is_known, RESULTS
+from ..results import among, is_known, RESULTS
 from ..runs.interpolate import DEGREE, holds_until, interpolate, place
 from ..runs.path import Path
 from ..runs.times import even_times
@@ -177,12 +177,12 @@ class TwoPhase(eqx.Module):
     def _fast_ratio(self, weight_decay: float) -> float:
         """The largest ratio of the terms along the fast path."""
         second = self.second
-        worst = self.fast_shift if second is None else jnp.max(second.fast_ratio)
-        return float(np.nan_to_num(weight_decay * worst, nan=np.inf))
+        worst = self.fast_shift if second is None else second.fast_ratio
+        return float(np.nan_to_num(weight_decay * np.asarray(worst).max(), nan=np.inf))
 
     def _doubt(self) -> str:
         """Why nothing is claimed, for whatever λ; empty where something is."""
-        return "" if among(self.result, _CLAIMED) else RESULTS[self.result]
+        return "" if among(self.result, *_CLAIMED) else RESULTS[self.result]
 
     def grokking_time(self, weight_decay: float) -> PredictedTime:
         """When the metric `"test"` will have passed its threshold for good; from the
@@ -248,7 +248,7 @@ class TwoPhase(eqx.Module):
         slow = np.interp(weight_decay * t, drift[: known.size], along)
         fast = np.maximum.accumulate(np.asarray(second.fast_ratio))
         x = np.linspace(0, 1, fast.size)
-        nodes = np.asarray(even_times(x, self.fast.t[-1], self.fast_scale))
+        nodes = np.asarray(even_times(x, taken(self.fast.t, -1), self.fast_scale))
         ratio = weight_decay * np.maximum(slow, np.interp(t, nodes, fast))
         inside = max(float(second.fast_mismatch), float(second.mismatch))
         return ratio + np.where(t < nodes[-1], inside, float(second.mismatch))
@@ -270,9 +270,7 @@ class TwoPhase(eqx.Module):
 
     def _along(self, weight_decay: float, t: np.ndarray) -> Predicted:
         dtype = self.fast.t.dtype
-        found = _metrics_along(
-            self, jnp.asarray(weight_decay, dtype), jnp.asarray(t, dtype)
-        )
+        found = _metrics_along(self, as_array(weight_decay, dtype), as_array(t, dtype))
         return Predicted(t, *jax.tree.map(np.asarray, found))
 
     def _check_order(self, order: int) -> None:
@@ -332,15 +330,17 @@ class TwoPhase(eqx.Module):
     @property
     def stands(self) -> bool:
         """Whether there is a prediction: `result` is no failure."""
-        return among(self.result, _STANDING)
+        return bool(among(self.result, *_STANDING))
 
     def __str__(self) -> str:
-        eta = self.smallest_curvature
+        t, s, eta = map(
+            np.asarray, (self.fast.t, self.drift.s, self.smallest_curvature)
+        )
         lines = [
             f"Two-phase theory: {self.spectrum}",
-            f"  fast phase to t = {float(self.fast.t[-1]):.3g}, drift to "
-            f"s = {float(self.drift.s[-1]):.3g}; smallest normal curvature η = "
-            f"{float(eta[0]):.2g} at its start, {float(eta[-1]):.2g} at its end",
+            f"  fast phase to t = {t[-1]:.3g}, drift to "
+            f"s = {s[-1]:.3g}; smallest normal curvature η = "
+            f"{eta[0]:.2g} at its start, {eta[-1]:.2g} at its end",
         ]
         if self.second is not None:
             lines.append(f"  {self.second}")
@@ -352,7 +352,7 @@ class TwoPhase(eqx.Module):
                 "  interpolated with a relative error of about "
                 f"{float(self.interpolation_error):.1g}: {why}"
             )
-        if not bool(self.result == RESULTS.successful):
+        if not among(self.result, RESULTS.successful):
             word = "WARNING" if self.stands else "FAILED"
             lines.append(f"  {word}: {self.where}{RESULTS[self.result]}")
         return "\n".join(lines)
@@ -362,11 +362,12 @@ class TwoPhase(eqx.Module):
         if not (is_concrete(fast) and is_concrete(slow) and is_known(self.result)):
             return "<TwoPhase of what is traced>"
         ended = "successful"
-        if not bool(self.result == RESULTS.successful):
+        if not among(self.result, RESULTS.successful):
             ended = "WARNING" if self.stands else "FAILED"
         return (
             f"<TwoPhase of order {self.orders[-1]}, fast phase to "
-            f"t = {float(fast[-1]):.3g}, drift to s = {float(slow[-1]):.3g}: {ended}>"
+            f"t = {np.asarray(fast)[-1]:.3g}, drift to s = {np.asarray(slow)[-1]:.3g}: "
+            f"{ended}>"
         )
 
     def _repr_html_(self) -> str:
@@ -419,8 +420,3 @@ def _metrics_along(
     orders = _evaluated(theory)
     curves = [jax.lax.map(lambda t, k=k: metrics(t, k), t) for k in orders]
     return curves, jax.lax.map(delay, t)
-
-
-def among(result: RESULTS, results: Iterable[RESULTS]) -> bool:
-    """Whether `result` is one of them."""
-    return any(bool(result == r) for r in results)

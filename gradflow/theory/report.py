@@ -6,7 +6,7 @@ import equinox as eqx
 import numpy as np
 from jaxtyping import Bool, Float
 
-from ..results import RESULTS
+from ..results import among, RESULTS
 from ..sweeps.result import Sweep
 from .labelled import of_report
 from .prediction import TwoPhase
@@ -123,7 +123,7 @@ class Report(eqx.Module):
             lines.append(f"  {what}: {order.rate}, marked {_MARKS[k]} (theory: {k})")
         if self.theory.drift.watched:
             lines += self._times(lanes)
-        if not bool(self.theory.result == RESULTS.successful):
+        if not among(self.theory.result, RESULTS.successful):
             lines.append(f"  theory: {RESULTS[self.theory.result]}")
         return "\n".join(lines)
 
@@ -137,7 +137,7 @@ class Report(eqx.Module):
             f"rank {int(spectrum.rank)}"
             + (" (rank ambiguous)" if bool(spectrum.ambiguous) else ""),
             f"  smallest normal curvature η: {curvature[0]:.2g} at the start of the "
-            f"drift, {curvature[-1]:.2g} at s = {float(theory.drift.s[-1]):.3g}; "
+            f"drift, {curvature[-1]:.2g} at s = {np.asarray(theory.drift.s)[-1]:.3g}; "
             "theory asks for λ ≪ η",
             f"  error relative to ‖Φ‖: at all t; at orders 1 and 2 over "
             f"s ≤ {self.regular_until:.2g}; of the",

@@ -20,8 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
+from .._host import as_array, taken
 from ..flow.flat import FlatLoss, flatten
 from ..flow.term import FlowTerm
 from ..manifold import Drift, Spectrum
@@ -67,11 +68,11 @@ class SecondOrder(eqx.Module):
     """The same for `inner`, the largest along the fast path."""
 
     def __str__(self) -> str:
-        ratio = self.ratio
+        ratio, fast = np.asarray(self.ratio), np.asarray(self.fast_ratio)
         text = (
             f"second order known to s = {float(self.until):.3g}; its terms fall as "
-            f"{float(ratio[0]):.2g} λ at s = 0, {float(ratio[-1]):.2g} λ at the end, "
-            f"{float(jnp.max(self.fast_ratio)):.2g} λ in the fast phase"
+            f"{ratio[0]:.2g} λ at s = 0, {ratio[-1]:.2g} λ at the end, "
+            f"{fast.max():.2g} λ in the fast phase"
         )
         if float(self.mismatch) > 1e-2:
             text += (
@@ -99,13 +100,13 @@ def second_order(
 ) -> SecondOrder | None:
     """The terms of order λ for the two paths of a two-phase prediction; `None` where
     they could not be found."""
-    start = jax.tree.map(lambda p: p[0], drift.params)
+    start = jax.tree.map(lambda p: taken(p, 0), drift.params)
     along = FastPath(term, fast.params, fast_scale, spectrum.source)
-    none = jnp.zeros_like(ravel_pytree(start)[0])
+    none = as_array(np.zeros(spectrum.parameters, fast.t.dtype))
     _, h, speed = match(term, start, none, spectrum)
 
     def times(n: int) -> Float[Array, " n"]:
-        return even_times(np.linspace(0, 1, n), fast.t[-1], fast_scale)
+        return even_times(np.linspace(0, 1, n), taken(fast.t, -1), fast_scale)
 
     def theta1(n: int) -> Float[Array, "n d"]:
         return inner(along, times(n), speed)
@@ -113,43 +114,83 @@ def second_order(
     count = FEWEST
     rough, fine = theta1(count), theta1(2 * count - 1)
     while True:
-        # The error falls 32 times with the spacing: one more is had by extrapolation.
-        change = (fine[::2] - rough) / (2**_ORDER - 1)
-        w1, *_ = match(term, start, fine[-1] + change[-1], spectrum)
-        off, *_ = match(term, start, fine[-1], spectrum)
-        mismatch = jnp.linalg.norm(w1 - off) / jnp.linalg.norm(w1 + h)
-        inside = _largest_share(change, rough)
-        if not bool(jnp.maximum(mismatch, inside) > _MISMATCH) or 2 * count > MOST:
+        theta, end, fine_end, inside = _extrapolated(rough, fine)
+        w1, *_ = match(term, start, end, spectrum)
+        off, *_ = match(term, start, fine_end, spectrum)
+        mismatch = _relative(w1, off, h)
+        if not np.maximum(mismatch, inside) > _MISMATCH or 2 * count > MOST:
             break
         count = 2 * count - 1
         rough, fine = fine, theta1(2 * count - 1)
-    theta = fine[::2] + change
-    s = drift.s[: _regular(drift)]
+    s = taken(drift.s, slice(_regular(drift)))
     tangent = outer(term, drift.params, drift.s, s, w1, spectrum)
-    # What the solver did not reach is infinite.
-    n = int(jnp.sum(jnp.all(jnp.isfinite(tangent), axis=1)))
-    if n < 8 or not bool(jnp.isfinite(mismatch)):  # interpolation takes 8
+    n = int(_count_finite(tangent))
+    if n < 8 or not np.isfinite(mismatch):  # interpolation takes 8
         return None
-    nodes = jax.tree.map(lambda p: p[:n], drift.params)
-    offset, ratio = _next(term, nodes, s[:n], tangent[:n], spectrum)
+    until = slice(n)
+    nodes = jax.tree.map(lambda p: taken(p, until), drift.params)
+    s, tangent = taken(s, until), taken(tangent, until)
+    offset, ratio = _next(term, nodes, s, tangent, spectrum)
     bend, rise = _start(term, start, w1, offset, drift.s, spectrum)
     growth = Growth(speed, bend, rise)
-    q = inner_next(along, times(2 * count - 1), fine, growth)[::2]
-    whole = jnp.linalg.norm(ravel_pytree(start)[0])
-    first, more = (jnp.linalg.norm(x, axis=1) / whole for x in (theta, q))
-    e1 = theta - (w1 + h)[None]
-    stack = jax.vmap(ravel_pytree(start)[1])
+    q = inner_next(along, times(2 * count - 1), fine, growth)
+    stacks, fast_ratio = _stacked(start, theta, q, w1, h, tangent, offset)
     return SecondOrder(
-        inner=stack(e1.at[-1].set(0.0)),
-        tangent=stack(tangent[:n]),
-        offset=stack(offset),
+        **stacks,
         ratio=ratio,
-        fast_ratio=jnp.maximum(first, jnp.sqrt(more)),
-        next=stack(q),
-        until=s[n - 1],
-        mismatch=mismatch,
+        fast_ratio=fast_ratio,
+        until=taken(s, -1),
+        mismatch=as_array(mismatch, s.dtype),
         fast_mismatch=inside,
     )
+
+
+@eqx.filter_jit
+def _extrapolated(
+    rough: Float[Array, "n d"], fine: Float[Array, "N d"]
+) -> tuple[
+    Float[Array, "n d"], Float[Array, " d"], Float[Array, " d"], Float[Array, ""]
+]:
+    """θ₁ at n times, from values on a grid and on one twice as fine: the error falls 32
+    times with the spacing, and one more is had. Also its end on the fine grid and here,
+    and the largest share of the change."""
+    change = (fine[::2] - rough) / (2**_ORDER - 1)
+    theta = fine[::2] + change
+    return theta, theta[-1], fine[-1], _largest_share(change, rough)
+
+
+def _relative(w1: Array, off: Array, h: Array) -> float:
+    """‖w₁ − off‖/‖w₁ + h‖."""
+    w1, off, h = map(np.asarray, (w1, off, h))
+    with np.errstate(all="ignore"):
+        return float(np.linalg.norm(w1 - off) / np.linalg.norm(w1 + h))
+
+
+@eqx.filter_jit
+def _count_finite(tangent: Float[Array, "n d"]) -> Int[Array, ""]:
+    """How far the solver came: beyond, it leaves infinities."""
+    return jnp.sum(jnp.all(jnp.isfinite(tangent), axis=1))
+
+
+@eqx.filter_jit
+def _stacked(
+    start: PyTree,
+    theta: Float[Array, "n d"],
+    fine: Float[Array, "N d"],
+    w1: Float[Array, " d"],
+    h: Float[Array, " d"],
+    tangent: Float[Array, "k d"],
+    offset: Float[Array, "k d"],
+) -> tuple[dict[str, PyTree], Float[Array, " n"]]:
+    """The terms in the shape of parameters, of which q comes on the `fine` grid, by the
+    fields of `SecondOrder`; and its `fast_ratio`."""
+    vector, unravel = ravel_pytree(start)
+    q, whole = fine[::2], jnp.linalg.norm(vector)
+    first, more = (jnp.linalg.norm(x, axis=1) / whole for x in (theta, q))
+    e1 = (theta - (w1 + h)[None]).at[-1].set(0.0)
+    terms = dict(inner=e1, tangent=tangent, offset=offset, next=q)
+    stacks = {name: jax.vmap(unravel)(term) for name, term in terms.items()}
+    return stacks, jnp.maximum(first, jnp.sqrt(more))
 
 
 def _largest_share(part: Float[Array, "n d"], whole: Float[Array, "n d"]) -> Array:

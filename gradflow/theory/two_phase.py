@@ -12,12 +12,13 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from .._checks import check_arguments, check_choice, resolvable
+from .._host import as_array, size
 from ..flow.flow import check_free, GradientFlow
 from ..flow.term import FlowTerm
 from ..losses import AbstractCompositeLoss
 from ..manifold import Drift, Limit, limit_map, riemannian_flow, spectrum
 from ..metrics import Metric
-from ..results import RESULTS
+from ..results import among, RESULTS
 from ..runs.interpolate import DEGREE
 from ..runs.path import Path
 from ..runs.problem import as_metrics, check_problem
@@ -80,7 +81,7 @@ def two_phase(
     check_problem(term, params, watched)
     rtol = resolvable(rtol, params)
     limit = _search(flow, model, rtol, t_max, max_steps)
-    found = bool(limit.result == RESULTS.successful)
+    found = bool(among(limit.result, RESULTS.successful))
     where = ""
     if not found:
         where = _place(flow, "limit", f"t = {float(limit.time):.3g}", limit.model)
@@ -89,11 +90,11 @@ def two_phase(
     at_limit = spectrum(flow.loss, limit.model, trainable=flow.trainable)
     if order == 2:
         check_second_order(at_limit, flow.penalty)
-    tau, until = _fast_scales(term, params, limit, at_limit.smallest_curvature)
+    tau, until = _fast_scales(term, params, limit.time, at_limit.smallest_curvature)
     runs = _Runs(
         flow,
         dict(metrics=metrics, rtol=rtol, max_steps=max_steps, throw=False),
-        30 * rtol * optax.tree.norm(flow.partition(limit.model)[0]),
+        30 * rtol * float(size(flow.partition(limit.model)[0])),
         # Where there is no limit, the paths are to look at: as they come.
         MOST if found else FEWEST,
     )
@@ -107,12 +108,12 @@ def two_phase(
     drift, more = runs.drift(last, slow_time)
     # Retracted, so that the two phases meet to all digits.
     end = drift[0]
-    size = optax.tree.norm(flow.partition(end)[0])
+    whole = float(size(flow.partition(end)[0]))
     if bool(drift.succeeded):
         at_limit = spectrum(flow.loss, end, trainable=flow.trainable)
     result = _first_failure(limit.result, fast.result, drift.result)
     # Past the loss of rank the drift still stands; its validity is for the report.
-    if bool(result == RESULTS.successful) and bool(at_limit.ambiguous):
+    if among(result, RESULTS.successful) and bool(at_limit.ambiguous):
         result = RESULTS.ambiguous_rank
     theory = TwoPhase(
         limit=end,
@@ -120,8 +121,8 @@ def two_phase(
         drift=drift,
         spectrum=at_limit,
         fast_scale=tau,
-        interpolation_error=(error + more) / size,
-        drift_interpolation_error=more / size,
+        interpolation_error=_share(np.asarray(error) + np.asarray(more), whole),
+        drift_interpolation_error=_share(np.asarray(more), whole),
         fast_shift=_fast_shift(term, fast.t, fast.params),
         second=None,
         result=result,
@@ -134,7 +135,7 @@ def two_phase(
             raise RuntimeError(where + RESULTS[result])
         return dataclasses.replace(theory, where=where)
     # Along kinks there are no second derivatives to go by.
-    if order == 2 and not bool(result == RESULTS.slid):
+    if order == 2 and not among(result, RESULTS.slid):
         return _with_second_order(term, theory)
     return theory
 
@@ -161,7 +162,7 @@ class _Runs(NamedTuple):
     flow: GradientFlow
     options: dict[str, Any]
     """Of `simulate` and `riemannian_flow`."""
-    target: Float[Array, ""]
+    target: float
     """The error that interpolating each may add, a length."""
     most: int
     """How many saved times each may take for that."""
@@ -185,14 +186,15 @@ class _Runs(NamedTuple):
 
     def drift(self, model: PyTree, slow_time: float) -> tuple[Drift, Float[Array, ""]]:
         """The Riemannian flow, and what interpolating it adds."""
-        end = jnp.asarray(slow_time, self.target.dtype)
+        dtype = jax.tree.leaves(self.flow.partition(model)[0])[0].dtype
+        end, unit = as_array(slow_time, dtype), as_array(1.0, dtype)
 
         def run(x: Float[np.ndarray, " n"]) -> Drift:
             return riemannian_flow(
                 self.flow,
                 model,
                 slow_time=slow_time,
-                ts=even_times(x, end, jnp.ones_like(end)),
+                ts=even_times(x, end, unit),
                 **self.options,
             )
 
@@ -217,7 +219,7 @@ def _with_second_order(term: FlowTerm, theory: TwoPhase) -> TwoPhase:
         term, theory.fast, theory.drift, theory.spectrum, theory.fast_scale
     )
     result = theory.result
-    if terms is None and bool(result == RESULTS.successful):
+    if terms is None and among(result, RESULTS.successful):
         result = RESULTS.second_order_lost
     return dataclasses.replace(theory, second=terms, result=result)
 
@@ -226,16 +228,18 @@ def _end_of(flow: GradientFlow, run: Path | Drift) -> str:
     """`_place` of where the run along a phase ended."""
     reached = np.flatnonzero(np.isfinite(np.asarray(run.train_loss)))
     last = int(reached[-1]) if reached.size else 0
+    phase, clock, times = ("fast", "t", run.slow_time)
     if isinstance(run, Drift):
-        return _place(flow, "drift", f"s = {float(run.s[last]):.3g}", run[last])
-    return _place(flow, "fast", f"t = {float(run.t[last]):.3g}", run[last])
+        phase, clock, times = ("drift", "s", run.s)
+    at = f"{clock} = {float(np.asarray(times)[last]):.3g}"
+    return _place(flow, phase, at, run[last])
 
 
 def _place(flow: GradientFlow, phase: str, reached: str, model: PyTree) -> str:
     """The phase in which a prediction failed, where, and the spectrum there."""
     text = f"{phase} phase, reached {reached}"
     leaves = jax.tree.leaves(flow.partition(model)[0])
-    if all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in leaves):
+    if all(np.isfinite(np.asarray(leaf)).all() for leaf in leaves):
         at = spectrum(flow.loss, model, trainable=flow.trainable)
         values = np.asarray(at.curvatures)[: max(int(at.rank), 1)]
         smallest = ", ".join(f"{value:.2g}" for value in values[-3:])
@@ -251,15 +255,25 @@ def _solver(flow: GradientFlow) -> KKT5 | None:
     return KKT5() if isinstance(flow.loss, AbstractCompositeLoss) else None
 
 
+@eqx.filter_jit
 def _fast_scales(
-    term: FlowTerm, params: PyTree, limit: Limit, curvature: Float[Array, ""]
+    term: FlowTerm,
+    params: PyTree,
+    time: Float[Array, ""],
+    curvature: Float[Array, ""],
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """τ, and the end of the fast path, where e^{−ηt} has brought it from the 5e-7 of
-    `limit_map` to 1e-12 of the limit."""
+    `limit_map`, at `time`, to 1e-12 of the limit."""
     # Where ∇²F vanishes at θ₀ the limit's own time is all there is to go by.
-    tau = jnp.minimum(0.2 / sharpness(term, params), 1e-3 * (1 + limit.time))
-    end = limit.time + 13.0 / jnp.where(jnp.isfinite(curvature), curvature, 1.0)
+    tau = jnp.minimum(0.2 / sharpness(term, params), 1e-3 * (1 + time))
+    end = time + 13.0 / jnp.where(jnp.isfinite(curvature), curvature, 1.0)
     return tau, jnp.maximum(end, 10 * tau)
+
+
+def _share(error: np.ndarray | np.generic, whole: float) -> Float[Array, ""]:
+    """`error` relative to ‖Φ‖, which may be zero."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return as_array(error / whole)
 
 
 @eqx.filter_jit
@@ -288,7 +302,5 @@ def _fast_shift(
 
 
 def _first_failure(*results: RESULTS) -> RESULTS:
-    out = results[-1]
-    for result in reversed(results[:-1]):
-        out = RESULTS.where(result == RESULTS.successful, out, result)
-    return out
+    failures = (r for r in results if not among(r, RESULTS.successful))
+    return next(failures, results[-1])

@@ -1,0 +1,75 @@
+"""How many programs are compiled: each operation of `jax.numpy` on the host is one, for
+which a new process takes 20 to 100 ms."""
+
+import collections
+import contextlib
+import re
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from jax import monitoring
+from test_readme import README
+
+import gradflow as gf
+
+MOST = 60
+"""Of the first example in the README, 22 of them for the user's own lines."""
+
+
+@contextlib.contextmanager
+def compiled():
+    """The names of the programs that are compiled inside."""
+    names = []
+
+    def note(event, seconds, **told):
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(told.get("fun_name"))
+
+    monitoring.register_event_duration_secs_listener(note)
+    try:
+        yield names
+    finally:
+        monitoring.unregister_event_duration_listener(note)
+
+
+def test_printing_compiles_nothing():
+    x = jr.normal(jr.key(0), (3, 7))
+    flow = gf.GradientFlow(gf.SquaredError(x, x[:, 0]))
+    model = gf.models.DiagonalNetwork(jnp.full(7, 0.3), jnp.full(7, 0.2))
+    path = gf.simulate(flow, model, weight_decay=0.1, t1=1.0, saves=11)
+    eqx.clear_caches()
+    jax.clear_caches()  # of what other tests have compiled
+    with compiled() as names:
+        text, short = str(path), repr(path)
+        values = path.slow_time, path.slow_speed, path.succeeded, path[3].u
+    assert not names
+    assert "still drifting" in text and "successful" in short
+    assert all(isinstance(value, jax.Array) for value in values)
+    step = np.concatenate([p[-1] - p[-2] for p in jax.tree.leaves(path.params)])
+    last = np.concatenate([p[-1] for p in jax.tree.leaves(path.params)])
+    speed = np.linalg.norm(step) / np.linalg.norm(last) / (0.1 * np.diff(path.t)[-1])
+    np.testing.assert_allclose(path.slow_speed, speed, rtol=1e-12)
+
+
+@pytest.mark.slow
+def test_programs_of_the_example(tmp_path, monkeypatch):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    monkeypatch.chdir(tmp_path)
+    block = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[0]
+    run, drawn = block.split("print(report)")
+    eqx.clear_caches()
+    jax.clear_caches()
+    scope = {}
+    with compiled() as names:
+        exec(run, scope)
+    assert len(names) <= MOST, collections.Counter(names)
+    with compiled() as names:
+        exec("print(report)" + drawn, scope)
+        print(scope["sweep"], scope["theory"], scope["theory"].drift)
+    assert not names
