@@ -21,6 +21,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 FLOORS = [
     "_typing _norms _version precision plot models",
     "_checks",
+    "_host",
     "losses results penalties data",
     "metrics flow",
     "tasks solvers",

@@ -64,7 +64,8 @@ class Spectrum(eqx.Module):
         """η, the smallest curvature of F normal to M; infinite where rank = 0."""
         values, rank = known(self.curvatures), known(self.rank)
         xp = numpy_of(values, rank)
-        last = values[xp.maximum(rank - 1, 0)]
+        # (Of a large matrix only the first of them are known.)
+        last = values[xp.clip(rank - 1, 0, values.size - 1)]
         return as_array(xp.where(rank == 0, xp.inf, last), last.dtype)
 
     @property
