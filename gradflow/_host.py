@@ -7,6 +7,7 @@ one for each shape. What NumPy does takes microseconds.
 
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,7 +48,7 @@ def size(tree: PyTree) -> Any:
 def taken(x: Given, index: Given) -> Array:
     """x[index], without a program where the array is in the memory of the host. (From
     that of another device nothing else is to be copied.)"""
-    if not is_concrete(x) or is_key(x):
+    if not eqx.is_array_like(x) or not is_concrete(x) or is_key(x):
         return x[index]
     if isinstance(x, jax.Array) and jax.default_backend() != "cpu":
         return x[index]
