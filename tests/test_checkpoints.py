@@ -263,6 +263,7 @@ def test_the_bar_tells_how_far_a_long_lane_is(tmp_path, monkeypatch, parts, caps
     assert re.search(r"λ 0.001: [1-4] of 5 saved times", lines), lines
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_cannot_be_read(tmp_path, parts):
     whole, path = tmp_path / "whole.zarr", tmp_path / "bad.zarr"
     run(whole)

@@ -164,6 +164,7 @@ def test_a_system_that_fails_is_nan(broken):
     np.testing.assert_array_equal(solve(jnp.ones(2), jnp.zeros(2)), jnp.zeros(2))
 
 
+@pytest.mark.slow
 def test_only_the_start_has_a_derivative():
     loss, model = diagonal_problem(jr.key(7), samples=6, features=15)
     limit = lambda y: manifold.limit_map(gf.SquaredError(loss.x, y), model).model

@@ -36,6 +36,7 @@ def compiled():
         monitoring.unregister_event_duration_listener(note)
 
 
+@pytest.mark.slow
 def test_printing_compiles_nothing():
     x = jr.normal(jr.key(0), (3, 7))
     flow = gf.GradientFlow(gf.SquaredError(x, x[:, 0]))
