@@ -57,6 +57,28 @@ def test_printing_compiles_nothing():
 
 
 @pytest.mark.slow
+def test_a_sweep_runs_what_simulate_has_compiled():
+    x = jr.normal(jr.key(1), (3, 8))
+    flow = gf.GradientFlow(gf.SquaredError(x, x[:, 0]))
+    model = gf.models.DiagonalNetwork(jnp.full(8, 0.3), jnp.full(8, 0.2))
+    size = lambda model: jnp.sum(model.beta**2)
+    options = dict(slow_time=1.0, saves=17, solver=gf.KKT4())
+    names = {}
+    for threshold in (None, 0.5):
+        watch = {"test": gf.Metric(size, threshold=threshold)}
+        with compiled() as names[threshold]:
+            path = gf.simulate(flow, model, weight_decay=0.1, metrics=watch, **options)
+        assert path.watched["test"].threshold == threshold
+    assert any("solve" in name for name in names[None]) and not names[0.5]
+    with compiled() as swept:
+        gf.sweep(
+            flow, model, weight_decay=[0.1, 0.3], metrics=watch, progress=False,
+            **options,
+        )  # fmt: skip
+    assert not any("solve" in name for name in swept)
+
+
+@pytest.mark.slow
 def test_programs_of_the_example(tmp_path, monkeypatch):
     import matplotlib
 
