@@ -1,17 +1,36 @@
 """Small models and losses whose critical manifolds are known in closed form, and
 paths that do not depend on gradflow's solvers."""
 
+import contextlib
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from jax import monitoring
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 from scipy.integrate import solve_ivp
 
 import gradflow as gf
+
+
+@contextlib.contextmanager
+def compiled():
+    """The names of the programs that are compiled inside."""
+    names = []
+
+    def note(event, seconds, **told):
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(told.get("fun_name"))
+
+    monitoring.register_event_duration_secs_listener(note)
+    try:
+        yield names
+    finally:
+        monitoring.unregister_event_duration_listener(note)
 
 
 def first_of(problems):

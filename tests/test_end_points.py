@@ -49,7 +49,7 @@ def test_linear_regression_ends_at_the_least_norm():
     assert jnp.isfinite(target).all()
 
 
-@pytest.mark.slow
+@pytest.mark.long  # it takes 71 000 steps
 def test_drift_goes_on_where_rank_is_lost():
     """10 of 12 curvatures die on the way: the drift is regularised by a weight decay of
     1e-14 of the largest one, says that rank was lost, and ends at the least ℓ1 norm all

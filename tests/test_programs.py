@@ -1,39 +1,15 @@
 """How many programs are compiled: each operation of `jax.numpy` on the host is one, for
 which a new process takes 20 to 100 ms."""
 
-import collections
-import contextlib
-import re
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from jax import monitoring
-from test_readme import README
+from helpers import compiled
 
 import gradflow as gf
-
-MOST = 60
-"""Of the first example in the README, 22 of them for the user's own lines."""
-
-
-@contextlib.contextmanager
-def compiled():
-    """The names of the programs that are compiled inside."""
-    names = []
-
-    def note(event, seconds, **told):
-        if event == "/jax/core/compile/backend_compile_duration":
-            names.append(told.get("fun_name"))
-
-    monitoring.register_event_duration_secs_listener(note)
-    try:
-        yield names
-    finally:
-        monitoring.unregister_event_duration_listener(note)
 
 
 @pytest.mark.slow
@@ -76,23 +52,3 @@ def test_a_sweep_runs_what_simulate_has_compiled():
             **options,
         )  # fmt: skip
     assert not any("solve" in name for name in swept)
-
-
-@pytest.mark.slow
-def test_programs_of_the_example(tmp_path, monkeypatch):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    monkeypatch.chdir(tmp_path)
-    block = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[0]
-    run, drawn = block.split("print(report)")
-    eqx.clear_caches()
-    jax.clear_caches()
-    scope = {}
-    with compiled() as names:
-        exec(run, scope)
-    assert len(names) <= MOST, collections.Counter(names)
-    with compiled() as names:
-        exec("print(report)" + drawn, scope)
-        print(scope["sweep"], scope["theory"], scope["theory"].drift)
-    assert not names

@@ -1,9 +1,16 @@
 """What the README tells a reader to type."""
 
+import collections
 import pathlib
 import re
 
+import equinox as eqx
+import jax
 import pytest
+from helpers import compiled
+
+# Programs that the first example compiles, 22 of them for the user's own lines.
+MOST = 60
 
 README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
 
@@ -16,7 +23,18 @@ def test_example_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(blocks) == 3  # each goes on where the one before ended
-    exec(compile("\n".join(blocks), "README.md", "exec"), {})
+    run, drawn = blocks[0].split("print(report)")
+    eqx.clear_caches()
+    jax.clear_caches()  # of what other tests have compiled
+    scope = {}
+    with compiled() as names:
+        exec(compile(run, "README.md", "exec"), scope)
+    assert len(names) <= MOST, collections.Counter(names)
+    with compiled() as names:
+        exec("print(report)" + drawn, scope)
+        print(scope["sweep"], scope["theory"], scope["theory"].drift)
+    assert not names
+    exec(compile("\n".join(blocks[1:]), "README.md", "exec"), scope)
     assert (tmp_path / "report.png").stat().st_size > 10_000
     out = capsys.readouterr().out
     assert "rate of the error" in out and "order 2, theory holds up to" in out
