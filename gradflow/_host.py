@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
 from ._checks import is_concrete, is_key
+from ._norms import norm_in
 from ._typing import Given
 
 
@@ -40,9 +41,7 @@ def as_array(x: Given, dtype: DTypeLike | None = None) -> Array:
 def size(tree: PyTree) -> Any:
     """‖v‖ of all leaves together."""
     leaves = [known(v) for v in jax.tree.leaves(tree)]
-    xp = numpy_of(*leaves)
-    with np.errstate(over="ignore", invalid="ignore"):
-        return xp.sqrt(sum(xp.sum(v * v) for v in leaves))
+    return norm_in(numpy_of(*leaves), leaves)
 
 
 def taken(x: Given, index: Given) -> Array:

@@ -1,6 +1,7 @@
 """Sizes of pytrees that neither underflow nor overflow, in whatever unit they are."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,15 @@ from jaxtyping import PyTree, Scalar
 def norm(tree: PyTree) -> Scalar:
     """‖v‖ of all leaves together; squares of 1e-200, or of 1e-30 in float32, would be
     zero."""
-    leaves = [jnp.abs(v) for v in jax.tree.leaves(tree)]
-    largest = functools.reduce(jnp.maximum, [jnp.max(v, initial=0) for v in leaves])
-    unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
-    return unit * jnp.sqrt(sum(jnp.sum((v / unit) ** 2) for v in leaves))
+    return norm_in(jnp, tree)
+
+
+def norm_in(xp: Any, tree: PyTree) -> Any:
+    """The same by NumPy or by `jax.numpy`."""
+    leaves = [xp.abs(v) for v in jax.tree.leaves(tree)]
+    largest = functools.reduce(xp.maximum, [xp.max(v, initial=0) for v in leaves])
+    unit = xp.where((largest > 0) & xp.isfinite(largest), largest, 1)
+    return unit * xp.sqrt(sum(xp.sum((v / unit) ** 2) for v in leaves))
 
 
 def rms(tree: PyTree) -> Scalar:

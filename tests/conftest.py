@@ -134,3 +134,39 @@ def getkey():
         return jax.random.key(generator.randint(0, 2**31 - 1))
 
     return _getkey
+
+
+# What several files of tests share; made anew for each. (gradflow is imported late,
+# with its annotations checked.)
+
+
+@pytest.fixture(scope="module")
+def diagonal():
+    """A diagonal network with 6 samples and 15 features, at an interpolating point."""
+    from helpers import diagonal_problem
+
+    from gradflow.manifold import limit_map
+
+    loss, model = diagonal_problem(jax.random.key(7), samples=6, features=15)
+    return loss, model, limit_map(loss, model).model
+
+
+@pytest.fixture(scope="module")
+def tanh_net():
+    """A generic network, interpolating 8 samples: no symmetry helps."""
+    import gradflow as gf
+
+    kx, ky, km = jax.random.split(jax.random.key(11), 3)
+    x, y = jax.random.normal(kx, (8, 3)), jax.random.normal(ky, (8, 1))
+    loss = gf.SquaredError(x, y)
+    model = eqx.nn.MLP(3, 1, 12, 1, activation=jnp.tanh, key=km)
+    return loss, model, gf.manifold.limit_map(loss, model).model
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A store of a small sweep, and what is in it."""
+    from stores import run
+
+    path = tmp_path_factory.mktemp("whole") / "sweep.zarr"
+    return path, run(path, parameters=True)

@@ -120,3 +120,21 @@ def radau_path(task, weight_decay, ts):
     )
     assert solution.success
     return solution.y.T, solution.nfev
+
+
+def flat(tree):
+    return ravel_pytree(eqx.filter(tree, eqx.is_inexact_array))[0]
+
+
+def random_like(key, tree):
+    vector, unravel = ravel_pytree(eqx.filter(tree, eqx.is_inexact_array))
+    return unravel(jr.normal(key, vector.shape))
+
+
+def overdetermined(key):
+    """20 noisy samples of 6 features that span 4 dimensions."""
+    kx, ky, kw = jr.split(key, 3)
+    x = jr.normal(kx, (20, 4))
+    x = jnp.concatenate([x, x[:, :2]], axis=1)
+    loss = gf.SquaredError(x, jr.normal(ky, (20,)))
+    return loss, Linear(jr.normal(kw, (6,))), jnp.linalg.pinv(x)

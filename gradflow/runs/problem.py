@@ -68,10 +68,10 @@ def _look(
     model = term.model(params)
     check_scalars(term.loss, watched, model)
     dtype = jax.tree.leaves(params)[0].dtype
-    loss, programs = term.loss, []
+    loss, functions = term.loss, []
     if isinstance(loss, AbstractCompositeLoss) and not mixed:
-        programs = [loss.outputs, loss]
-    for fn in programs:
+        functions = [loss.outputs, loss]
+    for fn in functions:
         found = eqx.filter_eval_shape(fn, model).dtype
         if found != dtype:
             held = {a.dtype.name for a in jax.tree.leaves(term.loss) if eqx.is_array(a)}
