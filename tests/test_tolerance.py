@@ -107,6 +107,9 @@ def test_norms_do_not_underflow():
     np.testing.assert_allclose(norm(tree), 5e-200)
     np.testing.assert_allclose(rms(tree), 5e-200 / 3**0.5)
     np.testing.assert_allclose(norm({"a": jnp.full(2, 1e200)}), 2**0.5 * 1e200)
+    # One unit for all leaves, however small the first is.
+    apart = {"a": jnp.array([1e-300, 0.0]), "b": jnp.array([3e200, 4e200])}
+    np.testing.assert_allclose(norm(apart), 5e200)
     assert norm({"a": jnp.zeros(3)}) == 0
     assert jnp.isinf(norm({"a": jnp.array([1.0, jnp.inf])}))
     size = tolerance(jnp.array([0.0, 1.0]), 1e-3)

@@ -13,8 +13,10 @@ from .._norms import norm
 from ..flow.flat import FlatLoss, flatten
 from ..flow.flow import GradientFlow, partition
 from ..flow.term import FlowTerm
+from ..flow.vector import on_vector
 from ..losses import AbstractCompositeLoss, AbstractLoss
 from ..results import among, only_if_successful, RESULTS
+from ..runs.integrate import Integration, Reached
 from ..runs.solve import flees
 from ..runs.stats import Stats
 from ..solvers import KKT5
@@ -199,15 +201,13 @@ def _limit(term: FlowTerm, params: PyTree, form: AbstractForm, search: Search) -
     t_max = jnp.asarray(t_max, dtype)
     # Decades of time at which parameters and loss are kept, to see how they end.
     decades = t_max * 10.0 ** np.arange(-3, 1).astype(dtype)
-    sol = _follow(term, params, form, search, pace, decades)
-    ts, ys = sol.ts, sol.ys
-    assert ts is not None and ys is not None and sol.event_mask is not None
-    (time,), (thetas, losses) = ts[0], ys[1]
-    last = jax.tree.map(lambda y: y[0], ys[0])
-    end = flatten(term.loss, last, term.static)[0]
+    out = _follow(term, params, form, search, pace, decades)
+    time, thetas, end = out.t, out.saved, out.y
+    losses = jax.lax.map(loss, thetas)
+    last = loss.unravel(end)
     speed = term.velocity(last, 0.0)
     sound = jnp.isfinite(norm(end) + norm(speed) + loss(end))
-    arrived = sol.event_mask & sound
+    arrived = out.stopped & sound
     w, residual, on_manifold = jax.lax.cond(
         arrived,
         lambda: _finish(loss, end, form, search.residual_tol),
@@ -224,9 +224,9 @@ def _limit(term: FlowTerm, params: PyTree, form: AbstractForm, search: Search) -
     if not form.interpolating:
         saddle = arrived & measure(loss, w, form).negative
         result = RESULTS.where(saddle, RESULTS.saddle, result)
-    ran_out = sol.result == diffrax.RESULTS.max_steps_reached
-    result = RESULTS.where(ran_out & ~arrived, RESULTS.out_of_steps, result)
-    stalled = ~diffrax.is_okay(sol.result) & ~ran_out
+    stalled = ~diffrax.is_okay(out.result)
+    ran_out = ~(stalled | out.stopped) & (time < t_max)
+    result = RESULTS.where(ran_out, RESULTS.out_of_steps, result)
     result = RESULTS.where(stalled, RESULTS.stalled, result)
     # What reaches infinity in finite time stalls on its way there.
     lost = ~sound | (stalled & flees(last, speed, time))
@@ -242,7 +242,7 @@ def _limit(term: FlowTerm, params: PyTree, form: AbstractForm, search: Search) -
         residual=residual,
         time=time,
         result=result,
-        stats=Stats.of(sol, search.solver, search.rtol, search.atol),
+        stats=Stats.of(search.solver, out.counts, search.rtol, search.atol),
         direction=loss.model(direction),
         margin=margin,
     )
@@ -255,41 +255,22 @@ def _follow(
     search: Search,
     pace: Float[Array, ""],
     decades: Float[Array, " decades"],
-) -> diffrax.Solution:
-    """The flow until it has settled on M, or to the last of the `decades`: its end, and
-    θ and F at each of them. `pace` is the time in which it changes at its start."""
-    zero, t_max = jnp.zeros_like(pace), decades[-1]
-    return diffrax.diffeqsolve(
-        term,
+) -> Reached:
+    """The flow until it has settled on M, or to the last of the `decades`, and θ at
+    each of them. `pace` is the time in which it changes at its start."""
+    flat, theta = on_vector(term, params)
+    relative = Relative(search.rtol, search.atol, growth=False)
+    integration = Integration(
+        flat,
         search.solver,
-        t0=zero,
-        t1=t_max,
-        dt0=1e-3 * jnp.minimum(pace, 1e-3 * t_max),
-        y0=params,
-        args=zero,
-        saveat=diffrax.SaveAt(
-            subs=[
-                diffrax.SubSaveAt(t1=True),
-                diffrax.SubSaveAt(ts=decades, fn=_flat_and_loss(term)),
-            ]
-        ),
-        stepsize_controller=diffrax.ClipStepSizeController(
-            FollowGrowth(Relative(search.rtol, search.atol, growth=False), term),
-            step_ts=decades,
-        ),
-        event=diffrax.Event(_settled(term, form)),
-        max_steps=search.max_steps,
-        throw=False,
-        adjoint=diffrax.ForwardMode(),
+        FollowGrowth(relative, flat),
+        decades,
+        jnp.zeros_like(pace),
+        search.max_steps,
+        until=_settled(term, params, form),
     )
-
-
-def _flat_and_loss(term: FlowTerm):
-    def fn(t, y, args):
-        theta, loss = flatten(term.loss, y, term.static)
-        return theta, loss(theta)
-
-    return fn
+    first = 1e-3 * jnp.minimum(pace, 1e-3 * decades[-1])
+    return integration.run(integration.begin(theta, first))
 
 
 def _distance(
@@ -313,11 +294,13 @@ def _finish(
     return w, residual, on_manifold & near
 
 
-def _settled(term: FlowTerm, form: AbstractForm):
-    """Whether M is within ε‖θ‖, and not to be left again; or nothing is finite."""
+def _settled(term: FlowTerm, params: PyTree, form: AbstractForm):
+    """A condition of t and θ as a vector: whether M is within ε‖θ‖, and not to be left
+    again; or nothing is finite."""
 
-    def cond(t, y, args, **kwargs):
-        theta, loss = flatten(term.loss, y, term.static)
+    _, loss = flatten(term.loss, params, term.static)
+
+    def cond(t: Float[Array, ""], theta: Float[Array, " d"]) -> Bool[Array, ""]:
         force = norm(loss.gradient(theta))
         # Exponential convergence makes t‖∇F‖ small as well; while it is not, the normal
         # space need not be computed.
@@ -341,7 +324,7 @@ def _grows_forever(
     ‖θ‖ ~ log t gives equal growth and ‖θ‖ ~ t^p a factor of 10^p < 3; an exponential
     that is still relaxing, however slow, gives 10 before its time and 0 after it.
     """
-    # Diffrax fills what it did not reach with infinities.
+    # What was not reached is not finite.
     reached = jnp.all(jnp.isfinite(losses)) & jnp.all(jnp.isfinite(thetas))
     norms = jnp.linalg.norm(jnp.where(reached, thetas, 0), axis=1)
     losses = jnp.where(reached, losses, 0)

@@ -17,6 +17,7 @@ from ..flow.flow import check_free, GradientFlow
 from ..flow.term import FlowTerm
 from ..metrics import Metric, without_thresholds
 from ..results import among, only_if_successful, RESULTS
+from ..runs.integrate import Integration, Reached
 from ..runs.problem import as_metrics, check_problem
 from ..runs.solve import Solve, solve
 from ..runs.stats import Stats
@@ -226,10 +227,8 @@ def _drift(run: DriftRun, form: AbstractForm, solver: diffrax.AbstractSolver) ->
     term, times = run.term, run.times
     w0, loss = flatten(term.loss, run.params, term.static)
     spectrum = measure(loss, w0, form)
-    sol = _integrate(run, spectrum, solver)
-
-    # Diffrax fills what it did not reach with infinities.
-    path = jnp.where(jnp.isfinite(sol.ys), sol.ys, jnp.nan)
+    out = _integrate(run, spectrum, solver)
+    path = out.saved
 
     def record(w):
         model = loss.model(w)
@@ -244,10 +243,10 @@ def _drift(run: DriftRun, form: AbstractForm, solver: diffrax.AbstractSolver) ->
     vanished = smallest < _vanishing(w0.dtype) * spectrum.curvatures[0]
     lost = lost | vanished
     result = RESULTS.where(jnp.any(lost), RESULTS.rank_lost, RESULTS.successful)
-    okay = sol.result == diffrax.RESULTS.successful
-    ran_out = sol.result == diffrax.RESULTS.max_steps_reached
-    failure = RESULTS.where(ran_out, RESULTS.out_of_steps, RESULTS.stalled)
-    result = RESULTS.where(okay, result, failure)
+    ran_out = out.t < times[-1]
+    result = RESULTS.where(ran_out, RESULTS.out_of_steps, result)
+    okay = diffrax.is_successful(out.result)
+    result = RESULTS.where(okay, result, RESULTS.stalled)
     result = RESULTS.where(run.start == RESULTS.successful, result, run.start)
     return Drift(
         s=times,
@@ -257,7 +256,7 @@ def _drift(run: DriftRun, form: AbstractForm, solver: diffrax.AbstractSolver) ->
         train_loss=train_loss,
         penalty=penalty,
         result=result,
-        stats=Stats.of(sol, solver, run.rtol, run.atol),
+        stats=Stats.of(solver, out.counts, run.rtol, run.atol),
         smallest_curvature=smallest,
         watched=run.watched,
     )
@@ -265,7 +264,7 @@ def _drift(run: DriftRun, form: AbstractForm, solver: diffrax.AbstractSolver) ->
 
 def _integrate(
     run: DriftRun, spectrum: Spectrum, solver: diffrax.AbstractSolver
-) -> diffrax.Solution:
+) -> Reached:
     """w as a vector at the slow times, from w(0) on; `spectrum` is that of w(0)."""
     term, times = run.term, run.times
     w0, loss = flatten(term.loss, run.params, term.static)
@@ -278,21 +277,15 @@ def _integrate(
     speed = norm(field(0.0, w0, None))
     first = jnp.where(speed > 0, norm(w0) / jnp.where(speed > 0, speed, 1), times[-1])
     first = jnp.where(first > 0, jnp.minimum(first, times[-1]), times[-1])
-    return diffrax.diffeqsolve(
+    integration = Integration(
         diffrax.ODETerm(field),
         solver,
-        t0=jnp.zeros((), w0.dtype),
-        t1=times[-1],
-        dt0=1e-3 * first,
-        y0=w0,
-        saveat=diffrax.SaveAt(ts=times),
-        stepsize_controller=diffrax.ClipStepSizeController(
-            Relative(run.rtol, run.atol), step_ts=times
-        ),
-        max_steps=run.max_steps,
-        throw=False,
-        adjoint=diffrax.ForwardMode(),
+        Relative(run.rtol, run.atol),
+        times,
+        None,
+        run.max_steps,
     )
+    return integration.run(integration.begin(w0, 1e-3 * first))
 
 
 def _horizon(

@@ -1,7 +1,7 @@
 """θ' integrated, and the verdict on the run."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import diffrax
 import equinox as eqx
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
 from .._host import as_array
-from .._norms import norm, rms
+from .._norms import as_vector, norms, rms
 from ..flow.term import AbstractFlowTerm, FlowTerm, Sphere
 from ..flow.vector import on_vector
 from ..metrics import Metric
@@ -23,9 +23,9 @@ from ..solvers import (
     as_flow_solver,
     curvature_jumps,
 )
-from ..solvers.base import Controller, Saved
-from ..solvers.controllers import Pausing, Relative, SHARE
-from .parts import strong
+from ..solvers.base import Controller, Followed, Saved
+from ..solvers.controllers import Relative, SHARE
+from .integrate import Integration, Reached
 from .path import Path
 from .problem import check_scalars
 from .progress import Bar
@@ -56,7 +56,8 @@ class Solve(eqx.Module):
     """The metrics that are the loss itself: recorded as exactly as the loss is."""
     solver: diffrax.AbstractSolver
     tolerance: Tolerance
-    adjoint: diffrax.AbstractAdjoint
+    adjoint: diffrax.AbstractAdjoint | None
+    """How it is differentiated, or that it is not."""
     progress: bool = eqx.field(static=True)
 
     @classmethod
@@ -81,7 +82,6 @@ class Solve(eqx.Module):
             None if atol is None else as_array(atol, ts.dtype),
             max_steps,
         )
-        usual = diffrax.RecursiveCheckpointAdjoint()
         return cls(
             term=term,
             params=params,
@@ -91,7 +91,7 @@ class Solve(eqx.Module):
             same=frozenset(k for k, m in watched.items() if m.fn is term.loss),
             solver=solver,
             tolerance=tolerance,
-            adjoint=usual if adjoint is None else adjoint,
+            adjoint=adjoint,
             progress=progress,
         )
 
@@ -106,22 +106,6 @@ class Solve(eqx.Module):
         return dataclasses.replace(self, params=params, ts=ts, progress=False)
 
 
-class Solved(eqx.Module):
-    """Where an integration is after some of its steps: all that the next depends on."""
-
-    t: Scalar
-    next: Scalar
-    """Where the next step ends."""
-    y: PyTree
-    solver: PyTree
-    controller: PyTree
-    made_jump: Bool[Array, ""]
-    saved: PyTree
-    """What was saved so far, at all saved times."""
-    counts: Int[Array, " 3"]
-    """Steps; those accepted, and rejected."""
-
-
 @eqx.filter_jit
 def solve(run: Solve) -> Path:
     """A run from its start to its end."""
@@ -130,8 +114,8 @@ def solve(run: Solve) -> Path:
 
 @eqx.filter_jit
 def solve_part(
-    run: Solve, before: Solved | None, steps: Int[Array, ""]
-) -> tuple[Path, Solved, Bool[Array, ""]]:
+    run: Solve, before: Reached | None, steps: Int[Array, ""]
+) -> tuple[Path, Reached, Bool[Array, ""]]:
     """So many `steps` of a run, from its start (`None`) or from where the last part
     ended. Returns the path so far, the new state, and whether that is all."""
     path, state, ended = _solve(run, before, steps)
@@ -140,21 +124,23 @@ def solve_part(
 
 
 def _solve(
-    run: Solve, before: Solved | None = None, steps: Int[Array, ""] | None = None
-) -> tuple[Path, Solved | None, Bool[Array, ""]]:
+    run: Solve, before: Reached | None = None, steps: Int[Array, ""] | None = None
+) -> tuple[Path, Reached | None, Bool[Array, ""]]:
     """The order of things: what solves it; integration; what is recorded; the verdict.
     What is not defined at its start is not run: its times are all zero."""
-    term, lam = run.term, run.weight_decay
-    check_scalars(term.loss, run.watched, term.model(run.params))
-    defined = _defined(term, run.params, lam) & jnp.all(jnp.isfinite(run.ts))
+    lam = run.weight_decay
+    check_scalars(run.term.loss, run.watched, run.term.model(run.params))
+    term, theta = on_vector(run.term, run.params)
+    defined = _defined(term, theta, lam) & jnp.all(jnp.isfinite(run.ts))
     ts = jnp.where(defined, run.ts, 0.0)
     end = run.ts[-1]
-    scale = jnp.minimum(time_scale(term, run.params, lam, end), end)
+    scale = jnp.minimum(time_scale(term, theta, lam, end), end)
     scale = jnp.where(defined, scale, 1.0)
     solver = _flow_solver(run)
-    controller = _controller(run, solver, ts, scale)
+    controller = _controller(run, solver, scale)
     with jax.default_matmul_precision("highest"):
-        out = _integrate(run, solver, controller, ts, scale, before, steps)
+        followed = solver.follow(term, theta, lam)
+        out = _integrate(run, solver, followed, controller, ts, scale, before, steps)
         models, seen, train_loss, penalty = _record(run, solver, out)
         work = solver.work(out.term, out.solver_state)
         result = _verdict(run, solver, out, models, ts, work)
@@ -174,7 +160,7 @@ def _solve(
         t=run.ts,
         weight_decay=lam,
         params=models,
-        static=term.static,
+        static=run.term.static,
         metrics=seen,
         train_loss=train_loss,
         penalty=penalty,
@@ -217,10 +203,8 @@ def _flow_solver(run: Solve) -> AbstractFlowSolver:
 _ACROSS = 0.3
 
 
-def _controller(
-    run: Solve, solver: AbstractFlowSolver, ts: Float[Array, " n"], scale: Scalar
-) -> Controller:
-    """Of the steps, which land on the times to save. `scale` is the time in which θ
+def _controller(run: Solve, solver: AbstractFlowSolver, scale: Scalar) -> Controller:
+    """Of the steps. `scale` is the time in which θ
     moves at its start."""
     rtol, atol = run.tolerance.rtol, run.tolerance.atol
     share = solver.tolerance_share(rtol)
@@ -237,7 +221,7 @@ def _controller(
         # Along kinks all of θ may reach zero in finite time.
         least=0.0 if run.term.penalty.smooth else SHARE * rtol * rms(run.params),
     )
-    return solver.controlled(diffrax.ClipStepSizeController(relative, step_ts=ts))
+    return solver.controlled(relative)
 
 
 class _Integrated(NamedTuple):
@@ -254,96 +238,62 @@ class _Integrated(NamedTuple):
     solver_state: PyTree
     result: RESULTS
     """Diffrax's, in gradflow's words."""
-    state: Solved | None
+    state: Reached | None
     """From which the next part goes on."""
 
 
 def _integrate(
     run: Solve,
     solver: AbstractFlowSolver,
+    followed: Followed,
     controller: Controller,
     ts: Float[Array, " n"],
     scale: Scalar,
-    before: Solved | None,
+    before: Reached | None,
     steps: Int[Array, ""] | None,
 ) -> _Integrated:
-    flat, theta = on_vector(run.term, run.params)
-    stepper, term, y0 = solver.follow(flat, theta, run.weight_decay)
-    start: dict[str, Any] = dict(t0=jnp.zeros_like(ts[0]), dt0=1e-3 * scale, y0=y0)
-    most = run.tolerance.max_steps
-    if steps is not None:
-        taken = 0 if before is None else before.counts[0]
-        following = None if before is None else before.next
-        controller = Pausing(controller, jnp.minimum(steps, most - taken), following)
-    to_save = ts
-    if before is not None:
-        to_save = jnp.maximum(ts, before.t)
-        start = dict(
-            t0=before.t, dt0=None, y0=before.y, made_jump=before.made_jump,
-            solver_state=before.solver,
-            controller_state=(before.controller, before.next, jnp.zeros((), int)),
-        )  # fmt: skip
-    in_parts = steps is not None
-    solution = diffrax.diffeqsolve(
-        term,
-        stepper,
-        t1=ts[-1],
-        **start,
-        args=run.weight_decay,
-        saveat=diffrax.SaveAt(
-            subs=[diffrax.SubSaveAt(ts=to_save), diffrax.SubSaveAt(t1=True)],
-            solver_state=True,
-            controller_state=in_parts,
-            made_jump=in_parts,
-        ),
-        stepsize_controller=controller,
-        max_steps=most,
-        throw=False,
-        adjoint=run.adjoint,
-        progress_meter=Bar(solver.name) if run.progress else diffrax.NoProgressMeter(),
-    )
-    saved, ends = solution.ys  # pyright: ignore[reportGeneralTypeIssues]
-    _, reached = solution.ts  # pyright: ignore[reportGeneralTypeIssues]
-    end = jax.tree.map(lambda y: y[0], ends)
-    counts = jnp.stack(
-        [solution.stats[f"num_{k}steps"] for k in ("", "accepted_", "rejected_")]
-    )
-    if before is not None:
-        saved = _with_earlier(before, ts, saved)
-        counts = counts + before.counts
-    state = None
-    if in_parts:
-        inner, following, _ = solution.controller_state  # pyright: ignore[reportGeneralTypeIssues]
-        state = strong(
-            Solved(
-                t=reached[0],
-                next=following,
-                y=end,
-                solver=solution.solver_state,
-                controller=inner,
-                made_jump=jnp.asarray(solution.made_jump),
-                saved=saved,
-                counts=counts,
-            )
+    stepper, term, y0 = followed
+    meter = Bar(solver.name) if run.progress else diffrax.NoProgressMeter()
+    first = 1e-3 * scale
+    if run.adjoint is not None:
+        controller = diffrax.ClipStepSizeController(controller, step_ts=ts)
+        solution = diffrax.diffeqsolve(
+            term,
+            stepper,
+            t0=jnp.zeros_like(ts[0]),
+            t1=ts[-1],
+            dt0=first,
+            y0=y0,
+            args=run.weight_decay,
+            saveat=diffrax.SaveAt(
+                subs=[diffrax.SubSaveAt(ts=ts), diffrax.SubSaveAt(t1=True)],
+                solver_state=True,
+            ),
+            stepsize_controller=controller,
+            max_steps=run.tolerance.max_steps,
+            throw=False,
+            adjoint=run.adjoint,
+            progress_meter=meter,
         )
-    result = _translate(solution.result)
-    whole = (result == RESULTS.out_of_steps) & (reached[0] >= ts[-1])
-    result = RESULTS.where(whole, RESULTS.successful, result)
-    return _Integrated(
-        term, saved, end, reached[0], counts, solution.solver_state, result, state
-    )
-
-
-def _with_earlier(before: Solved, ts: Float[Array, " n"], saved: PyTree) -> PyTree:
-    """What a part saved, and at earlier times what those before it did. The start is
-    saved with the first step that is accepted."""
-    past = (ts <= before.t) & (before.counts[1] > 0)
-
-    def merge(old: Array, new: Array) -> Array:
-        there = jnp.reshape(past, (-1,) + (1,) * (new.ndim - 1))
-        return jnp.where(there, old, new)
-
-    return jax.tree.map(merge, before.saved, saved)
+        saved, ends = solution.ys  # pyright: ignore[reportGeneralTypeIssues]
+        _, reached = solution.ts  # pyright: ignore[reportGeneralTypeIssues]
+        t, end = reached[0], jax.tree.map(lambda y: y[0], ends)
+        kinds = ("", "accepted_", "rejected_")
+        counts = jnp.stack([solution.stats[f"num_{kind}steps"] for kind in kinds])
+        state, solver_state, result = None, solution.solver_state, solution.result
+    else:
+        integration = Integration(
+            term, stepper, controller, ts, run.weight_decay, run.tolerance.max_steps,
+            meter,
+        )  # fmt: skip
+        begun = integration.begin(y0, first) if before is None else before
+        state = integration.run(begun, steps)
+        saved, end, t, counts = state.saved, state.y, state.t, state.counts
+        solver_state, result = state.solver, state.result
+    result = _translate(result)
+    most = (result == RESULTS.successful) & (t < ts[-1])
+    result = RESULTS.where(most, RESULTS.out_of_steps, result)
+    return _Integrated(term, saved, end, t, counts, solver_state, result, state)
 
 
 def _record(
@@ -359,8 +309,8 @@ def _record(
             k: loss if k in run.same else metric(model)
             for k, metric in run.watched.items()
         }
-        # Diffrax fills what it did not reach with infinities.
-        reached = jnp.isfinite(norm(params))
+        # What was not reached is not finite.
+        reached = _finite(params)
         values = (params, seen, loss, out.term.penalty(params))
         return jax.tree.map(lambda x: jnp.where(reached, x, jnp.nan), values)
 
@@ -382,7 +332,7 @@ def _verdict(
     term, result = out.term, out.result
     end = solver.params_of(out.end)
     speed = term.velocity(end, run.weight_decay)
-    lost = ~jnp.isfinite(term.loss(term.model(end)) + norm(end) + norm(speed))
+    lost = ~_finite((term.loss(term.model(end)), end, speed))
     lost = lost & (result != RESULTS.out_of_steps)
     # What reaches infinity in finite time stalls on its way there.
     fled = (result == RESULTS.stalled) & flees(end, speed, out.t)
@@ -401,16 +351,22 @@ def run_again(run: Solve, params: PyTree, ts: Float[Array, " n"]) -> Path:
 
 def _defined(term: FlowTerm, params: PyTree, weight_decay: Scalar) -> Bool[Array, ""]:
     """Whether loss and velocity are finite at the start."""
-    speed = norm(term.velocity(params, weight_decay))
-    return jnp.isfinite(term.loss(term.model(params)) + speed)
+    speed = term.velocity(params, weight_decay)
+    return _finite((term.loss(term.model(params)), speed))
+
+
+def _finite(tree: PyTree) -> Bool[Array, ""]:
+    """Whether all numbers in it are."""
+    leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
+    return jnp.all(jnp.stack(leaves))
 
 
 def flees(params: PyTree, velocity: PyTree, t: Scalar) -> Bool[Array, ""]:
     """Whether θ is about to be infinite: at this speed it would double in far less time
     than has passed."""
-    products = jax.tree.map(lambda p, v: jnp.vdot(p, v), params, velocity)
-    outward = sum(jax.tree.leaves(products)) > 0
-    return outward & (norm(params) < 1e-6 * t * norm(velocity))
+    theta, speed = as_vector(params), as_vector(velocity)
+    far, fast = norms(jnp.stack([theta, speed]))
+    return (jnp.vdot(theta, speed) > 0) & (far < 1e-6 * t * fast)
 
 
 def _translate(result: diffrax.RESULTS) -> RESULTS:

@@ -7,7 +7,7 @@ import diffrax
 import equinox as eqx
 import jax
 import numpy as np
-from jaxtyping import Array, Real
+from jaxtyping import Array, Int, Real
 
 from .._host import as_array, taken
 
@@ -74,20 +74,15 @@ class Stats(eqx.Module):
     @classmethod
     def of(
         cls,
-        solution: diffrax.Solution,
         solver: diffrax.AbstractSolver,
+        counts: Int[Array, " 3"],
         rtol: Number,
         atol: Number | None,
     ) -> "Stats":
-        """Those of a solution of Diffrax's, at these tolerances."""
-        return cls(
-            type(solver).__name__,
-            solution.stats["num_steps"],
-            solution.stats["num_accepted_steps"],
-            solution.stats["num_rejected_steps"],
-            rtol=rtol,
-            atol=0.0 if atol is None else atol,
-        )
+        """Those of an integration: `counts` are steps, and those accepted and
+        rejected."""
+        atol = 0.0 if atol is None else atol
+        return cls(type(solver).__name__, *counts, rtol=rtol, atol=atol)
 
     def __getitem__(self, name: str) -> Number | Words | None:
         if name not in (field.name for field in dataclasses.fields(self)):

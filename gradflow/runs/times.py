@@ -15,7 +15,7 @@ from .._checks import (
     is_concrete,
 )
 from .._host import as_array, numpy_of
-from .._norms import norm
+from .._norms import as_vector, norms
 from .._typing import Given
 from ..flow.term import FlowTerm
 from ..metrics import Metric
@@ -197,5 +197,6 @@ def time_scale(
     term: FlowTerm, params: PyTree, weight_decay: Scalar, t1: Scalar
 ) -> Scalar:
     """‖θ₀‖/‖θ₀'‖, infinite at rest; a ten-thousandth of t₁ where θ₀ is zero."""
-    size, speed = norm(params), norm(term.velocity(params, weight_decay))
+    velocity = term.velocity(params, weight_decay)
+    size, speed = norms(jnp.stack([as_vector(params), as_vector(velocity)]))
     return jnp.where(size > 0, size / speed, 1e-4 * t1)

@@ -19,6 +19,9 @@ else:
 
 Controller = diffrax.AbstractAdaptiveStepSizeController
 
+# What stands in a root finder for the tolerances of the controller.
+_OPEN = diffrax.with_stepsize_controller_tols(diffrax.VeryChord)().rtol  # pyright: ignore[reportAttributeAccessIssue]
+
 
 class Followed(NamedTuple):
     """What `diffrax.diffeqsolve` is given to follow a flow."""
@@ -98,6 +101,27 @@ class AbstractFlowSolver(eqx.Module):
     @abc.abstractmethod
     def reservation(self, saved: Saved) -> RESULTS:
         """`successful`, or why a run that reached its end is not to be trusted."""
+
+
+def with_tolerances_of(
+    controller: Controller, solver: diffrax.AbstractSolver
+) -> diffrax.AbstractSolver:
+    """An implicit solver with the tolerances and the norm of a controller, where it has
+    none of its own, as Diffrax gives them to it; any other as it is."""
+    if not isinstance(solver, diffrax.AbstractImplicitSolver):
+        return solver
+    names = [
+        name
+        for name in ("rtol", "atol", "norm")
+        if getattr(solver.root_finder, name) is _OPEN
+    ]
+    if not names:
+        return solver
+    return eqx.tree_at(
+        lambda s: [getattr(s.root_finder, name) for name in names],
+        solver,
+        [getattr(controller, name) for name in names],
+    )
 
 
 def as_flow_solver(solver: diffrax.AbstractSolver) -> AbstractFlowSolver:

@@ -1,14 +1,14 @@
 """Step-size controllers: the tolerance, and what ends a step early."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import diffrax
 import equinox as eqx
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, PyTree, Scalar
+from jaxtyping import Array, Float, PyTree, Scalar
 
-from .._norms import norm, rms
+from .._norms import as_vector, norm, norms, relative_rms, rms
 from .._typing import RealScalarLike
 
 SHARE = 0.02
@@ -93,12 +93,12 @@ class Relative(diffrax.AbstractAdaptiveStepSizeController):
         self.growth = growth
         self.pid = diffrax.PIDController(
             rtol=0.0, atol=1.0, dtmin=dtmin, force_dtmin=False, factormax=factormax,
-            norm=rms,
+            norm=jnp.abs,
         )  # fmt: skip
 
     @property
     def norm(self):
-        return lambda y: rms(self.parts_of(y))
+        return lambda y: relative_rms(self.parts_of(y))
 
     def wrap(self, direction):
         return eqx.tree_at(lambda s: s.pid, self, self.pid.wrap(direction))
@@ -114,16 +114,20 @@ class Relative(diffrax.AbstractAdaptiveStepSizeController):
         self, t0, t1, y0, y1_candidate, args, y_error, error_order, controller_state
     ):
         state, low, high = controller_state
-        before, after, error = map(self.parts_of, (y0, y1_candidate, y_error))
+        before, after, error = (
+            as_vector(self.parts_of(y)) for y in (y0, y1_candidate, y_error)
+        )
         # Where a step has left the domain of the flow, the tolerance is that of its
         # start.
-        sound = jnp.isfinite(rms(after))
-        after = jax.tree.map(lambda a, b: jnp.where(sound, a, b), after, before)
-        largest = jax.tree.map(
-            lambda a, b: jnp.maximum(jnp.abs(a), jnp.abs(b)), before, after
+        sound = jnp.all(jnp.isfinite(after))
+        after = jnp.where(sound, after, before)
+        largest = jnp.maximum(jnp.abs(before), jnp.abs(after))
+        step, (whole,) = Step.of(before, after, error, largest)
+        spread = max(largest.size, 1) ** 0.5
+        scale = tolerance(
+            largest, self.rtol, self.atol, self.share, typical=whole / spread
         )
-        scale = tolerance(largest, self.rtol, self.atol, self.share)
-        size = norm(before)
+        size, left = step.size, step.left
         far = _far(high, size)
         if self.growth:
             far = jnp.maximum(far, _far(size, low))
@@ -131,21 +135,19 @@ class Relative(diffrax.AbstractAdaptiveStepSizeController):
         far = jnp.where(
             size > 1e3 * jnp.asarray(self.atol, size.dtype) / self.rtol, far, 0
         )
-        share = share_along(before, after, error)
-        more = 1 + jnp.minimum(_LASTING * far * share, _MOST)
-        left = norm(after)
+        more = 1 + jnp.minimum(_LASTING * far * step.share_along(), _MOST)
         shrunk = jnp.clip(size / jnp.where(left > 0, left, size + 1), 1, _MOST)
         more = more * jnp.where(high > size, shrunk**far, 1)
-        scaled = jax.tree.map(lambda e, s: e / s, error, scale)
+        scaled = relative_rms(error / scale)
         if self.share:
-            spread = norm(jax.tree.map(jnp.ones_like, largest))
-            allowed = self.rtol * norm(largest) + self.atol * spread
-            whole = norm(error) / jnp.where(allowed > 0, allowed, 1)
+            allowed = self.rtol * whole + self.atol * spread
+            excess = step.missed / jnp.where(allowed > 0, allowed, 1)
             # Without rounding it is no more than that.
-            more = more * jnp.clip(jnp.nan_to_num(whole / rms(scaled)), 1, 2 * spread)
-        scaled = jax.tree.map(lambda e: jnp.where(sound, more * e, jnp.inf), scaled)
+            more = more * jnp.clip(jnp.nan_to_num(excess / scaled), 1, 2 * spread)
+        scaled = jnp.where(sound, more * scaled, jnp.inf)
+        one = jnp.ones_like(scaled)
         keep, next_t0, next_t1, jump, state, result = self.pid.adapt_step_size(
-            t0, t1, before, before, args, scaled, error_order, state
+            t0, t1, one, one, args, scaled, error_order, state
         )
         # A step that ends a rounding before a time to land on would leave a tiny one to
         # it, as steps of equal length do between equidistant times. And a tiny step
@@ -157,7 +159,7 @@ class Relative(diffrax.AbstractAdaptiveStepSizeController):
         stuck = ~keep & (next_t1 - next_t0 <= 4 * eps * next_t0)
         stuck = stuck & (result == diffrax.RESULTS.successful)
         result = diffrax.RESULTS.where(stuck, diffrax.RESULTS.dt_min_reached, result)
-        end = jnp.where(keep, norm(after), size)
+        end = jnp.where(keep, left, size)
         state = (state, jnp.minimum(low, end), jnp.maximum(high, end))
         return keep, next_t0, next_t1, jump, state, result
 
@@ -176,29 +178,45 @@ def _far(large: Scalar, small: Scalar) -> Scalar:
     return jnp.where(small > 0, jnp.clip(jnp.log(large / small) - 1.5, 0, 1), 0)
 
 
-def share_along(
-    before: PyTree, after: PyTree, error: PyTree, rounding: Scalar | float = 0.0
-) -> Scalar:
-    """‖θ‖/‖Δ‖ times the part of an error that lies along the step Δ, as far as it is
-    above rounding, relative to ‖θ‖."""
-    gone = jax.tree.map(lambda a, b: a - b, after, before)
-    length, size = norm(gone), norm(error)
-    products = jax.tree.map(
-        lambda e, g: jnp.sum((e / size) * (g / length)), error, gone
-    )
-    whole = jnp.maximum(norm(before), norm(after))
-    along = jnp.abs(sum(jax.tree.leaves(products))) - rounding * (whole / size)
-    share = jnp.maximum(along, 0) * whole / length
-    return jnp.nan_to_num(share)
+class Step(NamedTuple):
+    """A step Δ of θ and the estimate of its error, as vectors, and their sizes."""
+
+    gone: Float[Array, " d"]
+    """Δ."""
+    error: Float[Array, " d"]
+    length: Scalar
+    """‖Δ‖."""
+    missed: Scalar
+    """That of the error."""
+    size: Scalar
+    """‖θ‖ at its start."""
+    left: Scalar
+    """‖θ‖ at its end."""
+
+    @classmethod
+    def of(
+        cls,
+        before: Float[Array, " d"],
+        after: Float[Array, " d"],
+        error: Float[Array, " d"],
+        *others: Float[Array, " d"],
+    ) -> tuple["Step", list[Scalar]]:
+        """The step from `before` to `after`, and the norms of `others`: all together,
+        since each norm by itself is as large a program."""
+        gone = after - before
+        sizes = norms(jnp.stack([gone, error, before, after, *others]))
+        return cls(gone, error, *sizes[:4]), list(sizes[4:])
+
+    def share_along(self, rounding: Scalar | float = 0.0) -> Scalar:
+        """‖θ‖/‖Δ‖ times the part of the error that lies along Δ, as far as it is above
+        rounding, relative to ‖θ‖."""
+        along = jnp.sum((self.error / self.missed) * (self.gone / self.length))
+        whole = jnp.maximum(self.size, self.left)
+        along = jnp.abs(along) - rounding * (whole / self.missed)
+        return jnp.nan_to_num(jnp.maximum(along, 0) * whole / self.length)
 
 
-def lasting(
-    growth: Scalar,
-    before: PyTree,
-    after: PyTree,
-    error: PyTree,
-    rounding: Scalar | float = 0.0,
-) -> Scalar:
+def lasting(growth: Scalar, step: Step, rounding: Scalar | float = 0.0) -> Scalar:
     """By how much the error of a step counts for more since later steps will not damp
     it: from 1, where the flow does not speed up, to 101. `growth` is the logarithm of
     the speed gained, and `rounding` what an error may be of ‖θ‖ by rounding alone.
@@ -211,62 +229,24 @@ def lasting(
     do not see of growth above z = ½.
     """
     weight = jnp.clip(jnp.nan_to_num(growth) / _ONSET, 0, 1)
-    more = _LASTING * weight * share_along(before, after, error, rounding)
-    return 1 + jnp.minimum(more, _MOST)
+    return 1 + jnp.minimum(_LASTING * weight * step.share_along(rounding), _MOST)
 
 
 def tolerance(
-    size: PyTree, rtol: RealScalarLike, atol: RealScalarLike = 0.0, share: float = SHARE
-) -> PyTree:
-    """atol + rtol (|θᵢ| + share rms(θ)), above zero, for θ of the given `size`."""
-    least = share * rms(size)
-
-    def cast(x, like):
-        return jnp.asarray(x, like.dtype)
-
+    size: Float[Array, " d"],
+    rtol: RealScalarLike,
+    atol: RealScalarLike = 0.0,
+    share: float = SHARE,
+    *,
+    typical: Scalar | None = None,
+) -> Float[Array, " d"]:
+    """atol + rtol (|θᵢ| + share rms(θ)), above zero, for θ of the given `size`, whose
+    root mean square may be known: `typical`."""
+    least = share * (rms(size) if typical is None else typical)
+    rtol, atol, least = (jnp.asarray(x, size.dtype) for x in (rtol, atol, least))
     # An error counts for up to 100 times more, twice, and is to be above underflow.
-    def floor(v):
-        return 1e3 * jnp.finfo(v.dtype).tiny
-
-    return jax.tree.map(
-        lambda v: cast(atol, v) + cast(rtol, v) * (jnp.abs(v) + cast(least, v))
-        + floor(v),
-        size,
-    )  # fmt: skip
-
-
-class Pausing(AbstractWrapped):
-    """Ends an integration after `steps`, as if they were all that are allowed; one that
-    goes on begins with the step that ends at `next`."""
-
-    controller: diffrax.AbstractAdaptiveStepSizeController
-    steps: Int[Array, ""]
-    next: Scalar | None
-
-    def __init__(
-        self,
-        controller: diffrax.AbstractAdaptiveStepSizeController,
-        steps: Int[Array, ""],
-        next: Scalar | None,
-    ):
-        self.controller, self.steps, self.next = controller, steps, next
-
-    def init(self, *args):
-        if self.next is not None:
-            return self.next, None
-        t1, inner = self.controller.init(*args)
-        return t1, (inner, t1, jnp.zeros((), int))
-
-    def adapt_step_size(
-        self, t0, t1, y0, y1_candidate, args, y_error, error_order, controller_state
-    ):
-        inner, _, count = controller_state
-        keep, next_t0, next_t1, jump, inner, result = self.controller.adapt_step_size(
-            t0, t1, y0, y1_candidate, args, y_error, error_order, inner
-        )
-        full = (count + 1 >= self.steps) & (result == diffrax.RESULTS.successful)
-        result = diffrax.RESULTS.where(full, diffrax.RESULTS.max_steps_reached, result)
-        return keep, next_t0, next_t1, jump, (inner, next_t1, count + 1), result
+    floor = 1e3 * jnp.finfo(size.dtype).tiny
+    return atol + rtol * (jnp.abs(size) + least) + floor
 
 
 # Of a step that came too late for a release, this part is tried when what the straight

@@ -13,14 +13,14 @@ from jax.flatten_util import ravel_pytree
 from jax.scipy.linalg import cho_factor
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
-from .._norms import norm
 from .._typing import BoolScalarLike, RealScalarLike
 from ..flow.flat import AbstractFlatLoss
+from ..flow.nonsmooth import may_have_kinks
 from ..flow.term import AbstractFlowTerm, Tracked, TrackedFlowTerm
 from ..penalties import curvature
 from ..results import RESULTS
 from .base import AbstractFlowSolver, Controller, Followed, Saved
-from .controllers import lasting
+from .controllers import lasting, Step
 from .jumps import curvature_jumps, JUMPED
 from .kernel import (
     curved_kernel,
@@ -68,6 +68,8 @@ class _Problem(eqx.Module):
     """γh."""
     rho: Scalar | Float[Array, " d"]
     """The curvature of R: a number, or uneven."""
+    kinked: bool = eqx.field(static=True)
+    """Whether the loss may have kinks."""
 
     @property
     def uneven(self) -> bool:
@@ -262,8 +264,9 @@ class AbstractKKT(
             weight_decay=jnp.asarray(args, theta.dtype),
             c=tableau_matrix(self.tableau)[1] * h,
             rho=ravel_pytree(rho)[0] if uneven else jnp.asarray(rho, theta.dtype),
+            kinked=may_have_kinks(loss, theta),
         )
-        out, state = self._attempts(problem, params, solver_state)
+        out, state, step = self._attempts(problem, params, solver_state)
         result = diffrax.RESULTS.where(
             out.ok,
             diffrax.RESULTS.successful,
@@ -273,11 +276,11 @@ class AbstractKKT(
         if isinstance(term.penalty, OnOrthant):
             free = jnp.abs(term.penalty.sign)
         y1 = loss.unravel(free * out.stage)
-        gone = (out.stage - theta) / jnp.maximum(
-            norm(out.stage - theta), jnp.finfo(theta.dtype).tiny
-        )
-        across = out.error - jnp.vdot(out.error, gone) * gone
-        error = jnp.where(out.slid, across, out.error * state.lasting)
+        error = out.error * state.lasting
+        if problem.kinked:
+            gone = step.gone / jnp.maximum(step.length, jnp.finfo(theta.dtype).tiny)
+            across = out.error - jnp.vdot(out.error, gone) * gone
+            error = jnp.where(out.slid, across, error)
         error = loss.unravel(jnp.where(out.ok, free * error, jnp.inf))
         k = jax.vmap(loss.unravel)(h * out.slopes[np.array([0, -1])])
         if isinstance(term, TrackedFlowTerm):
@@ -290,8 +293,8 @@ class AbstractKKT(
 
     def _attempts(
         self, problem: _Problem, params: PyTree, state: _State
-    ) -> tuple[_Step, _State]:
-        """A step, by as much effort as it takes, and the state after it.
+    ) -> tuple[_Step, _State, Step]:
+        """A step, by as much effort as it takes, the state after it, and its sizes.
 
         A kernel that has served too long is no reason to shorten the step: the second
         attempt renews it; and where that fails, since the outputs are curved, a third
@@ -340,8 +343,8 @@ class AbstractKKT(
         if small:  # for `work`
             kernel = jax.lax.cond(whole, lambda: problem.kernel(), lambda: kernel)
         curved = state.curved | (whole & ~growing)
-        after = self._after(problem, state, tried, kernel, whole, curved)
-        return tried.out, after
+        after, step = self._after(problem, state, tried, kernel, whole, curved)
+        return tried.out, after, step
 
     def _no_step(self, problem: _Problem, state: _State) -> _Step:
         theta, no = problem.theta, jnp.array(False)
@@ -367,18 +370,19 @@ class AbstractKKT(
         kernel: Float[Array, "m m"],
         whole: Bool[Array, ""],
         curved: Bool[Array, ""],
-    ) -> _State:
-        """What the next step is to know of this one."""
+    ) -> tuple[_State, Step]:
+        """What the next step is to know of this one, and the sizes of this one."""
         out, stages = tried.out, len(self.tableau.b_sol) - 1
         # (It may rise tenfold in a step: the iteration of the next is then as much more
         # exact, so that what it leaves is not taken for an error.)
-        growth = jnp.log(norm(out.slopes[-1]) / norm(out.slopes[0]))
-        lasts = lasting(growth, problem.theta, out.stage, out.error)
+        slopes = out.slopes[0], out.slopes[-1]
+        step, (slow, fast) = Step.of(problem.theta, out.stage, out.error, *slopes)
+        lasts = lasting(jnp.log(fast / slow), step)
         lasts = jnp.minimum(lasts, 10 * state.lasting)
         # What sliding leaves is no error that lasts, along the step or not.
         lasts = jnp.where(out.slid, 1.0, lasts)
         new = dict(iterations=out.iterations, kernels=tried.kernels, sliding=out.slid)
-        return _State(
+        after = _State(
             slope=out.slopes[-1],
             multiplier=out.multiplier,
             kernel=kernel,
@@ -389,6 +393,7 @@ class AbstractKKT(
             lasting=lasts,
             work={k: n + jnp.asarray(new[k], int) for k, n in state.work.items()},
         )
+        return after, step
 
     def _attempt(
         self,
@@ -413,6 +418,7 @@ class AbstractKKT(
             finder=self.root_finder,
             most=self.root_find_max_steps,
             lasting=state.lasting,
+            kinked=problem.kinked,
         )
         a = jnp.asarray(tableau_matrix(self.tableau)[0], y0.dtype)
         predict = jnp.asarray(predictor(self.tableau), y0.dtype)

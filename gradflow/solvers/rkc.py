@@ -13,13 +13,13 @@ from diffrax import AbstractTerm, ThirdOrderHermitePolynomialInterpolation
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree, Scalar
 
-from .._norms import norm
+from .._norms import as_vector
 from .._typing import BoolScalarLike, RealScalarLike
 from ..flow.flat import linearized
 from ..flow.term import FlowTerm
 from ..results import RESULTS
 from .base import AbstractOnParams, Followed, Saved
-from .controllers import lasting
+from .controllers import lasting, Step
 
 _DAMPING = 2 / 13  # ε; inside the stability interval |P| stays below 1 − ε/3
 _INTERVAL = 0.653  # s stages are stable for h ρ ≤ 0.653 (s² − 1)
@@ -186,12 +186,12 @@ class RKC2(AbstractOnParams, diffrax.AbstractAdaptiveSolver[_State]):
 
         # A gradient flow speeds up only where something in it grows.
         if isinstance(getattr(terms, "term", terms), FlowTerm):
-            growth = jnp.log(norm(f1) / norm(f0))
+            step, (slow, fast) = Step.of(*map(as_vector, (y0, y1, error, f0, f1)))
             # Steps are so many that errors add up where all of θ decays, too.
-            decay = _DECAY * jnp.log(norm(y0) / norm(y1))
-            growth = jnp.maximum(growth, jnp.nan_to_num(decay))
+            decay = _DECAY * jnp.log(step.size / step.left)
+            growth = jnp.maximum(jnp.log(fast / slow), jnp.nan_to_num(decay))
             rounding = jnp.finfo(h.dtype).eps * (1 + reach)
-            error = _combine((lasting(growth, y0, y1, error, rounding), error))
+            error = _combine((lasting(growth, step, rounding), error))
 
         dy = _combine((1, move), (-scheme.b(stages - 1), z_before))
         df = _combine((1, f1), (-1, f_before))

@@ -15,7 +15,6 @@ from jaxtyping import Array, Bool, Float, Int, Scalar
 
 from .._norms import norm
 from ..flow.flat import AbstractFlatLoss
-from ..flow.nonsmooth import may_have_kinks
 from ..flow.term import AbstractFlowTerm
 from .controllers import tolerance
 from .jumps import find_jumps
@@ -104,6 +103,8 @@ class Stages(eqx.Module):
     """Iterations for a stage; four times as many for a mean, which converges slowly."""
     lasting: Scalar
     """By how much an error counts for more, see `lasting`."""
+    kinked: bool = eqx.field(static=True)
+    """Whether the loss may have kinks, so that the flow may slide along them."""
 
     @property
     def held(self) -> bool:
@@ -138,7 +139,6 @@ class Stages(eqx.Module):
         """All stages, one after another, by the strictly lower part of the tableau
         `a`; each is guessed from those before it by the weights `predict`. The first
         is known: its slope and its multiplier are those of the end of the last step."""
-        kinked = may_have_kinks(self.loss, self.y0)
 
         def stage(i: Array, done: Solution) -> Solution:
             base = self.y0 + self.h * (a[i] @ done.slopes)
@@ -155,7 +155,7 @@ class Stages(eqx.Module):
 
             it = jax.lax.while_loop(
                 lambda it: (it.status == _GOING) & (it.count < allowed(it)) & done.ok,
-                lambda it: self._iterate(base, i == len(a) - 1, it, kinked),
+                lambda it: self._iterate(base, i == len(a) - 1, it),
                 start,
             )
             return Solution(
@@ -186,14 +186,10 @@ class Stages(eqx.Module):
         dy = damp(lack - self.c * pullback(dmu))
         return _Change(dy, dmu, z, force, off)
 
-    def _iterate(
-        self, base: Float[Array, " d"], last: Array, it: _Iterate, kinked: bool
-    ) -> _Iterate:
+    def _iterate(self, base: Float[Array, " d"], last: Array, it: _Iterate) -> _Iterate:
         change = self._change(base, it)
         dy = change.y
-        drift = 0.75 * it.drift + 0.25 * dy  # small where iterates go to and fro
         new = self.size_of(dy, it.y + dy)
-        drifting = self.size_of(drift, it.y + dy)
         # The first iteration has no rate of its own: the last stage's, never trusted
         # below 0.3, lets an excellent guess pass after one. Later ones may contract by
         # chance, until what contracts slowly is all that is left.
@@ -203,31 +199,55 @@ class Stages(eqx.Module):
         left = new * rate / (1 - jnp.minimum(rate, 0.95))
         growing = (it.count > 0) & (rate > 2)
         failing = self.matrix.fresh & (growing | ((it.count > 3) & (rate > 0.9)))
-        # Where ∇F jumps, as at the kinks of a ReLU, the flow may slide along the jump.
-        # Then the stage has a solution only with a mean of the gradients on both sides
-        # (Filippov), and the iteration goes to and fro between them even with a fresh
-        # kernel. The mean of its iterates converges, as 1/n, while the changes stay as
-        # large as they were. Without a jump the step is too long.
+        converged = (left < self._kappa()) & (self._agrees(change, it) | ~last)
+        off = it.off
+        if self.loss.outer_curvature is None:
+            off = norm(change.off)
+        after = it._replace(
+            y=it.y + dy, mu=it.mu + change.mu, rate=rate, size=new, count=it.count + 1,
+            status=jnp.where(converged, _SOLVED, _GOING), off=off,
+        )  # fmt: skip
+        lost = growing | failing
+        if self.kinked:
+            after, lost = self._averaged(it, change, after, failing, lost)
+        lost = lost | ~jnp.isfinite(new)
+        return after._replace(status=jnp.where(lost, _LOST, after.status))
+
+    def _averaged(
+        self,
+        it: _Iterate,
+        change: _Change,
+        after: _Iterate,
+        failing: Bool[Array, ""],
+        lost: Bool[Array, ""],
+    ) -> tuple[_Iterate, Bool[Array, ""]]:
+        """What comes `after` an iterate, and whether that is `lost`, where the mean of
+        the iterates is taken.
+
+        Where ∇F jumps, as at the kinks of a ReLU, the flow may slide along the jump.
+        Then the stage has a solution only with a mean of the gradients on both sides
+        (Filippov), and the iteration goes to and fro between them even with a fresh
+        kernel. The mean of its iterates converges, as 1/n, while the changes stay as
+        large as they were. Without a jump the step is too long."""
+        dy, new = change.y, after.size
+        drift = 0.75 * it.drift + 0.25 * dy  # small where iterates go to and fro
+        drifting = self.size_of(drift, it.y + dy)
         starting = failing & (it.weight == 1)
-        jumps = jnp.array(False)
-        if kinked:
-            jumps = find_jumps(self.loss, it.y, it.y + dy, it.mu + change.mu, starting)
+        jumps = find_jumps(self.loss, it.y, it.y + dy, it.mu + change.mu, starting)
         averaging = jumps | (it.weight < 1)
         anchor = jnp.where(jumps, new, it.anchor)
         weight = jnp.where(averaging, it.weight / (1 + it.weight), it.weight)
         bounded = (new > 0.3 * anchor) & (new < 3 * anchor) & (weight < 0.2)
         slid = averaging & bounded & (drifting < 0.5 * new)
         slid = slid & (weight * new < _SLIDE * self.blur)
-        agreed = self._agrees(change, it) | ~last
-        kappa = self._kappa()
-        converged = jnp.where(averaging, slid | (new < kappa), (left < kappa) & agreed)
-        lost = jnp.where(averaging, new > 30 * anchor, growing | failing)
-        status = jnp.where(converged, jnp.where(slid, _SLID, _SOLVED), _GOING)
-        status = jnp.where(~jnp.isfinite(new) | lost, _LOST, status)
-        return _Iterate(
-            it.y + weight * dy, it.mu + weight * change.mu, status, rate, new,
-            it.count + 1, norm(change.off), weight, drift, anchor,
+        solved = jnp.where(new < self._kappa(), _SOLVED, _GOING)
+        status = jnp.where(averaging, jnp.where(slid, _SLID, solved), after.status)
+        lost = jnp.where(averaging, new > 30 * anchor, lost)
+        mean = after._replace(
+            y=it.y + weight * dy, mu=it.mu + weight * change.mu, status=status,
+            weight=weight, drift=drift, anchor=anchor,
         )  # fmt: skip
+        return mean, lost
 
     def _kappa(self) -> Scalar:
         """What the iteration leaves is part of the error estimate, see `lasting`; but

@@ -29,6 +29,7 @@ from ..manifold import Drift, Spectrum
 from ..manifold.diagnosis import third_derivative
 from ..manifold.forms import AbstractForm
 from ..penalties import AbstractPenalty
+from ..runs.integrate import Integration
 from ..runs.interpolate import interpolate, place
 from ..runs.path import Path
 from ..runs.refine import FEWEST, MOST
@@ -168,7 +169,7 @@ def _relative(w1: Array, off: Array, h: Array) -> float:
 
 @eqx.filter_jit
 def _count_finite(tangent: Float[Array, "n d"]) -> Int[Array, ""]:
-    """How far the solver came: beyond, it leaves infinities."""
+    """How far the solver came: beyond, there are no numbers."""
     return jnp.sum(jnp.all(jnp.isfinite(tangent), axis=1))
 
 
@@ -322,22 +323,17 @@ def outer(
 
     size = jnp.linalg.norm(w1) + jnp.linalg.norm(ravel_pytree(path)[0])
     scale = size / (w1.size * nodes.size) ** 0.5
-    solution = diffrax.diffeqsolve(
+    integration = Integration(
         diffrax.ODETerm(field),
         diffrax.Tsit5(),
-        t0=jnp.zeros((), w1.dtype),
-        t1=ts[-1],
-        dt0=0.01 * ts[-1],
-        y0=w1,
-        saveat=diffrax.SaveAt(ts=ts),
-        stepsize_controller=diffrax.PIDController(rtol=1e-6, atol=1e-6 * scale),
+        diffrax.PIDController(rtol=1e-6, atol=1e-6 * scale),
+        ts,
+        None,
         # Tens are enough but near a singular point, where w₁ grows without bound.
         max_steps=300,
-        throw=False,
-        adjoint=diffrax.ForwardMode(),
+        land=False,
     )
-    assert solution.ys is not None
-    return solution.ys
+    return integration.run(integration.begin(w1, 0.01 * ts[-1])).saved
 
 
 def _regular(drift: Drift) -> int:

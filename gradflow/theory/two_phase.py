@@ -273,7 +273,7 @@ def _fast_scales(
 def _share(error: np.ndarray | np.generic, whole: float) -> Float[Array, ""]:
     """`error` relative to ‖Φ‖, which may be zero."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        return as_array(error / whole)
+        return as_array(np.divide(error, whole))
 
 
 @eqx.filter_jit

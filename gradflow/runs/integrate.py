@@ -1,0 +1,194 @@
+"""The loop of an integration: steps by a solver, their lengths by a controller.
+
+It is `diffrax.diffeqsolve` without what a run does not ask of it: derivatives, and
+checks whose callbacks keep JAX from keeping the program in its cache. Steps end on the
+times to save, and so nothing is interpolated, unless asked for.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
+
+from ..solvers.base import Controller, with_tolerances_of
+
+# A step that would end as near to a time to land on ends there.
+_NEAR = 100
+
+
+class Reached(eqx.Module):
+    """Where an integration is after some of its steps: all that the next depends on."""
+
+    t: Scalar
+    next: Scalar
+    """Where the next step ends."""
+    y: PyTree
+    solver: PyTree
+    controller: PyTree
+    saved: PyTree
+    """The states at the times to save; NaN at those that are not reached."""
+    counts: Int[Array, " 3"]
+    """Steps; those accepted, and rejected."""
+    stopped: Bool[Array, ""]
+    """Whether what it was to run `until` has come."""
+    result: diffrax.RESULTS
+
+
+class Integration(eqx.Module):
+    """y' = f(y) from t = 0 through the increasing times `ts`."""
+
+    term: diffrax.AbstractTerm
+    solver: diffrax.AbstractSolver
+    controller: Controller
+    ts: Float[Array, " n"]
+    args: PyTree
+    max_steps: int | Int[Array, ""]
+    meter: diffrax.AbstractProgressMeter = diffrax.NoProgressMeter()
+    until: Callable[[Scalar, PyTree], Bool[Array, ""]] | None = None
+    """A condition of t and y that ends it early."""
+    land: bool = eqx.field(static=True, default=True)
+    """Whether steps end on `ts`; else the solver interpolates."""
+
+    def begin(self, y0: PyTree, dt0: Scalar) -> Reached:
+        """At its start, with a first step of `dt0`."""
+        solver, controller = self._ready()
+        zero = jnp.zeros_like(self.ts[0])
+        order = solver.error_order(self.term)
+        following, state = controller.init(
+            self.term, zero, self.ts[-1], y0, dt0, self.args, solver.func, order
+        )
+        following = jnp.minimum(following, self._target(zero))
+        begun = solver.init(self.term, zero, following, y0, self.args)
+        there = self.ts <= 0
+
+        def room(y: Array) -> Array:
+            shown = jnp.reshape(there, (-1,) + (1,) * y.ndim)
+            return jnp.where(shown, y, jnp.full((), jnp.nan, y.dtype))
+
+        return Reached(
+            t=zero,
+            next=following,
+            y=y0,
+            solver=_arrays(begun),
+            controller=_arrays(state),
+            saved=jax.tree.map(room, y0),
+            counts=jnp.zeros(3, int),
+            stopped=self._stops(zero, y0),
+            result=diffrax.RESULTS.successful,
+        )
+
+    def run(self, at: Reached, steps: Int[Array, ""] | None = None) -> Reached:
+        """On to the end, or `steps` on."""
+        solver, controller = self._ready()
+        most = self.max_steps
+        if steps is not None:
+            most = jnp.minimum(at.counts[0] + steps, most)
+        end = self.ts[-1]
+
+        def going(carry: tuple[Reached, PyTree]) -> Bool[Array, ""]:
+            at, _ = carry
+            okay = diffrax.is_successful(at.result) & ~at.stopped
+            return okay & (at.t < end) & (at.counts[0] < most)
+
+        def step(carry: tuple[Reached, PyTree]) -> tuple[Reached, PyTree]:
+            at, shown = carry
+            after = self._step(solver, controller, at)
+            return after, self.meter.step(shown, after.t / end)
+
+        at, shown = jax.lax.while_loop(going, step, (at, self.meter.init()))
+        self.meter.close(shown)
+        return at
+
+    def _ready(self) -> tuple[diffrax.AbstractSolver, Controller]:
+        wrapped: Any = self.controller.wrap(1)
+        controller: Controller = wrapped
+        return with_tolerances_of(controller, self.solver), controller
+
+    def _target(self, t: Scalar) -> Scalar:
+        """The next time to land on."""
+        if not self.land:
+            return self.ts[-1]
+        return self.ts[jnp.minimum(jnp.sum(self.ts <= t), self.ts.size - 1)]
+
+    def _stops(self, t: Scalar, y: PyTree) -> Bool[Array, ""]:
+        return jnp.array(False) if self.until is None else self.until(t, y)
+
+    def _step(
+        self, solver: diffrax.AbstractSolver, controller: Controller, at: Reached
+    ) -> Reached:
+        y, error, dense, state, result = solver.step(
+            self.term, at.t, at.next, at.y, self.args, at.solver, False
+        )
+        # Where a step has left the domain of the flow it is to be shorter.
+        error = jax.tree.map(lambda e: jnp.where(jnp.isnan(e), jnp.inf, e), error)
+        order: Any = solver.error_order(self.term)
+        keep, _, following, _, memory, verdict = controller.adapt_step_size(
+            at.t, at.next, at.y, y, self.args, error, order, at.controller
+        )  # fmt: skip
+        keep = jnp.asarray(keep)
+        one = jnp.ones((), int)
+        t = jnp.where(keep, at.next, at.t)
+        target = self._target(t)
+        near = keep & (following > target * (1 - _NEAR * jnp.finfo(t.dtype).eps))
+        following = jnp.where(near, target, jnp.minimum(following, target))
+
+        def kept(new: PyTree, old: PyTree) -> PyTree:
+            return jax.tree.map(lambda a, b: jnp.where(keep, a, b), new, old)
+
+        result = diffrax.RESULTS.where(keep, result, diffrax.RESULTS.successful)
+        okay = diffrax.is_okay(result)
+        y1 = kept(y, at.y)
+        return Reached(
+            t=t,
+            next=following,
+            y=y1,
+            solver=kept(state, at.solver),
+            controller=memory,
+            saved=self._saved(solver, at, keep, y, dense),
+            counts=at.counts + jnp.stack([one, keep.astype(int), 1 - keep.astype(int)]),
+            stopped=self._stops(t, y1),
+            result=diffrax.RESULTS.where(okay, verdict, result),
+        )
+
+    def _saved(
+        self,
+        solver: diffrax.AbstractSolver,
+        at: Reached,
+        keep: Bool[Array, ""],
+        y: PyTree,
+        dense: dict,
+    ) -> PyTree:
+        """With what a step from `at` to y adds, if it is kept."""
+        n = self.ts.size
+        place = jnp.sum(self.ts <= at.t)
+
+        def reached(place: Int[Array, ""]) -> Bool[Array, ""]:
+            return keep & (place < n) & (self.ts[jnp.minimum(place, n - 1)] <= at.next)
+
+        def put(saved: PyTree, place: Int[Array, ""], y: PyTree) -> PyTree:
+            return jax.tree.map(lambda s, v: s.at[place].set(v, mode="drop"), saved, y)
+
+        if self.land:
+            return put(at.saved, jnp.where(reached(place), place, n), y)
+        between = solver.interpolation_cls(t0=at.t, t1=at.next, **dense)
+
+        def fill(carry: tuple[Int[Array, ""], PyTree]) -> tuple:
+            place, saved = carry
+            return place + 1, put(saved, place, between.evaluate(self.ts[place]))
+
+        first = (place, at.saved)
+        return jax.lax.while_loop(lambda carry: reached(carry[0]), fill, first)[1]
+
+
+def _arrays(tree: PyTree) -> PyTree:
+    """Numbers as arrays, without weak types: a loop, and a file, keeps neither."""
+
+    def array(x):
+        x = jnp.asarray(x)
+        return jax.lax.convert_element_type(x, x.dtype)
+
+    return jax.tree.map(array, tree)
