@@ -1,6 +1,7 @@
 """gradflow: neural networks trained in continuous time."""
 
 from ._version import __version__ as __version__
+from .cache import cache_programs as cache_programs
 from .precision import enable_float64 as enable_float64
 
 

@@ -1,9 +1,12 @@
 """Strict numerics, shapes checked at run time, and fresh random keys."""
 
+import atexit
 import gc
 import importlib.metadata
 import os
 import random
+import shutil
+import tempfile
 
 # Most of the time goes into compiling small programs: let that be quick. XLA ends the
 # process for a flag that it does not know.
@@ -11,6 +14,12 @@ flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     flags += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("XLA_FLAGS", flags)
+# What one worker has compiled, others need not, nor processes that tests start.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    programs = tempfile.mkdtemp(prefix="gradflow-")
+    atexit.register(shutil.rmtree, programs, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = programs
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import equinox as eqx
 import jax

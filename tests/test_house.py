@@ -19,7 +19,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # From the ground up. What stands in one line may not know each other.
 FLOORS = [
-    "_typing _norms _version precision plot models",
+    "_typing _norms _version cache precision plot models",
     "_checks",
     "_host",
     "losses results penalties data",

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from gradflow.runs.integrate import Integration
 
 TS = jnp.array([0.0, 0.3, 0.31, 2.0, 5.0])

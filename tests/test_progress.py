@@ -85,8 +85,61 @@ def test_the_bar_and_the_solver_that_is_given_up_are_named(monkeypatch, capsys):
         told.index(words)
         for words in ("Tsit5: ", "Tsit5 is given up after 30 steps; Bosh3", "Bosh3: ")
     )
-    assert first < given_up < second and "20 steps" in told
+    assert first < given_up < second and ", 30 steps]" in told
     assert "Tsit5: 100" not in told and path.stats.trial_steps == 30
+
+
+@pytest.mark.slow
+def test_bars_say_what_is_done_and_compiled(capsys):
+    flow, model = net(jnp.tanh, width=4)
+    options = dict(slow_time=0.5, metrics={"train": flow.loss})
+    eqx.clear_caches()
+    jax.clear_caches()
+    theory = gf.two_phase(flow, model, order=2, progress=True, **options)
+    told = capsys.readouterr().err
+    phases = [
+        told.index(f"two phases: {share}.00%|{rest}")
+        for share, rest in ((0, ""), (25, "██▌"), (50, "█████"), (75, "███████▌"))
+    ]
+    assert phases == sorted(phases) and "two phases: 100.00%" in told
+    for words in ("compiling _follow", "compiling solve_part", "compiling inner"):
+        assert words in told
+    assert "limit map: " in told and "drift: 100.00%" in told and " steps]" in told
+    alone = gf.two_phase(flow, model, order=2, **options)
+    assert not capsys.readouterr().err
+    for a, b in zip(
+        *(jax.tree.leaves(t.drift.params) for t in (theory, alone)), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-9)
+    sweep = gf.sweep(flow, model, weight_decay=[1e-2, 1e-3], progress=False, **options)
+    gf.compare(sweep, theory, progress=True)
+    told = capsys.readouterr().err
+    assert "compare: 50.00%" in told and "compare: 100.00%" in told
+    assert "λ = 0.001" in told
+
+
+@pytest.mark.slow
+def test_bars_of_many_parts(capsys):
+    """A descent of some thousand steps, and a flow of some hundred."""
+    flow, model = net(jnp.tanh, width=4)
+    descent = lambda **more: gf.descent(
+        flow, model, weight_decay=1e-2, learning_rate=0.05, steps=5000, saves=9, **more
+    )
+    run = lambda **more: gf.simulate(
+        flow, model, weight_decay=1e-2, slow_time=0.5, solver=gf.RKC2(), **more
+    )
+    for name, one in (("descent", descent), ("RKC2", run)):
+        path = one(progress=True)
+        told = capsys.readouterr().err
+        assert told.count(" steps]") > 2 and f"{name}: 100.00%" in told
+        assert f"{int(path.stats.steps)} steps]" in told
+        for a, b in zip(
+            *(jax.tree.leaves(p.params) for p in (path, one())), strict=True
+        ):
+            np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
+    # One that fails does not seem to have reached its end.
+    run(progress=True, max_steps=300, throw=False)
+    assert "RKC2: 100.00%" not in capsys.readouterr().err
 
 
 def test_what_runs_out_of_steps_is_advised_by_its_solver():

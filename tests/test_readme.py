@@ -8,6 +8,10 @@ import equinox as eqx
 import jax
 import pytest
 from helpers import compiled
+from jax import monitoring
+from jax.experimental.compilation_cache import compilation_cache
+
+import gradflow as gf
 
 # Programs that the first example compiles, 22 of them for the user's own lines.
 MOST = 60
@@ -35,9 +39,34 @@ def test_example_runs(tmp_path, monkeypatch, capsys):
         print(scope["sweep"], scope["theory"], scope["theory"].drift)
     assert not names
     exec(compile("\n".join(blocks[1:]), "README.md", "exec"), scope)
+    check_all_are_cached(run, tmp_path)
     assert (tmp_path / "report.png").stat().st_size > 10_000
     out = capsys.readouterr().out
     assert "rate of the error" in out and "order 2, theory holds up to" in out
+
+
+def check_all_are_cached(code, folder):
+    """That a process which finds them in JAX's cache compiles nothing."""
+    names = ["jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"]
+    before = {name: getattr(jax.config, name) for name in names}
+    found = []
+    note = lambda event, **_: found.append(event)
+    try:
+        assert gf.cache_programs(folder / "programs") == folder / "programs"
+        for _ in range(2):
+            eqx.clear_caches()
+            jax.clear_caches()
+            found.clear()
+            monitoring.register_event_listener(note)
+            with compiled() as programs:
+                exec(compile(code, "README.md", "exec"), {})
+            monitoring.unregister_event_listener(note)
+        assert found.count("/jax/compilation_cache/cache_hits") == len(programs) > 40
+        assert not found.count("/jax/compilation_cache/cache_misses")
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
 
 
 def test_links_exist():

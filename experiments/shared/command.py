@@ -46,6 +46,8 @@ class Settings(abc.ABC):
     """Judge the arrays that are stored, under the settings they were computed with."""
     redraw: bool = False
     """Draw these arrays."""
+    cache: bool = True
+    """Keep what is compiled in the user's cache folder, for the next run."""
 
     @abc.abstractmethod
     def compute(self) -> xr.Dataset | None:
@@ -79,7 +81,7 @@ class Settings(abc.ABC):
 
     def told(self) -> dict[str, Any]:
         """What makes a difference to the arrays."""
-        beside = ("out", "rejudge", "redraw", "processes")
+        beside = ("out", "rejudge", "redraw", "cache", "processes")
         return record.plain({k: v for k, v in vars(self).items() if k not in beside})
 
     def as_told(self, told: dict[str, Any]) -> Self:
@@ -108,6 +110,8 @@ class Study:
         summary of the stored arrays, where these are drawn or judged again.)"""
         matplotlib.use("Agg")
         gf.enable_float64()
+        if config.cache:
+            gf.cache_programs()
         name = next(k for k, v in self.experiments.items() if v is type(config))
         out = config.out or Path("results", self.name, config.folder(name))
         out.mkdir(parents=True, exist_ok=True)

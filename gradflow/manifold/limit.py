@@ -1,14 +1,16 @@
 """The limit map Φ: where the flow without weight decay ends."""
 
+import functools
+
 import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from .._checks import check_arguments, check_given
-from .._host import known
+from .._checks import check_arguments, check_given, is_concrete
+from .._host import as_array, known
 from .._norms import norm
 from ..flow.flat import FlatLoss, flatten
 from ..flow.flow import GradientFlow, partition
@@ -17,6 +19,8 @@ from ..flow.vector import on_vector
 from ..losses import AbstractCompositeLoss, AbstractLoss
 from ..results import among, only_if_successful, RESULTS
 from ..runs.integrate import Integration, Reached
+from ..runs.parts import FIRST
+from ..runs.progress import ALL, Bar, run_in_parts
 from ..runs.solve import flees
 from ..runs.stats import Stats
 from ..solvers import KKT5
@@ -84,6 +88,7 @@ def limit_map(
     max_steps: int = 100_000,
     throw: bool = True,
     trainable: PyTree = eqx.is_inexact_array,
+    progress: bool = False,
 ) -> Limit:
     """Φ(θ₀) = lim t→∞ θ(t) of the flow θ' = −∇F(θ) from the model θ₀.
 
@@ -113,6 +118,8 @@ def limit_map(
     - `max_steps`: the most steps of the solver.
     - `throw`: whether to raise an error where there is no limit.
     - `trainable`: a filter, as for [`gradflow.GradientFlow`][].
+    - `progress`: show a progress bar (none while it is being traced): how far it is to
+        `t_max`, in the logarithm of t. It mostly ends far from there.
 
     **Returns:** a [`gradflow.manifold.Limit`][]. Its `result` is `successful`,
     `saddle`, `not_converged`, `no_minimiser` (then there is a `direction`, and its
@@ -140,14 +147,14 @@ def limit_map(
     solver = default_solver(loss, params, term.static) if solver is None else solver
     search = Search(rtol, atol, residual_tol, t_max, solver, max_steps)
     fixed, start = (_without_derivative(x) for x in (term, params))
-    out = _limit(fixed, start, first, search)
+    out = _limit(fixed, start, first, search, progress)
     if form == "auto" and first.interpolating and failed(out.result):
         # It came to rest where the loss is not interpolated, so M is not {r = 0}. The
         # limit from there is the limit from the start.
         if np.all(known(among(out.result, RESULTS.not_critical))):
             first = HessianForm()
             start, _ = partition(out.model, trainable)
-            rest = _limit(fixed, start, first, search)
+            rest = _limit(fixed, start, first, search, progress)
             stats = rest.stats.with_work_of(out.stats)
             time = out.time + rest.time
             out = eqx.tree_at(lambda o: (o.time, o.stats), rest, (time, stats))
@@ -189,19 +196,33 @@ class Search(eqx.Module):
     max_steps: int
 
 
+def _limit(
+    term: FlowTerm, params: PyTree, form: AbstractForm, search: Search, progress: bool
+) -> Limit:
+    follow = functools.partial(_follow, term, params, form, search)
+    arrays = jax.tree.leaves(eqx.filter((term, params), eqx.is_array))
+    if not progress or not all(map(is_concrete, arrays)):
+        out, *_ = follow(None, as_array(ALL))
+        return _settle(term, params, form, search, out)
+    most = np.log1p(1e10 if search.t_max is None else search.t_max)
+
+    def far(at: Reached, _: Reached) -> tuple[float, str]:
+        t = float(at.t)
+        words = f"t = {t:.3g}, {np.asarray(at.counts)[0]} steps"
+        return min(np.log1p(t) / most, 1.0), words
+
+    with Bar("limit map", shown=True) as bar:
+        out = run_in_parts(follow, FIRST, bar, far)
+        return _settle(term, params, form, search, out)
+
+
 @eqx.filter_jit
-def _limit(term: FlowTerm, params: PyTree, form: AbstractForm, search: Search) -> Limit:
+def _settle(
+    term: FlowTerm, params: PyTree, form: AbstractForm, search: Search, out: Reached
+) -> Limit:
+    """What the flow has come to: the nearest point of M, or why there is none."""
     theta, loss = flatten(term.loss, params, term.static)
-    dtype = theta.dtype
-    t_max, pace = search.t_max, timescale(term, params)
-    if t_max is None:
-        t_max = 1e10 * jnp.clip(
-            jnp.where(pace < jnp.inf, pace, 1), 1, jnp.finfo(dtype).max ** 0.5
-        )
-    t_max = jnp.asarray(t_max, dtype)
-    # Decades of time at which parameters and loss are kept, to see how they end.
-    decades = t_max * 10.0 ** np.arange(-3, 1).astype(dtype)
-    out = _follow(term, params, form, search, pace, decades)
+    dtype, t_max = theta.dtype, _last(term, params, search)
     time, thetas, end = out.t, out.saved, out.y
     losses = jax.lax.map(loss, thetas)
     last = loss.unravel(end)
@@ -248,29 +269,47 @@ def _limit(term: FlowTerm, params: PyTree, form: AbstractForm, search: Search) -
     )
 
 
+def _last(term: FlowTerm, params: PyTree, search: Search) -> Float[Array, ""]:
+    """The time at which to give up."""
+    dtype = jax.tree.leaves(params)[0].dtype
+    if search.t_max is not None:
+        return jnp.asarray(search.t_max, dtype)
+    pace = timescale(term, params)
+    pace = jnp.where(pace < jnp.inf, pace, 1)
+    return (1e10 * jnp.clip(pace, 1, jnp.finfo(dtype).max ** 0.5)).astype(dtype)
+
+
+@eqx.filter_jit
 def _follow(
     term: FlowTerm,
     params: PyTree,
     form: AbstractForm,
     search: Search,
-    pace: Float[Array, ""],
-    decades: Float[Array, " decades"],
-) -> Reached:
-    """The flow until it has settled on M, or to the last of the `decades`, and θ at
-    each of them. `pace` is the time in which it changes at its start."""
+    before: Reached | None,
+    steps: Int[Array, ""],
+) -> tuple[Reached, Reached, Bool[Array, ""]]:
+    """The flow until it has settled on M, or to the last of a few decades of time, with
+    θ at each of them to see how it ends; or so many `steps` on from `before`. What is
+    reached, twice, and whether that is all."""
     flat, theta = on_vector(term, params)
+    last = _last(term, params, search)
+    decades = last * 10.0 ** np.arange(-3, 1).astype(theta.dtype)
     relative = Relative(search.rtol, search.atol, growth=False)
     integration = Integration(
         flat,
         search.solver,
         FollowGrowth(relative, flat),
         decades,
-        jnp.zeros_like(pace),
+        jnp.zeros_like(last),
         search.max_steps,
         until=_settled(term, params, form),
     )
-    first = 1e-3 * jnp.minimum(pace, 1e-3 * decades[-1])
-    return integration.run(integration.begin(theta, first))
+    if before is None:
+        pace = timescale(flat, theta)
+        before = integration.begin(theta, 1e-3 * jnp.minimum(pace, 1e-3 * last))
+    at = integration.run(before, steps)
+    over = at.stopped | (at.t >= last) | ~diffrax.is_successful(at.result)
+    return at, at, over | (at.counts[0] >= search.max_steps)
 
 
 def _distance(

@@ -10,7 +10,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from .._checks import check_arguments, check_given, resolvable
+from .._checks import check_arguments, check_given, is_concrete, resolvable
 from .._norms import norm
 from ..flow.flat import FlatLoss, flatten
 from ..flow.flow import check_free, GradientFlow
@@ -19,6 +19,8 @@ from ..metrics import Metric, without_thresholds
 from ..results import among, only_if_successful, RESULTS
 from ..runs.integrate import Integration, Reached
 from ..runs.problem import as_metrics, check_problem
+from ..runs.progress import Bar
+from ..runs.simulate import solve_in_parts
 from ..runs.solve import Solve, solve
 from ..runs.stats import Stats
 from ..runs.times import drift_times
@@ -55,6 +57,7 @@ def riemannian_flow(
     solver: diffrax.AbstractSolver | None = None,
     max_steps: int = 100_000,
     throw: bool = True,
+    progress: bool = False,
 ) -> Drift:
     """w' = −P(w)∇R(w) on M, in slow time s = λt, from the model.
 
@@ -82,6 +85,7 @@ def riemannian_flow(
         the default in the Hessian form.
     - `max_steps`: the most steps of the solver.
     - `throw`: whether to raise an error where the flow fails.
+    - `progress`: show a progress bar (none while it is being traced).
 
     **Returns:** a [`gradflow.manifold.Drift`][]. Its `smallest_curvature` is η(s), the
     smallest normal curvature of F, that is the last of the singular values of
@@ -113,10 +117,12 @@ def riemannian_flow(
     served, start = retract_in_form(term.loss, params, term.static, form)
     params, _ = flow.partition(start.model)
     run = DriftRun(term, params, start.result, times, watched, rtol, atol, max_steps)
-    if solver is None and served.interpolating:
-        out = _vanishing_decay(run)
-    else:
-        out = _drift(run, served, diffrax.Dopri8() if solver is None else solver)
+    arrays = jax.tree.leaves(eqx.filter(run, eqx.is_array))
+    with Bar("drift", shown=progress and all(map(is_concrete, arrays))) as bar:
+        if solver is None and served.interpolating:
+            out = _vanishing_decay(run, bar)
+        else:
+            out = _drift(run, served, diffrax.Dopri8() if solver is None else solver)
     if throw:
         out = only_if_successful(out, out.result)
     return out
@@ -138,22 +144,21 @@ class DriftRun(eqx.Module):
     max_steps: int
 
 
-def _vanishing_decay(run: DriftRun) -> Drift:
+def _vanishing_decay(run: DriftRun, bar: Bar) -> Drift:
     """The flow at a λ at which its distance from w° is rounding."""
     rank, lam, ts = _vanishing_flow(run.term, run.params, run.times)
-    path = solve(
-        Solve.of(
-            run.term,
-            run.params,
-            lam,
-            ts,
-            without_thresholds(run.watched),
-            KKT5(),
-            rtol=run.rtol,
-            atol=run.atol,
-            max_steps=run.max_steps,
-        )
+    one = Solve.of(
+        run.term,
+        run.params,
+        lam,
+        ts,
+        without_thresholds(run.watched),
+        KKT5(),
+        rtol=run.rtol,
+        atol=run.atol,
+        max_steps=run.max_steps,
     )
+    path = solve(one) if bar.hidden else solve_in_parts(one, bar)
     smallest, result = _told(run, path.params, path.result, rank)
     return Drift(
         s=run.times,

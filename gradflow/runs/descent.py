@@ -1,9 +1,11 @@
 """The discrete counterpart of the flow: gradient descent, with any Optax optimiser."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import get_args
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,7 @@ from .._checks import (
     check_arguments,
     check_choice,
     check_one,
+    is_concrete,
 )
 from .._typing import Given
 from ..flow.flow import check_flow, GradientFlow, scaled
@@ -28,9 +31,11 @@ from .methods import (
 )
 from .minibatch import check_batches
 from .outcome import fail_unless_reached, named_wrong
+from .parts import FIRST
 from .path import Path
 from .problem import as_metrics, check_problem
-from .steps import Descend, descend
+from .progress import Bar, run_in_parts
+from .steps import Descend, descend, descend_part, Descended
 from .times import saved_steps
 
 
@@ -103,7 +108,7 @@ def descent(
     - `metrics`: functions of the model, by name; `Metric` adds a threshold.
     - `throw`: raise if the descent overshoots: leaves the finite range, or ends at an
         F + λR larger by 1/√eps than it began; otherwise see `path.result`.
-    - `progress`: show a progress bar.
+    - `progress`: show a progress bar (none while it is being traced).
 
     **Returns:** a `Path`, as `simulate` does. Its `train_loss` is that of all samples.
 
@@ -121,14 +126,26 @@ def descent(
         flow, model, as_metrics(metrics), weight_decay=weight_decay,
         learning_rate=learning_rate, init_scale=init_scale, steps=steps,
         slow_time=slow_time, t1=t1, at=at, saves=saves, method=method,
-        optimiser=optimiser, batch_size=batch_size, key=key, progress=progress,
+        optimiser=optimiser, batch_size=batch_size, key=key,
     )  # fmt: skip
     if wrong is not False:  # then nothing is run
         none = jnp.where(wrong, 0, run.numbers)
         run = dataclasses.replace(run, numbers=none)
-    path = descend(run).told(why=f"{method} steps were asked for")
+    arrays = jax.tree.leaves(eqx.filter((run, wrong), eqx.is_array))
+    known = all(map(is_concrete, arrays))
+    path = _descend_under_a_bar(run) if progress and known else descend(run)
+    path = path.told(why=f"{method} steps were asked for")
     path = named_wrong(path, wrong)
     return fail_unless_reached(path, path) if throw else path
+
+
+def _descend_under_a_bar(run: Descend) -> Path:
+    def far(path: Path, done: Descended) -> tuple[float, str]:
+        steps = int(done.steps)
+        return steps / int(run.numbers[-1]), f"{steps} steps"
+
+    with Bar("descent", shown=True) as bar:
+        return run_in_parts(functools.partial(descend_part, run), FIRST, bar, far)
 
 
 def prepare_descent(
@@ -148,7 +165,6 @@ def prepare_descent(
     optimiser: Given,
     batch_size: Given,
     key: PRNGKeyArray | None,
-    progress: bool = False,
 ) -> Descend:
     """What is asked, checked."""
     check_choice(method, "method", get_args(Method))
@@ -181,5 +197,4 @@ def prepare_descent(
         optimiser=optax.sgd if optimiser is None else optimiser,
         batch_size=batch_size if samples is not None else None,
         key=key if samples is not None else None,
-        progress=progress,
     )

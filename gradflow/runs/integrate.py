@@ -47,7 +47,6 @@ class Integration(eqx.Module):
     ts: Float[Array, " n"]
     args: PyTree
     max_steps: int | Int[Array, ""]
-    meter: diffrax.AbstractProgressMeter = diffrax.NoProgressMeter()
     until: Callable[[Scalar, PyTree], Bool[Array, ""]] | None = None
     """A condition of t and y that ends it early."""
     land: bool = eqx.field(static=True, default=True)
@@ -89,19 +88,14 @@ class Integration(eqx.Module):
             most = jnp.minimum(at.counts[0] + steps, most)
         end = self.ts[-1]
 
-        def going(carry: tuple[Reached, PyTree]) -> Bool[Array, ""]:
-            at, _ = carry
+        def going(at: Reached) -> Bool[Array, ""]:
             okay = diffrax.is_successful(at.result) & ~at.stopped
             return okay & (at.t < end) & (at.counts[0] < most)
 
-        def step(carry: tuple[Reached, PyTree]) -> tuple[Reached, PyTree]:
-            at, shown = carry
-            after = self._step(solver, controller, at)
-            return after, self.meter.step(shown, after.t / end)
+        def step(at: Reached) -> Reached:
+            return self._step(solver, controller, at)
 
-        at, shown = jax.lax.while_loop(going, step, (at, self.meter.init()))
-        self.meter.close(shown)
-        return at
+        return jax.lax.while_loop(going, step, at)
 
     def _ready(self) -> tuple[diffrax.AbstractSolver, Controller]:
         wrapped: Any = self.controller.wrap(1)

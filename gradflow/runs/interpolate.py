@@ -1,9 +1,14 @@
 """Interpolation of a path between its saved times."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree, Scalar
+from jaxtyping import Array, Float, PyTree
+
+from .._host import numpy_of
 
 DEGREE = 7  # of the polynomials: error 1e-9 on exp(−eˣ) at a spacing of 0.08
 
@@ -21,24 +26,35 @@ def interpolate(
     - `position`: a number between 0 and n − 1; the ends are not passed.
     """
     n = jax.tree.leaves(values)[0].shape[0]
-    points = degree + 1
-    first = jnp.clip(jnp.floor(position).astype(int) - points // 2 + 1, 0, n - points)
-    x = jnp.clip(position, 0, n - 1) - first.astype(position.dtype)
-    weights = _lagrange(x, points)
+    first, weights = _weights(position, n, degree + 1)
 
     def one(v: Array) -> Array:
-        near = jax.lax.dynamic_slice_in_dim(v, first, points)
+        near = jax.lax.dynamic_slice_in_dim(v, first, degree + 1)
         return jnp.tensordot(weights, near, axes=1)
 
     return jax.tree.map(one, values)
 
 
-def _lagrange(x: Scalar, points: int) -> Float[Array, " points"]:
-    """The Lagrange polynomials on 0, 1, 2, … at x."""
+def halfway(
+    values: Float[np.ndarray, "n d"], degree: int
+) -> Iterator[Float[np.ndarray, " d"]]:
+    """What `interpolate` makes of them between each and the next, on the host."""
+    for place in range(len(values) - 1):
+        position = values.dtype.type(place + 0.5)
+        first, weights = _weights(position, len(values), degree + 1)
+        yield weights @ values[first : first + degree + 1]
+
+
+def _weights(position: Any, n: int, points: int) -> tuple[Any, Any]:
+    """Which of n values comes first, of those next to a position, and the weights of
+    these: the Lagrange polynomials on 0, 1, 2, … there."""
+    xp = numpy_of(position)
+    first = xp.clip(xp.floor(position).astype(int) - points // 2 + 1, 0, n - points)
+    x = xp.clip(position, 0, n - 1) - first.astype(position.dtype)
     nodes = np.arange(points, dtype=x.dtype)
     others = np.stack([np.delete(nodes, j) for j in range(points)])
     scale = np.prod(nodes[:, None] - others, axis=1)
-    return jnp.prod(x - others, axis=1) / scale
+    return first, xp.prod(x - others, axis=1) / scale
 
 
 def place(

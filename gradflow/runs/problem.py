@@ -17,7 +17,7 @@ from .._checks import (
 )
 from ..flow.term import FlowTerm
 from ..losses import AbstractCompositeLoss, AbstractLoss, CrossEntropy
-from ..metrics import Accuracy, Metric
+from ..metrics import Accuracy, Metric, without_thresholds
 
 
 def as_metrics(metrics: dict[str, Callable | Metric] | None) -> dict[str, Metric]:
@@ -51,7 +51,7 @@ def check_problem(
     """Raises unless loss and metrics are real scalars of the model, in its precision
     (or another, where that may be `mixed`), with a logit for each label. Nothing is
     computed, and it is traced once only."""
-    watched = {} if watched is None else watched
+    watched = {} if watched is None else without_thresholds(watched)
     shapes = _look(term, params, watched, mixed)
     for name, fn in _watching(term.loss, watched).items():
         if name in shapes and is_concrete(fn.labels):

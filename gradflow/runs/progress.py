@@ -1,54 +1,100 @@
-"""The progress bar of one run, which names its solver."""
+"""Progress bars on the host: programs with one inside could not be cached."""
 
-import functools
-from typing import Any
+import time
+from collections.abc import Callable
+from typing import TypeVar
 
-import diffrax
-import equinox as eqx
-import jax.numpy as jnp
-from jaxtyping import PyTree
+from jax import monitoring
+from jaxtyping import Array
 from tqdm.auto import tqdm
 
-from .._typing import RealScalarLike
+from .._host import as_array
+from .parts import in_part
+
+_LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"
+_COMPILED = "/jax/core/compile/backend_compile_duration"
+
+ALL = 2**30  # steps; twice as many are more than 32 bits hold
+
+Out = TypeVar("Out")
+State = TypeVar("State")
 
 
-class Bar(diffrax.TqdmProgressMeter):
-    """Diffrax's bar, with the name of the solver and the number of steps."""
+class Bar:
+    """A bar that says what is done, how far it is, and which program is being compiled
+    for it; one that is not `shown` does nothing."""
 
-    name: str = eqx.field(static=True, kw_only=True)
-
-    def __init__(self, name: str):
-        self.name = name
-
-    def step(self, state: PyTree, progress: RealScalarLike) -> PyTree:
-        # The end is always shown.
-        count = jnp.where(progress >= 1, 0, state.step)
-        return super().step(eqx.tree_at(lambda s: s.step, state, count), progress)
-
-    @property
-    def _init_bar(self) -> Any:
-        return functools.partial(_begin, self.name)
-
-    @property
-    def _step_bar(self) -> Any:
-        return functools.partial(_step, self.refresh_steps)
+    def __init__(self, name: str, *, shown: bool):
+        form = "{desc}: {percentage:.2f}%|{bar}| [{elapsed}<{remaining}{postfix}]"
+        self.tqdm = tqdm(total=100, desc=name, bar_format=form, disable=not shown)
+        self.words = ""
 
     @property
-    def _close_bar(self) -> Any:
-        # Where it ended; a run that fails does not reach its end.
-        return lambda bar: bar.close()
+    def hidden(self) -> bool:
+        """Whether it is not shown."""
+        return bool(self.tqdm.disable)
+
+    def tell(self, share: float, words: str) -> None:
+        """How much of it is done, of 1, and what there is to say of that."""
+        self.tqdm.n = round(100 * share, 2)
+        self.words = words
+        self._show(words)
+
+    def _show(self, words: str) -> None:
+        if not self.hidden:
+            self.tqdm.set_postfix_str(words)
+
+    def _note(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
+        name = str(kwargs.get("fun_name", "")).removeprefix("jit(").removesuffix(")")
+        if event == _LOWERED:
+            self._show(f"compiling {name}")
+        elif event == _COMPILED:
+            self._show(self.words)
+
+    def __enter__(self) -> "Bar":
+        if not self.hidden:
+            monitoring.register_event_duration_secs_listener(self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self.hidden:
+            monitoring.unregister_event_duration_listener(self._note)
+        self.tqdm.close()
 
 
-def _begin(name: str) -> tqdm:
-    form = (
-        "{desc}: {percentage:.2f}%|{bar}| [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
-    )
-    return tqdm(total=100, unit="%", desc=name, bar_format=form)
+def run_in_parts(
+    part: Callable[[State | None, Array], tuple[Out, State, Array]],
+    first: int,
+    bar: Bar,
+    far: Callable[[Out, State], tuple[float, str]],
+    *,
+    seen: Callable[[Out, State], None] = lambda *_: None,
+) -> Out:
+    """A run part after part, for a bar to tell how far it is.
 
+    **Arguments:**
 
-def _step(every: int, bar: tqdm, progress: RealScalarLike) -> None:
-    steps = int(bar.postfix.split()[0]) if bar.postfix else -every
-    steps += every if progress < 1 else 0
-    bar.set_postfix_str(f"{steps} steps", refresh=False)
-    bar.n = round(100 * float(progress), 2)
-    bar.refresh()
+    - `part`: the run from a state (at first `None`), so many steps on: what there is so
+        far, the state, and whether that is all.
+    - `first`: the steps of the first part. The next have so many that each takes about
+        half a second; where the bar is not shown, all that are left.
+    - `far`: the share of all that is done, and what there is to say of it.
+    - `seen`: is given what the first part has come to, if that is not all.
+    """
+    state, steps = None, first
+    while True:
+        began = time.perf_counter()
+        with in_part():
+            out, state, ended = part(state, as_array(steps))
+            ended = bool(ended)
+        if not ended and steps == first:
+            seen(out, state)
+        if bar.hidden:
+            steps = ALL
+        else:
+            bar.tell(*far(out, state))
+            took = time.perf_counter() - began
+            steps = 2 * steps if took < 0.25 else steps
+            steps = max(steps // 2, 1) if took > 1 else steps
+        if ended:
+            return out

@@ -4,15 +4,13 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable, TypeVar
 
-import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
 from .._host import as_array
 from ..results import among, RESULTS
-from .interpolate import DEGREE, interpolate
+from .interpolate import DEGREE, halfway
 from .path import Path
 
 
@@ -37,13 +35,13 @@ MOST = 1025
 
 def refined(
     run: Callable[[Float[np.ndarray, " n"]], P],
-    target: float | Float[Array, ""],
+    target: float,
     *,
     most: int = MOST,
     degree: int = DEGREE,
     clock: str = "t",
     curvature: str | None = None,
-) -> tuple[P, Float[Array, ""]]:
+) -> tuple[P, float]:
     """A path at 65, 129, 257, … even places, until interpolation adds at most `target`.
 
     Every run goes from the start and lands on 64 places and on the end, so that it
@@ -67,7 +65,7 @@ def refined(
     path = run(np.linspace(0, 1, FEWEST))
     error = _error(path, degree, curvature)
     kinked = degree == 1
-    while float(error) > float(target) and len(path) < most:
+    while error > target and len(path) < most:
         if (kinked or among(path.result, RESULTS.slid)) and len(path) >= 257:
             break
         n = len(path)
@@ -92,12 +90,12 @@ def _reached(path: Refinable) -> bool:
 _SINGULAR = 1e-7  # the part of η(0) below which the manifold of a drift is singular
 
 
-def _error(path: Any, degree: int, curvature: str | None) -> Float[Array, ""]:
+def _error(path: Any, degree: int, curvature: str | None) -> float:
     regular = np.ones(len(path), bool)
     if curvature is not None:
         eta = np.asarray(getattr(path, curvature))
         regular = np.cumsum(~(eta >= _SINGULAR * eta[0])) == 0
-    return interpolation_error(path.params, as_array(regular), degree)
+    return interpolation_error(path.params, regular, degree)
 
 
 def _merge(paths: list[Any], clock: str, curvature: str | None) -> Any:
@@ -128,45 +126,41 @@ def _merge(paths: list[Any], clock: str, curvature: str | None) -> Any:
     )
 
 
-@eqx.filter_jit
 def interpolation_error(
-    params: PyTree, counts: Bool[Array, " n"], degree: int = DEGREE
-) -> Float[Array, ""]:
+    params: PyTree, counts: Bool[np.ndarray, " n"], degree: int = DEGREE
+) -> float:
     """What interpolating a path between its n places adds to its error, a length: by
     extrapolation from what n/2 and n/4 of them add at places left out, where that
     counts.
 
     On seven tasks it was between 1 and 5 times the error, where that is above rounding.
     """
-    half, quarter = (_thinned(params, counts, stride, degree) for stride in (2, 4))
+    rows = [
+        np.reshape(p, (len(p), -1)) for p in map(np.asarray, jax.tree.leaves(params))
+    ]
+    theta = np.concatenate(rows, axis=1)
+    with np.errstate(all="ignore"):  # what was not reached is not a number
+        half, quarter = (_thinned(theta, counts, stride, degree) for stride in (2, 4))
     return extrapolated(half, quarter, degree + 1)
 
 
-def extrapolated(
-    half: Float[Array, ""], quarter: Float[Array, ""], order: int
-) -> Float[Array, ""]:
+def extrapolated(half: float, quarter: float, order: int) -> float:
     """An estimate of an error of the given order in 1/n from those with n/2 and n/4: it
     falls once more as it fell, which the rate of convergence only rises above; and a
     factor of 2."""
-    fall = half / jnp.where(quarter > 0, quarter, 1.0)
-    return 2 * half * jnp.clip(fall, 0.5**order, 1.0)
+    fall = half / quarter if quarter > 0 else half
+    return float(2 * half * np.clip(fall, 0.5**order, 1.0))
 
 
 def _thinned(
-    params: PyTree, counts: Bool[Array, " n"], stride: int, degree: int
-) -> Float[Array, ""]:
-    """The error of every `stride`-th place alone, halfway between them."""
-    thin = jax.tree.map(lambda p: p[::stride], params)
-    count = jax.tree.leaves(thin)[0].shape[0] - 1
-    left_out = jax.tree.map(lambda p: p[stride // 2 :: stride], params)
-    positions = np.arange(count) + 0.5
-
-    def off(at):
-        position, exact = at
-        near = interpolate(thin, position, degree)
-        squares = jax.tree.map(lambda a, b: jnp.sum((a - b) ** 2), near, exact)
-        return jnp.sqrt(sum(jax.tree.leaves(squares)))
-
-    dtype = jax.tree.leaves(params)[0].dtype
-    errors = jax.lax.map(off, (jnp.asarray(positions, dtype), left_out))
-    return jnp.max(jnp.where(counts[stride // 2 :: stride], errors, 0.0))
+    theta: Float[np.ndarray, "n d"],
+    counts: Bool[np.ndarray, " n"],
+    stride: int,
+    degree: int,
+) -> float:
+    """The error of every `stride`-th place alone, halfway between them, where that
+    counts."""
+    left_out, seen = (x[stride // 2 :: stride] for x in (theta, counts))
+    between = zip(halfway(theta[::stride], degree), left_out, seen, strict=True)
+    errors = (np.linalg.norm(near - exact) for near, exact, there in between if there)
+    return float(np.max(np.fromiter(errors, theta.dtype), initial=0.0))

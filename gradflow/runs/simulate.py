@@ -37,10 +37,12 @@ from ..solvers import (
     second_choice,
     TRIAL_STEPS,
 )
+from .integrate import Reached
 from .outcome import fail_unless_reached, given_up, named_wrong, wants_another
-from .parts import FIRST, in_part
+from .parts import FIRST
 from .path import Path
 from .problem import as_metrics, check_problem
+from .progress import Bar, run_in_parts
 from .solve import run_again, Solve, solve, solve_part
 from .times import prepare
 
@@ -98,7 +100,7 @@ def simulate(
         `diffrax.ForwardMode()` is for `jax.jvp`. KKT solvers and RKC2 have none: give
         `solver=diffrax.Tsit5()`, or take `gradflow.manifold.limit_map`, which has one.
     - `throw`: raise if the run fails; otherwise see `path.result`.
-    - `progress`: show a progress bar.
+    - `progress`: show a progress bar (none while it is being traced).
 
     **Returns:** a `Path`. With a KKT solver its `train_loss` is computed from the
     multiplier, to about the relative accuracy of the parameters (but for the time
@@ -124,7 +126,7 @@ def simulate(
 
     lam = as_array(weight_decay, dtype)
     times, size = prepare(
-        term, params, lam, slow_time, t1, ts, saves, bare, measure=solver is None
+        term, params, lam, slow_time, t1, ts, saves, measure=solver is None
     )
 
     def run(choice: Choice) -> Path:
@@ -139,10 +141,14 @@ def simulate(
             rtol=rtol,
             atol=atol,
             max_steps=min(max_steps, TRIAL_STEPS) if choice.trial else max_steps,
-            adjoint=adjoint,
-            progress=progress,
+            adjoint=_adjoint(adjoint, given) if known.differentiable else None,
         )
-        path = solve_watching(one) if kinked else solve(one)
+        parts = (kinked or progress) and one.adjoint is None
+        if not parts:
+            path = solve(one)
+        else:
+            with Bar(known.name, shown=progress) as bar:
+                path = solve_in_parts(one, bar, kinked=kinked)
         path = dataclasses.replace(path, watched=watched)
         if is_concrete(path.t):
             again = functools.partial(run_again, one)
@@ -151,8 +157,8 @@ def simulate(
 
     if wrong is not False:  # then nothing is run
         lam, times = (jnp.where(wrong, jnp.zeros_like(x), x) for x in (lam, times))
-    kinked = all(map(is_concrete, jax.tree.leaves((term, params, lam, times))))
-    kinked = kinked and _kinked(term, params)
+    known = all(map(is_concrete, jax.tree.leaves((term, params, lam, times))))
+    kinked, progress = known and _kinked(term, params), known and progress
     choice = as_choice(solver, size, rtol)
     path = run(choice)
     if choice.trial and size is not None and bool(wants_another(path.result)):
@@ -197,25 +203,44 @@ def _kinked(term: FlowTerm, params: PyTree) -> bool:
     return may_have_kinks(loss, theta)
 
 
-def solve_watching(run: Solve) -> Path:
-    """`solve`, in two parts: after the first it says where kinks make steps short."""
-    with in_part():
-        path, state, ended = solve_part(run, None, as_array(FIRST))
-    if bool(ended):
-        return path
+def solve_in_parts(run: Solve, bar: Bar, *, kinked: bool = False) -> Path:
+    """`solve`, in parts: for a bar; and where there may be kinks, to say after the
+    first where they make steps short."""
+    end = float(np.asarray(run.ts)[-1])
+
+    def far(path: Path, state: Reached) -> tuple[float, str]:
+        return float(state.t) / end, f"{int(path.stats.steps)} steps"
+
+    def warn(path: Path, state: Reached) -> None:
+        if kinked:
+            _warn_of_kinks(path, float(state.t), end)
+
+    part = functools.partial(solve_part, run)
+    return run_in_parts(part, FIRST, bar, far, seen=warn)
+
+
+def _warn_of_kinks(path: Path, t: float, end: float) -> None:
     assert path.stats.rejected is not None
     steps, rejected = int(path.stats.steps), int(path.stats.rejected)
     slid = path.stats.sliding
-    end = float(np.asarray(path.t)[-1])
-    far = float(state.t) < 0.1 * end
-    if far and (rejected if slid is None else int(slid)) > steps / 4:
+    if t < 0.1 * end and (rejected if slid is None else int(slid)) > steps / 4:
         told = f"{rejected} rejected" if slid is None else f"{int(slid)} along kinks"
         warnings.warn(
-            f"simulate: after {steps} steps ({told}) t = {float(state.t):.2g} of "
+            f"simulate: after {steps} steps ({told}) t = {t:.2g} of "
             f"{end:.2g}. Steps are short where the loss has kinks, as of "
             "ReLU or max-pooling; the run goes on, and may take long. A smooth "
             "activation (softplus, GELU) has none; or loosen rtol, or give an earlier "
             "end.",
-            stacklevel=4,
+            stacklevel=7,
         )
-    return solve_part(run, state, as_array(run.tolerance.max_steps))[0]
+
+
+def _adjoint(
+    adjoint: diffrax.AbstractAdjoint | None, values: PyTree
+) -> diffrax.AbstractAdjoint | None:
+    """How a run by one of Diffrax's solvers is differentiated: by its usual way, where
+    something is being traced, that is maybe for a derivative."""
+    arrays = jax.tree.leaves(eqx.filter(values, eqx.is_array))
+    if adjoint is None and not all(map(is_concrete, arrays)):
+        return diffrax.RecursiveCheckpointAdjoint()
+    return adjoint

@@ -28,7 +28,6 @@ from ..solvers.controllers import Relative, SHARE
 from .integrate import Integration, Reached
 from .path import Path
 from .problem import check_scalars
-from .progress import Bar
 from .stats import Stats
 from .times import time_scale
 
@@ -58,7 +57,6 @@ class Solve(eqx.Module):
     tolerance: Tolerance
     adjoint: diffrax.AbstractAdjoint | None
     """How it is differentiated, or that it is not."""
-    progress: bool = eqx.field(static=True)
 
     @classmethod
     def of(
@@ -74,7 +72,6 @@ class Solve(eqx.Module):
         atol: float | Scalar | None = None,
         max_steps: int,
         adjoint: diffrax.AbstractAdjoint | None = None,
-        progress: bool = False,
     ) -> "Solve":
         """With numbers as arrays, and what is not given as usual."""
         tolerance = Tolerance(
@@ -92,7 +89,6 @@ class Solve(eqx.Module):
             solver=solver,
             tolerance=tolerance,
             adjoint=adjoint,
-            progress=progress,
         )
 
     @property
@@ -101,9 +97,9 @@ class Solve(eqx.Module):
         return self.ts.shape[0]
 
     def again(self, params: PyTree, ts: Float[Array, " n"]) -> "Solve":
-        """The same run from elsewhere and through other times, without a bar. It is
-        compiled already if these are as many."""
-        return dataclasses.replace(self, params=params, ts=ts, progress=False)
+        """The same run from elsewhere and through other times. It is compiled already
+        if these are as many."""
+        return dataclasses.replace(self, params=params, ts=ts)
 
 
 @eqx.filter_jit
@@ -253,7 +249,6 @@ def _integrate(
     steps: Int[Array, ""] | None,
 ) -> _Integrated:
     stepper, term, y0 = followed
-    meter = Bar(solver.name) if run.progress else diffrax.NoProgressMeter()
     first = 1e-3 * scale
     if run.adjoint is not None:
         controller = diffrax.ClipStepSizeController(controller, step_ts=ts)
@@ -273,7 +268,6 @@ def _integrate(
             max_steps=run.tolerance.max_steps,
             throw=False,
             adjoint=run.adjoint,
-            progress_meter=meter,
         )
         saved, ends = solution.ys  # pyright: ignore[reportGeneralTypeIssues]
         _, reached = solution.ts  # pyright: ignore[reportGeneralTypeIssues]
@@ -283,9 +277,8 @@ def _integrate(
         state, solver_state, result = None, solution.solver_state, solution.result
     else:
         integration = Integration(
-            term, stepper, controller, ts, run.weight_decay, run.tolerance.max_steps,
-            meter,
-        )  # fmt: skip
+            term, stepper, controller, ts, run.weight_decay, run.tolerance.max_steps
+        )
         begun = integration.begin(y0, first) if before is None else before
         state = integration.run(begun, steps)
         saved, end, t, counts = state.saved, state.y, state.t, state.counts

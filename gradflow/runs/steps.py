@@ -1,9 +1,7 @@
 """The compiled loop of a descent, and the verdict on it."""
 
 from collections.abc import Callable
-from typing import NamedTuple
 
-import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -46,7 +44,6 @@ class Descend(eqx.Module):
     batch_size: int | None = eqx.field(static=True)
     key: PRNGKeyArray | None
     """Of the minibatches."""
-    progress: bool = eqx.field(static=True)
 
     @property
     def saves(self) -> int:
@@ -107,33 +104,24 @@ def _descend(
     if steps is not None:
         last = jnp.minimum(before.steps + steps.astype(last.dtype), last)
 
-    def more(at: _Shown) -> Array:
-        place = at.done.place
+    def more(done: Descended) -> Array:
+        place = done.place
         return (place < count) & (numbers[jnp.minimum(place, count - 1)] <= last)
 
-    def until_next_save(at: _Shown) -> _Shown:
-        done, shown = descent.until(at, numbers[at.done.place])
+    def until_next_save(done: Descended) -> Descended:
+        done = descent.until(done, numbers[done.place])
 
         def put(all, x):
             return all.at[done.place].set(x)
 
         saved = jax.tree.map(put, done.saved, descent.record(done.state))
-        return _Shown(Descended(done.steps, done.state, done.place + 1, saved), shown)
+        return Descended(done.steps, done.state, done.place + 1, saved)
 
     with jax.default_matmul_precision("highest"):
-        begin = _Shown(before, descent.meter.init())
-        at = jax.lax.while_loop(more, until_next_save, begin)
+        done = jax.lax.while_loop(more, until_next_save, before)
         if steps is not None:
-            at = descent.until(at, last)
-    descent.meter.close(at.shown)
-    return _path(run, descent, at.done), at.done
-
-
-class _Shown(NamedTuple):
-    """What is done, and how a progress bar shows it."""
-
-    done: Descended
-    shown: PyTree
+            done = descent.until(done, last)
+    return _path(run, descent, done), done
 
 
 class _Descent(eqx.Module):
@@ -145,7 +133,6 @@ class _Descent(eqx.Module):
     sphere: Sphere | None
     optimiser: DescentOptimiser
     project: Projection | None
-    meter: diffrax.AbstractProgressMeter
 
     @classmethod
     def of(cls, run: Descend) -> "_Descent":
@@ -161,9 +148,6 @@ class _Descent(eqx.Module):
             sphere=sphere,
             optimiser=as_optimiser(run.optimiser, run.learning_rate, run.params),
             project=projection(term, run.params) if run.method == "projected" else None,
-            meter=diffrax.TqdmProgressMeter()
-            if run.progress
-            else diffrax.NoProgressMeter(),
         )
 
     def start(self) -> _State:
@@ -216,32 +200,29 @@ class _Descent(eqx.Module):
             moved = prox(penalty, moved, -decay)
         return moved, memory
 
-    def until(self, at: _Shown, end: Array) -> _Shown:
-        """On to step number `end`."""
-        last = self.run.numbers[-1]
-        block = jnp.maximum(1, last // 200)
+    def until(self, done: Descended, end: Array) -> Descended:
+        """On to step number `end`, in blocks: what is lost after one ends it."""
+        block = jnp.maximum(1, self.run.numbers[-1] // 200)
 
         def one_step(i: Array, state: _State) -> _State:
             return self.step(i, state)
 
         def block_of_steps(carry: tuple) -> tuple:
-            i, state, shown = carry
+            i, state = carry
             # Blocks end at the same steps wherever a part begins.
             stop = jnp.minimum((i // block + 1) * block, end)
             stop = jnp.where(lost(state), end, stop)
             state = jax.lax.fori_loop(
                 jnp.where(lost(state), stop, i), stop, one_step, state
             )
-            shown = self.meter.step(shown, stop / last)
-            return stop, state, shown
-
-        carry = (at.done.steps, at.done.state, at.shown)
+            return stop, state
 
         def unfinished(carry):
             return carry[0] < end
 
-        i, state, shown = jax.lax.while_loop(unfinished, block_of_steps, carry)
-        return _Shown(Descended(i, state, at.done.place, at.done.saved), shown)
+        begin = done.steps, done.state
+        i, state = jax.lax.while_loop(unfinished, block_of_steps, begin)
+        return Descended(i, state, done.place, done.saved)
 
     def record(self, state: _State) -> PyTree:
         """The parameters, the metrics, F and R."""

@@ -18,9 +18,7 @@ from .._host import as_array, numpy_of
 from .._norms import as_vector, norms
 from .._typing import Given
 from ..flow.term import FlowTerm
-from ..metrics import Metric
 from ..solvers import measure_size, Size
-from .problem import check_scalars
 
 
 def even_times(
@@ -115,7 +113,6 @@ def prepare(
     t1: float | Scalar | None,
     ts: Array | None,
     saves: int,
-    watched: dict[str, Metric],
     *,
     measure: bool,
 ) -> tuple[Float[Array, " n"], Size | None]:
@@ -127,7 +124,7 @@ def prepare(
         return None if x is None else as_array(x, weight_decay.dtype)
 
     span = _Span(array(slow_time), array(t1), array(ts))
-    return _prepare(term, params, weight_decay, span, saves, watched, measure)
+    return _prepare(term, params, weight_decay, span, saves, measure)
 
 
 class _Span(NamedTuple):
@@ -145,10 +142,8 @@ def _prepare(
     weight_decay: Scalar,
     span: _Span,
     saves: int,
-    watched: dict[str, Metric],
     measure: bool,
 ) -> tuple[Float[Array, " n"], Size | None]:
-    check_scalars(term.loss, watched, term.model(params))
     ts = span.ts
     if ts is None:
         end = span.t1 if span.slow_time is None else span.slow_time / weight_decay

@@ -96,9 +96,8 @@ class FlowLanes(AbstractLanes):
         rtol = float(resolvable(plan.value(number, "rtol"), params))
         check_horizon(decay, **span.of_flow, saves=plan.saves, dtype=dtype)
         ts, _ = prepare(
-            term, params, lam, **span.of_flow, saves=plan.saves, watched=watched,
-            measure=False,
-        )  # fmt: skip
+            term, params, lam, **span.of_flow, saves=plan.saves, measure=False
+        )
 
         def lane(choice: Choice, most: int, again: Lane | None = None) -> Lane:
             run = Solve.of(

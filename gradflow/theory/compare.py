@@ -12,13 +12,16 @@ from jaxtyping import Array, Float, PyTree
 from .._checks import check_arguments, word
 from ..results import among, RESULTS
 from ..runs.path import landed_crossing_time
+from ..runs.progress import Bar
 from ..sweeps.result import Sweep
 from .predicted_time import PredictedTime
 from .prediction import Predicted, TwoPhase
 from .report import Curves, DriftAlone, Order, Rate, Report, Times
 
 
-def compare(sweep: Sweep, theory: TwoPhase, *, after: float = 0.1) -> Report:
+def compare(
+    sweep: Sweep, theory: TwoPhase, *, after: float = 0.1, progress: bool = False
+) -> Report:
     """Measures the two-phase prediction against the simulated paths.
 
     The rate p of error ~ λᵖ is fitted where theory is asymptotic: to the error up to
@@ -32,6 +35,7 @@ def compare(sweep: Sweep, theory: TwoPhase, *, after: float = 0.1) -> Report:
     - `sweep`: simulated with the same flow, model and metrics as
     - `theory`: the prediction.
     - `after`: ε; the drift alone is compared over s ≥ ε.
+    - `progress`: show a progress bar, over the lanes.
 
     **Returns:** a `Report`.
 
@@ -43,10 +47,15 @@ def compare(sweep: Sweep, theory: TwoPhase, *, after: float = 0.1) -> Report:
         raise ValueError(f"theory: expected a gradflow.TwoPhase, got {word(theory)}.")
     check_arguments(after=after)
     check_same_model(sweep, theory)
-    found, slow = errors(sweep, theory), np.asarray(sweep.slow_time)
-    late = (slow >= after) & (slow <= _end(theory, slow.dtype))
     lams = np.asarray(sweep.weight_decay)
-    predicted = [theory.predicted(lam) for lam in lams]
+    with Bar("compare", shown=progress) as bar:
+        found = errors(sweep, theory, bar)
+        predicted = []
+        for i, lam in enumerate(lams):
+            predicted.append(theory.predicted(lam))
+            bar.tell(0.5 + 0.5 * (i + 1) / lams.size, f"λ = {lam:.3g}")
+    slow = np.asarray(sweep.slow_time)
+    late = (slow >= after) & (slow <= _end(theory, slow.dtype))
     return Report(
         sweep=sweep,
         theory=theory,
@@ -93,11 +102,14 @@ class Errors(NamedTuple):
     """‖λ(e₁ + w₁ + h)‖, the term of order λ; `None` where it is not known."""
 
 
-def errors(sweep: Sweep, theory: TwoPhase) -> Errors:
+def errors(sweep: Sweep, theory: TwoPhase, bar: Bar) -> Errors:
     """The errors of the predictions at all saved times of all lanes."""
-    # Compiled once: what is told of a path in words differs from lane to lane.
-    lanes = ((path.t, path.params, path.weight_decay) for path in sweep)
-    found = [jax.tree.map(np.asarray, _errors(theory, *lane)) for lane in lanes]
+    found = []
+    for i, path in enumerate(sweep):
+        # Compiled once: what is told of a path in words differs from lane to lane.
+        lane = path.t, path.params, path.weight_decay
+        found.append(jax.tree.map(np.asarray, _errors(theory, *lane)))
+        bar.tell(0.5 * (i + 1) / len(sweep), f"λ = {float(path.weight_decay):.3g}")
     return jax.tree.map(lambda *each: np.stack(each), *found)
 
 

@@ -106,14 +106,18 @@ def second_order(
     none = as_array(np.zeros(spectrum.parameters, fast.t.dtype))
     _, h, speed = match(term, start, none, spectrum)
 
+    last = taken(fast.t, -1)
+
     def times(n: int) -> Float[Array, " n"]:
-        return even_times(np.linspace(0, 1, n), taken(fast.t, -1), fast_scale)
+        return even_times(np.linspace(0, 1, n), last, fast_scale)
 
-    def theta1(n: int) -> Float[Array, "n d"]:
-        return inner(along, times(n), speed)
+    def theta1(ts: Float[Array, " n"]) -> Float[Array, "n d"]:
+        return inner(along, ts, last, speed)
 
+    # Both by one program, for which the rough one goes on beyond the end.
     count = FEWEST
-    rough, fine = theta1(count), theta1(2 * count - 1)
+    rough = taken(theta1(_as_many_again(times(count), fast_scale)), slice(count))
+    fine = theta1(times(2 * count - 1))
     while True:
         theta, end, fine_end, inside = _extrapolated(rough, fine)
         w1, *_ = match(term, start, end, spectrum)
@@ -122,7 +126,7 @@ def second_order(
         if not np.maximum(mismatch, inside) > _MISMATCH or 2 * count > MOST:
             break
         count = 2 * count - 1
-        rough, fine = fine, theta1(2 * count - 1)
+        rough, fine = fine, theta1(times(2 * count - 1))
     s = taken(drift.s, slice(_regular(drift)))
     tangent = outer(term, drift.params, drift.s, s, w1, spectrum)
     n = int(_count_finite(tangent))
@@ -134,7 +138,7 @@ def second_order(
     offset, ratio = _next(term, nodes, s, tangent, spectrum)
     bend, rise = _start(term, start, w1, offset, drift.s, spectrum)
     growth = Growth(speed, bend, rise)
-    q = inner_next(along, times(2 * count - 1), fine, growth)
+    q = inner_next(along, times(2 * count - 1), last, fine, growth)
     stacks, fast_ratio = _stacked(start, theta, q, w1, h, tangent, offset)
     return SecondOrder(
         **stacks,
@@ -144,6 +148,13 @@ def second_order(
         mismatch=as_array(mismatch, s.dtype),
         fast_mismatch=inside,
     )
+
+
+def _as_many_again(ts: Float[Array, " n"], scale: Array) -> Float[Array, " N"]:
+    """n even times, and n − 1 that go on from there."""
+    times, unit = np.asarray(ts), np.asarray(scale)
+    x = np.log1p(times / unit)
+    return as_array(np.append(times, unit * np.expm1(x[1:] + x[-1])))
 
 
 @eqx.filter_jit
@@ -401,22 +412,27 @@ class Growth(NamedTuple):
 
 @eqx.filter_jit
 def inner(
-    fast: FastPath, ts: Float[Array, " n"], speed: Float[Array, " d"]
+    fast: FastPath,
+    ts: Float[Array, " n"],
+    end: Float[Array, ""],
+    speed: Float[Array, " d"],
 ) -> Float[Array, "n d"]:
     """u = θ₁ + tv at the times `ts`, where v = `speed` = P∇R(Φ): what is left of θ₁
-    without its growth, u' = −H(u − tv) − ∇R + v."""
+    without its growth, u' = −H(u − tv) − ∇R + v. Beyond the `end` of the fast path
+    there is no more than numbers."""
 
     def source(t, w, loss):
         grown = t * jax.jvp(loss.gradient, (w,), (speed,))[1]
         return grown - _pull(fast.term, w, loss) + speed
 
-    return _march(fast, ts, source)
+    return _march(fast, ts, end, source)
 
 
 @eqx.filter_jit
 def inner_next(
     fast: FastPath,
     ts: Float[Array, " n"],
+    end: Float[Array, ""],
     first: Float[Array, "n d"],
     growth: Growth,
 ) -> Float[Array, "n d"]:
@@ -425,7 +441,7 @@ def inner_next(
     speed, bend, rise = growth
 
     def source(t, w, loss):
-        u = interpolate(first, place(t, ts[-1], fast.scale, ts.size))
+        u = interpolate(first, place(t, end, fast.scale, ts.size))
         theta1 = u - t * speed
         third = third_derivative(loss, w, theta1, theta1)
         growing = 0.5 * t**2 * bend + t * rise
@@ -433,7 +449,7 @@ def inner_next(
         decay = jax.jvp(lambda x: _pull(fast.term, x, loss), (w,), (theta1,))[1]
         return -0.5 * third - decay - grown - t * bend - rise
 
-    return _march(fast, ts, source)
+    return _march(fast, ts, end, source)
 
 
 def _pull(term: FlowTerm, w: Float[Array, " d"], loss: FlatLoss) -> Float[Array, " d"]:
@@ -444,6 +460,7 @@ def _pull(term: FlowTerm, w: Float[Array, " d"], loss: FlatLoss) -> Float[Array,
 def _march(
     fast: FastPath,
     ts: Float[Array, " n"],
+    end: Float[Array, ""],
     source: Callable[[Array, Array, FlatLoss], Array],
 ) -> Float[Array, "n d"]:
     """u' = −H(θ_GF)u + source(t, θ_GF, F), u(0) = 0, at the times `ts`.
@@ -460,21 +477,27 @@ def _march(
     def rate(x, u):
         """du/dx, where the problem is not stiff yet."""
         t = scale * jnp.expm1(x)
-        w, loss = fast.at(t, ts[-1])
+        w, loss = fast.at(t, end)
         hu = jax.jvp(loss.gradient, (w,), (u,))[1]
         return scale * jnp.exp(x) * (source(t, w, loss) - hu)
 
+    # The classical method: a stage for each node, each from the one before it.
+    nodes = jnp.asarray([0.0, 0.5, 0.5, 1.0], zero.dtype)
+    weights = jnp.asarray([1.0, 2.0, 2.0, 1.0], zero.dtype) / 6
+
     def runge_kutta(v, k):
-        x = k * dx
-        k1 = rate(x, v)
-        k2 = rate(x + dx / 2, v + dx / 2 * k1)
-        k3 = rate(x + dx / 2, v + dx / 2 * k2)
-        k4 = rate(x + dx, v + dx * k3)
-        v = v + dx / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+        def stage(done, at):
+            slope, total = done
+            node, weight = at
+            slope = rate((k + node) * dx, v + node * dx * slope)
+            return (slope, total + weight * slope), None
+
+        (_, mean), _ = jax.lax.scan(stage, (zero, zero), (nodes, weights))
+        v = v + dx * mean
         return v, v
 
     def advance(past, t):
-        w, loss = fast.at(t, ts[-1])
+        w, loss = fast.at(t, end)
         h = dx * (t + scale)
         right = h * source(t, w, loss) - alpha[1:] @ past
         v = fast.form.solve_shifted(loss, w, alpha[0], h, right, past[0])

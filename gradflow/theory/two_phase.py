@@ -22,6 +22,7 @@ from ..results import among, RESULTS
 from ..runs.interpolate import DEGREE
 from ..runs.path import Path
 from ..runs.problem import as_metrics, check_problem
+from ..runs.progress import Bar
 from ..runs.refine import FEWEST, MOST, refined
 from ..runs.simulate import simulate
 from ..runs.times import even_times
@@ -43,6 +44,7 @@ def two_phase(
     t_max: float = 1e10,
     max_steps: int = 100_000,
     throw: bool = True,
+    progress: bool = False,
 ) -> TwoPhase:
     """Predicts the flow from `model` for all small weight decays.
 
@@ -66,6 +68,7 @@ def two_phase(
     - `t_max`: the time at which to give up the search for the limit.
     - `max_steps`: the budget of steps of each.
     - `throw`: raise where theory does not apply; otherwise see `result`.
+    - `progress`: show progress bars: of the phases, and of the run of each.
 
     **Returns:** a `TwoPhase`.
 
@@ -76,36 +79,65 @@ def two_phase(
     check_free(flow)
     check_arguments(slow_time=slow_time, rtol=rtol, max_steps=max_steps)
     check_choice(order, "order", (1, 2))
-    watched = as_metrics(metrics)
     term, params = flow.term(model)
-    check_problem(term, params, watched)
+    check_problem(term, params, as_metrics(metrics))
     rtol = resolvable(rtol, params)
-    limit = _search(flow, model, rtol, t_max, max_steps)
+    asked = _Asked(slow_time, metrics, order, rtol, t_max, max_steps, throw, progress)
+    with Bar("two phases", shown=progress) as bar:
+        return _predicted(flow, model, asked, bar)
+
+
+class _Asked(NamedTuple):
+    """What is asked of a prediction, see `two_phase`."""
+
+    slow_time: float
+    metrics: dict[str, Callable | Metric] | None
+    order: int
+    rtol: float
+    t_max: float
+    max_steps: int
+    throw: bool
+    progress: bool
+
+
+def _predicted(flow: GradientFlow, model: PyTree, asked: _Asked, bar: Bar) -> TwoPhase:
+    """The phases, one after another; where one fails there is no next."""
+    term, params = flow.term(model)
+    bar.tell(0.0, "limit map")
+    limit = _search(flow, model, asked)
     found = bool(among(limit.result, RESULTS.successful))
     where = ""
     if not found:
         where = _place(flow, "limit", f"t = {float(limit.time):.3g}", limit.model)
-        if throw:
+        if asked.throw:
             raise RuntimeError(where + RESULTS[limit.result])
     at_limit = spectrum(flow.loss, limit.model, trainable=flow.trainable)
-    if order == 2:
+    if asked.order == 2:
         check_second_order(at_limit, flow.penalty)
     tau, until = _fast_scales(term, params, limit.time, at_limit.smallest_curvature)
     runs = _Runs(
         flow,
-        dict(metrics=metrics, rtol=rtol, max_steps=max_steps, throw=False),
-        30 * rtol * float(size(flow.partition(limit.model)[0])),
+        dict(
+            metrics=asked.metrics,
+            rtol=asked.rtol,
+            max_steps=asked.max_steps,
+            throw=False,
+            progress=asked.progress,
+        ),
+        30 * asked.rtol * float(size(flow.partition(limit.model)[0])),
         # Where there is no limit, the paths are to look at: as they come.
         MOST if found else FEWEST,
     )
+    bar.tell(0.25, "fast path")
     fast, error = runs.fast(model, until, tau)
     if found and not bool(fast.succeeded):
         where = _end_of(flow, fast)
-        if throw:
+        if asked.throw:
             raise RuntimeError(where + RESULTS[fast.result])
     # A failed run ends in NaN: there the limit, wherever it got to, stands in.
     last = fast[-1] if bool(fast.succeeded) else limit.model
-    drift, more = runs.drift(last, slow_time)
+    bar.tell(0.5, "drift")
+    drift, more = runs.drift(last, asked.slow_time)
     # Retracted, so that the two phases meet to all digits.
     end = drift[0]
     whole = float(size(flow.partition(end)[0]))
@@ -121,8 +153,8 @@ def two_phase(
         drift=drift,
         spectrum=at_limit,
         fast_scale=tau,
-        interpolation_error=_share(np.asarray(error) + np.asarray(more), whole),
-        drift_interpolation_error=_share(np.asarray(more), whole),
+        interpolation_error=_share(error + more, whole, fast.t.dtype),
+        drift_interpolation_error=_share(more, whole, fast.t.dtype),
         fast_shift=_fast_shift(term, fast.t, fast.params),
         second=None,
         result=result,
@@ -131,28 +163,29 @@ def two_phase(
     )
     if not theory.stands:
         where = where or _end_of(flow, drift)
-        if throw:
+        if asked.throw:
             raise RuntimeError(where + RESULTS[result])
         return dataclasses.replace(theory, where=where)
     # Along kinks there are no second derivatives to go by.
-    if order == 2 and not among(result, RESULTS.slid):
-        return _with_second_order(term, theory)
+    if asked.order == 2 and not among(result, RESULTS.slid):
+        bar.tell(0.75, "second order")
+        theory = _with_second_order(term, theory)
+    bar.tell(1.0, "done")
     return theory
 
 
-def _search(
-    flow: GradientFlow, model: PyTree, rtol: float, t_max: float, max_steps: int
-) -> Limit:
+def _search(flow: GradientFlow, model: PyTree, asked: _Asked) -> Limit:
     """Whether there is a limit, when, and how curved F is there: a loose one will do.
     The limit itself is the end of the fast path."""
     return limit_map(
         flow.loss,
         model,
-        rtol=max(rtol, _LOOSE),
-        t_max=t_max,
-        max_steps=max_steps,
+        rtol=max(asked.rtol, _LOOSE),
+        t_max=asked.t_max,
+        max_steps=asked.max_steps,
         throw=False,
         trainable=flow.trainable,
+        progress=asked.progress,
     )
 
 
@@ -169,7 +202,7 @@ class _Runs(NamedTuple):
 
     def fast(
         self, model: PyTree, until: Float[Array, ""], tau: Float[Array, ""]
-    ) -> tuple[Path, Float[Array, ""]]:
+    ) -> tuple[Path, float]:
         """The flow without weight decay, and what interpolating it adds."""
 
         def run(x: Float[np.ndarray, " n"]) -> Path:
@@ -184,7 +217,7 @@ class _Runs(NamedTuple):
 
         return refined(run, self.target, most=self.most)
 
-    def drift(self, model: PyTree, slow_time: float) -> tuple[Drift, Float[Array, ""]]:
+    def drift(self, model: PyTree, slow_time: float) -> tuple[Drift, float]:
         """The Riemannian flow, and what interpolating it adds."""
         dtype = jax.tree.leaves(self.flow.partition(model)[0])[0].dtype
         end, unit = as_array(slow_time, dtype), as_array(1.0, dtype)
@@ -255,7 +288,6 @@ def _solver(flow: GradientFlow) -> KKT5 | None:
     return KKT5() if isinstance(flow.loss, AbstractCompositeLoss) else None
 
 
-@eqx.filter_jit
 def _fast_scales(
     term: FlowTerm,
     params: PyTree,
@@ -264,16 +296,18 @@ def _fast_scales(
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """τ, and the end of the fast path, where e^{−ηt} has brought it from the 5e-7 of
     `limit_map`, at `time`, to 1e-12 of the limit."""
-    # Where ∇²F vanishes at θ₀ the limit's own time is all there is to go by.
-    tau = jnp.minimum(0.2 / sharpness(term, params), 1e-3 * (1 + time))
-    end = time + 13.0 / jnp.where(jnp.isfinite(curvature), curvature, 1.0)
-    return tau, jnp.maximum(end, 10 * tau)
+    largest, rate, time = map(np.asarray, (sharpness(term, params), curvature, time))
+    with np.errstate(divide="ignore"):
+        # Where ∇²F vanishes at θ₀ the limit's own time is all there is to go by.
+        tau = np.minimum(0.2 / largest, 1e-3 * (1 + time))
+    end = time + 13.0 / np.where(np.isfinite(rate), rate, 1.0)
+    return as_array(tau), as_array(np.maximum(end, 10 * tau))
 
 
-def _share(error: np.ndarray | np.generic, whole: float) -> Float[Array, ""]:
+def _share(error: float, whole: float, dtype: np.dtype) -> Float[Array, ""]:
     """`error` relative to ‖Φ‖, which may be zero."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        return as_array(np.divide(error, whole))
+        return as_array(np.divide(error, whole), dtype)
 
 
 @eqx.filter_jit
