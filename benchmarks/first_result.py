@@ -40,8 +40,9 @@ TASKS = {
         "linear regression": "linear_regression(jr.key(0))",
         "matrix completion": "matrix_completion(jr.key(0))",
         "matrix recovery": "matrix_recovery(jr.key(0))",
-        "modular addition": "modular_addition(jr.key(0))",
-        "small transformer": "modular_transformer(jr.key(0), modulus=23, width=32, hidden=128)",
+        "modular addition": "modular_addition(jr.key(0), modulus=23)",
+        "small transformer": "modular_transformer("
+        "jr.key(0), modulus=23, width=32, hidden=128)",
         "ReLU in one dimension": "relu_1d(jr.key(0))",
         "sparse recovery": "sparse_recovery(jr.key(0))",
         "symbol addition": "symbol_addition(jr.key(0))",
@@ -209,7 +210,6 @@ def task(call: str) -> dict[str, Any]:
 
 def two_phase() -> list[dict[str, Any]]:
     import jax.random as jr
-    import numpy as np
 
     import gradflow as gf
 
@@ -218,28 +218,28 @@ def two_phase() -> list[dict[str, Any]]:
     for make in (gf.tasks.diagonal_network, gf.tasks.matrix_completion):
         made = make(jr.key(0))
         problems[made.name.replace("_", " ")] = (made.flow, made.model)
-    rows = []
-    for name, (flow, model) in problems.items():
-        flows = [
-            best(
-                lambda lam=lam: (
-                    gf.simulate(
-                        flow, model, weight_decay=lam, slow_time=2.0, throw=False
-                    ).params
-                )
-            )
-            for lam in np.geomspace(1e-2, 1e-6, 5)
-        ]
-        row: dict[str, Any] = {"problem": name, "flow": statistics.median(flows)}
-        for order in (1, 2):
-            run = lambda order=order: (
-                gf.two_phase(
-                    flow, model, slow_time=2.0, order=order, throw=False
-                ).drift.params
-            )
-            row[f"order {order}"] = best(run) / row["flow"]
-        rows.append(row)
-    return rows
+    return [prices_of(name, *problem) for name, problem in problems.items()]
+
+
+def prices_of(name: str, flow: Any, model: Any) -> dict[str, Any]:
+    import numpy as np
+
+    import gradflow as gf
+
+    def path(lam: float) -> Any:
+        return gf.simulate(flow, model, weight_decay=lam, slow_time=2.0, throw=False)
+
+    def theory(order: int) -> Any:
+        return gf.two_phase(flow, model, slow_time=2.0, order=order, throw=False)
+
+    times = [
+        best(lambda lam=lam: path(lam).params) for lam in np.geomspace(1e-2, 1e-6, 5)
+    ]
+    row: dict[str, Any] = {"problem": name, "flow": statistics.median(times)}
+    for order in (1, 2):
+        taken = best(lambda order=order: theory(order).drift.params)
+        row[f"order {order}"] = taken / row["flow"]
+    return row
 
 
 def best(run: Callable[[], Any]) -> float:
@@ -297,8 +297,8 @@ def first_blocks(repeats: int) -> dict[str, Any]:
         "cached": statistics.median(r["seconds"] for r in warm),
     }
     print(
-        f"\nThe README's example: {found['fresh']:.1f} s, {found['programs']} programs; "
-        f"{found['cached']:.1f} s where these are cached"
+        f"\nThe README's example: {found['fresh']:.1f} s, {found['programs']} "
+        f"programs; {found['cached']:.1f} s where these are cached"
     )
     return found
 

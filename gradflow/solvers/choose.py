@@ -120,6 +120,9 @@ def choose_solver(
     - `classical`: whether Tsit5 may be chosen.
 
     **Returns:** a `Choice`.
+
+    **Raises:** `ValueError` where there is none: for a penalty with kinks, of more
+    outputs than KKT can take.
     """
     known = is_concrete(size.stiffness)
     x = float(size.stiffness) if known else 1e6
@@ -140,6 +143,13 @@ def choose_solver(
         del costs["Tsit5"]
     kkt = "KKT4" if tolerance >= 1e-6 else "KKT5"
     if size.kinks:
+        if not fits:
+            raise ValueError(
+                "penalty: only KKT solvers follow a flow along its kinks, and their "
+                f"matrix does not fit: the loss has {m} outputs, and may have "
+                f"{_KERNEL_LIMIT}. Give a smooth penalty, such as gradflow.Moreau(…, "
+                "epsilon=…) of it."
+            )
         solver = KKT4() if kkt == "KKT4" else KKT5()
         return Choice(solver, "the penalty has kinks, which only KKT solvers follow")
     if size.rounded:
