@@ -52,3 +52,39 @@ def test_a_sweep_runs_what_simulate_has_compiled():
             **options,
         )  # fmt: skip
     assert not any("solve" in name for name in swept)
+
+
+@pytest.mark.slow
+def test_other_numbers_of_times_compile_nothing():
+    """And give the same path: of three windows, of one, and of part of one."""
+    x = jr.normal(jr.key(1), (3, 9))
+    flow = gf.GradientFlow(gf.SquaredError(x, x[:, 0]))
+    model = gf.models.DiagonalNetwork(jnp.full(9, 0.3), jnp.full(9, 0.2))
+    size = lambda model: jnp.sum(model.beta**2)
+
+    def run(times):
+        return gf.simulate(
+            flow, model, weight_decay=0.1, ts=jnp.linspace(0, 20, times), rtol=1e-7,
+            solver=gf.KKT4(), metrics={"size": size},
+        )  # fmt: skip
+
+    one = run(49)
+    with compiled() as names:
+        many, few = run(193), run(37)
+    assert not any("solve" in name or "begin" in name for name in names), names
+    assert len(many) == 193 and len(few) == 37 and len(many.metrics["size"]) == 193
+    assert many.result == gf.RESULTS.successful
+    assert one.stats.steps < many.stats.steps < 2 * 193
+    for path, others in ((many, slice(None, None, 4)), (few, slice(0, 1))):
+        theta, at = (jax.tree.leaves(p.params)[0] for p in (one, path))
+        scale = jnp.linalg.norm(theta[0])
+        assert jnp.linalg.norm(at[-1] - theta[-1]) < 1e-6 * scale
+        if path is many:
+            off = jnp.linalg.norm(at[others] - theta, axis=1)
+            assert off.max() < 1e-6 * scale
+    # One that ends in the first of its windows is told so.
+    short = dict(weight_decay=0.1, ts=jnp.linspace(0, 20, 193), max_steps=30)
+    path = gf.simulate(flow, model, solver=gf.KKT4(), throw=False, **short)
+    assert path.result == gf.RESULTS.out_of_steps and int(path.stats.steps) == 30
+    finite = np.isfinite(path.train_loss)
+    assert 5 < finite.sum() < 60 and not finite[60:].any()

@@ -25,7 +25,7 @@ def net(activation, width=12):
 @pytest.mark.slow
 def test_steps_that_are_short_for_kinks_are_noticed(monkeypatch):
     flow, model = net(jax.nn.leaky_relu)
-    monkeypatch.setattr(runs.simulate, "FIRST", 60)
+    monkeypatch.setattr(runs.progress, "FIRST", 60)
     run = lambda **more: gf.simulate(
         flow, model, weight_decay=1e-3, slow_time=1.0, rtol=1e-5, saves=17,
         solver=gf.KKT4(), max_steps=90, **more,
@@ -102,7 +102,7 @@ def test_bars_say_what_is_done_and_compiled(capsys):
         for share, rest in ((0, ""), (25, "██▌"), (50, "█████"), (75, "███████▌"))
     ]
     assert phases == sorted(phases) and "two phases: 100.00%" in told
-    for words in ("compiling _follow", "compiling solve_part", "compiling inner"):
+    for words in ("compiling _follow", "compiling _solve_on", "compiling inner"):
         assert words in told
     assert "limit map: " in told and "drift: 100.00%" in told and " steps]" in told
     alone = gf.two_phase(flow, model, order=2, **options)

@@ -19,8 +19,8 @@ from ..flow.vector import on_vector
 from ..losses import AbstractCompositeLoss, AbstractLoss
 from ..results import among, only_if_successful, RESULTS
 from ..runs.integrate import Integration, Reached
-from ..runs.parts import FIRST
-from ..runs.progress import ALL, Bar, run_in_parts
+from ..runs.parts import ALL
+from ..runs.progress import Bar, run_in_parts
 from ..runs.solve import flees
 from ..runs.stats import Stats
 from ..solvers import KKT5
@@ -212,7 +212,7 @@ def _limit(
         return min(np.log1p(t) / most, 1.0), words
 
     with Bar("limit map", shown=True) as bar:
-        out = run_in_parts(follow, FIRST, bar, far)
+        out, _ = run_in_parts(follow, None, bar, far)
         return _settle(term, params, form, search, out)
 
 

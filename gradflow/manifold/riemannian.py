@@ -20,10 +20,10 @@ from ..results import among, only_if_successful, RESULTS
 from ..runs.integrate import Integration, Reached
 from ..runs.problem import as_metrics, check_problem
 from ..runs.progress import Bar
-from ..runs.simulate import solve_in_parts
-from ..runs.solve import Solve, solve
+from ..runs.solve import Solve
 from ..runs.stats import Stats
 from ..runs.times import drift_times
+from ..runs.windows import solve_through
 from ..solvers import AbstractKKT, KKT5
 from ..solvers.controllers import Relative
 from ._normal import weighted_jacobian
@@ -117,8 +117,7 @@ def riemannian_flow(
     served, start = retract_in_form(term.loss, params, term.static, form)
     params, _ = flow.partition(start.model)
     run = DriftRun(term, params, start.result, times, watched, rtol, atol, max_steps)
-    arrays = jax.tree.leaves(eqx.filter(run, eqx.is_array))
-    with Bar("drift", shown=progress and all(map(is_concrete, arrays))) as bar:
+    with Bar("drift", shown=progress and _known(run)) as bar:
         if solver is None and served.interpolating:
             out = _vanishing_decay(run, bar)
         else:
@@ -144,6 +143,11 @@ class DriftRun(eqx.Module):
     max_steps: int
 
 
+def _known(run: DriftRun) -> bool:
+    """Whether nothing is being traced."""
+    return all(map(is_concrete, jax.tree.leaves(eqx.filter(run, eqx.is_array))))
+
+
 def _vanishing_decay(run: DriftRun, bar: Bar) -> Drift:
     """The flow at a λ at which its distance from w° is rounding."""
     rank, lam, ts = _vanishing_flow(run.term, run.params, run.times)
@@ -158,7 +162,7 @@ def _vanishing_decay(run: DriftRun, bar: Bar) -> Drift:
         atol=run.atol,
         max_steps=run.max_steps,
     )
-    path = solve(one) if bar.hidden else solve_in_parts(one, bar)
+    path = solve_through(one, bar)
     smallest, result = _told(run, path.params, path.result, rank)
     return Drift(
         s=run.times,

@@ -31,7 +31,6 @@ from .methods import (
 )
 from .minibatch import check_batches
 from .outcome import fail_unless_reached, named_wrong
-from .parts import FIRST
 from .path import Path
 from .problem import as_metrics, check_problem
 from .progress import Bar, run_in_parts
@@ -145,7 +144,7 @@ def _descend_under_a_bar(run: Descend) -> Path:
         return steps / int(run.numbers[-1]), f"{steps} steps"
 
     with Bar("descent", shown=True) as bar:
-        return run_in_parts(functools.partial(descend_part, run), FIRST, bar, far)
+        return run_in_parts(functools.partial(descend_part, run), None, bar, far)[0]
 
 
 def prepare_descent(

@@ -25,7 +25,7 @@ class Reached(eqx.Module):
 
     t: Scalar
     next: Scalar
-    """Where the next step ends."""
+    """Where the next step ends, unless there is a time to land on before."""
     y: PyTree
     solver: PyTree
     controller: PyTree
@@ -34,7 +34,9 @@ class Reached(eqx.Module):
     counts: Int[Array, " 3"]
     """Steps; those accepted, and rejected."""
     stopped: Bool[Array, ""]
-    """Whether what it was to run `until` has come."""
+    """Whether what it was to run `until` has come, or it was not to run at all."""
+    first: Scalar
+    """The length of the first step."""
     result: diffrax.RESULTS
 
 
@@ -60,8 +62,9 @@ class Integration(eqx.Module):
         following, state = controller.init(
             self.term, zero, self.ts[-1], y0, dt0, self.args, solver.func, order
         )
-        following = jnp.minimum(following, self._target(zero))
-        begun = solver.init(self.term, zero, following, y0, self.args)
+        following = jnp.asarray(following)
+        end = jnp.minimum(following, self._target(zero))
+        begun = solver.init(self.term, zero, end, y0, self.args)
         there = self.ts <= 0
 
         def room(y: Array) -> Array:
@@ -77,6 +80,7 @@ class Integration(eqx.Module):
             saved=jax.tree.map(room, y0),
             counts=jnp.zeros(3, int),
             stopped=self._stops(zero, y0),
+            first=dt0,
             result=diffrax.RESULTS.successful,
         )
 
@@ -114,21 +118,22 @@ class Integration(eqx.Module):
     def _step(
         self, solver: diffrax.AbstractSolver, controller: Controller, at: Reached
     ) -> Reached:
+        end = jnp.minimum(at.next, self._target(at.t))
         y, error, dense, state, result = solver.step(
-            self.term, at.t, at.next, at.y, self.args, at.solver, False
+            self.term, at.t, end, at.y, self.args, at.solver, False
         )
         # Where a step has left the domain of the flow it is to be shorter.
         error = jax.tree.map(lambda e: jnp.where(jnp.isnan(e), jnp.inf, e), error)
         order: Any = solver.error_order(self.term)
         keep, _, following, _, memory, verdict = controller.adapt_step_size(
-            at.t, at.next, at.y, y, self.args, error, order, at.controller
+            at.t, end, at.y, y, self.args, error, order, at.controller
         )  # fmt: skip
         keep = jnp.asarray(keep)
         one = jnp.ones((), int)
-        t = jnp.where(keep, at.next, at.t)
+        t = jnp.where(keep, end, at.t)
         target = self._target(t)
         near = keep & (following > target * (1 - _NEAR * jnp.finfo(t.dtype).eps))
-        following = jnp.where(near, target, jnp.minimum(following, target))
+        following = jnp.where(near, jnp.maximum(following, target), following)
 
         def kept(new: PyTree, old: PyTree) -> PyTree:
             return jax.tree.map(lambda a, b: jnp.where(keep, a, b), new, old)
@@ -142,9 +147,10 @@ class Integration(eqx.Module):
             y=y1,
             solver=kept(state, at.solver),
             controller=memory,
-            saved=self._saved(solver, at, keep, y, dense),
+            saved=self._saved(solver, at, end, keep, y, dense),
             counts=at.counts + jnp.stack([one, keep.astype(int), 1 - keep.astype(int)]),
             stopped=self._stops(t, y1),
+            first=at.first,
             result=diffrax.RESULTS.where(okay, verdict, result),
         )
 
@@ -152,23 +158,24 @@ class Integration(eqx.Module):
         self,
         solver: diffrax.AbstractSolver,
         at: Reached,
+        end: Scalar,
         keep: Bool[Array, ""],
         y: PyTree,
         dense: dict,
     ) -> PyTree:
-        """With what a step from `at` to y adds, if it is kept."""
+        """With what a step from `at` to y, at time `end`, adds if it is kept."""
         n = self.ts.size
         place = jnp.sum(self.ts <= at.t)
 
         def reached(place: Int[Array, ""]) -> Bool[Array, ""]:
-            return keep & (place < n) & (self.ts[jnp.minimum(place, n - 1)] <= at.next)
+            return keep & (place < n) & (self.ts[jnp.minimum(place, n - 1)] <= end)
 
         def put(saved: PyTree, place: Int[Array, ""], y: PyTree) -> PyTree:
             return jax.tree.map(lambda s, v: s.at[place].set(v, mode="drop"), saved, y)
 
         if self.land:
             return put(at.saved, jnp.where(reached(place), place, n), y)
-        between = solver.interpolation_cls(t0=at.t, t1=at.next, **dense)
+        between = solver.interpolation_cls(t0=at.t, t1=end, **dense)
 
         def fill(carry: tuple[Int[Array, ""], PyTree]) -> tuple:
             place, saved = carry

@@ -6,8 +6,9 @@ import jax
 from jaxtyping import PyTree
 
 FIRST = 256
-"""Steps of the first part. They are a program of their own, so that runs which take no
-more pay nothing; the number is fixed as the last bits may depend on it."""
+"""Steps of the first part; fixed, as the last bits may depend on it."""
+ALL = 2**30
+"""So many steps are all; twice as many are more than 32 bits hold."""
 
 
 def in_part() -> Any:

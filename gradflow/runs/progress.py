@@ -9,12 +9,10 @@ from jaxtyping import Array
 from tqdm.auto import tqdm
 
 from .._host import as_array
-from .parts import in_part
+from .parts import ALL, FIRST, in_part
 
 _LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"
 _COMPILED = "/jax/core/compile/backend_compile_duration"
-
-ALL = 2**30  # steps; twice as many are more than 32 bits hold
 
 Out = TypeVar("Out")
 State = TypeVar("State")
@@ -64,31 +62,32 @@ class Bar:
 
 def run_in_parts(
     part: Callable[[State | None, Array], tuple[Out, State, Array]],
-    first: int,
+    state: State | None,
     bar: Bar,
     far: Callable[[Out, State], tuple[float, str]],
     *,
-    seen: Callable[[Out, State], None] = lambda *_: None,
-) -> Out:
+    seen: Callable[[Out, State], None] | None = None,
+) -> tuple[Out, State]:
     """A run part after part, for a bar to tell how far it is.
 
     **Arguments:**
 
-    - `part`: the run from a state (at first `None`), so many steps on: what there is so
-        far, the state, and whether that is all.
-    - `first`: the steps of the first part. The next have so many that each takes about
-        half a second; where the bar is not shown, all that are left.
+    - `part`: the run from a state, so many steps on: what there is so far, the state,
+        and whether that is all.
+    - `state`: the first. Parts have so many steps that each takes about half a second;
+        where the bar is not shown, all.
     - `far`: the share of all that is done, and what there is to say of it.
-    - `seen`: is given what the first part has come to, if that is not all.
+    - `seen`: is given what a first part of few steps has come to, if that is not all.
     """
-    state, steps = None, first
+    steps = ALL if bar.hidden and seen is None else FIRST
     while True:
         began = time.perf_counter()
         with in_part():
             out, state, ended = part(state, as_array(steps))
             ended = bool(ended)
-        if not ended and steps == first:
+        if seen is not None and not ended:
             seen(out, state)
+            seen = None
         if bar.hidden:
             steps = ALL
         else:
@@ -97,4 +96,4 @@ def run_in_parts(
             steps = 2 * steps if took < 0.25 else steps
             steps = max(steps // 2, 1) if took > 1 else steps
         if ended:
-            return out
+            return out, state

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import sys
-import warnings
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -11,7 +10,6 @@ import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, PyTree, Scalar
 from tqdm.auto import tqdm
 
@@ -37,14 +35,13 @@ from ..solvers import (
     second_choice,
     TRIAL_STEPS,
 )
-from .integrate import Reached
 from .outcome import fail_unless_reached, given_up, named_wrong, wants_another
-from .parts import FIRST
 from .path import Path
 from .problem import as_metrics, check_problem
-from .progress import Bar, run_in_parts
-from .solve import run_again, Solve, solve, solve_part
+from .progress import Bar
+from .solve import Solve
 from .times import prepare
+from .windows import run_again, solve_through
 
 
 def simulate(
@@ -143,12 +140,8 @@ def simulate(
             max_steps=min(max_steps, TRIAL_STEPS) if choice.trial else max_steps,
             adjoint=_adjoint(adjoint, given) if known.differentiable else None,
         )
-        parts = (kinked or progress) and one.adjoint is None
-        if not parts:
-            path = solve(one)
-        else:
-            with Bar(known.name, shown=progress) as bar:
-                path = solve_in_parts(one, bar, kinked=kinked)
+        with Bar(known.name, shown=progress and concrete) as bar:
+            path = solve_through(one, bar, kinked=kinked)
         path = dataclasses.replace(path, watched=watched)
         if is_concrete(path.t):
             again = functools.partial(run_again, one)
@@ -157,8 +150,9 @@ def simulate(
 
     if wrong is not False:  # then nothing is run
         lam, times = (jnp.where(wrong, jnp.zeros_like(x), x) for x in (lam, times))
-    known = all(map(is_concrete, jax.tree.leaves((term, params, lam, times))))
-    kinked, progress = known and _kinked(term, params), known and progress
+    arrays = jax.tree.leaves(eqx.filter((term, params, lam, times, bare), eqx.is_array))
+    concrete = all(map(is_concrete, arrays))
+    kinked = concrete and _kinked(term, params)
     choice = as_choice(solver, size, rtol)
     path = run(choice)
     if choice.trial and size is not None and bool(wants_another(path.result)):
@@ -201,38 +195,6 @@ def _underivable(values: Values, solver: str, adjoint: Given) -> Values:
 def _kinked(term: FlowTerm, params: PyTree) -> bool:
     theta, loss = flatten_on(term.loss, params, term.chart)
     return may_have_kinks(loss, theta)
-
-
-def solve_in_parts(run: Solve, bar: Bar, *, kinked: bool = False) -> Path:
-    """`solve`, in parts: for a bar; and where there may be kinks, to say after the
-    first where they make steps short."""
-    end = float(np.asarray(run.ts)[-1])
-
-    def far(path: Path, state: Reached) -> tuple[float, str]:
-        return float(state.t) / end, f"{int(path.stats.steps)} steps"
-
-    def warn(path: Path, state: Reached) -> None:
-        if kinked:
-            _warn_of_kinks(path, float(state.t), end)
-
-    part = functools.partial(solve_part, run)
-    return run_in_parts(part, FIRST, bar, far, seen=warn)
-
-
-def _warn_of_kinks(path: Path, t: float, end: float) -> None:
-    assert path.stats.rejected is not None
-    steps, rejected = int(path.stats.steps), int(path.stats.rejected)
-    slid = path.stats.sliding
-    if t < 0.1 * end and (rejected if slid is None else int(slid)) > steps / 4:
-        told = f"{rejected} rejected" if slid is None else f"{int(slid)} along kinks"
-        warnings.warn(
-            f"simulate: after {steps} steps ({told}) t = {t:.2g} of "
-            f"{end:.2g}. Steps are short where the loss has kinks, as of "
-            "ReLU or max-pooling; the run goes on, and may take long. A smooth "
-            "activation (softplus, GELU) has none; or loosen rtol, or give an earlier "
-            "end.",
-            stacklevel=7,
-        )
 
 
 def _adjoint(

@@ -104,43 +104,93 @@ class Solve(eqx.Module):
 
 @eqx.filter_jit
 def solve(run: Solve) -> Path:
-    """A run from its start to its end."""
-    return _solve(run)[0]
+    """A run from its start to its end, by one program, through which one can
+    differentiate if it has an `adjoint`."""
+    steps = _Steps.of(run)
+    if run.adjoint is not None:
+        return _told(run, steps, _differentiably(run, steps))[0]
+    at = steps.begin(run)
+    at = steps.integration(run, at.first).run(at)
+    return _told(run, steps, _reached(run, steps, at))[0]
 
 
 @eqx.filter_jit
+def begin(run: Solve) -> Reached:
+    """The start of a run that goes on in parts."""
+    return _Steps.of(run).begin(run)
+
+
 def solve_part(
     run: Solve, before: Reached | None, steps: Int[Array, ""]
 ) -> tuple[Path, Reached, Bool[Array, ""]]:
     """So many `steps` of a run, from its start (`None`) or from where the last part
     ended. Returns the path so far, the new state, and whether that is all."""
-    path, state, ended = _solve(run, before, steps)
-    assert state is not None
-    return path, state, ended
+    return _solve_on(run, begin(run) if before is None else before, steps)
 
 
-def _solve(
-    run: Solve, before: Reached | None = None, steps: Int[Array, ""] | None = None
-) -> tuple[Path, Reached | None, Bool[Array, ""]]:
-    """The order of things: what solves it; integration; what is recorded; the verdict.
-    What is not defined at its start is not run: its times are all zero."""
-    lam = run.weight_decay
-    check_scalars(run.term.loss, run.watched, run.term.model(run.params))
-    term, theta = on_vector(run.term, run.params)
-    defined = _defined(term, theta, lam) & jnp.all(jnp.isfinite(run.ts))
-    ts = jnp.where(defined, run.ts, 0.0)
-    end = run.ts[-1]
-    scale = jnp.minimum(time_scale(term, theta, lam, end), end)
-    scale = jnp.where(defined, scale, 1.0)
-    solver = _flow_solver(run)
-    controller = _controller(run, solver, scale)
+@eqx.filter_jit
+def _solve_on(
+    run: Solve, at: Reached, steps: Int[Array, ""]
+) -> tuple[Path, Reached, Bool[Array, ""]]:
+    how = _Steps.of(run)
+    at = how.integration(run, at.first).run(at, steps)
+    path, ended = _told(run, how, _reached(run, how, at))
+    return path, at, ended
+
+
+class _Steps(NamedTuple):
+    """With what a run is made, of vectors."""
+
+    flow: FlowTerm
+    theta: Float[Array, " d"]
+    solver: AbstractFlowSolver
+    followed: Followed
+
+    @classmethod
+    def of(cls, run: Solve) -> "_Steps":
+        check_scalars(run.term.loss, run.watched, run.term.model(run.params))
+        flow, theta = on_vector(run.term, run.params)
+        solver = _flow_solver(run)
+        with jax.default_matmul_precision("highest"):
+            followed = solver.follow(flow, theta, run.weight_decay)
+        return cls(flow, theta, solver, followed)
+
+    def start(self, run: Solve) -> tuple[Bool[Array, ""], Scalar]:
+        """Whether it is defined at its start: else it is not to be run; and the length
+        of its first step."""
+        lam, end = run.weight_decay, run.ts[-1]
+        defined = _defined(self.flow, self.theta, lam) & jnp.all(jnp.isfinite(run.ts))
+        scale = jnp.minimum(time_scale(self.flow, self.theta, lam, end), end)
+        return defined, 1e-3 * jnp.where(defined, scale, 1.0)
+
+    def integration(self, run: Solve, first: Scalar) -> Integration:
+        return Integration(
+            self.followed.term,
+            self.followed.solver,
+            _controller(run, self.solver, first),
+            run.ts,
+            run.weight_decay,
+            run.tolerance.max_steps,
+        )
+
+    def begin(self, run: Solve) -> Reached:
+        defined, first = self.start(run)
+        integration = self.integration(run, first)
+        with jax.default_matmul_precision("highest"):
+            at = integration.begin(self.followed.state, first)
+        return dataclasses.replace(at, stopped=~defined)
+
+
+def _told(
+    run: Solve, steps: _Steps, out: "_Integrated"
+) -> tuple[Path, Bool[Array, ""]]:
+    """What is recorded, and the verdict; and whether that is all of the run."""
+    solver = steps.solver
     with jax.default_matmul_precision("highest"):
-        followed = solver.follow(term, theta, lam)
-        out = _integrate(run, solver, followed, controller, ts, scale, before, steps)
         models, seen, train_loss, penalty = _record(run, solver, out)
         work = solver.work(out.term, out.solver_state)
-        result = _verdict(run, solver, out, models, ts, work)
-        result = RESULTS.where(defined, result, RESULTS.undefined_start)
+        result = _verdict(run, solver, out, models, work)
+        result = RESULTS.where(out.defined, result, RESULTS.undefined_start)
     paused = (result == RESULTS.out_of_steps) & (
         out.counts[0] < run.tolerance.max_steps
     )
@@ -154,7 +204,7 @@ def _solve(
     )
     path = Path(
         t=run.ts,
-        weight_decay=lam,
+        weight_decay=run.weight_decay,
         params=models,
         static=run.term.static,
         metrics=seen,
@@ -164,7 +214,7 @@ def _solve(
         stats=stats,
         watched=run.watched,
     )
-    return path, out.state, ~paused
+    return path, ~paused
 
 
 def _flow_solver(run: Solve) -> AbstractFlowSolver:
@@ -199,9 +249,8 @@ def _flow_solver(run: Solve) -> AbstractFlowSolver:
 _ACROSS = 0.3
 
 
-def _controller(run: Solve, solver: AbstractFlowSolver, scale: Scalar) -> Controller:
-    """Of the steps. `scale` is the time in which θ
-    moves at its start."""
+def _controller(run: Solve, solver: AbstractFlowSolver, first: Scalar) -> Controller:
+    """Of the steps, of which the `first` has that length."""
     rtol, atol = run.tolerance.rtol, run.tolerance.atol
     share = solver.tolerance_share(rtol)
     if curvature_jumps(run.term) and not solver.sees_jumps:
@@ -209,7 +258,7 @@ def _controller(run: Solve, solver: AbstractFlowSolver, scale: Scalar) -> Contro
     relative = Relative(
         share * rtol,
         None if atol is None else share * atol,
-        dtmin=1e-12 * scale,
+        dtmin=1e-9 * first,
         # One lucky error estimate is not to carry the solver across the fast phase.
         factormax=6.0,
         parts_of=solver.coordinates,
@@ -234,59 +283,51 @@ class _Integrated(NamedTuple):
     solver_state: PyTree
     result: RESULTS
     """Diffrax's, in gradflow's words."""
-    state: Reached | None
-    """From which the next part goes on."""
+    defined: Bool[Array, ""]
+    """Whether there was a start."""
 
 
-def _integrate(
-    run: Solve,
-    solver: AbstractFlowSolver,
-    followed: Followed,
-    controller: Controller,
-    ts: Float[Array, " n"],
-    scale: Scalar,
-    before: Reached | None,
-    steps: Int[Array, ""] | None,
-) -> _Integrated:
-    stepper, term, y0 = followed
-    first = 1e-3 * scale
-    if run.adjoint is not None:
-        controller = diffrax.ClipStepSizeController(controller, step_ts=ts)
+def _reached(run: Solve, steps: _Steps, at: Reached) -> _Integrated:
+    result = _translate(at.result, at.t < run.ts[-1])
+    return _Integrated(
+        steps.followed.term, at.saved, at.y, at.t, at.counts, at.solver, result,
+        ~at.stopped,
+    )  # fmt: skip
+
+
+def _differentiably(run: Solve, steps: _Steps) -> _Integrated:
+    """By Diffrax's own loop, which has derivatives."""
+    defined, first = steps.start(run)
+    ts = jnp.where(defined, run.ts, 0.0)
+    controller = _controller(run, steps.solver, first)
+    with jax.default_matmul_precision("highest"):
         solution = diffrax.diffeqsolve(
-            term,
-            stepper,
+            steps.followed.term,
+            steps.followed.solver,
             t0=jnp.zeros_like(ts[0]),
             t1=ts[-1],
             dt0=first,
-            y0=y0,
+            y0=steps.followed.state,
             args=run.weight_decay,
             saveat=diffrax.SaveAt(
                 subs=[diffrax.SubSaveAt(ts=ts), diffrax.SubSaveAt(t1=True)],
                 solver_state=True,
             ),
-            stepsize_controller=controller,
+            stepsize_controller=diffrax.ClipStepSizeController(controller, step_ts=ts),
             max_steps=run.tolerance.max_steps,
             throw=False,
-            adjoint=run.adjoint,
+            adjoint=run.adjoint,  # pyright: ignore[reportArgumentType]
         )
-        saved, ends = solution.ys  # pyright: ignore[reportGeneralTypeIssues]
-        _, reached = solution.ts  # pyright: ignore[reportGeneralTypeIssues]
-        t, end = reached[0], jax.tree.map(lambda y: y[0], ends)
-        kinds = ("", "accepted_", "rejected_")
-        counts = jnp.stack([solution.stats[f"num_{kind}steps"] for kind in kinds])
-        state, solver_state, result = None, solution.solver_state, solution.result
-    else:
-        integration = Integration(
-            term, stepper, controller, ts, run.weight_decay, run.tolerance.max_steps
-        )
-        begun = integration.begin(y0, first) if before is None else before
-        state = integration.run(begun, steps)
-        saved, end, t, counts = state.saved, state.y, state.t, state.counts
-        solver_state, result = state.solver, state.result
-    result = _translate(result)
-    most = (result == RESULTS.successful) & (t < ts[-1])
-    result = RESULTS.where(most, RESULTS.out_of_steps, result)
-    return _Integrated(term, saved, end, t, counts, solver_state, result, state)
+    saved, ends = solution.ys  # pyright: ignore[reportGeneralTypeIssues]
+    _, reached = solution.ts  # pyright: ignore[reportGeneralTypeIssues]
+    t, end = reached[0], jax.tree.map(lambda y: y[0], ends)
+    kinds = ("", "accepted_", "rejected_")
+    counts = jnp.stack([solution.stats[f"num_{kind}steps"] for kind in kinds])
+    result = _translate(solution.result, t < ts[-1])
+    return _Integrated(
+        steps.followed.term, saved, end, t, counts, solution.solver_state, result,
+        defined,
+    )  # fmt: skip
 
 
 def _record(
@@ -317,7 +358,6 @@ def _verdict(
     solver: AbstractFlowSolver,
     out: _Integrated,
     models: PyTree,
-    ts: Float[Array, " n"],
     work: dict[str, Array],
 ) -> RESULTS:
     """How a run ended. A failure has its true cause; then come the reservations on one
@@ -332,14 +372,9 @@ def _verdict(
     result = RESULTS.where(lost | fled, RESULTS.diverged, result)
     slid = (result == RESULTS.successful) & (work.get("sliding", 0) > 0)
     result = RESULTS.where(slid, RESULTS.slid, result)
-    saved = Saved(run.term, models, ts, out.counts, run.tolerance.rtol)
+    saved = Saved(run.term, models, run.ts, out.counts, run.tolerance.rtol)
     reserved = solver.reservation(saved)
     return RESULTS.where(result == RESULTS.successful, reserved, result)
-
-
-def run_again(run: Solve, params: PyTree, ts: Float[Array, " n"]) -> Path:
-    """An earlier run, from elsewhere and through other times."""
-    return solve(run.again(params, ts))
 
 
 def _defined(term: FlowTerm, params: PyTree, weight_decay: Scalar) -> Bool[Array, ""]:
@@ -362,14 +397,10 @@ def flees(params: PyTree, velocity: PyTree, t: Scalar) -> Bool[Array, ""]:
     return (jnp.vdot(theta, speed) > 0) & (far < 1e-6 * t * fast)
 
 
-def _translate(result: diffrax.RESULTS) -> RESULTS:
-    """Diffrax's result in gradflow's words."""
+def _translate(result: diffrax.RESULTS, short: Bool[Array, ""]) -> RESULTS:
+    """Diffrax's result in gradflow's words; `short`: whether the end is not reached."""
     # All else that can go wrong in a solver goes wrong in a step.
-    out = RESULTS.stalled
-    for theirs, ours in (
-        (diffrax.RESULTS.successful, RESULTS.successful),
-        (diffrax.RESULTS.max_steps_reached, RESULTS.out_of_steps),
-        (diffrax.RESULTS.event_occurred, RESULTS.diverged),
-    ):
-        out = RESULTS.where(result == theirs, ours, out)
-    return out
+    ended = RESULTS.where(short, RESULTS.out_of_steps, RESULTS.successful)
+    out = RESULTS.where(diffrax.is_successful(result), ended, RESULTS.stalled)
+    ran_out = result == diffrax.RESULTS.max_steps_reached
+    return RESULTS.where(ran_out, RESULTS.out_of_steps, out)

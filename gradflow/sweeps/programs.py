@@ -17,13 +17,14 @@ from .._checks import is_key
 from ..runs.outcome import wants_another
 from ..runs.parts import FIRST, in_part
 from ..runs.path import Path
-from ..runs.solve import Solve, solve, solve_part
+from ..runs.solve import Solve, solve_part
 from ..runs.steps import Descend, descend, descend_part
+from ..runs.windows import solve_through
 from .checkpoints import Checkpoints
 from .lanes import Lane
 
 Batch = Literal["loop", "vmap"]
-_WHOLE: dict[type, Callable] = {Solve: solve, Descend: descend}
+_WHOLE: dict[type, Callable] = {Solve: solve_through, Descend: descend}
 _PARTS: dict[type, Callable] = {Solve: solve_part, Descend: descend_part}
 Launch = Callable[[list[Lane], int], Callable[[], list[Any]]]
 """Starts lanes as one program, or a few; what is returned waits for what they give."""

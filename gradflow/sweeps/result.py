@@ -16,8 +16,9 @@ from .._typing import RealScalarLike
 from ..results import among, RESULTS
 from ..runs.columns import columns, described, xarray
 from ..runs.path import Path
-from ..runs.solve import run_again, Solve
+from ..runs.solve import Solve
 from ..runs.stats import Stats, Words
+from ..runs.windows import run_again
 from .axes import Axes, short
 from .lanes import AbstractLanes, FlowLanes
 from .on_disk import StoredPaths, StoredProblems

@@ -1,0 +1,108 @@
+"""Runs through any number of times by one program: window after window of them."""
+
+import dataclasses
+import functools
+import warnings
+
+import diffrax
+import equinox as eqx
+import jax
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+
+from .._checks import is_concrete
+from .._host import as_array
+from ..solvers import as_flow_solver
+from .integrate import Reached
+from .path import Path
+from .progress import Bar, run_in_parts
+from .solve import begin, Solve, solve, solve_part
+
+# The most times in a window: what is compiled for so many serves any number above.
+WINDOW = 65
+
+
+def solve_through(run: Solve, bar: Bar | None = None, *, kinked: bool = False) -> Path:
+    """`solve`, by programs that hardly depend on how many times there are; under a
+    `bar`, if it is to be shown; and where there may be kinks, with word after some
+    steps of whether they make these short. What is being traced is one program."""
+    arrays = jax.tree.leaves(eqx.filter(run, eqx.is_array))
+    if run.adjoint is not None or not all(map(is_concrete, arrays)):
+        return solve(run)
+    bar = Bar("", shown=False) if bar is None else bar
+    ts = np.asarray(run.ts)
+    end = float(ts[-1])
+
+    def far(path: Path, at: Reached) -> tuple[float, str]:
+        return float(at.t) / end, f"{int(path.stats.steps)} steps"
+
+    def warn(path: Path, at: Reached) -> None:
+        _warn_of_kinks(path, float(at.t), end)
+
+    windows = [
+        dataclasses.replace(run, ts=as_array(w)) for w in _windows(ts, run.solver)
+    ]
+    at, paths = begin(windows[0]), []
+    for window in windows:
+        if paths:
+            at = dataclasses.replace(at, saved=_nothing(at.saved))
+        part = functools.partial(solve_part, window)
+        seen = warn if kinked and not paths else None
+        path, at = run_in_parts(part, at, bar, far, seen=seen)
+        paths.append(path)
+    whole = len(paths) == 1 and len(paths[0]) == run.saves
+    return paths[0] if whole else _joined(paths, run.ts)
+
+
+def run_again(run: Solve, params: PyTree, ts: Float[Array, " n"]) -> Path:
+    """An earlier run, from elsewhere and through other times."""
+    return solve_through(run.again(params, ts))
+
+
+def _windows(
+    ts: Float[np.ndarray, " n"], solver: diffrax.AbstractSolver
+) -> list[Float[np.ndarray, " w"]]:
+    """The times, at most `WINDOW` at once. The last window is filled up with the last
+    time: to `WINDOW`, or if it is the only one to the next number 2ᵏ + 1, for the
+    metrics are evaluated at each."""
+    # Others are judged by all their times together.
+    if as_flow_solver(solver).differentiable:
+        return [ts]
+    size = min(WINDOW, 1 + 2 ** max(int(ts.size - 2).bit_length(), 1))
+    count = -(-ts.size // size)
+    filled = np.append(ts, np.full(count * size - ts.size, ts[-1]))
+    return list(filled.reshape(count, size))
+
+
+def _nothing(saved: PyTree) -> PyTree:
+    """Room for the states of a window."""
+    return jax.tree.map(lambda x: as_array(np.full(x.shape, np.nan, x.dtype)), saved)
+
+
+def _joined(paths: list[Path], ts: Float[Array, " n"]) -> Path:
+    """One path of those through the windows. Its result, and what it took, are the
+    last one's."""
+    n = ts.shape[0]
+
+    def join(*parts: Array) -> Array:
+        return as_array(np.concatenate([np.asarray(x) for x in parts])[:n])
+
+    names = ("params", "metrics", "train_loss", "penalty")
+    along = ({name: getattr(path, name) for name in names} for path in paths)
+    return dataclasses.replace(paths[-1], t=ts, **jax.tree.map(join, *along))
+
+
+def _warn_of_kinks(path: Path, t: float, end: float) -> None:
+    assert path.stats.rejected is not None
+    steps, rejected = int(path.stats.steps), int(path.stats.rejected)
+    slid = path.stats.sliding
+    if t < 0.1 * end and (rejected if slid is None else int(slid)) > steps / 4:
+        told = f"{rejected} rejected" if slid is None else f"{int(slid)} along kinks"
+        warnings.warn(
+            f"simulate: after {steps} steps ({told}) t = {t:.2g} of "
+            f"{end:.2g}. Steps are short where the loss has kinks, as of "
+            "ReLU or max-pooling; the run goes on, and may take long. A smooth "
+            "activation (softplus, GELU) has none; or loosen rtol, or give an earlier "
+            "end.",
+            stacklevel=7,
+        )
