@@ -36,7 +36,13 @@ def landscape(
              (metric, landscape.metrics[metric], TEST))  # fmt: skip
     for name, values, colour in drawn:
         ax.plot(
-            w, np.median(values, axis=0), "o-", color=colour, lw=2, ms=4, label=name
+            w,
+            np.median(values, axis=0),
+            "o-",
+            color=colour,
+            lw=2,
+            ms=4,
+            label=name.replace("_", " "),
         )
         if len(values) > 1:
             ax.fill_between(
@@ -57,7 +63,8 @@ def landscape(
             ax.plot(norm, values, style, color=colour, lw=1.2, alpha=0.8)
             ax.plot(norm[-1:], values[-1:], "o", mfc="white", color=colour)
         ax.plot([], [], style, color="grey", label=name)
-    finish(ax, "norm of the parameters $w$", f"train loss, {metric}")
+    words = metric.replace("_", " ")
+    finish(ax, "norm of the parameters $w$", f"train loss, {words}")
     ax.set_xscale("log")
     ax.set_yscale("log")
     # What is fitted to rounding would leave the rest no room: it goes out at the foot.

@@ -70,8 +70,8 @@ def refined(
         if (kinked or among(path.result, RESULTS.slid)) and len(path) >= 257:
             break
         n = len(path)
-        wanted = np.log(target / error) / np.log(fall) if 0 < fall < 1 else 1.0
-        times = 4 if wanted > 1 and 4 * (n - 1) < most else 2
+        enough = error * fall <= target  # twice as many
+        times = 2 if enough or 4 * (n - 1) >= most else 4
         fine = np.arange(times * (n - 1) + 1)
         between = fine[fine % times > 0] / (times * (n - 1))
         more = run(np.append(between, 1.0))
