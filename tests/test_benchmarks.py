@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import json
 import math
 import pathlib
 import subprocess
@@ -135,3 +136,31 @@ def test_a_measurement_decides_beside_what_was_not_run():
     guess = row(status=report.EXTRAPOLATED, seconds=50.0)
     assert check(stopped, guess).passed is True
     assert check(dataclasses.replace(stopped, seconds=0.5), guess).passed is None
+
+
+@pytest.mark.slow
+def test_first_result_is_told(tmp_path):
+    out = tmp_path / "first.json"
+    script = [sys.executable, str(FOLDER / "first_result.py")]
+    options = ["--rows", "simulate", "--repeats", "1", "--out", str(out)]
+    told = subprocess.run(
+        [*script, *options], capture_output=True, text=True, timeout=300
+    )
+    assert not told.returncode, told.stderr
+    found = json.loads(out.read_text(encoding="utf-8"))["simulate"]
+    assert set(found) == {"bare", "simulate", "kvaerno", "lsoda"}
+    assert all(value > 0 for value in found.values())
+    for words in ("gradflow.simulate", "Kvaerno5", "LSODA"):
+        assert words in told.stdout
+
+
+@pytest.mark.slow
+def test_children_of_first_result(tmp_path):
+    """What needs no other process is a call away."""
+    import first_result
+
+    row = first_result.task("tasks.linear_regression(jr.key(0), samples=3, dim=6)")
+    assert row["parameters"] == 6 and 0 < row["compiling"] <= row["seconds"]
+    assert row["solver"] == "KKT4"
+    with pytest.raises(RuntimeError, match="no_such"):
+        first_result.child("f.no_such()")

@@ -271,5 +271,8 @@ def test_how_a_flow_ends(a, b, expected):
 @pytest.mark.slow
 def test_limit_out_of_steps(diagonal):
     loss, start, _ = diagonal
-    out = manifold.limit_map(loss, start, max_steps=3, throw=False)
-    assert out.result == gf.RESULTS.out_of_steps
+    for progress in (False, True):
+        out = manifold.limit_map(
+            loss, start, max_steps=3, throw=False, progress=progress
+        )
+        assert out.result == gf.RESULTS.out_of_steps and int(out.stats.steps) == 3

@@ -559,6 +559,8 @@ def test_choose_solver(linear):
     assert choose(size(1e8, 2, 10_001)) is gf.RKC2  # the kernel does not fit
     assert choose(size(1e6, 6, None)) is gf.KKT4
     assert choose(size(1e6, 6000, None)) is gf.RKC2
+    with pytest.raises(ValueError, match="^penalty: only KKT .* 10001 outputs"):
+        choose_solver(Size(jnp.asarray(1e6), 2, 10_001, kinks=True))
     why = choose_solver(size(1e6)).why
     assert "L·t1 = 1e+06" in why and "m = 3" in why and "Tsit5" in why
 
