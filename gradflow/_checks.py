@@ -7,7 +7,7 @@ whether it is wrong, for the result of the run to say (`RESULTS.wrong_argument`)
 
 import warnings
 from collections.abc import Callable
-from typing import Any, TypeGuard
+from typing import Any, get_origin, TypeGuard
 
 import diffrax
 import jax
@@ -226,6 +226,12 @@ def check_fraction(x: Given, name: str) -> Wrong:
 def check_solver(solver: Given, name: str = "solver") -> Wrong:
     """Raises unless it is a solver that estimates its error."""
     if isinstance(solver, diffrax.AbstractAdaptiveSolver):
+        kind = get_origin(solver.term_structure) or solver.term_structure
+        if kind is diffrax.MultiTerm or isinstance(kind, tuple):
+            raise ValueError(
+                f"{name}: expected one for a single right-hand side, such as "
+                f"gradflow.KKT4(), got {type(solver).__name__}, which takes several."
+            )
         return False
     got = word(solver) if isinstance(solver, type | str) else type(solver).__name__
     if isinstance(solver, diffrax.AbstractSolver):

@@ -1,6 +1,10 @@
 """How many programs are compiled: each operation of `jax.numpy` on the host is one, for
 which a new process takes 20 to 100 ms."""
 
+import functools
+import re
+
+import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -10,6 +14,7 @@ import pytest
 from helpers import compiled
 
 import gradflow as gf
+from gradflow.runs.solve import Solve, solve, solve_part
 
 
 @pytest.mark.slow
@@ -88,3 +93,54 @@ def test_other_numbers_of_times_compile_nothing():
     assert path.result == gf.RESULTS.out_of_steps and int(path.stats.steps) == 30
     finite = np.isfinite(path.train_loss)
     assert 5 < finite.sum() < 60 and not finite[60:].any()
+
+
+@pytest.mark.parametrize("solver", [gf.KKT4(), gf.RKC2(), gf.KKT4])
+def test_steps_multiply_matrices_at_full_precision(solver):
+    """Which on a CPU is the only one there is: JAX's default on a GPU is not."""
+    x = jr.normal(jr.key(1), (3, 8), jnp.float32)
+    flow = gf.GradientFlow(gf.SquaredError(x, x[:, 0]))
+    model = gf.models.DiagonalNetwork(*jnp.full((2, 8), 0.3, jnp.float32))
+    term, params = flow.term(model)
+    run = functools.partial(
+        Solve.of, term, params, jnp.float32(0.1), jnp.arange(3, dtype=jnp.float32), {},
+        rtol=1e-4, max_steps=100,
+    )  # fmt: skip
+    if isinstance(solver, type):  # in parts
+        one = run(solver())
+        whole = lambda: solve_part(one, None, jnp.asarray(10))
+    else:
+        one = run(solver)
+        whole = lambda: solve(one)
+    text = str(jax.make_jaxpr(lambda: eqx.filter(whole(), eqx.is_array))())
+    products = re.findall(r"dot_general\[.*?\]\s", text, re.DOTALL)
+    assert len(products) > 5
+    assert all("HIGHEST" in product for product in products)
+
+
+@pytest.mark.slow
+def test_what_is_traced_inside_a_function_is_one_program():
+    """Under `vmap` and `grad`, of a loss and of a metric, by any solver."""
+    x = jr.normal(jr.key(2), (3, 8))
+    model = gf.models.DiagonalNetwork(*jnp.full((2, 8), 0.3))
+    options = dict(weight_decay=0.1, t1=1.0, saves=4)
+
+    def end(c, solver):
+        loss = gf.SquaredError(x, x[:, 0], predict=lambda m, x: c * (x @ m.beta))
+        path = gf.simulate(gf.GradientFlow(loss), model, solver=solver, **options)
+        return jnp.sum(path.params.u[-1])
+
+    def seen(c):
+        flow = gf.GradientFlow(gf.SquaredError(x, x[:, 0]))
+        watch = {"m": lambda m: c * jnp.sum(m.beta)}
+        path = gf.simulate(flow, model, solver=gf.KKT4(), metrics=watch, **options)
+        return path.metrics["m"][-1]
+
+    ones = jnp.array([1.0, 1.2])
+    many = jax.vmap(lambda c: end(c, gf.KKT4()))(ones)
+    np.testing.assert_allclose(many, [end(c, gf.KKT4()) for c in ones], rtol=1e-9)
+    slope = jax.grad(end)(1.0, diffrax.Tsit5())
+    rise = end(1.0 + 1e-4, diffrax.Tsit5()) - end(1.0 - 1e-4, diffrax.Tsit5())
+    np.testing.assert_allclose(slope, rise / 2e-4, rtol=1e-3)
+    np.testing.assert_allclose(jax.vmap(seen)(ones), seen(1.0) * ones, rtol=1e-9)
+    np.testing.assert_allclose(jax.grad(seen)(1.0), seen(1.0), rtol=1e-9)

@@ -25,7 +25,7 @@ def net(activation, width=12):
 @pytest.mark.slow
 def test_steps_that_are_short_for_kinks_are_noticed(monkeypatch):
     flow, model = net(jax.nn.leaky_relu)
-    monkeypatch.setattr(runs.progress, "FIRST", 60)
+    monkeypatch.setattr(runs.windows, "FIRST", 60)
     run = lambda **more: gf.simulate(
         flow, model, weight_decay=1e-3, slow_time=1.0, rtol=1e-5, saves=17,
         solver=gf.KKT4(), max_steps=90, **more,
@@ -140,6 +140,27 @@ def test_bars_of_many_parts(capsys):
     # One that fails does not seem to have reached its end.
     run(progress=True, max_steps=300, throw=False)
     assert "RKC2: 100.00%" not in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_steps_short_for_kinks_are_noticed_after_quick_windows(monkeypatch):
+    flow, model = net(jax.nn.leaky_relu)
+    monkeypatch.setattr(runs.windows, "FIRST", 100)
+    monkeypatch.setattr(runs.windows, "WINDOW", 3)
+    with pytest.warns(UserWarning, match="along kinks"):
+        gf.simulate(
+            flow, model, weight_decay=1e-3, slow_time=1.0, rtol=1e-5, saves=17,
+            solver=gf.KKT4(), max_steps=130, throw=False,
+        )  # fmt: skip
+
+
+def test_no_bar_is_no_thread_and_a_run_of_no_length_has_one(capsys):
+    flow, model = net(jnp.tanh, width=3)
+    path = gf.simulate(flow, model, weight_decay=0.1, t1=0.1, saves=3)
+    assert path.succeeded and not capsys.readouterr().err
+    at_start = dict(slow_time=1.0, ts=jnp.zeros(1), form="jacobian", throw=False)
+    gf.manifold.riemannian_flow(flow, model, progress=True, **at_start)
+    assert "drift: 100.00%" in capsys.readouterr().err
 
 
 def test_what_runs_out_of_steps_is_advised_by_its_solver():

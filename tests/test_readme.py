@@ -52,7 +52,7 @@ def check_all_are_cached(code, folder):
     found = []
     note = lambda event, **_: found.append(event)
     try:
-        assert gf.cache_programs(folder / "programs") == folder / "programs"
+        assert gf.cache_programs(folder / "programs") == str(folder / "programs")
         for _ in range(2):
             eqx.clear_caches()
             jax.clear_caches()

@@ -325,14 +325,14 @@ def test_linear_regression_in_closed_form():
     term, _ = task.flow.term(task.model)
     path = jax.vmap(gf.models.LinearModel)(jnp.asarray(path))
     fast = second_order.FastPath(term, path, scale, JacobianForm())
-    numerical = inner(fast, ts, speed)
+    numerical = inner(fast, ts, ts[-1], speed)
     np.testing.assert_allclose(numerical, exact, atol=5e-8 * np.abs(exact).max())
     # θ₂ less its growth ½t²w°'': the coefficient of λ² in g/(k + λ) + … e^{−(k + λ)t}.
     rest = force / k**3 * (1 - decayed) - force / k**2 * t * decayed
     rest = rest + (start - force / k) * t**2 / 2 * decayed
     exact = np.where(inside, rest, 0.0) @ basis.T
     growth = second_order.Growth(speed, bend=speed, rise=jnp.zeros_like(speed))
-    numerical2 = second_order.inner_next(fast, ts, numerical, growth)
+    numerical2 = second_order.inner_next(fast, ts, ts[-1], numerical, growth)
     np.testing.assert_allclose(numerical2, exact, atol=1e-6 * np.abs(exact).max())
     # w₁ vanishes, and h = −(∇²F)⁺w.
     last = gf.models.LinearModel(path.weights[-1])

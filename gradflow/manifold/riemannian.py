@@ -237,7 +237,7 @@ def _drift(run: DriftRun, form: AbstractForm, solver: diffrax.AbstractSolver) ->
     w0, loss = flatten(term.loss, run.params, term.static)
     spectrum = measure(loss, w0, form)
     out = _integrate(run, spectrum, solver)
-    path = out.saved
+    path = jnp.where(jnp.isfinite(out.saved), out.saved, jnp.nan)
 
     def record(w):
         model = loss.model(w)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
 from ..solvers.base import Controller, with_tolerances_of
 
-# A step that would end as near to a time to land on ends there.
+# A step that would end as near to a time to land on, in roundings of it, ends there.
 _NEAR = 100
 
 
@@ -30,7 +30,7 @@ class Reached(eqx.Module):
     solver: PyTree
     controller: PyTree
     saved: PyTree
-    """The states at the times to save; NaN at those that are not reached."""
+    """The states at the times to save; infinite at those that are not reached."""
     counts: Int[Array, " 3"]
     """Steps; those accepted, and rejected."""
     stopped: Bool[Array, ""]
@@ -69,7 +69,7 @@ class Integration(eqx.Module):
 
         def room(y: Array) -> Array:
             shown = jnp.reshape(there, (-1,) + (1,) * y.ndim)
-            return jnp.where(shown, y, jnp.full((), jnp.nan, y.dtype))
+            return jnp.where(shown, y, jnp.full((), jnp.inf, y.dtype))
 
         return Reached(
             t=zero,
@@ -104,7 +104,13 @@ class Integration(eqx.Module):
     def _ready(self) -> tuple[diffrax.AbstractSolver, Controller]:
         wrapped: Any = self.controller.wrap(1)
         controller: Controller = wrapped
-        return with_tolerances_of(controller, self.solver), controller
+        solver = with_tolerances_of(controller, self.solver)
+        if getattr(solver, "scan_kind", "") is None:
+            # Of Diffrax's loops over stages the one that `jax.jvp` leads through.
+            solver = eqx.tree_at(
+                lambda s: s.scan_kind, solver, "lax", is_leaf=lambda x: x is None
+            )
+        return solver, controller
 
     def _target(self, t: Scalar) -> Scalar:
         """The next time to land on."""

@@ -6,9 +6,9 @@ import jax
 from jaxtyping import PyTree
 
 FIRST = 256
-"""Steps of the first part; fixed, as the last bits may depend on it."""
+"""Steps of the first part."""
 ALL = 2**30
-"""So many steps are all; twice as many are more than 32 bits hold."""
+"""More steps than any run takes; twice as many are more than 32 bits hold."""
 
 
 def in_part() -> Any:

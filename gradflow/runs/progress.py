@@ -24,22 +24,23 @@ class Bar:
 
     def __init__(self, name: str, *, shown: bool):
         form = "{desc}: {percentage:.2f}%|{bar}| [{elapsed}<{remaining}{postfix}]"
-        self.tqdm = tqdm(total=100, desc=name, bar_format=form, disable=not shown)
+        self.tqdm = tqdm(total=100, desc=name, bar_format=form) if shown else None
         self.words = ""
 
     @property
     def hidden(self) -> bool:
         """Whether it is not shown."""
-        return bool(self.tqdm.disable)
+        return self.tqdm is None
 
     def tell(self, share: float, words: str) -> None:
         """How much of it is done, of 1, and what there is to say of that."""
-        self.tqdm.n = round(100 * share, 2)
         self.words = words
+        if self.tqdm is not None:
+            self.tqdm.n = round(100 * share, 2)
         self._show(words)
 
     def _show(self, words: str) -> None:
-        if not self.hidden:
+        if self.tqdm is not None:
             self.tqdm.set_postfix_str(words)
 
     def _note(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
@@ -55,9 +56,9 @@ class Bar:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if not self.hidden:
+        if self.tqdm is not None:
             monitoring.unregister_event_duration_listener(self._note)
-        self.tqdm.close()
+            self.tqdm.close()
 
 
 def run_in_parts(
@@ -66,6 +67,7 @@ def run_in_parts(
     bar: Bar,
     far: Callable[[Out, State], tuple[float, str]],
     *,
+    first: int = FIRST,
     seen: Callable[[Out, State], None] | None = None,
 ) -> tuple[Out, State]:
     """A run part after part, for a bar to tell how far it is.
@@ -74,12 +76,14 @@ def run_in_parts(
 
     - `part`: the run from a state, so many steps on: what there is so far, the state,
         and whether that is all.
-    - `state`: the first. Parts have so many steps that each takes about half a second;
-        where the bar is not shown, all.
+    - `state`: where it is at first.
+    - `first`: the steps of the first part. The next have so many that each takes about
+        half a second; where no bar is shown, all, and if nobody is to see it the first
+        has all.
     - `far`: the share of all that is done, and what there is to say of it.
-    - `seen`: is given what a first part of few steps has come to, if that is not all.
+    - `seen`: is given what the first part has come to, if that is not all.
     """
-    steps = ALL if bar.hidden and seen is None else FIRST
+    steps = ALL if bar.hidden and seen is None else first
     while True:
         began = time.perf_counter()
         with in_part():

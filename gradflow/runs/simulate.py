@@ -138,7 +138,7 @@ def simulate(
             rtol=rtol,
             atol=atol,
             max_steps=min(max_steps, TRIAL_STEPS) if choice.trial else max_steps,
-            adjoint=_adjoint(adjoint, given) if known.differentiable else None,
+            adjoint=adjoint,
         )
         with Bar(known.name, shown=progress and concrete) as bar:
             path = solve_through(one, bar, kinked=kinked)
@@ -150,7 +150,9 @@ def simulate(
 
     if wrong is not False:  # then nothing is run
         lam, times = (jnp.where(wrong, jnp.zeros_like(x), x) for x in (lam, times))
-    arrays = jax.tree.leaves(eqx.filter((term, params, lam, times, bare), eqx.is_array))
+    arrays = jax.tree.leaves(
+        eqx.filter((term, params, lam, times, bare, rtol, atol), eqx.is_array)
+    )
     concrete = all(map(is_concrete, arrays))
     kinked = concrete and _kinked(term, params)
     choice = as_choice(solver, size, rtol)
@@ -195,14 +197,3 @@ def _underivable(values: Values, solver: str, adjoint: Given) -> Values:
 def _kinked(term: FlowTerm, params: PyTree) -> bool:
     theta, loss = flatten_on(term.loss, params, term.chart)
     return may_have_kinks(loss, theta)
-
-
-def _adjoint(
-    adjoint: diffrax.AbstractAdjoint | None, values: PyTree
-) -> diffrax.AbstractAdjoint | None:
-    """How a run by one of Diffrax's solvers is differentiated: by its usual way, where
-    something is being traced, that is maybe for a derivative."""
-    arrays = jax.tree.leaves(eqx.filter(values, eqx.is_array))
-    if adjoint is None and not all(map(is_concrete, arrays)):
-        return diffrax.RecursiveCheckpointAdjoint()
-    return adjoint

@@ -1,7 +1,9 @@
 """θ' integrated, and the verdict on the run."""
 
 import dataclasses
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import diffrax
 import equinox as eqx
@@ -9,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
-from .._host import as_array
+from .._host import as_array, taken
 from .._norms import as_vector, norms, rms
 from ..flow.term import AbstractFlowTerm, FlowTerm, Sphere
 from ..flow.vector import on_vector
@@ -30,6 +32,8 @@ from .path import Path
 from .problem import check_scalars
 from .stats import Stats
 from .times import time_scale
+
+Fn = TypeVar("Fn", bound=Callable[..., Any])
 
 
 class Tolerance(eqx.Module):
@@ -97,27 +101,40 @@ class Solve(eqx.Module):
         return self.ts.shape[0]
 
     def again(self, params: PyTree, ts: Float[Array, " n"]) -> "Solve":
-        """The same run from elsewhere and through other times. It is compiled already
-        if these are as many."""
+        """The same run from elsewhere and through other times."""
         return dataclasses.replace(self, params=params, ts=ts)
 
 
+def _exactly(fn: Fn) -> Fn:
+    """`fn`, with products of matrices in all digits of their numbers, which on a GPU is
+    not JAX's default."""
+
+    @functools.wraps(fn)
+    def exact(*args):
+        with jax.default_matmul_precision("highest"):
+            return fn(*args)
+
+    return exact  # pyright: ignore[reportReturnType]
+
+
 @eqx.filter_jit
+@_exactly
 def solve(run: Solve) -> Path:
     """A run from its start to its end, by one program, through which one can
     differentiate if it has an `adjoint`."""
     steps = _Steps.of(run)
     if run.adjoint is not None:
         return _told(run, steps, _differentiably(run, steps))[0]
-    at = steps.begin(run)
-    at = steps.integration(run, at.first).run(at)
+    at = steps.go_on(run, steps.begin(run, run.ts[-1]))
     return _told(run, steps, _reached(run, steps, at))[0]
 
 
 @eqx.filter_jit
-def begin(run: Solve) -> Reached:
-    """The start of a run that goes on in parts."""
-    return _Steps.of(run).begin(run)
+@_exactly
+def begin(run: Solve, end: Scalar) -> Reached:
+    """The start of a run that goes on in parts, and ends at `end`: its `ts` may be the
+    first of many."""
+    return _Steps.of(run).begin(run, end)
 
 
 def solve_part(
@@ -125,15 +142,17 @@ def solve_part(
 ) -> tuple[Path, Reached, Bool[Array, ""]]:
     """So many `steps` of a run, from its start (`None`) or from where the last part
     ended. Returns the path so far, the new state, and whether that is all."""
-    return _solve_on(run, begin(run) if before is None else before, steps)
+    at = begin(run, taken(run.ts, -1)) if before is None else before
+    return _solve_on(run, at, steps)
 
 
 @eqx.filter_jit
+@_exactly
 def _solve_on(
     run: Solve, at: Reached, steps: Int[Array, ""]
 ) -> tuple[Path, Reached, Bool[Array, ""]]:
     how = _Steps.of(run)
-    at = how.integration(run, at.first).run(at, steps)
+    at = how.go_on(run, at, steps)
     path, ended = _told(run, how, _reached(run, how, at))
     return path, at, ended
 
@@ -151,14 +170,12 @@ class _Steps(NamedTuple):
         check_scalars(run.term.loss, run.watched, run.term.model(run.params))
         flow, theta = on_vector(run.term, run.params)
         solver = _flow_solver(run)
-        with jax.default_matmul_precision("highest"):
-            followed = solver.follow(flow, theta, run.weight_decay)
-        return cls(flow, theta, solver, followed)
+        return cls(flow, theta, solver, solver.follow(flow, theta, run.weight_decay))
 
-    def start(self, run: Solve) -> tuple[Bool[Array, ""], Scalar]:
+    def start(self, run: Solve, end: Scalar) -> tuple[Bool[Array, ""], Scalar]:
         """Whether it is defined at its start: else it is not to be run; and the length
         of its first step."""
-        lam, end = run.weight_decay, run.ts[-1]
+        lam = run.weight_decay
         defined = _defined(self.flow, self.theta, lam) & jnp.all(jnp.isfinite(run.ts))
         scale = jnp.minimum(time_scale(self.flow, self.theta, lam, end), end)
         return defined, 1e-3 * jnp.where(defined, scale, 1.0)
@@ -173,12 +190,16 @@ class _Steps(NamedTuple):
             run.tolerance.max_steps,
         )
 
-    def begin(self, run: Solve) -> Reached:
-        defined, first = self.start(run)
+    def begin(self, run: Solve, end: Scalar) -> Reached:
+        defined, first = self.start(run, end)
         integration = self.integration(run, first)
-        with jax.default_matmul_precision("highest"):
-            at = integration.begin(self.followed.state, first)
+        at = integration.begin(self.followed.state, first)
         return dataclasses.replace(at, stopped=~defined)
+
+    def go_on(
+        self, run: Solve, at: Reached, steps: Int[Array, ""] | None = None
+    ) -> Reached:
+        return self.integration(run, at.first).run(at, steps)
 
 
 def _told(
@@ -186,11 +207,10 @@ def _told(
 ) -> tuple[Path, Bool[Array, ""]]:
     """What is recorded, and the verdict; and whether that is all of the run."""
     solver = steps.solver
-    with jax.default_matmul_precision("highest"):
-        models, seen, train_loss, penalty = _record(run, solver, out)
-        work = solver.work(out.term, out.solver_state)
-        result = _verdict(run, solver, out, models, work)
-        result = RESULTS.where(out.defined, result, RESULTS.undefined_start)
+    models, seen, train_loss, penalty = _record(run, solver, out)
+    work = solver.work(out.term, out.solver_state)
+    result = _verdict(run, solver, out, models, work)
+    result = RESULTS.where(out.defined, result, RESULTS.undefined_start)
     paused = (result == RESULTS.out_of_steps) & (
         out.counts[0] < run.tolerance.max_steps
     )
@@ -297,27 +317,26 @@ def _reached(run: Solve, steps: _Steps, at: Reached) -> _Integrated:
 
 def _differentiably(run: Solve, steps: _Steps) -> _Integrated:
     """By Diffrax's own loop, which has derivatives."""
-    defined, first = steps.start(run)
+    defined, first = steps.start(run, run.ts[-1])
     ts = jnp.where(defined, run.ts, 0.0)
     controller = _controller(run, steps.solver, first)
-    with jax.default_matmul_precision("highest"):
-        solution = diffrax.diffeqsolve(
-            steps.followed.term,
-            steps.followed.solver,
-            t0=jnp.zeros_like(ts[0]),
-            t1=ts[-1],
-            dt0=first,
-            y0=steps.followed.state,
-            args=run.weight_decay,
-            saveat=diffrax.SaveAt(
-                subs=[diffrax.SubSaveAt(ts=ts), diffrax.SubSaveAt(t1=True)],
-                solver_state=True,
-            ),
-            stepsize_controller=diffrax.ClipStepSizeController(controller, step_ts=ts),
-            max_steps=run.tolerance.max_steps,
-            throw=False,
-            adjoint=run.adjoint,  # pyright: ignore[reportArgumentType]
-        )
+    solution = diffrax.diffeqsolve(
+        steps.followed.term,
+        steps.followed.solver,
+        t0=jnp.zeros_like(ts[0]),
+        t1=ts[-1],
+        dt0=first,
+        y0=steps.followed.state,
+        args=run.weight_decay,
+        saveat=diffrax.SaveAt(
+            subs=[diffrax.SubSaveAt(ts=ts), diffrax.SubSaveAt(t1=True)],
+            solver_state=True,
+        ),
+        stepsize_controller=diffrax.ClipStepSizeController(controller, step_ts=ts),
+        max_steps=run.tolerance.max_steps,
+        throw=False,
+        adjoint=run.adjoint,  # pyright: ignore[reportArgumentType]
+    )
     saved, ends = solution.ys  # pyright: ignore[reportGeneralTypeIssues]
     _, reached = solution.ts  # pyright: ignore[reportGeneralTypeIssues]
     t, end = reached[0], jax.tree.map(lambda y: y[0], ends)

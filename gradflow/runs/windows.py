@@ -14,6 +14,7 @@ from .._checks import is_concrete
 from .._host import as_array
 from ..solvers import as_flow_solver
 from .integrate import Reached
+from .parts import FIRST
 from .path import Path
 from .progress import Bar, run_in_parts
 from .solve import begin, Solve, solve, solve_part
@@ -26,15 +27,15 @@ def solve_through(run: Solve, bar: Bar | None = None, *, kinked: bool = False) -
     """`solve`, by programs that hardly depend on how many times there are; under a
     `bar`, if it is to be shown; and where there may be kinks, with word after some
     steps of whether they make these short. What is being traced is one program."""
-    arrays = jax.tree.leaves(eqx.filter(run, eqx.is_array))
-    if run.adjoint is not None or not all(map(is_concrete, arrays)):
-        return solve(run)
     bar = Bar("", shown=False) if bar is None else bar
+    if run.adjoint is not None or not _known(run):
+        return _in_one(run, bar)
     ts = np.asarray(run.ts)
     end = float(ts[-1])
 
     def far(path: Path, at: Reached) -> tuple[float, str]:
-        return float(at.t) / end, f"{int(path.stats.steps)} steps"
+        share = float(at.t) / end if end > 0 else 1.0
+        return share, f"{int(path.stats.steps)} steps"
 
     def warn(path: Path, at: Reached) -> None:
         _warn_of_kinks(path, float(at.t), end)
@@ -42,16 +43,39 @@ def solve_through(run: Solve, bar: Bar | None = None, *, kinked: bool = False) -
     windows = [
         dataclasses.replace(run, ts=as_array(w)) for w in _windows(ts, run.solver)
     ]
-    at, paths = begin(windows[0]), []
+    at, paths = begin(windows[0], as_array(ts[-1])), []
     for window in windows:
+        # (What is being traced may be inside of a function that the run calls.)
+        if not _known((at, paths)):
+            return _in_one(run, bar)
         if paths:
             at = dataclasses.replace(at, saved=_nothing(at.saved))
         part = functools.partial(solve_part, window)
-        seen = warn if kinked and not paths else None
-        path, at = run_in_parts(part, at, bar, far, seen=seen)
+        early = FIRST - int(np.asarray(at.counts)[0])
+        seen = warn if kinked and early > 0 else None
+        first = early if early > 0 else FIRST
+        path, at = run_in_parts(part, at, bar, far, first=first, seen=seen)
         paths.append(path)
+    if not _known(paths):
+        return _in_one(run, bar)
     whole = len(paths) == 1 and len(paths[0]) == run.saves
     return paths[0] if whole else _joined(paths, run.ts)
+
+
+def _known(tree: PyTree) -> bool:
+    """Whether nothing in it is being traced."""
+    return all(map(is_concrete, jax.tree.leaves(eqx.filter(tree, eqx.is_array))))
+
+
+def _in_one(run: Solve, bar: Bar) -> Path:
+    """By one program: what is being traced, for a derivative maybe, where the solver
+    has one."""
+    if run.adjoint is None and as_flow_solver(run.solver).differentiable:
+        usual = diffrax.RecursiveCheckpointAdjoint()
+        run = dataclasses.replace(run, adjoint=usual)
+    path = solve(run)
+    bar.tell(1.0, "")
+    return path
 
 
 def run_again(run: Solve, params: PyTree, ts: Float[Array, " n"]) -> Path:
@@ -76,7 +100,7 @@ def _windows(
 
 def _nothing(saved: PyTree) -> PyTree:
     """Room for the states of a window."""
-    return jax.tree.map(lambda x: as_array(np.full(x.shape, np.nan, x.dtype)), saved)
+    return jax.tree.map(lambda x: as_array(np.full(x.shape, np.inf, x.dtype)), saved)
 
 
 def _joined(paths: list[Path], ts: Float[Array, " n"]) -> Path:

@@ -163,7 +163,7 @@ class ActiveSet(
         inner = eqx.tree_at(lambda s: s.slope, inner, slope)
         return _State(inner, _force(term, y0.tracked, args))
 
-    @eqx.filter_jit  # Diffrax traces a step several times
+    @eqx.filter_jit  # a loop of Diffrax traces a step several times
     def step(
         self,
         terms: diffrax.AbstractTerm,

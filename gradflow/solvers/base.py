@@ -24,7 +24,7 @@ _OPEN = diffrax.with_stepsize_controller_tols(diffrax.VeryChord)().rtol  # pyrig
 
 
 class Followed(NamedTuple):
-    """What `diffrax.diffeqsolve` is given to follow a flow."""
+    """What an integration is given to follow a flow."""
 
     solver: diffrax.AbstractSolver
     term: AbstractFlowTerm

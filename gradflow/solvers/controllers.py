@@ -150,7 +150,8 @@ class Relative(diffrax.AbstractAdaptiveStepSizeController):
             t0, t1, one, one, args, scaled, error_order, state
         )
         # A step that ends a rounding before a time to land on would leave a tiny one to
-        # it, as steps of equal length do between equidistant times. And a tiny step
+        # it, as steps of equal length do between equidistant times (in Diffrax's loop;
+        # that of a run sees to it by itself). And a tiny step
         # that is accepted is no failure.
         eps = jnp.finfo(jnp.result_type(t1)).eps
         next_t1 = jnp.where(keep, next_t1 + 4 * eps * jnp.abs(next_t1), next_t1)

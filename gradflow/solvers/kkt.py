@@ -238,7 +238,7 @@ class AbstractKKT(
             work={k: jnp.zeros((), int) for k in ("iterations", "kernels", "sliding")},
         )
 
-    @eqx.filter_jit  # Diffrax traces a step several times
+    @eqx.filter_jit  # a loop of Diffrax traces a step several times
     def step(
         self,
         terms: AbstractTerm,

@@ -17,14 +17,14 @@ from .._checks import is_key
 from ..runs.outcome import wants_another
 from ..runs.parts import FIRST, in_part
 from ..runs.path import Path
-from ..runs.solve import Solve, solve_part
+from ..runs.solve import Solve, solve, solve_part
 from ..runs.steps import Descend, descend, descend_part
 from ..runs.windows import solve_through
 from .checkpoints import Checkpoints
 from .lanes import Lane
 
 Batch = Literal["loop", "vmap"]
-_WHOLE: dict[type, Callable] = {Solve: solve_through, Descend: descend}
+_WHOLE: dict[type, Callable] = {Solve: solve, Descend: descend}
 _PARTS: dict[type, Callable] = {Solve: solve_part, Descend: descend_part}
 Launch = Callable[[list[Lane], int], Callable[[], list[Any]]]
 """Starts lanes as one program, or a few; what is returned waits for what they give."""
@@ -149,7 +149,8 @@ class _Programs(NamedTuple):
     given_up: Callable[[Lane, Path], None]
 
     def start(self, program: Program) -> Running:
-        """Starts lanes, or their first parts, without waiting for them."""
+        """Starts lanes, or their first parts, without waiting for them (but for those
+        that are run one by one)."""
         lanes, size = program.lanes, program.size
         try:
             if self.checkpoints is None:
@@ -243,7 +244,9 @@ def _run_on(
 
 def _alone(lanes: list[Lane], size: int) -> Callable[[], list[Any]]:
     calls = [_call(lane) for lane in lanes]
-    out = [_without_shared(fn(*arguments)) for fn, arguments in calls]
+    # What `simulate` runs, too.
+    runs = [(solve_through if fn is solve else fn, given) for fn, given in calls]
+    out = [_without_shared(fn(*given)) for fn, given in runs]
     return lambda: jax.block_until_ready(out)
 
 

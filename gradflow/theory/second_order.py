@@ -419,7 +419,7 @@ def inner(
 ) -> Float[Array, "n d"]:
     """u = θ₁ + tv at the times `ts`, where v = `speed` = P∇R(Φ): what is left of θ₁
     without its growth, u' = −H(u − tv) − ∇R + v. Beyond the `end` of the fast path
-    there is no more than numbers."""
+    the numbers mean nothing."""
 
     def source(t, w, loss):
         grown = t * jax.jvp(loss.gradient, (w,), (speed,))[1]
