@@ -101,7 +101,7 @@ bad = dict(
     atol=(-1.0, np.inf, "0", [1e-9]),
     max_steps=(0, -3, 10.0, None, "9", True),
     saves=(4.5, 2, "7", None, jnp.asarray(5.0)),
-    solver=(gf.KKT4, "KKT4", diffrax.Euler(), diffrax.Tsit5, 3),
+    solver=(gf.KKT4, "KKT4", diffrax.Euler(), diffrax.KenCarp4(), diffrax.Tsit5, 3),
     metrics=([loss], loss, dict(test=3.0), {{1: loss}}, dict(test="loss")),
 )
 t1 = (0.0, -1.0, np.inf, [1.0, 2.0], "1", 1j, True)
