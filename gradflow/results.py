@@ -136,6 +136,7 @@ the next result takes the next one."""
 # An enumeration of Equinox is an index into its names, whose order is no promise of its
 # own. What gradflow knows of that stands below, and nowhere else.
 _NAMES: list[str] = list(RESULTS._name_to_item)
+_MESSAGES: list[str] = [RESULTS[item] for item in RESULTS._name_to_item.values()]
 _OTHER = -2  # one of Diffrax's, none of which is ever a result of gradflow's
 _CODE_OF_INDEX = np.array([CODES.get(name, _OTHER) for name in _NAMES], np.int32)
 
@@ -182,11 +183,20 @@ def among(result: RESULTS, *those: RESULTS) -> Bool[Array, "*lanes"]:
 
 
 def only_if_successful(out: Out, result: RESULTS) -> Out:
-    """`out`; an error, now or when what is traced is run, where the result is no
-    success."""
-    if is_known(result) and np.asarray(among(result, RESULTS.successful)).all():
-        return out
-    return result.error_if(out, result != RESULTS.successful)
+    """`out`; a `RuntimeError` where the result is no success. See `unless_failed`."""
+    return unless_failed(out, result, among(result, RESULTS.successful))
+
+
+def unless_failed(out: Out, result: RESULTS, okay: Bool[Array, "*lanes"]) -> Out:
+    """`out`; a `RuntimeError` with the words of the result where it is not `okay`: now,
+    or when what is traced is run. (`EQX_ON_ERROR` is for the errors of others.)"""
+    if not is_known(result) or not is_concrete(okay):
+        index = result._value
+        return eqx.branched_error_if(out, ~okay, index, _MESSAGES, on_error="raise")
+    failed = np.ravel(result._value)[~np.ravel(okay)]
+    if failed.size:
+        raise RuntimeError(_MESSAGES[int(failed[0])])
+    return out
 
 
 def flags() -> dict[str, Any]:

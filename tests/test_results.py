@@ -1,5 +1,9 @@
 """The numbers of results in stores, which never change their meaning."""
 
+import os
+import subprocess
+import sys
+
 import diffrax
 import equinox as eqx
 import jax.numpy as jnp
@@ -54,3 +58,33 @@ def test_what_is_traced_is_not_known():
         return result
 
     assert bool(run(jnp.array(1.0)) == gf.RESULTS.successful) and told == [False]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", ["off", "nan"])
+def test_errors_are_raised_whatever_equinox_is_told(setting):
+    """In a process of its own: Equinox reads it when it is imported."""
+    code = """
+import jax, jax.numpy as jnp, gradflow as gf
+x = jnp.array([[1.0, 2.0, -1.0]])
+flow = gf.GradientFlow(gf.SquaredError(x, jnp.ones(1)))
+model = gf.models.DiagonalNetwork(*jnp.full((2, 3), 0.3).at[0].add(0.1))
+few = dict(max_steps=2)
+run = lambda lam: gf.simulate(flow, model, weight_decay=lam, t1=9.0, **few).params
+for call in (
+    lambda: run(0.1),
+    lambda: jax.block_until_ready(jax.jit(run)(0.1)),
+    lambda: gf.manifold.limit_map(flow, model, **few),
+    lambda: gf.manifold.riemannian_flow(flow, model, slow_time=1.0, **few),
+):
+    try:
+        call()
+        print("no error")
+    except RuntimeError as error:
+        print("step budget" in str(error))
+"""
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True,
+        env=os.environ | {"EQX_ON_ERROR": setting},
+    )  # fmt: skip
+    assert out.stdout.split() == ["True"] * 4, out.stdout + out.stderr

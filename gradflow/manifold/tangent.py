@@ -10,7 +10,7 @@ from .._checks import check_given
 from ..flow.flat import flatten
 from ..flow.flow import GradientFlow
 from ..losses import AbstractLoss
-from ..results import RESULTS
+from ..results import RESULTS, unless_failed
 from ._matrix_free import project
 from .choice import begin, choose_form, Form, is_dense, Method
 from .forms import AbstractForm
@@ -74,7 +74,7 @@ def tangent_projection(
     out, okay = _project_matrix_free(loss, params, static, v, source, max_steps)
     if throw:
         result = RESULTS.where(okay, RESULTS.successful, RESULTS.unresolved)
-        out = result.error_if(out, ~okay)
+        out = unless_failed(out, result, okay)
     return out
 
 

@@ -8,7 +8,7 @@ from jaxtyping import Array, PyTree
 
 from .._checks import Wrong
 from .._host import as_array, numpy_of
-from ..results import among, is_known, RESULTS
+from ..results import among, is_known, RESULTS, unless_failed
 from .path import Path
 
 
@@ -32,7 +32,7 @@ def fail_unless_reached(out: PyTree, path: Path) -> PyTree:
         if not bool(path.succeeded):
             raise RuntimeError(path.verdict)
         return out
-    return path.result.error_if(out, ~path.succeeded)
+    return unless_failed(out, path.result, path.succeeded)
 
 
 def named_wrong(path: Path, wrong: Wrong) -> Path:
