@@ -72,3 +72,12 @@ def test_a_failure_is_named():
     at = run(Integration(wild, diffrax.Tsit5(), stuck, TS, RATES, 1000))
     assert at.result == diffrax.RESULTS.dt_min_reached
     assert 0.49 < at.t <= 0.5 and at.counts[2] > 0 and np.isinf(at.saved[3]).all()
+
+
+def test_no_tiny_step_is_left_before_a_time():
+    """Steps of 0.02, 0.2, and on; the first time is a rounding beyond the second."""
+    still = diffrax.ODETerm(lambda t, y, args: 0 * y)
+    ts = jnp.array([0.0, 0.22 * (1 + 1e-15), 1.0])
+    one = Integration(still, diffrax.Tsit5(), PID, ts, None, 100)
+    at = eqx.filter_jit(lambda: one.run(one.begin(START, jnp.asarray(0.02))))()
+    assert at.counts.tolist() == [3, 3, 0] and float(at.t) == 1.0
