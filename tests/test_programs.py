@@ -123,7 +123,7 @@ def test_what_is_traced_inside_a_function_is_one_program():
     """Under `vmap` and `grad`, of a loss and of a metric, by any solver."""
     x = jr.normal(jr.key(2), (3, 8))
     model = gf.models.DiagonalNetwork(*jnp.full((2, 8), 0.3))
-    options = dict(weight_decay=0.1, t1=1.0, saves=4)
+    options = dict(weight_decay=0.1, ts=jnp.linspace(0, 1, 4))
 
     def end(c, solver):
         loss = gf.SquaredError(x, x[:, 0], predict=lambda m, x: c * (x @ m.beta))
