@@ -53,8 +53,8 @@ def test_a_flow_in_parts():
     args = Solve.of(
         term, params, jnp.asarray(lam), ts, watched, solver, rtol=1e-5, max_steps=10_000
     )
-    whole = solve(args)
-    assert bool(whole.succeeded) and int(whole.stats.steps) > 25
+    whole, number = in_parts(solve_part, args, [10_000])
+    assert number == 1 and bool(whole.succeeded) and int(whole.stats.steps) > 25
     few, number = in_parts(solve_part, args, [10])
     assert number > 2
     assert equal(few, in_parts(solve_part, args, [10, 3, 12])[0])
@@ -63,8 +63,12 @@ def test_a_flow_in_parts():
         jax.tree.leaves(few.params), jax.tree.leaves(whole.params), strict=True
     ):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
-    seen, expected = few.metrics["test"], whole.metrics["test"]
-    np.testing.assert_allclose(seen, expected, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(few.metrics["test"], whole.metrics["test"], rtol=1e-9)
+    # And by one program from start to end, which rounds in another way.
+    for a, b in zip(
+        jax.tree.leaves(solve(args).params), jax.tree.leaves(whole.params), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.slow

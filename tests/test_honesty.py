@@ -254,6 +254,10 @@ def test_refinement_ends_where_a_run_fails_or_theory_has_ended():
     # The run for 1025 places fails: what there was stays as it is.
     path, error = refined(lambda x: run(x, True), 1e-7, **told)
     assert len(runs) == 3 and len(path) == 257 and jnp.isfinite(path.train_loss).all()
+    # Straight lines between them, as along kinks, are not refined beyond 257.
+    runs.clear()
+    path, _ = refined(run, 1e-7, degree=1, **told)
+    assert len(path) == 257 and len(runs) == 2
     # What changes abruptly after the rank is lost does not count.
     runs.clear()
 

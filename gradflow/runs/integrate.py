@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
 from ..solvers.base import Controller, with_tolerances_of
+from .parts import strong
 
 # A step that would end as near to a time to land on, in roundings of it, ends there.
 _NEAR = 100
@@ -75,8 +76,8 @@ class Integration(eqx.Module):
             t=zero,
             next=following,
             y=y0,
-            solver=_arrays(begun),
-            controller=_arrays(state),
+            solver=strong(begun),
+            controller=strong(state),
             saved=jax.tree.map(room, y0),
             counts=jnp.zeros(3, int),
             stopped=self._stops(zero, y0),
@@ -189,13 +190,3 @@ class Integration(eqx.Module):
 
         first = (place, at.saved)
         return jax.lax.while_loop(lambda carry: reached(carry[0]), fill, first)[1]
-
-
-def _arrays(tree: PyTree) -> PyTree:
-    """Numbers as arrays, without weak types: a loop, and a file, keeps neither."""
-
-    def array(x):
-        x = jnp.asarray(x)
-        return jax.lax.convert_element_type(x, x.dtype)
-
-    return jax.tree.map(array, tree)

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import PyTree
 
 FIRST = 256
@@ -18,5 +19,10 @@ def in_part() -> Any:
 
 
 def strong(tree: PyTree) -> PyTree:
-    """Without weak types, which a file does not keep."""
-    return jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), tree)
+    """Numbers as arrays, without weak types: a loop, and a file, keeps neither."""
+
+    def array(x):
+        x = jnp.asarray(x)
+        return jax.lax.convert_element_type(x, x.dtype)
+
+    return jax.tree.map(array, tree)

@@ -65,13 +65,14 @@ def refined(
     """
     path = run(np.linspace(0, 1, FEWEST))
     error, fall = _error(path, degree, curvature)
-    kinked = degree == 1
-    while error > target and len(path) < most:
-        if (kinked or among(path.result, RESULTS.slid)) and len(path) >= 257:
+    while error > target:
+        # Along kinks there is no convergence to wait for.
+        kinked = degree == 1 or bool(among(path.result, RESULTS.slid))
+        n, top = len(path), min(most, 257) if kinked else most
+        if n >= top:
             break
-        n = len(path)
         enough = error * fall <= target  # twice as many
-        times = 2 if enough or 4 * (n - 1) >= most else 4
+        times = 2 if enough or 4 * (n - 1) >= top else 4
         fine = np.arange(times * (n - 1) + 1)
         between = fine[fine % times > 0] / (times * (n - 1))
         more = run(np.append(between, 1.0))
