@@ -550,17 +550,18 @@ def test_steps_hardly_depend_on_weight_decay(name):
 
 def test_choose_solver(linear):
     term, params, _ = linear
-    size = lambda x, d=6, m=3: Size(jnp.asarray(x), d, m)
+    size = lambda x, d=6, m=3: Size(jnp.asarray(x), d, m, 6.0 * d * (m or 100))
     choose = lambda *args, **kw: type(choose_solver(*args, **kw).solver)
     assert choose(size(1.0)) is diffrax.Tsit5
     assert choose(size(1e6)) is gf.KKT4
     assert choose(size(1e6), rtol=1e-9) is gf.KKT5
     assert choose(size(1e4, 100_000, 5000), rtol=1e-3) is gf.RKC2
-    assert choose(size(1e8, 2, 10_001)) is gf.RKC2  # the kernel does not fit
+    assert choose(size(1e8, 20_000, 10_001)) is gf.RKC2  # the kernel does not fit
+    assert choose(size(1e8, 2, 10_001)) is gf.KKT4  # it is kept as two columns
     assert choose(size(1e6, 6, None)) is gf.KKT4
     assert choose(size(1e6, 6000, None)) is gf.RKC2
     with pytest.raises(ValueError, match="^penalty: only KKT .* 10001 outputs"):
-        choose_solver(Size(jnp.asarray(1e6), 2, 10_001, kinks=True))
+        choose_solver(Size(jnp.asarray(1e6), 20_000, 10_001, 1.0, kinks=True))
     why = choose_solver(size(1e6)).why
     assert "L·t1 = 1e+06" in why and "m = 3" in why and "Tsit5" in why
 
@@ -591,5 +592,6 @@ def test_measure_size(linear):
     top = np.linalg.eigvalsh(x.T @ x / len(x))[-1]
     assert_allclose(found.stiffness, 2 * (top + 0.1), rtol=0.05)
     assert (found.parameters, found.outputs) == (6, 3)
+    assert 4 * 6 * 3 <= found.gradient <= 8 * 6 * 3 + 50  # Xβ, and Xᵀ of the residuals
     opaque, _ = gf.GradientFlow(gf.Loss(term.loss)).term(params)
     assert measure_size(opaque, params, 0.1, 2.0).outputs is None

@@ -1,31 +1,18 @@
 """The loss as a function of one flat vector θ: J, the tangent kernel JJᵀ, products."""
 
 import abc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree, Scalar
 
 from ..losses import AbstractCompositeLoss, AbstractLoss, outer_from, samples
+from .operations import operations
 from .term import AbstractChart, Flat
-
-
-def operations(jaxpr: Jaxpr | ClosedJaxpr) -> Iterator[JaxprEqn]:
-    """All equations of a program, and of those inside of it."""
-    for equation in jaxpr.eqns:
-        yield equation
-
-        def inner(p):
-            return hasattr(p, "eqns")
-
-        for param in jax.tree.leaves(list(equation.params.values()), is_leaf=inner):
-            if inner(param):
-                yield from operations(param)
 
 
 def linearized(fn: Callable, x: PyTree) -> tuple[PyTree, Callable, Callable]:
@@ -172,11 +159,15 @@ class FlatLoss(AbstractFlatLoss):
 
     def jacobian(self, theta: Float[Array, " d"]) -> Float[Array, "m d"]:
         """J: sample by sample, at the cost of one gradient for each output of a
-        sample, where the loss has `samples`; else by m vector-Jacobian products."""
+        sample, where the loss has `samples`; else by m vector-Jacobian products, or d
+        Jacobian-vector ones if they are fewer."""
         x = samples(self.composite)
-        if x is None:
-            return jax.jacrev(self.outputs)(theta)
-        return self._sample_rows(theta, x)
+        if x is not None:
+            return self._sample_rows(theta, x)
+        z, push, _ = self.linearize(theta)
+        if theta.size < z.size:
+            return jax.vmap(push)(jnp.eye(theta.size, dtype=theta.dtype)).T
+        return jax.jacrev(self.outputs)(theta)
 
     def _sample_rows(self, theta: Float[Array, " d"], x: PyTree) -> Array:
         """The rows of J that belong to samples `x`."""

@@ -36,8 +36,8 @@ from .jacobian_form import count_outputs
 from .retraction import failed, nearest
 from .spectra import measure
 
-# Up to which JJᵀ is made even where there are more of them than parameters.
-_FEW_OUTPUTS = 500
+# Outputs, or parameters, up to which JJᵀ, or JᵀJ, is made whatever the other number.
+_FEW = 500
 
 
 class Limit(eqx.Module):
@@ -174,12 +174,16 @@ def _without_derivative(tree: PyTree) -> PyTree:
 def default_solver(
     loss: AbstractLoss, params: PyTree, static: PyTree
 ) -> diffrax.AbstractSolver:
-    """KKT5 where the loss is composite and JJᵀ no larger than the Hessian, or small;
+    """KKT5 where the loss is composite and JJᵀ no larger than the Hessian, or small (or
+    JᵀJ is);
     else Tsit5, the explicit one, which takes as many steps as the problem is stiff, and
     whose noise at the stability limit can keep it from coming to rest at all."""
     composite = isinstance(loss, AbstractCompositeLoss)
-    if composite and count_outputs(loss, params, static) <= _FEW_OUTPUTS:
-        return KKT5()
+    parameters = sum(p.size for p in jax.tree.leaves(params))
+    if composite:
+        few = min(count_outputs(loss, params, static), parameters)
+        if few <= _FEW:
+            return KKT5()
     if first_form(loss, params, static, "auto").interpolating:
         return KKT5()
     return diffrax.Tsit5()

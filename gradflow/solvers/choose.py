@@ -10,6 +10,7 @@ from jaxtyping import PyTree, Scalar
 
 from .._checks import is_concrete
 from .._host import as_array, known
+from ..flow.operations import price
 from ..flow.term import AbstractFlowTerm
 from ..losses import AbstractCompositeLoss
 from ..penalties import Moreau
@@ -20,6 +21,8 @@ from .rkc import RKC2
 
 TRIAL_STEPS = 10_000  # after which Tsit5 is given up, if it was not asked for
 _KERNEL_LIMIT = 10_000  # outputs up to which an m × m matrix is affordable
+_CALL = 1e4  # what the smallest gradient, or iteration, takes, in operations
+_MARGIN = 1.5  # by how much an explicit solver is to be cheaper
 
 
 class Size(eqx.Module):
@@ -30,6 +33,8 @@ class Size(eqx.Module):
     parameters: int = eqx.field(static=True)
     outputs: int | None = eqx.field(static=True)
     """How many the loss has; `None` where it is not composite."""
+    gradient: float = eqx.field(static=True)
+    """The operations of one gradient, see `flow.operations.price`."""
     kinks: bool = eqx.field(static=True, default=False)
     """Whether the penalty has any."""
     rounded: bool = eqx.field(static=True, default=False)
@@ -46,11 +51,16 @@ def measure_size(
     outputs, loss = None, term.loss
     if isinstance(loss, AbstractCompositeLoss):
         outputs = jax.eval_shape(lambda p: loss.outputs(term.model(p)), params).size
+
+    def gradient(p):
+        return jax.grad(lambda p: loss(term.model(p)))(p)
+
     largest = known(sharpness(term, params)) + known(weight_decay)
     return Size(
         as_array(largest * known(t1)),
         sum(p.size for p in jax.tree.leaves(params)),
         outputs,
+        price(gradient, params),
         not term.penalty.smooth,
         any(
             isinstance(part, Moreau) and not part.separable
@@ -89,22 +99,23 @@ def choose_solver(
 ) -> Choice:
     """The solver that `simulate` takes when none is named: the one of least cost.
 
-    With d parameters, m outputs (m = d for an opaque loss, whose Hessian is taken) and
+    With d parameters, m outputs (m = d for an opaque loss, whose Hessian is taken),
+    k = min(d, m), a gradient of g operations (counted; 10 000 more for the call) and
     x = L t₁, the number of operations is estimated as
 
     - `Tsit5`: 6 max(n, x/3) gradients, n = 4 rtol^(-1/5) steps;
     - `RKC2`: √(1.5 x n) + 4n gradients, n = 2 rtol^(-1/2) steps;
     - `KKT4`, or `KKT5` for rtol < 1e-6: n = 6 rtol^(-1/5) steps, each of 12 iterations
-      at the price of two gradients and 4m² operations, and one factorisation of m³/3;
-      and in every fifth step a tangent kernel of 2m²d (a Hessian of 2d gradients),
+      at the price of three gradients and 4km operations, and one factorisation of k³/3;
+      and in every fifth step a tangent kernel of 2kmd (a Hessian of 2d gradients).
 
-    where a gradient takes 6dm operations (600d for an opaque loss; less than 6dm where
-    a sample has several outputs, which favours KKT). The numbers of
-    steps were measured on the tasks of this package. An explicit solver is taken only
-    where it is expected to be three times cheaper, for KKT is the most exact. KKT is
-    left out where its matrix would not fit: above 10 000 outputs, or 5000 parameters of
-    an opaque loss. A penalty with kinks leaves no choice:
-    KKT. A Moreau envelope that couples coordinates goes to RKC2.
+    The numbers of steps were measured on the tasks of this package. An explicit solver
+    is taken only where it is expected to be 1.5 times cheaper, for KKT is the most
+    exact. On ten problems, λ = 1e-1 … 1e-6, rtol 1e-4 and 1e-6, the choice took at most
+    TODO times as long as the best. KKT is left out where its matrices would not fit:
+    above k = 10 000 (5000 for an opaque loss, or more outputs than parameters). A
+    penalty with kinks leaves no choice: KKT. A Moreau envelope that couples coordinates
+    goes to RKC2.
 
     The curvature may rise along the path. So Tsit5 is on trial: if it stalls, runs at
     its stability limit, or has not ended after 10 000 steps, the run (of all lanes, in
@@ -127,13 +138,13 @@ def choose_solver(
     known = is_concrete(size.stiffness)
     x = float(size.stiffness) if known else 1e6
     tolerance = float(rtol) if is_concrete(rtol) else 1e-6
-    d, m = size.parameters, size.outputs
-    if m is not None:
-        fits, gradient = m <= _KERNEL_LIMIT, 6.0 * d * m
-        kernel = 2.0 * m * m * d
-    else:
-        m, fits, gradient = d, d <= DENSE_LIMIT, 600.0 * d
-        kernel = 2 * d * gradient
+    d, opaque = size.parameters, size.outputs is None
+    m = d if size.outputs is None else size.outputs
+    gradient = size.gradient + _CALL
+    small = min(d, m)
+    fits = small <= (DENSE_LIMIT if opaque or d < m else _KERNEL_LIMIT)
+    fits = fits and small * m <= _KERNEL_LIMIT**2
+    kernel = 2 * d * gradient if opaque else 2.0 * small * m * d
     quick, slow = tolerance**-0.2, 2 * tolerance**-0.5
     costs = {
         "Tsit5": 6 * max(4 * quick, x / 3) * gradient,
@@ -159,13 +170,13 @@ def choose_solver(
         )
     best = min(costs, key=lambda name: costs[name])
     if fits:
-        iterations = 12 * (2 * gradient + 4 * m * m)
-        costs[kkt] = 6 * quick * (iterations + m**3 / 3 + kernel / 5)
-        best = best if 3 * costs[best] < costs[kkt] else kkt
+        iterations = 12 * (3 * gradient + 4 * small * m + _CALL)
+        costs[kkt] = 6 * quick * (iterations + small**3 / 3 + kernel / 5)
+        best = best if _MARGIN * costs[best] < costs[kkt] else kkt
     stiffness = f"{x:.1g}" if known else f"unknown, taken as {x:.0e}"
     why = (
         f"estimated cost for L·t1 = {stiffness}, d = {d}, m = {m}"
-        f"{' (opaque loss)' if size.outputs is None else ''}: "
+        f"{' (opaque loss)' if opaque else ''}, a gradient of {size.gradient:.1g}: "
         + ", ".join(f"{name} {cost:.0e}" for name, cost in costs.items())
         + " operations"
     )

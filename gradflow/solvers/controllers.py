@@ -124,7 +124,8 @@ class Relative(diffrax.AbstractAdaptiveStepSizeController):
             raise ValueError("dt0: Relative does not guess the first step; give it.")
         end, state = self.pid.init(terms, t0, t1, y0, dt0, args, func, error_order)
         size = norm(self.parts_of(y0))
-        return end, _Memory(state, size, size, jnp.full((), jnp.inf, t1.dtype))
+        most = jnp.full((), jnp.inf, jnp.result_type(t1))
+        return end, _Memory(state, size, size, most)
 
     def adapt_step_size(
         self, t0, t1, y0, y1_candidate, args, y_error, error_order, controller_state

@@ -1,6 +1,7 @@
 """The matrix of a KKT step: made, kept, drifted, factorised."""
 
 import functools
+from collections.abc import Callable
 
 import equinox as eqx
 import jax
@@ -11,11 +12,25 @@ from jaxtyping import Array, Bool, Float, Int, Scalar
 from ..flow.flat import AbstractFlatLoss
 
 
-class Factor(eqx.Module):
-    """The matrix of the chord iteration: factorised, or inverted where it is small."""
+class Thin(eqx.Module):
+    """What stands for the m × m kernel ℓ''JJᵀ where there are fewer parameters than
+    outputs: its factors, of which the d × d matrix Jᵀℓ''J is made."""
 
-    matrix: Float[Array, "m m"]  # L; or L and U packed; or the inverse
-    pivots: Int[Array, " m"]
+    right: Float[Array, "d m"]
+    """Jᵀ."""
+    left: Float[Array, "d m"]
+    """Jᵀℓ'', or Jᵀ where ℓ'' is a multiple of I."""
+
+
+Kernel = Float[Array, "m m"] | Thin
+
+
+class Factor(eqx.Module):
+    """The matrix of the chord iteration: factorised, or inverted where it is small. Its
+    size k is that of the smaller one of two: m of the outputs, d of the parameters."""
+
+    matrix: Float[Array, "k k"]  # L; or L and U packed; or the inverse
+    pivots: Int[Array, " k"]
     shift: Float[Array, ""]
     smallest: Float[Array, ""]  # pivot: about the smallest eigenvalue
 
@@ -35,65 +50,101 @@ def is_small(
     loss: AbstractFlatLoss, theta: Float[Array, " d"], multiplier: Float[Array, " m"]
 ) -> bool:
     """Whether the Hessian Σ μᵢ∇²zᵢ is cheap. (Of an opaque loss it is zero.)"""
-    opaque = loss.opaque
-    few = theta.size <= _FEW and multiplier.size <= _INVERTED
-    return few and not opaque
+    side = min(theta.size, multiplier.size)
+    return theta.size <= _FEW and side <= _INVERTED and not loss.opaque
 
 
-def stage_inverse(
+def is_thin(theta: Float[Array, " d"], multiplier: Float[Array, " m"]) -> bool:
+    """Whether the kernel is kept as its factors."""
+    return theta.size < multiplier.size
+
+
+def no_kernel(
+    loss: AbstractFlatLoss, theta: Float[Array, " d"], multiplier: Float[Array, " m"]
+) -> tuple[Kernel, Factor]:
+    """Room for a kernel and its factor."""
+    m, d = multiplier.size, theta.size
+    kernel: Kernel = jnp.zeros((m, m), theta.dtype)
+    if is_thin(theta, multiplier):
+        rows = jnp.zeros((d, m), theta.dtype)
+        kernel = Thin(rows, rows)
+    none, k = jnp.zeros((), theta.dtype), min(m, d)
+    return kernel, Factor(
+        jnp.zeros((k, k), theta.dtype), jnp.zeros(k, jnp.int32), none, none
+    )
+
+
+def stage_curvature(
     loss: AbstractFlatLoss,
     theta: Float[Array, " d"],
     multiplier: Float[Array, " m"],
     alpha: Float[Array, "d d"],
     c: Scalar,
 ) -> Float[Array, "d d"]:
-    """(α + c Σ μᵢ∇²zᵢ)⁻¹, with α = 1 + cλ∇²R: what a change of θ does to a stage, μ
-    being fixed."""
+    """α + c Σ μᵢ∇²zᵢ, with α = 1 + cλ∇²R: what a change of θ does to a stage, μ being
+    fixed."""
 
     def weighted(th):
         return jnp.vdot(multiplier, loss.outputs(th))
 
-    curvature = jax.jacrev(jax.grad(weighted))(theta)
-    return jnp.linalg.inv(alpha + c * curvature)
+    return alpha + c * jax.jacrev(jax.grad(weighted))(theta)
 
 
 def curved_kernel(
     loss: AbstractFlatLoss,
     theta: Float[Array, " d"],
     weights: Float[Array, " d"] | Float[Array, "d d"] | None,
-) -> Float[Array, "m m"]:
-    """J W Jᵀ with the diagonal or the whole of W, times ℓ'' unless that is a number."""
+) -> Kernel:
+    """J W Jᵀ with the diagonal or the whole of W, times ℓ'' unless that is a number. As
+    factors it is without W, which comes in later."""
+    z = loss.outputs(theta)
+
+    def curved(rows: Float[Array, "n m"]) -> Float[Array, "n m"]:
+        def hvp(u):
+            return loss.outer_hvp(z, u)
+
+        return jax.lax.map(hvp, rows, batch_size=256)
+
+    constant = loss.outer_curvature is not None
+    if is_thin(theta, z):
+        rows = loss.jacobian(theta).T
+        return Thin(rows, rows if constant else curved(rows))
     if weights is not None and weights.ndim == 2:
         jac = loss.jacobian(theta)
         kernel = jac @ weights @ jac.T
     else:
         kernel = loss.tangent_kernel(theta, weights)
-    if loss.outer_curvature is None:
-        z = loss.outputs(theta)
-
-        def hvp(u):
-            return loss.outer_hvp(z, u)
-
-        kernel = jax.lax.map(hvp, kernel.T, batch_size=256).T
-    return kernel
+    return kernel if constant else curved(kernel.T).T
 
 
 def _factorise(
-    loss: AbstractFlatLoss, shift: Scalar, kernel: Float[Array, "m m"], definite: bool
+    loss: AbstractFlatLoss,
+    shift: Scalar,
+    kernel: Kernel,
+    stiffness: Scalar | Float[Array, " d"] | Float[Array, "d d"],
+    definite: bool,
 ) -> Factor:
-    """The matrix shift I + ℓ''K, or shift/w I + K where ℓ'' = w I."""
+    """The matrix shift I + ℓ''K, or of factors A/c + Jᵀℓ''J with the `stiffness` A/c;
+    over w where ℓ'' = w I."""
+    w = loss.outer_curvature or 1.0
+    added = shift
+    if isinstance(kernel, Thin):
+        kernel, added = kernel.right @ kernel.left.T, stiffness
     # Rounding may make a singular kernel indefinite; the ridge moves only how fast the
     # multiplier converges where it has no bearing on the parameters.
-    ridge = shift + jnp.finfo(kernel.dtype).eps * jnp.abs(jnp.trace(kernel))
+    ridge = jnp.finfo(kernel.dtype).eps * jnp.abs(jnp.trace(kernel))
     eye = jnp.eye(kernel.shape[0], dtype=kernel.dtype)
-    w = loss.outer_curvature or 1.0
+    if jnp.ndim(added) == 2:
+        matrix = (added + ridge * eye) / w + kernel
+    else:
+        matrix = (added + ridge) / w * eye + kernel
     if definite:
-        matrix = cho_factor(ridge / w * eye + kernel, lower=True)[0]
+        matrix = cho_factor(matrix, lower=True)[0]
         pivots = jnp.zeros(kernel.shape[0], jnp.int32)
         smallest = w * jnp.min(jnp.diag(matrix)) ** 2
         solve = functools.partial(cho_solve, (matrix, True))
     else:
-        matrix, pivots = lu_factor(ridge / w * eye + kernel)
+        matrix, pivots = lu_factor(matrix)
         smallest = w * jnp.min(jnp.abs(jnp.diag(matrix)))
         solve = functools.partial(lu_solve, (matrix, pivots))
     if len(eye) <= _INVERTED:
@@ -110,13 +161,15 @@ def _drifted(factor: Factor, shift: Scalar) -> Bool[Array, ""]:
 
 class StageMatrix(eqx.Module):
     """The matrix of the chord iteration of all stages of a step: shift I + ℓ''K with
-    K = J α⁻¹Jᵀ, or, where the `whole` curvature is in it, K = J(α + c Σ μᵢ∇²zᵢ)⁻¹Jᵀ."""
+    K = J A⁻¹Jᵀ, A = α, or, where the `whole` curvature is in it, A = α + c Σ μᵢ∇²zᵢ.
+    Where there are fewer parameters than outputs it is A/c + Jᵀℓ''J."""
 
     loss: AbstractFlatLoss
-    kernel: Float[Array, "m m"]
+    kernel: Kernel
     inverse: Float[Array, "d d"] | None
-    """(α + c Σ μᵢ∇²zᵢ)⁻¹, where it is affordable."""
+    """(α + c Σ μᵢ∇²zᵢ)⁻¹, where it is affordable, and needed."""
     alpha: Scalar | Float[Array, " d"]
+    c: Scalar
     shift: Scalar
     factor: Factor
     fresh: Bool[Array, ""]
@@ -127,35 +180,58 @@ class StageMatrix(eqx.Module):
     def of(
         cls,
         loss: AbstractFlatLoss,
-        kernel: Float[Array, "m m"],
-        inverse: Float[Array, "d d"] | None,
+        kernel: Kernel,
+        curvature: Float[Array, "d d"] | None,
         alpha: Scalar | Float[Array, " d"],
         c: Scalar,
         effort: Int[Array, ""],
         factor: Factor,
     ) -> "StageMatrix":
-        """With the `factor` there is, where it serves, or a new one."""
+        """With the `factor` there is, where it serves, or a new one. The whole
+        `curvature` is A, or its inverse where the kernel has m × m entries."""
         fresh, whole = effort >= RENEWED, effort == WHOLE
         shift = (alpha if jnp.ndim(alpha) == 0 else 1) / c
         definite = loss.outer_curvature is not None
-        if inverse is not None:
+        thin = isinstance(kernel, Thin)
+        if curvature is not None:
             shift = jnp.where(whole, 1 / c, shift)
 
+        def plain():
+            return _factorise(loss, shift, kernel, alpha / c, definite)
+
         def make():
-            if inverse is None:
-                return _factorise(loss, shift, kernel, definite)
+            if curvature is None:
+                return plain()
+            stiffness = curvature / c if thin else shift
             return jax.lax.cond(
-                whole,
-                lambda: _factorise(loss, shift, kernel, False),
-                lambda: _factorise(loss, shift, kernel, definite),
+                whole, lambda: _factorise(loss, shift, kernel, stiffness, False), plain
             )
 
         factor = jax.lax.cond(fresh | _drifted(factor, shift), make, lambda: factor)
-        return cls(loss, kernel, inverse, alpha, shift, factor, fresh, whole)
+        inverse = None if thin else curvature
+        return cls(loss, kernel, inverse, alpha, c, shift, factor, fresh, whole)
 
-    def damp(self, v: Float[Array, " d"]) -> Float[Array, " d"]:
-        """(α + c Σ μᵢ∇²zᵢ)⁻¹v, or α⁻¹v: what a change of the stage equation moves θ,
-        μ being fixed."""
+    def change(
+        self,
+        lack: Float[Array, " d"],
+        off: Float[Array, " m"],
+        z: Float[Array, " m"],
+        push: Callable,
+        pull: Callable,
+    ) -> tuple[Float[Array, " d"], Float[Array, " m"]]:
+        """How far θ and μ are from where A δθ + c Jᵀδμ = `lack`, δμ = `off` + ℓ''J δθ,
+        about, at the outputs z, with the products by J and Jᵀ."""
+        kernel = self.kernel
+        if isinstance(kernel, Thin):
+            # (With the frozen J throughout: two products in place of six.)
+            w = self.loss.outer_curvature or 1.0
+            dy = self._divide((lack / self.c - kernel.right @ off) / w)
+            return dy, off + w * (dy @ kernel.left)
+        dmu = self.solve(push(self._damp(lack)), off, z)
+        return self._damp(lack - self.c * pull(dmu)), dmu
+
+    def _damp(self, v: Float[Array, " d"]) -> Float[Array, " d"]:
+        """A⁻¹v: what a change of the stage equation moves θ, μ being fixed."""
         if self.inverse is None:
             return v / self.alpha
         inverse = self.inverse
@@ -168,10 +244,26 @@ class StageMatrix(eqx.Module):
         z: Float[Array, " m"],
     ) -> Float[Array, " m"]:
         """The u with (shift I + ℓ''K) u = shift (ℓ''p + q), ℓ'' at the outputs z."""
-        w, factor = self.loss.outer_curvature, self.factor
+        w = self.loss.outer_curvature
         right = p + q / w if w is not None else self.loss.outer_hvp(z, p) + q
+        if isinstance(self.kernel, Thin):
+            kernel = self.kernel
+            # (Woodbury)
+            inner = self._divide(kernel.right @ right) @ kernel.left
+            return (w or 1.0) * (right - inner)
+        return self.shift * self._divide(right)
+
+    def _divide(self, v: Float[Array, " k"]) -> Float[Array, " k"]:
+        """By the factorised matrix."""
+        factor = self.factor
         if len(factor.matrix) <= _INVERTED:
-            return self.shift * (factor.matrix @ right)
-        if w is not None:
-            return self.shift * cho_solve((factor.matrix, True), right)
-        return self.shift * lu_solve((factor.matrix, factor.pivots), right)
+            return factor.matrix @ v
+        if self.loss.outer_curvature is not None:
+            return cho_solve((factor.matrix, True), v)
+        return lu_solve((factor.matrix, factor.pivots), v)
+
+    def resolved(self, v: Float[Array, " m"]) -> Float[Array, " m"]:
+        """ℓ''K v, without A where K is kept as factors."""
+        if isinstance(self.kernel, Thin):
+            return (self.kernel.right @ v) @ self.kernel.left
+        return self.kernel @ v

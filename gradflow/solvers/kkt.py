@@ -26,10 +26,14 @@ from .kernel import (
     curved_kernel,
     Factor,
     is_small,
+    is_thin,
     KEPT,
+    Kernel,
+    no_kernel,
     RENEWED,
-    stage_inverse,
+    stage_curvature,
     StageMatrix,
+    Thin,
     WHOLE,
 )
 from .orthant import flat_problem, only_holds, OnOrthant, unwrap
@@ -47,7 +51,7 @@ _SLOW = 3  # iterations a stage above which the tangent kernel is renewed
 class _State(eqx.Module):
     slope: Float[Array, " d"]  # the last stage's, first of the next step (FSAL)
     multiplier: Float[Array, " m"]  # ∇ℓ(z) where the last step ended
-    kernel: Float[Array, "m m"]  # J Jᵀ; ℓ'' J Jᵀ where ℓ'' is not a multiple of I
+    kernel: Kernel  # J Jᵀ; ℓ'' J Jᵀ where ℓ'' is not a multiple of I
     stale: Bool[Array, ""]  # whether the next step is to renew it
     curved: Bool[Array, ""]  # whether it takes the curvature of the outputs in
     factor: Factor
@@ -79,16 +83,16 @@ class _Problem(eqx.Module):
     def alpha(self) -> Scalar | Float[Array, " d"]:
         return 1 + self.c * self.weight_decay * self.rho
 
-    def kernel(self) -> Float[Array, "m m"]:
+    def kernel(self) -> Kernel:
         """The tangent kernel, with (1 + cλ∇²R)⁻¹ inside where that is not a number."""
         weights = 1 / self.alpha if self.uneven else None
         return curved_kernel(self.loss, self.theta, weights)
 
     def whole_kernel(
         self, multiplier: Float[Array, " m"]
-    ) -> tuple[Float[Array, "m m"], Float[Array, "d d"]]:
+    ) -> tuple[Kernel, Float[Array, "d d"]]:
         """The kernel with the curvature of R and of the outputs inside, and what stands
-        inside."""
+        inside; or the factors of one, and the inverse of that."""
         theta, penalty = self.theta, self.term.penalty
         pull = self.c * self.weight_decay
         matrix = jnp.diag(1 + pull * jnp.broadcast_to(self.rho, theta.shape))
@@ -102,7 +106,10 @@ class _Problem(eqx.Module):
             matrix = jnp.eye(theta.size, dtype=theta.dtype) + pull * jax.jacfwd(decay)(
                 theta
             )
-        inverse = stage_inverse(self.loss, theta, multiplier, matrix, self.c)
+        matrix = stage_curvature(self.loss, theta, multiplier, matrix, self.c)
+        if is_thin(theta, multiplier):
+            return curved_kernel(self.loss, theta, None), matrix
+        inverse = jnp.linalg.inv(matrix)
         return curved_kernel(self.loss, theta, inverse), inverse
 
 
@@ -116,7 +123,7 @@ class _Step(eqx.Module):
     error: Float[Array, " d"]
     iterations: Int[Array, ""]
     slid: Bool[Array, ""]
-    kernel: Float[Array, "m m"]
+    kernel: Kernel
     factor: Factor
     ok: Bool[Array, ""]
 
@@ -193,9 +200,8 @@ class AbstractKKT(
         steps `sliding` along a kink of the loss. And, where ℓ'' is a multiple of I and
         m ≤ d, `conditioning`: the smallest pivot of the last kernel over its largest
         diagonal entry, which falls to rounding level as J loses rank."""
-        outputs, parameters = state.multiplier.size, state.slope.size
         known = getattr(term.loss, "outer_curvature", None) is not None
-        if not known or outputs > parameters:
+        if not known or isinstance(state.kernel, Thin):
             return state.work
         pivots = jnp.diag(cho_factor(state.kernel, lower=True)[0]) ** 2
         smallest = jnp.nan_to_num(jnp.min(pivots))
@@ -220,19 +226,14 @@ class AbstractKKT(
         term, params = unwrap(terms, y0)
         theta, loss = flat_problem(term, params)
         residuals = loss.residuals(theta)
-        (m,) = residuals.shape
+        kernel, factor = no_kernel(loss, theta, residuals)
         return _State(
             slope=ravel_pytree(term.velocity(params, args))[0],
             multiplier=residuals,
-            kernel=jnp.zeros((m, m), theta.dtype),
+            kernel=kernel,
             stale=jnp.array(True),
             curved=jnp.array(False),
-            factor=Factor(
-                jnp.zeros((m, m), theta.dtype),
-                jnp.zeros(m, jnp.int32),
-                jnp.zeros((), theta.dtype),
-                jnp.zeros((), theta.dtype),
-            ),
+            factor=factor,
             rate=jnp.asarray(0.5, theta.dtype),
             lasting=jnp.ones((), theta.dtype),
             work={k: jnp.zeros((), int) for k in ("iterations", "kernels", "sliding")},
@@ -308,15 +309,15 @@ class AbstractKKT(
             kernel = jax.lax.cond(
                 effort == RENEWED, lambda: problem.kernel(), lambda: state.kernel
             )
-            inverse = None
+            curvature = None
             if small:
                 unused = jnp.zeros((theta.size, theta.size), theta.dtype)
-                kernel, inverse = jax.lax.cond(
+                kernel, curvature = jax.lax.cond(
                     effort == WHOLE,
                     lambda: problem.whole_kernel(state.multiplier),
                     lambda: (kernel, unused),
                 )
-            return self._attempt(problem, state, kernel, inverse, effort)
+            return self._attempt(problem, state, kernel, curvature, effort)
 
         def retry(tried: _Tried) -> _Tried:
             effort = tried.effort
@@ -367,7 +368,7 @@ class AbstractKKT(
         problem: _Problem,
         state: _State,
         tried: _Tried,
-        kernel: Float[Array, "m m"],
+        kernel: Kernel,
         whole: Bool[Array, ""],
         curved: Bool[Array, ""],
     ) -> tuple[_State, Step]:
@@ -399,8 +400,8 @@ class AbstractKKT(
         self,
         problem: _Problem,
         state: _State,
-        kernel: Float[Array, "m m"],
-        inverse: Float[Array, "d d"] | None,
+        kernel: Kernel,
+        curvature: Float[Array, "d d"] | None,
         effort: Int[Array, ""],
     ) -> _Step:
         """The stages with one matrix; the multiplier and the error at their end."""
@@ -413,7 +414,7 @@ class AbstractKKT(
             c=problem.c,
             weight_decay=problem.weight_decay,
             matrix=StageMatrix.of(
-                loss, kernel, inverse, problem.alpha, problem.c, effort, state.factor
+                loss, kernel, curvature, problem.alpha, problem.c, effort, state.factor
             ),
             finder=self.root_finder,
             most=self.root_find_max_steps,

@@ -181,9 +181,7 @@ class Stages(eqx.Module):
         pull = self.c * self.weight_decay
         lack = base - it.y - pull * self.decay(it.y) - self.c * pullback(it.mu)
         off = force - it.mu
-        damp = self.matrix.damp
-        dmu = self.matrix.solve(push(damp(lack)), off, z)
-        dy = damp(lack - self.c * pullback(dmu))
+        dy, dmu = self.matrix.change(lack, off, z, push, pullback)
         return _Change(dy, dmu, z, force, off)
 
     def _iterate(self, base: Float[Array, " d"], last: Array, it: _Iterate) -> _Iterate:
@@ -268,7 +266,7 @@ class Stages(eqx.Module):
             return jnp.array(True)
         eps = jnp.finfo(z.dtype).eps
         if loss.opaque:
-            resolved = norm(self.matrix.kernel @ z)
+            resolved = norm(self.matrix.resolved(z))
             settled = norm(off) < 0.5 * it.off
         else:
             resolved = norm(loss.outer_hvp(z, z))
