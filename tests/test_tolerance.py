@@ -376,3 +376,28 @@ def test_what_is_written_with_a_maximum_may_be_smooth():
     )
     assert not any(map(kinked, (jax.nn.softplus, jax.nn.log_sigmoid, jnp.tanh)))
     assert all(map(kinked, (jax.nn.relu, jnp.abs, jax.nn.leaky_relu)))
+
+
+def test_after_a_failed_step_its_length_is_approached_slowly():
+    """Half of a step that has no error, then no more than 0.6 of it, and a seventh more
+    in each step; without a failure nothing is held back."""
+    controller = Relative(1e-3, dtmin=1e-9).wrap(1)
+    y, t = jnp.array([1.0, 2.0]), jnp.array(0.0)
+    _, state = controller.init(
+        None, t, jnp.array(9.0), y, jnp.array(1.0), None, None, 5
+    )
+
+    def step(t, end, error, state):
+        keep, start, end, _, state, _ = controller.adapt_step_size(
+            t, end, y, y, None, error * y, 5, state
+        )
+        return bool(keep), start, end, state
+
+    free = step(t, jnp.array(1.0), 1e-9, state)
+    assert free[0] and float(free[2] - free[1]) > 5
+    kept, t, end, state = step(t, jnp.array(1.0), jnp.inf, state)
+    assert not kept and float(end - t) == 0.5
+    for most in (0.6 * 1.15, 0.6 * 1.15**2, 0.6 * 1.15**3):
+        kept, t, end, state = step(t, end, 1e-9, state)
+        assert kept
+        np.testing.assert_allclose(end - t, most)

@@ -134,10 +134,11 @@ def _factorise(
     # multiplier converges where it has no bearing on the parameters.
     ridge = jnp.finfo(kernel.dtype).eps * jnp.abs(jnp.trace(kernel))
     eye = jnp.eye(kernel.shape[0], dtype=kernel.dtype)
-    if jnp.ndim(added) == 2:
-        matrix = (added + ridge * eye) / w + kernel
-    else:
+    if jnp.ndim(added) == 0:
         matrix = (added + ridge) / w * eye + kernel
+    else:
+        added = jnp.diag(added) if jnp.ndim(added) == 1 else added
+        matrix = (added + ridge * eye) / w + kernel
     if definite:
         matrix = cho_factor(matrix, lower=True)[0]
         pivots = jnp.zeros(kernel.shape[0], jnp.int32)
