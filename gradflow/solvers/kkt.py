@@ -487,12 +487,12 @@ class KKT4(AbstractKKT):
     less than a tenth. Stages are predicted, Y and μ, from those before. No Hessian of
     the loss is formed; but where the iteration fails with a new kernel, for the
     curvature of the outputs, Σ μᵢ∇²zᵢ is taken into the matrix from then on (up to 100
-    parameters; above 128 outputs as well, if there are fewer parameters). A loss that is
-    not composite is taken as one with z(θ) = θ, and then its Hessian is formed (up to
-    5000 parameters).
+    parameters, where they or the outputs are at most 128). A loss that is not composite
+    is taken as one with z(θ) = θ, and then its Hessian is formed (up to 5000
+    parameters).
 
-    Where there are fewer parameters than outputs the matrix is the d × d one of the same
-    system, α/c I + Jᵀℓ''J, with the frozen J throughout.
+    With fewer parameters than outputs the matrix is the d × d one of the same system,
+    (α/c) I + Jᵀℓ''J, and J is frozen too.
 
     A stage is solved when the changes of Y are below its tolerance, and the last one
     when μ is ∇ℓ(z(Y)) to 2 % as well (but for squared error). Errors along the step
