@@ -4,12 +4,19 @@ import functools
 from collections.abc import Callable
 
 import equinox as eqx
+import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import cho_factor, cho_solve, lu_factor, lu_solve
 from jaxtyping import Array, Bool, Float, Int, Scalar
 
 from ..flow.flat import AbstractFlatLoss
+
+
+def any_lane(condition: Bool[Array, ""]) -> Bool[Array, ""]:
+    """Whether it holds in any lane of a `jax.vmap`: a `jax.lax.cond` on that runs one
+    branch, where one that differs between lanes runs both."""
+    return eqxi.unvmap_any(condition)
 
 
 class Thin(eqx.Module):
@@ -208,7 +215,9 @@ class StageMatrix(eqx.Module):
                 whole, lambda: _factorise(loss, shift, kernel, stiffness, False), plain
             )
 
-        factor = jax.lax.cond(fresh | _drifted(factor, shift), make, lambda: factor)
+        # (In lockstep for all lanes once it is for one: it costs no more.)
+        needed = any_lane(fresh | _drifted(factor, shift))
+        factor = jax.lax.cond(needed, make, lambda: factor)
         inverse = None if thin else curvature
         return cls(loss, kernel, inverse, alpha, c, shift, factor, fresh, whole)
 

@@ -1,7 +1,7 @@
 """KKT-ESDIRK: stiff solvers for the gradient flow of a composite loss."""
 
 import abc
-from typing import ClassVar, NamedTuple, TYPE_CHECKING
+from typing import ClassVar, NamedTuple, TYPE_CHECKING, TypeVar
 
 import diffrax
 import equinox as eqx
@@ -23,6 +23,7 @@ from .base import AbstractFlowSolver, Controller, Followed, Saved
 from .controllers import lasting, Step
 from .jumps import curvature_jumps, JUMPED
 from .kernel import (
+    any_lane,
     curved_kernel,
     Factor,
     is_small,
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
     from typing import ClassVar as AbstractClassVar
 else:
     from equinox import AbstractClassVar
+
+Tree = TypeVar("Tree", bound=PyTree)
 
 _SLOW = 3  # iterations a stage above which the tangent kernel is renewed
 
@@ -307,16 +310,19 @@ class AbstractKKT(
 
         def attempt(effort: Int[Array, ""]) -> _Step:
             kernel = jax.lax.cond(
-                effort == RENEWED, lambda: problem.kernel(), lambda: state.kernel
+                any_lane(effort == RENEWED),
+                lambda: problem.kernel(),
+                lambda: state.kernel,
             )
             curvature = None
             if small:
                 unused = jnp.zeros((theta.size, theta.size), theta.dtype)
-                kernel, curvature = jax.lax.cond(
-                    effort == WHOLE,
+                other = jax.lax.cond(
+                    any_lane(effort == WHOLE),
                     lambda: problem.whole_kernel(state.multiplier),
                     lambda: (kernel, unused),
                 )
+                kernel, curvature = _where(effort == WHOLE, other, (kernel, unused))
             return self._attempt(problem, state, kernel, curvature, effort)
 
         def retry(tried: _Tried) -> _Tried:
@@ -327,7 +333,8 @@ class AbstractKKT(
             return _Tried(effort + 1, done, out, tried.kernels + made)
 
         reusable = not problem.uneven or only_holds(problem.term.penalty, params)
-        renew = state.stale if reusable else jnp.array(True)
+        # Lanes in lockstep renew together, and so seldom.
+        renew = any_lane(state.stale) if reusable else jnp.array(True)
         effort = jnp.where(renew, RENEWED, KEPT)
         # What grows may be far below the tolerance of the iteration, which the whole
         # matrix leaves behind.
@@ -342,7 +349,10 @@ class AbstractKKT(
         whole = tried.effort > WHOLE
         kernel = tried.out.kernel
         if small:  # for `work`
-            kernel = jax.lax.cond(whole, lambda: problem.kernel(), lambda: kernel)
+            plain = jax.lax.cond(
+                any_lane(whole), lambda: problem.kernel(), lambda: kernel
+            )
+            kernel = _where(whole, plain, kernel)
         curved = state.curved | (whole & ~growing)
         after, step = self._after(problem, state, tried, kernel, whole, curved)
         return tried.out, after, step
@@ -465,6 +475,10 @@ class AbstractKKT(
         ratio = high / jnp.where(low > 0, low, 1)
         size = JUMPED * high
         return size * jnp.minimum(ratio, 1) ** (self.order(None) - 3)
+
+
+def _where(condition: Bool[Array, ""], yes: Tree, no: Tree) -> Tree:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
 
 
 # Which is no root finder of Optimistix's, but given the tolerances as those are.

@@ -120,12 +120,13 @@ class FlowLanes(AbstractLanes):
         return _end(self.plan, number) * rtol**-0.2
 
     def bytes_per_lane(self, number: int) -> int:
-        """Its parameters at all times and in all stages, and the tangent kernel with
-        what it is made of."""
+        """Its parameters at all times and in all stages, and the tangent kernel, or its
+        factors, with what they are made of."""
         term, params = self.problems.start(number)
         size = measure_size(term, params, 0.0, 1.0)
         d, m = size.parameters, size.outputs or size.parameters
-        numbers = d * (3 * _saves(self.plan) + 40) + 6 * m * m + 2 * min(m * d, 2**25)
+        matrices = 6 * min(d, m) * m + 2 * min(m * d, 2**25)
+        numbers = d * (3 * _saves(self.plan) + 40) + matrices
         return numbers * jax.tree.leaves(params)[0].dtype.itemsize
 
     def _size(self, number: int, span: Span) -> Size:
