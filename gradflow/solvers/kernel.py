@@ -211,9 +211,13 @@ class StageMatrix(eqx.Module):
             if curvature is None:
                 return plain()
             stiffness = curvature / c if thin else shift
-            return jax.lax.cond(
-                whole, lambda: _factorise(loss, shift, kernel, stiffness, False), plain
-            )
+
+            def curved():
+                return _factorise(loss, shift, kernel, stiffness, False)
+
+            some = jax.lax.cond(any_lane(~whole), plain, lambda: factor)
+            other = jax.lax.cond(any_lane(whole), curved, lambda: factor)
+            return jax.tree.map(lambda a, b: jnp.where(whole, a, b), other, some)
 
         # (In lockstep for all lanes once it is for one: it costs no more.)
         needed = any_lane(fresh | _drifted(factor, shift))
