@@ -59,6 +59,8 @@ def test_kernels_and_factors_of_lanes_in_lockstep(made, solver):
     assert joint["kernels"] <= 0.65 * max(np.asarray(together.stats.steps).tolist())
     assert joint["factors"] <= 2.2 * apart["factors"] / len(lams)
     for one, other in zip(
-        jax.tree.leaves(alone.params), jax.tree.leaves(together.params), strict=True
+        jax.tree.leaves(alone.paths.params),
+        jax.tree.leaves(together.paths.params),
+        strict=True,
     ):
         assert_allclose(one, other, atol=2e-5)
