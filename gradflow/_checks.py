@@ -298,7 +298,7 @@ def resolvable(rtol, params: PyTree):
             f"rtol: {rtol:g} is below what {dtype} parameters can resolve; "
             f"{floor:.1g} is taken. For more digits call "
             "gradflow.enable_float64() before the model is made.",
-            stacklevel=3,
+            stacklevel=4,
         )
     return max(rtol, floor)
 

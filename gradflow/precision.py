@@ -1,6 +1,25 @@
 """The precision of all numbers, which is JAX's to set and the user's to choose."""
 
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import jax
+
+Fn = TypeVar("Fn", bound=Callable[..., Any])
+
+
+def exact_products(fn: Fn) -> Fn:
+    """`fn`, with products of matrices in all digits of their numbers, which on a GPU is
+    not JAX's default for float32: TF32 has three digits, in which no rank can be told
+    and no step controlled to more."""
+
+    @functools.wraps(fn)
+    def exact(*args, **options):
+        with jax.default_matmul_precision("highest"):
+            return fn(*args, **options)
+
+    return exact  # pyright: ignore[reportReturnType]
 
 
 def enable_float64() -> None:

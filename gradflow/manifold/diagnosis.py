@@ -14,6 +14,7 @@ from .._checks import check_given
 from ..flow.flat import FlatLoss, flatten
 from ..flow.flow import check_free, GradientFlow
 from ..flow.term import FlowTerm
+from ..precision import exact_products
 from ..results import RESULTS
 from ..runs.problem import check_problem
 from ._matrix_free import (
@@ -71,6 +72,7 @@ class Diagnosis(eqx.Module):
         return "\n".join(lines)
 
 
+@exact_products
 def diagnose(
     flow: GradientFlow,
     model: PyTree,

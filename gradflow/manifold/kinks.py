@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from .._checks import check_arguments, check_callable
+from ..precision import exact_products
 from ..runs.path import check_path, Path
 from .drift import Drift
 
@@ -52,6 +53,7 @@ class KinkCrossings(eqx.Module):
         return "\n".join(lines)
 
 
+@exact_products
 def kink_crossings(
     path: Path | Drift,
     preactivations: Callable[[Any], Array],

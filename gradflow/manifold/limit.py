@@ -17,6 +17,7 @@ from ..flow.flow import GradientFlow, partition
 from ..flow.term import FlowTerm
 from ..flow.vector import on_vector
 from ..losses import AbstractCompositeLoss, AbstractLoss
+from ..precision import exact_products
 from ..results import among, only_if_successful, RESULTS
 from ..runs.integrate import Integration, Reached
 from ..runs.parts import ALL
@@ -75,6 +76,7 @@ class Limit(eqx.Module):
         return f"Limit Φ(θ₀) {end} (t = {float(self.time):.3g}, {steps} steps)"
 
 
+@exact_products
 def limit_map(
     loss: AbstractLoss | GradientFlow,
     model: PyTree,

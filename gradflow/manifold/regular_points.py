@@ -18,6 +18,7 @@ from ..flow.flat import flatten
 from ..flow.flow import flow_of, GradientFlow
 from ..flow.term import FlowTerm
 from ..losses import AbstractLoss
+from ..precision import exact_products
 from ..results import RESULTS
 from ..runs.interpolate import holds_until
 from .choice import choose_form, Form
@@ -103,6 +104,7 @@ class Regularity(eqx.Module):
         return "\n".join(lines)
 
 
+@exact_products
 def regularity(
     flow: GradientFlow | AbstractLoss,
     path: Drift,

@@ -11,6 +11,7 @@ from .._host import known
 from ..flow.flat import FlatLoss, flatten
 from ..flow.flow import GradientFlow
 from ..losses import AbstractLoss
+from ..precision import exact_products
 from ..results import among, is_known, only_if_successful, RESULTS
 from .choice import begin, first_form, Form
 from .forms import AbstractForm
@@ -31,6 +32,7 @@ class Retraction(eqx.Module):
     result: RESULTS
 
 
+@exact_products
 def retract(
     loss: AbstractLoss | GradientFlow,
     model: PyTree,

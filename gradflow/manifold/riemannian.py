@@ -16,6 +16,7 @@ from ..flow.flat import FlatLoss, flatten
 from ..flow.flow import check_free, GradientFlow
 from ..flow.term import FlowTerm
 from ..metrics import Metric, without_thresholds
+from ..precision import exact_products
 from ..results import among, only_if_successful, RESULTS
 from ..runs.integrate import Integration, Reached
 from ..runs.problem import as_metrics, check_problem
@@ -44,6 +45,7 @@ def _vanishing(dtype: np.dtype) -> float:
     return 1e-13 if dtype == jnp.float64 else 1e-5
 
 
+@exact_products
 def riemannian_flow(
     flow: GradientFlow,
     model: PyTree,

@@ -12,6 +12,7 @@ from .._host import as_array, known, numpy_of
 from ..flow.flat import FlatLoss, flatten
 from ..flow.flow import GradientFlow
 from ..losses import AbstractLoss
+from ..precision import exact_products
 from ..results import RESULTS
 from ._matrix_free import extremes
 from ._normal import GAP, numerical_rank
@@ -100,6 +101,7 @@ class Spectrum(eqx.Module):
         return "\n".join(lines)
 
 
+@exact_products
 def spectrum(
     loss: AbstractLoss | GradientFlow,
     model: PyTree,

@@ -10,12 +10,14 @@ from .._checks import check_given
 from ..flow.flat import flatten
 from ..flow.flow import GradientFlow
 from ..losses import AbstractLoss
+from ..precision import exact_products
 from ..results import RESULTS, unless_failed
 from ._matrix_free import project
 from .choice import begin, choose_form, Form, is_dense, Method
 from .forms import AbstractForm
 
 
+@exact_products
 def tangent_projection(
     loss: AbstractLoss | GradientFlow,
     model: PyTree,

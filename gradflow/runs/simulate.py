@@ -28,6 +28,7 @@ from ..flow.flow import check_flow, GradientFlow, scaled
 from ..flow.nonsmooth import may_have_kinks
 from ..flow.term import FlowTerm
 from ..metrics import Metric, without_thresholds
+from ..precision import exact_products
 from ..solvers import (
     as_choice,
     as_flow_solver,
@@ -44,6 +45,7 @@ from .times import prepare
 from .windows import run_again, solve_through
 
 
+@exact_products
 def simulate(
     flow: GradientFlow,
     model: PyTree,

@@ -1,9 +1,7 @@
 """θ' integrated, and the verdict on the run."""
 
 import dataclasses
-import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import diffrax
 import equinox as eqx
@@ -17,6 +15,7 @@ from ..flow.term import AbstractFlowTerm, FlowTerm, Sphere
 from ..flow.vector import on_vector
 from ..metrics import Metric
 from ..penalties import absolute_weights, AbstractProximal
+from ..precision import exact_products
 from ..results import RESULTS
 from ..solvers import (
     AbstractFlowSolver,
@@ -32,8 +31,6 @@ from .path import Path
 from .problem import check_scalars
 from .stats import Stats
 from .times import time_scale
-
-Fn = TypeVar("Fn", bound=Callable[..., Any])
 
 
 class Tolerance(eqx.Module):
@@ -105,20 +102,8 @@ class Solve(eqx.Module):
         return dataclasses.replace(self, params=params, ts=ts)
 
 
-def _exactly(fn: Fn) -> Fn:
-    """`fn`, with products of matrices in all digits of their numbers, which on a GPU is
-    not JAX's default."""
-
-    @functools.wraps(fn)
-    def exact(*args):
-        with jax.default_matmul_precision("highest"):
-            return fn(*args)
-
-    return exact  # pyright: ignore[reportReturnType]
-
-
 @eqx.filter_jit
-@_exactly
+@exact_products
 def solve(run: Solve) -> Path:
     """A run from its start to its end, by one program, through which one can
     differentiate if it has an `adjoint`."""
@@ -130,7 +115,7 @@ def solve(run: Solve) -> Path:
 
 
 @eqx.filter_jit
-@_exactly
+@exact_products
 def begin(run: Solve, end: Scalar) -> Reached:
     """The start of a run that goes on in parts, and ends at `end`: its `ts` may be the
     first of many."""
@@ -147,7 +132,7 @@ def solve_part(
 
 
 @eqx.filter_jit
-@_exactly
+@exact_products
 def _solve_on(
     run: Solve, at: Reached, steps: Int[Array, ""]
 ) -> tuple[Path, Reached, Bool[Array, ""]]:

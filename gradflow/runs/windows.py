@@ -128,5 +128,5 @@ def _warn_of_kinks(path: Path, t: float, end: float) -> None:
             "ReLU or max-pooling; the run goes on, and may take long. A smooth "
             "activation (softplus, GELU) has none; or loosen rtol, or give an earlier "
             "end.",
-            stacklevel=7,
+            stacklevel=8,
         )

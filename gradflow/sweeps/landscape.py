@@ -14,6 +14,7 @@ from .._checks import as_level, check_times
 from ..flow.flow import check_flow, GradientFlow
 from ..losses import AbstractLoss
 from ..metrics import Metric
+from ..precision import exact_products
 from ..runs.path import Path
 from ..runs.problem import as_metrics
 from .sweep import sweep
@@ -136,6 +137,7 @@ class Landscape(eqx.Module):
         return plot.landscape(self, **kwargs)
 
 
+@exact_products
 def landscape(
     flow: GradientFlow | AbstractLoss,
     models: PyTree | Sequence[PyTree],

@@ -24,6 +24,7 @@ from .._typing import Given
 from ..flow.flow import check_flow, GradientFlow
 from ..losses import AbstractLoss
 from ..metrics import Metric
+from ..precision import exact_products
 from ..runs.outcome import fail_unless_reached
 from ..runs.problem import as_metrics
 from .axes import make_axes, Numbers
@@ -61,6 +62,7 @@ def _told_where(
 
 
 @_told_where
+@exact_products
 def sweep(
     problem: GradientFlow | Callable[..., Any],
     model: PyTree = None,

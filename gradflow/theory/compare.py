@@ -10,6 +10,7 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from .._checks import check_arguments, word
+from ..precision import exact_products
 from ..results import among, RESULTS
 from ..runs.path import landed_crossing_time
 from ..runs.progress import Bar
@@ -19,6 +20,7 @@ from .prediction import Predicted, TwoPhase
 from .report import Curves, DriftAlone, Order, Rate, Report, Times
 
 
+@exact_products
 def compare(
     sweep: Sweep, theory: TwoPhase, *, after: float = 0.1, progress: bool = False
 ) -> Report:

@@ -18,6 +18,7 @@ from .._checks import (
 )
 from .._host import as_array, taken
 from ..manifold import Drift, Spectrum
+from ..precision import exact_products
 from ..results import among, is_known, RESULTS
 from ..runs.interpolate import DEGREE, holds_until, interpolate, place
 from ..runs.path import Path
@@ -110,6 +111,7 @@ class TwoPhase(eqx.Module):
         """The orders of the prediction that are known: (1,) or (1, 2)."""
         return (1,) if self.second is None else (1, 2)
 
+    @exact_products
     def predict(
         self,
         t: Float[Array, " *n"] | float,
@@ -268,6 +270,7 @@ class TwoPhase(eqx.Module):
         t = np.append(0.0, np.geomspace(start, end, _TIMES))
         return self._along(weight_decay, t)
 
+    @exact_products
     def _along(self, weight_decay: float, t: np.ndarray) -> Predicted:
         dtype = self.fast.t.dtype
         found = _metrics_along(self, as_array(weight_decay, dtype), as_array(t, dtype))

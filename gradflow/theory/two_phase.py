@@ -18,6 +18,7 @@ from ..flow.term import FlowTerm
 from ..losses import AbstractCompositeLoss
 from ..manifold import Drift, Limit, limit_map, riemannian_flow, spectrum
 from ..metrics import Metric
+from ..precision import exact_products
 from ..results import among, RESULTS
 from ..runs.interpolate import DEGREE
 from ..runs.path import Path
@@ -33,6 +34,7 @@ from .second_order import check_second_order, second_order
 _LOOSE = 1e-8  # tolerance of the limit map
 
 
+@exact_products
 def two_phase(
     flow: GradientFlow,
     model: PyTree,
