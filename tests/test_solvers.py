@@ -559,6 +559,10 @@ def test_choose_solver(linear):
     assert choose(size(1e8, 20_000, 10_001)) is gf.RKC2  # the kernel does not fit
     assert choose(size(1e8, 2, 10_001)) is gf.KKT4  # it is kept as two columns
     assert choose(size(1e6, 6, None)) is gf.KKT4
+    # Cheap gradients beside a costly kernel: an entry of a product of two matrices.
+    cheap = lambda x: Size(jnp.asarray(x), 800, 180, 5e4)
+    assert choose(cheap(1.2e3), rtol=1e-4) is gf.RKC2
+    assert choose(cheap(1.2e6), rtol=1e-4) is gf.KKT4
     assert choose(size(1e6, 6000, None)) is gf.RKC2
     with pytest.raises(ValueError, match="^penalty: only KKT .* 10001 outputs"):
         choose_solver(Size(jnp.asarray(1e6), 20_000, 10_001, 1.0, kinks=True))

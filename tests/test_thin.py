@@ -11,6 +11,7 @@ from numpy.testing import assert_allclose
 
 import gradflow as gf
 from gradflow.flow.flat import flatten
+from gradflow.manifold.limit import default_solver
 from gradflow.solvers import choose_solver, measure_size
 from gradflow.solvers.kernel import (
     curved_kernel,
@@ -108,6 +109,19 @@ def test_kinks_and_uneven_penalties():
     )
     near = gf.simulate(smooth, model, weight_decay=0.05, slow_time=2.0, rtol=1e-6)
     assert_allclose(flat_at(path, -1), flat_at(near, -1), atol=1e-5)
+
+
+def test_limit_of_many_outputs():
+    """By KKT5, though the outputs are many: it is the parameters that are few. The
+    limit is the solution of least squares."""
+    flow, _ = network(600)
+    model = eqx.nn.Linear(2, "scalar", key=jr.key(2))
+    params, static = flow.partition(model)
+    assert isinstance(default_solver(flow.loss, params, static), gf.KKT5)
+    found = gf.manifold.limit_map(flow, model).model
+    x = np.hstack([flow.loss.x, np.ones((600, 1))])
+    expected = np.linalg.lstsq(x, flow.loss.y, rcond=None)[0]
+    assert_allclose(np.append(found.weight, found.bias), expected, rtol=1e-8)
 
 
 def test_neither_memory_nor_time_of_outputs_squared():
