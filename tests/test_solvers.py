@@ -564,6 +564,8 @@ def test_choose_solver(linear):
     assert choose(cheap(1.2e3), rtol=1e-4) is gf.RKC2
     assert choose(cheap(1.2e6), rtol=1e-4) is gf.KKT4
     assert choose(size(1e6, 6000, None)) is gf.RKC2
+    assert choose(size(1e8, 6000, 8000)) is gf.KKT4
+    assert choose(size(1e8, 6000, 20_000)) is gf.RKC2  # nor do its factors
     with pytest.raises(ValueError, match="^penalty: only KKT .* 10001 outputs"):
         choose_solver(Size(jnp.asarray(1e6), 20_000, 10_001, 1.0, kinks=True))
     why = choose_solver(size(1e6)).why

@@ -134,3 +134,26 @@ def test_neither_memory_nor_time_of_outputs_squared():
     assert path.stats.solver == "KKT4" and path.stats.steps < 400
     theta = ravel_pytree(params)[0]
     assert is_thin(theta, jnp.zeros(20_000)) and not is_thin(theta, theta)
+
+
+@pytest.mark.parametrize("samples, decay, width", [(60, 1e-4, 4), (10, 1e-3, 6)])
+def test_recorded_loss_where_data_are_not_fitted(samples, decay, width):
+    """It comes from the multiplier. With the curvature of the outputs in the matrix the
+    polish of that went astray: F 400 times too large, and four times as many steps."""
+    draw = np.random.default_rng(0)
+    x = draw.normal(size=(samples, 2))
+    y = np.sin(x @ draw.normal(size=(2, 3))) + 0.3 * draw.normal(size=(samples, 3))
+    model = eqx.nn.MLP(2, 3, width, 1, jnp.tanh, key=jr.key(3))
+    flow = gf.GradientFlow(gf.SquaredError(x, y))
+    path = gf.simulate(
+        flow, model, weight_decay=decay, slow_time=2.0, saves=33, solver=gf.KKT4()
+    )
+    term, _ = flow.term(model)
+    exact = jnp.stack(
+        [
+            flow.loss(term.model(jax.tree.map(lambda a, i=i: a[i], path.params)))
+            for i in range(len(path))
+        ]
+    )
+    assert_allclose(path.train_loss, exact, rtol=1e-5)
+    assert int(path.stats.steps) < 400

@@ -59,6 +59,20 @@ def _block_length(n: int, row_bytes: int) -> int:
     return -(-n // min(blocks, n))
 
 
+_BLOCK_NUMBERS = 2**20
+
+
+def in_blocks(
+    fn: Callable[[Array], Array], rows: Float[Array, "n d"], size: int
+) -> Float[Array, "n k"]:
+    """`fn` of each row, of as many at once as hold a million numbers if each holds
+    `size`."""
+    block = max(1, _BLOCK_NUMBERS // size)
+    if block >= len(rows):
+        return jax.vmap(fn)(rows)
+    return jax.lax.map(fn, rows, batch_size=block)
+
+
 class AbstractFlatLoss(eqx.Module):
     """A loss F = ℓ(z(θ)) as a function of one vector θ ∈ ℝᵈ, for what needs a matrix.
 
@@ -166,7 +180,7 @@ class FlatLoss(AbstractFlatLoss):
             return self._sample_rows(theta, x)
         z, push, _ = self.linearize(theta)
         if theta.size < z.size:
-            return jax.vmap(push)(jnp.eye(theta.size, dtype=theta.dtype)).T
+            return in_blocks(push, jnp.eye(theta.size, dtype=theta.dtype), z.size).T
         return jax.jacrev(self.outputs)(theta)
 
     def _sample_rows(self, theta: Float[Array, " d"], x: PyTree) -> Array:

@@ -23,7 +23,8 @@ def _inside(equation: JaxprEqn) -> list[Jaxpr | ClosedJaxpr]:
     def program(p):
         return hasattr(p, "eqns")
 
-    params = list(equation.params.values())
+    # (Not how a scatter puts two numbers together.)
+    params = [p for name, p in equation.params.items() if name != "update_jaxpr"]
     return [p for p in jax.tree.leaves(params, is_leaf=program) if program(p)]
 
 

@@ -26,6 +26,7 @@ from ..runs.solve import flees
 from ..runs.stats import Stats
 from ..solvers import KKT5
 from ..solvers.controllers import Relative
+from ..solvers.kernel import fits
 from ._growth import FollowGrowth, timescale
 from ._normal import close
 from ._separable import limit_direction, smallest_margin
@@ -183,8 +184,8 @@ def default_solver(
     composite = isinstance(loss, AbstractCompositeLoss)
     parameters = sum(p.size for p in jax.tree.leaves(params))
     if composite:
-        few = min(count_outputs(loss, params, static), parameters)
-        if few <= _FEW:
+        outputs = count_outputs(loss, params, static)
+        if min(outputs, parameters) <= _FEW and fits(parameters, outputs):
             return KKT5()
     if first_form(loss, params, static, "auto").interpolating:
         return KKT5()

@@ -15,12 +15,11 @@ from ..flow.term import AbstractFlowTerm
 from ..losses import AbstractCompositeLoss
 from ..penalties import Moreau
 from .curvature import sharpness
-from .kernel import DENSE_LIMIT
+from .kernel import DENSE_LIMIT, fits, KERNEL_LIMIT
 from .kkt import KKT4, KKT5
 from .rkc import RKC2
 
 TRIAL_STEPS = 10_000  # after which Tsit5 is given up, if it was not asked for
-_KERNEL_LIMIT = 10_000  # outputs up to which an m × m matrix is affordable
 _CALL = 1e4  # what the smallest gradient, or iteration, takes, in operations
 _MARGIN = 1.5  # by how much an explicit solver is to be cheaper
 
@@ -111,11 +110,10 @@ def choose_solver(
 
     The numbers of steps were measured on the tasks of this package. An explicit solver
     is taken only where it is expected to be 1.5 times cheaper, for KKT is the most
-    exact. On ten problems, λ = 1e-1 … 1e-6, rtol 1e-4 and 1e-6, the choice took at most
-    TODO times as long as the best. KKT is left out where its matrices would not fit:
-    above k = 10 000 (5000 for an opaque loss, or more outputs than parameters). A
-    penalty with kinks leaves no choice: KKT. A Moreau envelope that couples coordinates
-    goes to RKC2.
+    exact (`benchmarks/choice.py` says how good that choice is). KKT is left out where
+    its matrices would not fit: above k = 10 000, or km = 1e8, or d = 5000 for an opaque
+    loss. A penalty with kinks leaves no choice: KKT. A Moreau envelope that couples
+    coordinates goes to RKC2.
 
     The curvature may rise along the path. So Tsit5 is on trial: if it stalls, runs at
     its stability limit, or has not ended after 10 000 steps, the run (of all lanes, in
@@ -142,8 +140,7 @@ def choose_solver(
     m = d if size.outputs is None else size.outputs
     gradient = size.gradient + _CALL
     small = min(d, m)
-    fits = small <= (DENSE_LIMIT if opaque or d < m else _KERNEL_LIMIT)
-    fits = fits and small * m <= _KERNEL_LIMIT**2
+    enough = fits(d, m) and (not opaque or d <= DENSE_LIMIT)
     kernel = 2 * d * gradient if opaque else 2.0 * small * m * d
     quick, slow = tolerance**-0.2, 2 * tolerance**-0.5
     costs = {
@@ -154,12 +151,13 @@ def choose_solver(
         del costs["Tsit5"]
     kkt = "KKT4" if tolerance >= 1e-6 else "KKT5"
     if size.kinks:
-        if not fits:
+        if not enough:
             raise ValueError(
                 "penalty: only KKT solvers follow a flow along its kinks, and their "
-                f"matrix does not fit: the loss has {m} outputs, and may have "
-                f"{_KERNEL_LIMIT}. Give a smooth penalty, such as gradflow.Moreau(…, "
-                "epsilon=…) of it."
+                f"matrix does not fit: the loss has {m} outputs and {d} parameters, of "
+                f"which the fewer may be {KERNEL_LIMIT}, and times the outputs "
+                f"{KERNEL_LIMIT**2:.0e}. Give a smooth penalty, such as "
+                "gradflow.Moreau(…, epsilon=…) of it."
             )
         solver = KKT4() if kkt == "KKT4" else KKT5()
         return Choice(solver, "the penalty has kinks, which only KKT solvers follow")
@@ -169,7 +167,7 @@ def choose_solver(
             "the penalty is stiff across coordinates, in which KKT's iteration is slow",
         )
     best = min(costs, key=lambda name: costs[name])
-    if fits:
+    if enough:
         iterations = 12 * (3 * gradient + 4 * small * m + _CALL)
         costs[kkt] = 6 * quick * (iterations + small**3 / 3 + kernel / 5)
         best = best if _MARGIN * costs[best] < costs[kkt] else kkt

@@ -48,6 +48,8 @@ class _Memory(NamedTuple):
     """The largest."""
     most: Scalar
     """How long a step may be, for longer ones have failed."""
+    rise: Scalar
+    """How much longer after the next step."""
 
 
 class Relative(diffrax.AbstractAdaptiveStepSizeController):
@@ -68,7 +70,7 @@ class Relative(diffrax.AbstractAdaptiveStepSizeController):
 
     Where a step has no error, for it left the domain of the flow or an implicit stage
     was not solved, half of it is tried, and only slowly do the next ones come near that
-    length again: else every other step would fail.
+    length again, then faster: else every other step would fail.
 
     A step that is rejected at the resolution of t, where t + h = t, ends the run.
     """
@@ -125,12 +127,12 @@ class Relative(diffrax.AbstractAdaptiveStepSizeController):
         end, state = self.pid.init(terms, t0, t1, y0, dt0, args, func, error_order)
         size = norm(self.parts_of(y0))
         most = jnp.full((), jnp.inf, jnp.result_type(t1))
-        return end, _Memory(state, size, size, most)
+        return end, _Memory(state, size, size, most, jnp.ones_like(most))
 
     def adapt_step_size(
         self, t0, t1, y0, y1_candidate, args, y_error, error_order, controller_state
     ):
-        state, low, high, most = controller_state
+        state, low, high, most, rise = controller_state
         before, after, error = (
             as_vector(self.parts_of(y)) for y in (y0, y1_candidate, y_error)
         )
@@ -179,17 +181,20 @@ class Relative(diffrax.AbstractAdaptiveStepSizeController):
         result = diffrax.RESULTS.where(stuck, diffrax.RESULTS.dt_min_reached, result)
         end = jnp.where(keep, left, size)
         failed, h = ~jnp.isfinite(scaled), t1 - t0
-        most = jnp.where(keep, _AGAIN * most, jnp.where(failed, _BELOW * h, most))
+        most = jnp.where(keep, rise * most, jnp.where(failed, _BELOW * h, most))
+        rise = jnp.where(keep, jnp.minimum(_AGAIN * rise, 10), rise)
+        rise = jnp.where(failed, _AGAIN, rise)
         following = jnp.where(failed, _SHORTER * h, next_t1 - next_t0)
         next_t1 = next_t0 + jnp.minimum(following, most)
-        state = _Memory(state, jnp.minimum(low, end), jnp.maximum(high, end), most)
+        low, high = jnp.minimum(low, end), jnp.maximum(high, end)
+        state = _Memory(state, low, high, most, rise)
         return keep, next_t0, next_t1, jump, state, result
 
 
-# After a step that failed: the next, the limit of those after it, its rise in a step.
-# (A logistic loss of 1185 parameters took 523 steps, of which 244 failed, and then 209,
-# with 33. Up to what length stages can be solved changes slowly along a path.)
-_SHORTER, _BELOW, _AGAIN = 0.5, 0.6, 1.15
+# After a step that failed: the next, the limit of those after it, and by how much that
+# rises faster with each. (Up to what length stages can be solved changes slowly along a
+# path: a logistic loss of 1185 parameters took 523 steps, of which 244 failed, before.)
+_SHORTER, _BELOW, _AGAIN = 0.5, 0.6, 1.05
 
 # By how much an error along the step counts for more where it lasts.
 _LASTING = 6.0

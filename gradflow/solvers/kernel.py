@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.scipy.linalg import cho_factor, cho_solve, lu_factor, lu_solve
 from jaxtyping import Array, Bool, Float, Int, Scalar
 
-from ..flow.flat import AbstractFlatLoss
+from ..flow.flat import AbstractFlatLoss, in_blocks, linearized
 
 
 def any_lane(condition: Bool[Array, ""]) -> Bool[Array, ""]:
@@ -25,8 +25,12 @@ class Thin(eqx.Module):
 
     right: Float[Array, "d m"]
     """Jᵀ."""
-    left: Float[Array, "d m"]
-    """Jᵀℓ'', or Jᵀ where ℓ'' is a multiple of I."""
+    curved: Float[Array, "d m"] | None
+    """Jᵀℓ''; `None` where ℓ'' is a multiple of I."""
+
+    @property
+    def left(self) -> Float[Array, "d m"]:
+        return self.right if self.curved is None else self.curved
 
 
 Kernel = Float[Array, "m m"] | Thin
@@ -45,25 +49,29 @@ class Factor(eqx.Module):
 # Up to this size the inverse is cheaper than to solve by a factor in each iteration.
 _INVERTED = 128
 _DRIFT = 0.1  # contraction that a factor made for another shift may cost
+KERNEL_LIMIT = 10_000  # outputs, or parameters, up to which their matrix is affordable
 DENSE_LIMIT = 5000  # parameters up to which the Hessian of an opaque loss is factorised
 
 
 KEPT, RENEWED, WHOLE = range(3)  # the kernel; the last with all curvature
-# Up to how many parameters (and outputs: `_INVERTED`) the whole is cheap.
+# Up to how many parameters the whole is cheap.
 _FEW = 100
 
 
-def is_small(
-    loss: AbstractFlatLoss, theta: Float[Array, " d"], multiplier: Float[Array, " m"]
-) -> bool:
+def is_small(loss: AbstractFlatLoss, theta: Float[Array, " d"]) -> bool:
     """Whether the Hessian Σ μᵢ∇²zᵢ is cheap. (Of an opaque loss it is zero.)"""
-    side = min(theta.size, multiplier.size)
-    return theta.size <= _FEW and side <= _INVERTED and not loss.opaque
+    return theta.size <= _FEW and not loss.opaque
 
 
 def is_thin(theta: Float[Array, " d"], multiplier: Float[Array, " m"]) -> bool:
     """Whether the kernel is kept as its factors."""
     return theta.size < multiplier.size
+
+
+def fits(parameters: int, outputs: int) -> bool:
+    """Whether there is memory for a kernel, or for its factors."""
+    few = min(parameters, outputs)
+    return few <= KERNEL_LIMIT and few * outputs <= KERNEL_LIMIT**2
 
 
 def no_kernel(
@@ -74,7 +82,7 @@ def no_kernel(
     kernel: Kernel = jnp.zeros((m, m), theta.dtype)
     if is_thin(theta, multiplier):
         rows = jnp.zeros((d, m), theta.dtype)
-        kernel = Thin(rows, rows)
+        kernel = Thin(rows, None if loss.outer_curvature is not None else rows)
     none, k = jnp.zeros((), theta.dtype), min(m, d)
     return kernel, Factor(
         jnp.zeros((k, k), theta.dtype), jnp.zeros(k, jnp.int32), none, none
@@ -94,7 +102,9 @@ def stage_curvature(
     def weighted(th):
         return jnp.vdot(multiplier, loss.outputs(th))
 
-    return alpha + c * jax.jacrev(jax.grad(weighted))(theta)
+    _, hvp, _ = linearized(jax.grad(weighted), theta)
+    eye = jnp.eye(theta.size, dtype=theta.dtype)
+    return alpha + c * in_blocks(hvp, eye, multiplier.size)
 
 
 def curved_kernel(
@@ -115,7 +125,7 @@ def curved_kernel(
     constant = loss.outer_curvature is not None
     if is_thin(theta, z):
         rows = loss.jacobian(theta).T
-        return Thin(rows, rows if constant else curved(rows))
+        return Thin(rows, None if constant else curved(rows))
     if weights is not None and weights.ndim == 2:
         jac = loss.jacobian(theta)
         kernel = jac @ weights @ jac.T

@@ -305,12 +305,13 @@ class AbstractKKT(
         one takes their curvature in, as all later steps then do. (Diffrax forgets what
         a rejected step has learnt.)"""
         theta, loss = problem.theta, problem.loss
-        small = is_small(loss, theta, state.multiplier)
+        small = is_small(loss, theta)
+        live = problem.h != 0  # a lane that has ended waits for the others
         most = WHOLE if small else RENEWED
 
         def attempt(effort: Int[Array, ""]) -> _Step:
             kernel = jax.lax.cond(
-                any_lane(effort == RENEWED),
+                any_lane(live & (effort == RENEWED)),
                 lambda: problem.kernel(),
                 lambda: state.kernel,
             )
@@ -318,7 +319,7 @@ class AbstractKKT(
             if small:
                 unused = jnp.zeros((theta.size, theta.size), theta.dtype)
                 other = jax.lax.cond(
-                    any_lane(effort == WHOLE),
+                    any_lane(live & (effort == WHOLE)),
                     lambda: problem.whole_kernel(state.multiplier),
                     lambda: (kernel, unused),
                 )
@@ -334,7 +335,7 @@ class AbstractKKT(
 
         reusable = not problem.uneven or only_holds(problem.term.penalty, params)
         # Lanes in lockstep renew together, and so seldom.
-        renew = any_lane(state.stale) if reusable else jnp.array(True)
+        renew = any_lane(live & state.stale) if reusable else jnp.array(True)
         effort = jnp.where(renew, RENEWED, KEPT)
         # What grows may be far below the tolerance of the iteration, which the whole
         # matrix leaves behind.
@@ -501,9 +502,8 @@ class KKT4(AbstractKKT):
     less than a tenth. Stages are predicted, Y and μ, from those before. No Hessian of
     the loss is formed; but where the iteration fails with a new kernel, for the
     curvature of the outputs, Σ μᵢ∇²zᵢ is taken into the matrix from then on (up to 100
-    parameters, where they or the outputs are at most 128). A loss that is not composite
-    is taken as one with z(θ) = θ, and then its Hessian is formed (up to 5000
-    parameters).
+    parameters). A loss that is not composite is taken as one with z(θ) = θ, and then
+    its Hessian is formed (up to 5000 parameters).
 
     With fewer parameters than outputs the matrix is the d × d one of the same system,
     (α/c) I + Jᵀℓ''J, and J is frozen too.

@@ -305,4 +305,6 @@ class Stages(eqx.Module):
         # steep start: there it stays what ∇ℓ(z) is.
         far = norm(change) > 0.01 * norm(mu)
         far = far if self.loss.outer_curvature is None else jnp.array(False)
-        return jnp.where(slid | far, mu, mu + change)
+        # The matrix is to be that of μ', which the curvature of the outputs has no part
+        # in: with it the polish goes astray, a little more in each step.
+        return jnp.where(slid | far | self.matrix.whole, mu, mu + change)
