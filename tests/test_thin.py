@@ -144,7 +144,7 @@ def test_recorded_loss_where_data_are_not_fitted(samples, decay, width):
     x = draw.normal(size=(samples, 2))
     y = np.sin(x @ draw.normal(size=(2, 3))) + 0.3 * draw.normal(size=(samples, 3))
     model = eqx.nn.MLP(2, 3, width, 1, jnp.tanh, key=jr.key(3))
-    flow = gf.GradientFlow(gf.SquaredError(x, y))
+    flow = gf.GradientFlow(gf.SquaredError(jnp.asarray(x), jnp.asarray(y)))
     path = gf.simulate(
         flow, model, weight_decay=decay, slow_time=2.0, saves=33, solver=gf.KKT4()
     )
