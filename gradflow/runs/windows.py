@@ -5,7 +5,6 @@ import functools
 import warnings
 
 import diffrax
-import equinox as eqx
 import jax
 import numpy as np
 from jaxtyping import Array, Float, PyTree
@@ -64,7 +63,7 @@ def solve_through(run: Solve, bar: Bar | None = None, *, kinked: bool = False) -
 
 def _known(tree: PyTree) -> bool:
     """Whether nothing in it is being traced."""
-    return all(map(is_concrete, jax.tree.leaves(eqx.filter(tree, eqx.is_array))))
+    return all(map(is_concrete, jax.tree.leaves(tree)))
 
 
 def _in_one(run: Solve, bar: Bar) -> Path:
@@ -108,12 +107,14 @@ def _joined(paths: list[Path], ts: Float[Array, " n"]) -> Path:
     last one's."""
     n = ts.shape[0]
 
-    def join(*parts: Array) -> Array:
-        return as_array(np.concatenate([np.asarray(x) for x in parts])[:n])
+    def join(*parts: Array) -> np.ndarray:
+        known = [np.asarray(x) for x in parts]
+        return (known[0] if len(known) == 1 else np.concatenate(known))[:n]
 
     names = ("params", "metrics", "train_loss", "penalty")
     along = ({name: getattr(path, name) for name in names} for path in paths)
-    return dataclasses.replace(paths[-1], t=ts, **jax.tree.map(join, *along))
+    joined = jax.device_put(jax.tree.map(join, *along))
+    return dataclasses.replace(paths[-1], t=ts, **joined)
 
 
 def _warn_of_kinks(path: Path, t: float, end: float) -> None:

@@ -105,8 +105,9 @@ def choose_solver(
     - `Tsit5`: 6 max(n, x/3) gradients, n = 4 rtol^(-1/5) steps;
     - `RKC2`: √(1.5 x n) + 4n gradients, n = 2 rtol^(-1/2) steps;
     - `KKT4`, or `KKT5` for rtol < 1e-6: n = 6 rtol^(-1/5) steps, each of 12 iterations
-      at the price of three gradients and 4km operations, and one factorisation of k³/3;
-      and in every fifth step a tangent kernel of 2kmd (a Hessian of 2d gradients).
+      at the price of three gradients (1.5 where d < m) and 4km operations, and one
+      factorisation of k³/3; and in every fifth step a tangent kernel of 2kmd (a Hessian
+      of 2d gradients).
 
     The numbers of steps were measured on the tasks of this package. An explicit solver
     is taken only where it is expected to be 1.5 times cheaper, for KKT is the most
@@ -168,7 +169,8 @@ def choose_solver(
         )
     best = min(costs, key=lambda name: costs[name])
     if enough:
-        iterations = 12 * (3 * gradient + 4 * small * m + _CALL)
+        products = 1.5 if d < m else 3.0
+        iterations = 12 * (products * gradient + 4 * small * m + _CALL)
         costs[kkt] = 6 * quick * (iterations + small**3 / 3 + kernel / 5)
         best = best if _MARGIN * costs[best] < costs[kkt] else kkt
     stiffness = f"{x:.1g}" if known else f"unknown, taken as {x:.0e}"
