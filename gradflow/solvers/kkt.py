@@ -199,8 +199,8 @@ class AbstractKKT(
     def work(self, term: AbstractFlowTerm, state: _State) -> dict[str, Array]:
         """What the accepted steps took, from the final state
         (`SaveAt(solver_state=True)`): `iterations`, each at the cost of the outputs,
-        one Jacobian-vector and two vector-Jacobian products (one vector-Jacobian product
-        only, where parameters are fewer than outputs); tangent `kernels` made;
+        one Jacobian-vector and two vector-Jacobian products (one of the latter only,
+        where parameters are fewer than outputs); tangent `kernels` made;
         steps `sliding` along a kink of the loss. And, where ℓ'' is a multiple of I and
         m ≤ d, `conditioning`: the smallest pivot of the last kernel over its largest
         diagonal entry, which falls to rounding level as J loses rank."""
