@@ -37,10 +37,9 @@ def made(monkeypatch):
 
 @pytest.mark.parametrize("solver", [gf.KKT4(), gf.KKT5()])
 def test_kernels_and_factors_of_lanes_in_lockstep(made, solver):
-    """A `cond` that differs between lanes runs both of its branches in each step: a
-    kernel and two factors in every attempt, eight times as many kernels as one lane
-    asks for. Now they are three times as many (and two, of factors), for lanes ask at
-    different steps."""
+    """A `cond` that differs between lanes runs both of its branches: two factors in
+    every attempt. Now only what some lane needs is made, and only that lane takes it: no
+    lane depends on the others."""
     task = gf.tasks.diagonal_network(jr.key(0), samples=10, dim=20)
     lams = jnp.geomspace(1e-2, 1e-5, 16)
 
@@ -55,12 +54,13 @@ def test_kernels_and_factors_of_lanes_in_lockstep(made, solver):
 
     alone, apart = run("loop")
     together, joint = run("vmap")
-    assert joint["kernels"] <= 4 * apart["kernels"] / len(lams)
-    assert joint["kernels"] <= 0.65 * max(np.asarray(together.stats.steps).tolist())
-    assert joint["factors"] <= 2.2 * apart["factors"] / len(lams)
+    most = max(np.asarray(together.stats.steps).tolist())
+    assert joint["kernels"] <= 1.5 * most
+    assert joint["factors"] <= 1.5 * most
+    assert joint["factors"] <= 3 * apart["factors"] / len(lams)
     for one, other in zip(
         jax.tree.leaves(alone.paths.params),
         jax.tree.leaves(together.paths.params),
         strict=True,
     ):
-        assert_allclose(one, other, atol=2e-5)
+        assert_allclose(one, other, rtol=1e-9, atol=1e-10)

@@ -11,6 +11,8 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
 from .._host import as_array, taken
 from .._norms import as_vector, norms, rms
+from ..flow.flat import flatten_on
+from ..flow.nonsmooth import may_have_kinks
 from ..flow.term import AbstractFlowTerm, FlowTerm, Sphere
 from ..flow.vector import on_vector
 from ..metrics import Metric
@@ -102,8 +104,8 @@ class Solve(eqx.Module):
         return dataclasses.replace(self, params=params, ts=ts)
 
 
-@eqx.filter_jit
 @exact_products
+@eqx.filter_jit
 def solve(run: Solve) -> Path:
     """A run from its start to its end, by one program, through which one can
     differentiate if it has an `adjoint`."""
@@ -114,8 +116,8 @@ def solve(run: Solve) -> Path:
     return _told(run, steps, _reached(run, steps, at))[0]
 
 
-@eqx.filter_jit
 @exact_products
+@eqx.filter_jit
 def begin(run: Solve, end: Scalar) -> Reached:
     """The start of a run that goes on in parts, and ends at `end`: its `ts` may be the
     first of many."""
@@ -131,8 +133,8 @@ def solve_part(
     return _solve_on(run, at, steps)
 
 
-@eqx.filter_jit
 @exact_products
+@eqx.filter_jit
 def _solve_on(
     run: Solve, at: Reached, steps: Int[Array, ""]
 ) -> tuple[Path, Reached, Bool[Array, ""]]:
@@ -270,8 +272,14 @@ def _controller(run: Solve, solver: AbstractFlowSolver, first: Scalar) -> Contro
         growth=not solver.sees_growth,
         # Along kinks all of θ may reach zero in finite time.
         least=0.0 if run.term.penalty.smooth else SHARE * rtol * rms(run.params),
+        kinked=_may_have_kinks(run.term, run.params),
     )
     return solver.controlled(relative)
+
+
+def _may_have_kinks(term: FlowTerm, params: PyTree) -> bool:
+    theta, loss = flatten_on(term.loss, params, term.chart)
+    return may_have_kinks(loss, theta)
 
 
 class _Integrated(NamedTuple):

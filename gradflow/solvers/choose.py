@@ -1,11 +1,13 @@
 """Which solver to take when none is named."""
 
+import dataclasses
 import math
 from typing import NamedTuple
 
 import diffrax
 import equinox as eqx
 import jax
+import numpy as np
 from jaxtyping import PyTree, Scalar
 
 from .._checks import is_concrete
@@ -20,6 +22,7 @@ from .kkt import KKT4, KKT5
 from .rkc import RKC2
 
 TRIAL_STEPS = 10_000  # after which Tsit5 is given up, if it was not asked for
+_UNKNOWN = 1e6  # the stiffness L t₁ where it is not known
 _CALL = 1e4  # what the smallest gradient, or iteration, takes, in operations
 _MARGIN = 1.5  # by how much an explicit solver is to be cheaper
 
@@ -88,7 +91,10 @@ def as_choice(
 
 
 def second_choice(size: Size, rtol: float | Scalar) -> Choice:
-    """What to take where a trial failed."""
+    """What to take where a trial failed: for a flow that is stiffer than it looked."""
+    if is_concrete(size.stiffness):
+        stiffness = np.maximum(np.asarray(size.stiffness), _UNKNOWN)
+        size = dataclasses.replace(size, stiffness=as_array(stiffness))
     solver, why, _ = choose_solver(size, rtol=rtol, classical=False)
     return Choice(solver, f"Tsit5 was tried first, and failed; then {why}")
 
@@ -135,7 +141,7 @@ def choose_solver(
     outputs than KKT can take.
     """
     known = is_concrete(size.stiffness)
-    x = float(size.stiffness) if known else 1e6
+    x = float(size.stiffness) if known else _UNKNOWN
     tolerance = float(rtol) if is_concrete(rtol) else 1e-6
     d, opaque = size.parameters, size.outputs is None
     m = d if size.outputs is None else size.outputs

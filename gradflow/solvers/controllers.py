@@ -81,6 +81,7 @@ class Relative(diffrax.AbstractAdaptiveStepSizeController):
     parts_of: Callable[[PyTree], PyTree] = eqx.field(static=True)
     share: float = eqx.field(static=True)
     growth: bool = eqx.field(static=True)
+    kinked: bool = eqx.field(static=True)
     pid: diffrax.PIDController
 
     def __init__(
@@ -93,6 +94,7 @@ class Relative(diffrax.AbstractAdaptiveStepSizeController):
         parts_of: Callable[[PyTree], PyTree] = lambda y: y,
         growth: bool = True,
         least: Scalar | float = 0.0,
+        kinked: bool = False,
     ):
         """**Arguments:**
 
@@ -101,6 +103,8 @@ class Relative(diffrax.AbstractAdaptiveStepSizeController):
         - `factormax`: by how much a step may be longer than the one before.
         - `parts_of`: the parameters in a state.
         - `least`: what no tolerance is below, where no `atol` is given.
+        - `kinked`: whether the loss may have kinks: a step that failed at one says
+            nothing of those after it.
         - `growth`: whether errors of growth count for more; False for a solver that
             sees to it itself.
         """
@@ -109,6 +113,7 @@ class Relative(diffrax.AbstractAdaptiveStepSizeController):
         self.parts_of = parts_of
         self.share = SHARE if atol is None else 0.0
         self.growth = growth
+        self.kinked = kinked
         self.pid = diffrax.PIDController(
             rtol=0.0, atol=1.0, dtmin=dtmin, force_dtmin=False, factormax=factormax,
             norm=jnp.abs,
@@ -180,12 +185,13 @@ class Relative(diffrax.AbstractAdaptiveStepSizeController):
         stuck = stuck & (result == diffrax.RESULTS.successful)
         result = diffrax.RESULTS.where(stuck, diffrax.RESULTS.dt_min_reached, result)
         end = jnp.where(keep, left, size)
-        failed, h = ~jnp.isfinite(scaled), t1 - t0
-        most = jnp.where(keep, rise * most, jnp.where(failed, _BELOW * h, most))
-        rise = jnp.where(keep, jnp.minimum(_AGAIN * rise, 10), rise)
-        rise = jnp.where(failed, _AGAIN, rise)
-        following = jnp.where(failed, _SHORTER * h, next_t1 - next_t0)
-        next_t1 = next_t0 + jnp.minimum(following, most)
+        if not self.kinked:
+            failed, h = ~jnp.isfinite(scaled), t1 - t0
+            most = jnp.where(keep, rise * most, jnp.where(failed, _BELOW * h, most))
+            rise = jnp.where(keep, jnp.minimum(_AGAIN * rise, 10), rise)
+            rise = jnp.where(failed, _AGAIN, rise)
+            following = jnp.where(failed, _SHORTER * h, next_t1 - next_t0)
+            next_t1 = next_t0 + jnp.minimum(following, most)
         low, high = jnp.minimum(low, end), jnp.maximum(high, end)
         state = _Memory(state, low, high, most, rise)
         return keep, next_t0, next_t1, jump, state, result

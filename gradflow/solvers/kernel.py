@@ -2,21 +2,31 @@
 
 import functools
 from collections.abc import Callable
+from typing import TypeVar
 
 import equinox as eqx
 import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import cho_factor, cho_solve, lu_factor, lu_solve
-from jaxtyping import Array, Bool, Float, Int, Scalar
+from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
 from ..flow.flat import AbstractFlatLoss, in_blocks, linearized
 
+Tree = TypeVar("Tree", bound=PyTree)
 
-def any_lane(condition: Bool[Array, ""]) -> Bool[Array, ""]:
-    """Whether it holds in any lane of a `jax.vmap`: a `jax.lax.cond` on that runs one
-    branch, where one that differs between lanes runs both."""
-    return eqxi.unvmap_any(condition)
+
+def where_needed(
+    condition: Bool[Array, ""], make: Callable[[], Tree], old: Tree
+) -> Tree:
+    """`make()` where the condition holds, else `old`. In lockstep it is made if any
+    lane of a `jax.vmap` needs it, where a `jax.lax.cond` that differs between lanes
+    would always make it; and only those that do take it: no lane depends on others."""
+
+    def taken():
+        return jax.tree.map(lambda a, b: jnp.where(condition, a, b), make(), old)
+
+    return jax.lax.cond(eqxi.unvmap_any(condition), taken, lambda: old)
 
 
 class Thin(eqx.Module):
@@ -225,13 +235,9 @@ class StageMatrix(eqx.Module):
             def curved():
                 return _factorise(loss, shift, kernel, stiffness, False)
 
-            some = jax.lax.cond(any_lane(~whole), plain, lambda: factor)
-            other = jax.lax.cond(any_lane(whole), curved, lambda: factor)
-            return jax.tree.map(lambda a, b: jnp.where(whole, a, b), other, some)
+            return where_needed(whole, curved, where_needed(~whole, plain, factor))
 
-        # (In lockstep for all lanes once it is for one: it costs no more.)
-        needed = any_lane(fresh | _drifted(factor, shift))
-        factor = jax.lax.cond(needed, make, lambda: factor)
+        factor = where_needed(fresh | _drifted(factor, shift), make, factor)
         inverse = None if thin else curvature
         return cls(loss, kernel, inverse, alpha, c, shift, factor, fresh, whole)
 

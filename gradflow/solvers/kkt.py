@@ -1,7 +1,7 @@
 """KKT-ESDIRK: stiff solvers for the gradient flow of a composite loss."""
 
 import abc
-from typing import ClassVar, NamedTuple, TYPE_CHECKING, TypeVar
+from typing import ClassVar, NamedTuple, TYPE_CHECKING
 
 import diffrax
 import equinox as eqx
@@ -23,7 +23,6 @@ from .base import AbstractFlowSolver, Controller, Followed, Saved
 from .controllers import lasting, Step
 from .jumps import curvature_jumps, JUMPED
 from .kernel import (
-    any_lane,
     curved_kernel,
     Factor,
     is_small,
@@ -35,6 +34,7 @@ from .kernel import (
     stage_curvature,
     StageMatrix,
     Thin,
+    where_needed,
     WHOLE,
 )
 from .orthant import flat_problem, only_holds, OnOrthant, unwrap
@@ -45,8 +45,6 @@ if TYPE_CHECKING:
     from typing import ClassVar as AbstractClassVar
 else:
     from equinox import AbstractClassVar
-
-Tree = TypeVar("Tree", bound=PyTree)
 
 _SLOW = 3  # iterations a stage above which the tangent kernel is renewed
 
@@ -311,20 +309,16 @@ class AbstractKKT(
         most = WHOLE if small else RENEWED
 
         def attempt(effort: Int[Array, ""]) -> _Step:
-            kernel = jax.lax.cond(
-                any_lane(live & (effort == RENEWED)),
-                lambda: problem.kernel(),
-                lambda: state.kernel,
-            )
+            renewed = live & (effort == RENEWED)
+            kernel = where_needed(renewed, problem.kernel, state.kernel)
             curvature = None
             if small:
                 unused = jnp.zeros((theta.size, theta.size), theta.dtype)
-                other = jax.lax.cond(
-                    any_lane(live & (effort == WHOLE)),
+                kernel, curvature = where_needed(
+                    live & (effort == WHOLE),
                     lambda: problem.whole_kernel(state.multiplier),
-                    lambda: (kernel, unused),
+                    (kernel, unused),
                 )
-                kernel, curvature = _where(effort == WHOLE, other, (kernel, unused))
             return self._attempt(problem, state, kernel, curvature, effort)
 
         def retry(tried: _Tried) -> _Tried:
@@ -335,8 +329,7 @@ class AbstractKKT(
             return _Tried(effort + 1, done, out, tried.kernels + made)
 
         reusable = not problem.uneven or only_holds(problem.term.penalty, params)
-        # Lanes in lockstep renew together, and so seldom.
-        renew = any_lane(live & state.stale) if reusable else jnp.array(True)
+        renew = state.stale if reusable else jnp.array(True)
         effort = jnp.where(renew, RENEWED, KEPT)
         # What grows may be far below the tolerance of the iteration, which the whole
         # matrix leaves behind.
@@ -351,10 +344,7 @@ class AbstractKKT(
         whole = tried.effort > WHOLE
         kernel = tried.out.kernel
         if small:  # for `work`
-            plain = jax.lax.cond(
-                any_lane(whole), lambda: problem.kernel(), lambda: kernel
-            )
-            kernel = _where(whole, plain, kernel)
+            kernel = where_needed(whole, problem.kernel, kernel)
         curved = state.curved | (whole & ~growing)
         after, step = self._after(problem, state, tried, kernel, whole, curved)
         return tried.out, after, step
@@ -477,10 +467,6 @@ class AbstractKKT(
         ratio = high / jnp.where(low > 0, low, 1)
         size = JUMPED * high
         return size * jnp.minimum(ratio, 1) ** (self.order(None) - 3)
-
-
-def _where(condition: Bool[Array, ""], yes: Tree, no: Tree) -> Tree:
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
 
 
 # Which is no root finder of Optimistix's, but given the tolerances as those are.
