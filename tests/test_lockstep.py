@@ -1,4 +1,4 @@
-"""Lanes of one program: what is made for each, and what for all only where one asks."""
+"""Lanes of one program: what is made only where one of them asks for it."""
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +57,6 @@ def test_kernels_and_factors_of_lanes_in_lockstep(made, solver):
     most = max(np.asarray(together.stats.steps).tolist())
     assert joint["kernels"] <= 1.5 * most
     assert joint["factors"] <= 2 * most
-
     for one, other in zip(
         jax.tree.leaves(alone.paths.params),
         jax.tree.leaves(together.paths.params),

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from ..losses import CrossEntropy, Huber, Logistic, SquaredError
-from .flat import AbstractFlatLoss
+from .flat import AbstractFlatLoss, flatten_on
+from .term import AbstractFlowTerm
 
 
 def may_have_kinks(loss: AbstractFlatLoss, theta: Float[Array, " d"]) -> bool:
@@ -18,6 +19,12 @@ def may_have_kinks(loss: AbstractFlatLoss, theta: Float[Array, " d"]) -> bool:
     of numbers. Nothing is computed; it is traced once."""
     own = isinstance(loss.loss, SquaredError | Huber | Logistic | CrossEntropy)
     return _kinked(jax.make_jaxpr(loss.outputs if own else loss.__call__)(theta))
+
+
+def loss_may_have_kinks(term: AbstractFlowTerm, params: PyTree) -> bool:
+    """Whether the loss of a flow may have kinks."""
+    theta, loss = flatten_on(term.loss, params, term.chart)
+    return may_have_kinks(loss, theta)
 
 
 def _kinked(jaxpr: Jaxpr | ClosedJaxpr) -> bool:

@@ -14,6 +14,7 @@ from .._host import as_array, known
 from .._norms import norm
 from ..flow.flat import FlatLoss, flatten
 from ..flow.flow import GradientFlow, partition
+from ..flow.nonsmooth import loss_may_have_kinks
 from ..flow.term import FlowTerm
 from ..flow.vector import on_vector
 from ..losses import AbstractCompositeLoss, AbstractLoss
@@ -177,13 +178,12 @@ def _without_derivative(tree: PyTree) -> PyTree:
 def default_solver(
     loss: AbstractLoss, params: PyTree, static: PyTree
 ) -> diffrax.AbstractSolver:
-    """KKT5 where the loss is composite and JJᵀ no larger than the Hessian, or small (or
-    JᵀJ is);
-    else Tsit5, the explicit one, which takes as many steps as the problem is stiff, and
-    whose noise at the stability limit can keep it from coming to rest at all."""
-    composite = isinstance(loss, AbstractCompositeLoss)
-    parameters = sum(p.size for p in jax.tree.leaves(params))
-    if composite:
+    """KKT5 where the loss is composite and JJᵀ no larger than the Hessian, or one of
+    JJᵀ and JᵀJ small; else Tsit5, the explicit one, which takes as many steps as the
+    problem is stiff, and whose noise at the stability limit can keep it from coming to
+    rest at all."""
+    if isinstance(loss, AbstractCompositeLoss):
+        parameters = sum(p.size for p in jax.tree.leaves(params))
         outputs = count_outputs(loss, params, static)
         if min(outputs, parameters) <= _FEW and fits(parameters, outputs):
             return KKT5()
@@ -301,7 +301,8 @@ def _follow(
     flat, theta = on_vector(term, params)
     last = _last(term, params, search)
     decades = last * 10.0 ** np.arange(-3, 1).astype(theta.dtype)
-    relative = Relative(search.rtol, search.atol, growth=False)
+    kinked = loss_may_have_kinks(term, params)
+    relative = Relative(search.rtol, search.atol, growth=False, kinked=kinked)
     integration = Integration(
         flat,
         search.solver,

@@ -23,9 +23,8 @@ from .._checks import (
 )
 from .._host import as_array
 from .._typing import Given
-from ..flow.flat import flatten_on
 from ..flow.flow import check_flow, GradientFlow, scaled
-from ..flow.nonsmooth import may_have_kinks
+from ..flow.nonsmooth import loss_may_have_kinks
 from ..flow.term import FlowTerm
 from ..metrics import Metric, without_thresholds
 from ..precision import exact_products
@@ -197,5 +196,4 @@ def _underivable(values: Values, solver: str, adjoint: Given) -> Values:
 
 @eqx.filter_jit
 def _kinked(term: FlowTerm, params: PyTree) -> bool:
-    theta, loss = flatten_on(term.loss, params, term.chart)
-    return may_have_kinks(loss, theta)
+    return loss_may_have_kinks(term, params)

@@ -11,8 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
 from .._host import as_array, taken
 from .._norms import as_vector, norms, rms
-from ..flow.flat import flatten_on
-from ..flow.nonsmooth import may_have_kinks
+from ..flow.nonsmooth import loss_may_have_kinks
 from ..flow.term import AbstractFlowTerm, FlowTerm, Sphere
 from ..flow.vector import on_vector
 from ..metrics import Metric
@@ -272,14 +271,9 @@ def _controller(run: Solve, solver: AbstractFlowSolver, first: Scalar) -> Contro
         growth=not solver.sees_growth,
         # Along kinks all of θ may reach zero in finite time.
         least=0.0 if run.term.penalty.smooth else SHARE * rtol * rms(run.params),
-        kinked=_may_have_kinks(run.term, run.params),
+        kinked=loss_may_have_kinks(run.term, run.params),
     )
     return solver.controlled(relative)
-
-
-def _may_have_kinks(term: FlowTerm, params: PyTree) -> bool:
-    theta, loss = flatten_on(term.loss, params, term.chart)
-    return may_have_kinks(loss, theta)
 
 
 class _Integrated(NamedTuple):
