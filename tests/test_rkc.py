@@ -537,3 +537,50 @@ def test_radau_stored(decay):
     assert path.stats.solver == "RKC2"
     assert sup_error(flat_paths(path), reference) < 5e-4
     assert int(path.stats.evaluations) < 1200 * (1e-2 / decay) ** 0.5
+
+
+@pytest.mark.parametrize("seed, lam, t1", [(0, 1e-2, 100.0), (1, 1e-3, 100.0)])
+def test_kinks_that_are_many(seed, lam, t1):
+    """A ReLU net of 20 neurons and 30 samples crosses one of 600 kinks in most steps,
+    and slides along some. Jumps of the velocity are no growth: they shorten a step by
+    what they do to it, and no more."""
+    rng = np.random.default_rng(seed)
+    x = jnp.asarray(rng.normal(size=(30, 2)))
+    y = jnp.tanh(2 * x[:, 0]) - 0.5 * jnp.tanh(x[:, 1])
+    model = eqx.nn.MLP(2, "scalar", 20, 1, jax.nn.relu, key=jr.key(seed))
+    flow = gf.GradientFlow(gf.SquaredError(x, y))
+    parts, steps = np.linspace(0, 1, 9), 100_000
+    truth = gf.descent(
+        flow,
+        model,
+        weight_decay=lam,
+        learning_rate=t1 / steps,
+        at=[int(part * steps) for part in parts],
+    )
+    # Without a difference between jumps and growth it takes over 30 000 steps.
+    for rtol, most in ((1e-2, 1200), (1e-3, 6000)):
+        path = gf.simulate(
+            flow,
+            model,
+            weight_decay=lam,
+            ts=jnp.asarray(parts * t1),
+            solver=RKC2(),
+            rtol=rtol,
+            max_steps=most,
+        )
+        assert sup_error(flat_paths(path), flat_paths(truth)) < rtol
+
+
+def test_growth_is_still_seen():
+    """Out of a saddle, as e^t from 1e-4: errors along the way last."""
+
+    def loss(model):
+        return -0.5 * model[0] ** 2 + 0.25 * model[0] ** 4 + 2 * model[1] ** 2
+
+    flow = gf.GradientFlow(gf.Loss(loss))
+    start = jnp.array([1e-4, 1.0])
+    rtol, ts = 1e-4, jnp.linspace(0.0, 12.0, 9)
+    path = gf.simulate(flow, start, weight_decay=0.0, ts=ts, solver=RKC2(), rtol=rtol)
+    # x' = x − x³
+    exact = 1 / np.sqrt(1 + (1e8 - 1) * np.exp(-2 * np.asarray(ts)))
+    assert np.max(np.abs(path.params[:, 0] / exact - 1)[4:]) < 50 * rtol

@@ -1,5 +1,7 @@
 """A small decoder-only transformer without layer normalisation."""
 
+from collections.abc import Callable
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -46,20 +48,21 @@ Projections = tuple[Float[Array, "m h k"], Float[Array, "n h k"], Float[Array, "
 
 
 class Block(eqx.Module):
-    """x + attention(x), then the same with a ReLU network of one hidden layer; at the
-    last m positions."""
+    """x + attention(x), then the same with a network of one hidden layer; at the last m
+    positions."""
 
     attention: Attention
     inner: Float[Array, "w d"]
     inner_bias: Float[Array, " w"]
     outer: Float[Array, "d w"]
     outer_bias: Float[Array, " d"]
+    activation: Callable[[Array], Array] = eqx.field(static=True)
 
     def __call__(
         self, x: Float[Array, "m d"], projections: Projections
     ) -> Float[Array, "m d"]:
         x = x + self.attention.mix(projections)
-        hidden = jax.nn.relu(x @ self.inner.T + self.inner_bias[None])
+        hidden = self.activation(x @ self.inner.T + self.inner_bias[None])
         return x + hidden @ self.outer.T + self.outer_bias[None]
 
 
@@ -67,9 +70,9 @@ class Transformer(eqx.Module):
     """Logits for the symbol that follows a few others.
 
     Learned embeddings of symbols and of positions; blocks of causal attention and of a
-    ReLU layer, each added to its input; no layer normalisation; an unembedding that is
-    not tied. It is the network of Liu, Michaud, Tegmark, arXiv 2210.01117, figure 7,
-    and before them of Nanda et al., arXiv 2301.05217.
+    hidden layer, each added to its input; no layer normalisation; an unembedding that
+    is not tied. With ReLU it is the network of Liu, Michaud, Tegmark, arXiv 2210.01117,
+    figure 7, and before them of Nanda et al., arXiv 2301.05217.
 
     Initial weights are Gaussian with standard deviation 1/√width, the unembedding's
     1/√symbols, and biases are zero.
@@ -89,6 +92,7 @@ class Transformer(eqx.Module):
         width: int = 128,
         heads: int = 4,
         hidden: int = 512,
+        activation: Callable[[Array], Array] = jax.nn.relu,
         key: PRNGKeyArray,
     ):
         """**Arguments:**
@@ -98,7 +102,8 @@ class Transformer(eqx.Module):
         - `layers`: blocks.
         - `width`: numbers at each position; a multiple of `heads`.
         - `heads`: of each attention, of `width`/`heads` numbers each.
-        - `hidden`: ReLU neurons of each block.
+        - `hidden`: neurons of each block.
+        - `activation`: of these, elementwise.
         - `key`: of the initial weights.
 
         **Raises:** `ValueError` where a size makes no sense.
@@ -130,6 +135,7 @@ class Transformer(eqx.Module):
                 jnp.zeros(hidden),
                 normal(width, hidden, fan=width),
                 jnp.zeros(width),
+                activation,
             )
             for _ in range(layers)
         )

@@ -28,6 +28,7 @@ _SAFETY = 1.1  # by which ρ is taken larger than it was found
 _DECAY = 0.04  # what the decay of θ counts for against the growth of its speed
 _FALL = 0.8  # the least ratio of ρ to that of the step before
 _SETTLED = 0.01  # relative change at which the power iteration ends
+_LONGER = 10  # by how much the next step may be longer
 _COLD, _WARM = 50, 20  # products the power iteration may take, at the start and later
 
 
@@ -180,25 +181,35 @@ class RKC2(AbstractOnParams, diffrax.AbstractAdaptiveSolver[_State]):
         move = _combine((scheme.b(stages), z))
         y1 = jax.tree.map(jnp.add, y0, move)
         f1, push, _ = linearized(lambda y: terms.vf(t1, y, args), y1)
-        error = _combine(
-            (-0.8 * _CAUTION, move), (0.4 * _CAUTION * h, f0), (0.4 * _CAUTION * h, f1)
-        )
-
-        # A gradient flow speeds up only where something in it grows.
-        if isinstance(getattr(terms, "term", terms), FlowTerm):
-            step, (slow, fast) = Step.of(*map(as_vector, (y0, y1, error, f0, f1)))
-            # Steps are so many that errors add up where all of θ decays, too.
-            decay = _DECAY * jnp.log(step.size / step.left)
-            growth = jnp.maximum(jnp.log(fast / slow), jnp.nan_to_num(decay))
-            rounding = jnp.finfo(h.dtype).eps * (1 + reach)
-            error = _combine((lasting(growth, step, rounding), error))
-
         dy = _combine((1, move), (-scheme.b(stages - 1), z_before))
         df = _combine((1, f1), (-1, f_before))
-        known = (1 + _SETTLED) * state.radius
-        overlooked = _norm(df, h.dtype) > known * _norm(dy, h.dtype)
+        # Below this, and twice this, the next step takes two stages, however long.
+        idle = 0.5 * 3 * _INTERVAL / (_SAFETY * _LONGER * jnp.abs(h))
+        steep, short = _norm(df, h.dtype), _norm(dy, h.dtype)
+        overlooked = steep > (1 + _SETTLED) * state.radius * short
         start = jax.tree.map(lambda u, v: jnp.where(overlooked, u, v), df, state.vector)
-        vector, found, products = _power_iteration(push, start, state.radius, _WARM)
+        vector, found, products = _power_iteration(
+            push, start, state.radius, _WARM, jnp.where(overlooked, 0, idle)
+        )
+
+        error = _combine((-0.8, move), (0.4 * h, f0), (0.4 * h, f1))
+        caution = _CAUTION
+        if isinstance(getattr(terms, "term", terms), FlowTerm):
+            step, (slow, fast) = Step.of(*map(as_vector, (y0, y1, error, f0, f1)))
+            # Where f is smooth the error is about h³y‴/15, of which ρ limits the size.
+            # What is larger are jumps of f, at kinks, which say nothing of growth.
+            largest = reach * (2 + reach) / 15 * step.length
+            least = jnp.where(step.missed > 0, step.missed, 1)
+            smooth = jnp.clip(2 * largest / least - 1, 0, 1)
+            caution = 1 + (_CAUTION - 1) * smooth
+            # A gradient flow speeds up only where something in it grows. And steps are
+            # so many that errors add up where all of θ decays, too.
+            decay = _DECAY * jnp.log(step.size / step.left)
+            growth = jnp.maximum(jnp.log(fast / slow), jnp.nan_to_num(decay))
+            rounding = jnp.finfo(h.dtype).eps * (1 + reach) / caution
+            caution = caution * lasting(smooth * growth, step, rounding)
+        error = _combine((caution, error))
+
         stable = jnp.abs(h) * found <= _INTERVAL * (stages.astype(h.dtype) ** 2 - 1)
         error = jax.tree.map(lambda e: jnp.where(fits & stable, e, jnp.inf), error)
 
@@ -261,9 +272,10 @@ def _hyperbolic(x: Scalar) -> tuple[Scalar, Scalar]:
 
 
 def _power_iteration(
-    push: Callable, start: PyTree, guess: Scalar, most: int
+    push: Callable, start: PyTree, guess: Scalar, most: int, idle: Scalar | float = 0.0
 ) -> tuple[PyTree, Scalar, Int[Array, ""]]:
     """The largest |eigenvalue| of the linear map `push`, from below if it is symmetric.
+    Below `idle` one product will do.
 
     **Returns:** the eigenvector, the |eigenvalue|, the number of products.
     """
@@ -274,6 +286,7 @@ def _power_iteration(
         size = _norm(w, guess.dtype)
         w = jax.tree.map(lambda w, v: jnp.where(size > 0, w, v), w, v)
         settled = ~(jnp.abs(size - last) > _SETTLED * size)  # or not a number
+        settled = settled | (size < idle)
         largest = jnp.maximum(largest, size)
         return _unit(w, guess.dtype), size, largest, count + 1, settled
 

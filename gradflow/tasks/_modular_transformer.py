@@ -3,6 +3,7 @@
 from typing import Literal
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
@@ -16,6 +17,7 @@ from ._checks import check_count, check_part
 from ._task import accuracies, Task
 
 _SIGNS = {"addition": "+", "division": "/"}
+_ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu}
 
 
 def modular_transformer(
@@ -28,6 +30,7 @@ def modular_transformer(
     width: int = 128,
     heads: int = 4,
     hidden: int = 512,
+    activation: Literal["relu", "gelu"] = "relu",
     init_scale: float = 1.0,
 ) -> Task:
     """a + b or a / b mod p from a part of all pairs, read as the three symbols a, b
@@ -47,6 +50,7 @@ def modular_transformer(
     - `fraction`: of the pairs that are seen, rounded down to a number of pairs.
     - `operation`: `"addition"`, or `"division"`, of which b = 0 is left out.
     - `layers`, `width`, `heads`, `hidden`: of the transformer.
+    - `activation`: of its hidden layers: the paper's ReLU, or GELU, which is smooth.
     - `init_scale`: α, by which the initial weights are multiplied.
 
     **Returns:** a task whose truth is an `OperationTruth`.
@@ -56,6 +60,7 @@ def modular_transformer(
     check_count(modulus, "modulus", least=2)
     check_part(fraction, "fraction")
     check_choice(operation, "operation", tuple(_SIGNS))
+    check_choice(activation, "activation", tuple(_ACTIVATIONS))
     check_positive(init_scale, "init_scale")
     truth = OperationTruth(modulus, operation)
     split_key, init_key = jr.split(key)
@@ -72,7 +77,7 @@ def modular_transformer(
     pairs = jnp.asarray(pairs[np.asarray(jr.permutation(split_key, len(pairs)))])
     model = Transformer(
         symbols=modulus + 1, layers=layers, width=width, heads=heads, hidden=hidden,
-        key=init_key,
+        activation=_ACTIVATIONS[activation], key=init_key,
     )  # fmt: skip
     x, x_test = pairs[:seen], pairs[seen:]
     y, y_test = truth.labels(x), truth.labels(x_test)
