@@ -6,13 +6,16 @@ import pathlib
 import subprocess
 import sys
 
+import diffrax
+import equinox as eqx
 import jax
+import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
 
 import gradflow as gf
-from gradflow.sweeps import memory, programs
+from gradflow.sweeps import lanes, memory, programs
 
 ROOT = pathlib.Path(__file__).parents[1]
 TASK = gf.tasks.linear_regression(jr.key(0), samples=3, dim=6)
@@ -164,6 +167,71 @@ def test_the_error_of_jax():
     assert memory.is_out_of_memory(MemoryError())
     assert not memory.is_out_of_memory(jax.errors.JaxRuntimeError("INTERNAL: no"))
     assert not memory.is_out_of_memory(ValueError("out of memory"))
+
+
+class Caught(BaseException):
+    pass
+
+
+def many_samples():
+    """Fewer parameters than outputs."""
+    x = jr.normal(jr.key(1), (400, 2))
+    model = eqx.nn.MLP(2, "scalar", 6, 1, jnp.tanh, key=jr.key(2))
+    return gf.GradientFlow(gf.SquaredError(x, jnp.sin(3 * x[:, 0]))), model
+
+
+def diagonal():
+    task = gf.tasks.diagonal_network(jr.key(0), samples=10, dim=40)
+    return task.flow, task.model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("solver", [gf.KKT4(), gf.RKC2(), diffrax.Tsit5(), None])
+@pytest.mark.parametrize("problem", [diagonal, many_samples])
+def test_what_a_lane_takes(monkeypatch, solver, problem):
+    """By estimate, and as XLA says. (`None` is a descent.)"""
+    told, given = [], []
+    kind = lanes.DescentLanes if solver is None else lanes.FlowLanes
+    estimate = kind.bytes_per_lane
+
+    def tell(self, number):
+        told.append(estimate(self, number))
+        return told[0]
+
+    def catch(*args):
+        given.extend(args)
+        raise Caught
+
+    program = programs._program
+    monkeypatch.setattr(kind, "bytes_per_lane", tell)
+    monkeypatch.setattr(programs, "_program", catch)
+    how = dict(slow_time=1.0, solver=solver)
+    if solver is None:
+        how = dict(run=gf.Descent(0.01, steps=100))
+    flow, model = problem()
+    with pytest.raises(Caught):
+        gf.sweep(
+            flow, model, weight_decay=LAMS[:8], saves=33, batch="vmap", progress=False,
+            metrics={"loss": flow.loss}, **how,
+        )  # fmt: skip
+    of = program.lower(*given).compile().compiled.memory_analysis()
+    sizes = (of.temp_size_in_bytes, of.output_size_in_bytes, of.argument_size_in_bytes)
+    takes = sum(sizes) / 8
+    assert 0.9 < told[0] / takes < 2, (told, takes)
+
+
+def test_what_is_left_is_counted():
+    """Of the fullest device; on a CPU what the machine has, and that once."""
+
+
+    def used(size):
+        return dict(bytes_limit=100, bytes_in_use=size)
+
+    assert memory.memory_left([used(30)]) == 70
+    assert memory.memory_left([used(30), used(90)]) == 20
+    assert memory.memory_left([used(130)]) == 0
+    host = memory.memory_left([None])
+    assert 1e8 < host <= 8e9 and memory.memory_left([None] * 4) == host
 
 
 DEVICES = """

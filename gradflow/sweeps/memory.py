@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from collections.abc import Sequence
 
 import jax
 
@@ -60,17 +61,18 @@ class AtOnce:
         return True
 
 
-def memory_left(devices: list[jax.Device]) -> float:
-    """The bytes that are left on all devices together. Of a CPU, whose devices share
-    one memory, half of what the machine has, and 8 GB at most: other programs have the
-    rest, and lockstep is no gain there. (Not what is free just now: a sweep that is run
-    again is to be the same programs.)"""
-    stats = [device.memory_stats() for device in devices]
+def memory_left(stats: Sequence[dict[str, int] | None]) -> float:
+    """The bytes that are left on all devices together, by the `memory_stats` of each.
+
+    A CPU has none; its devices share one memory. Of that half is taken, and 8 GB at
+    most: other programs have the rest, and lockstep is no gain there. (Not what happens
+    to be free: a sweep that is run again is to be the same programs.)
+    """
     left = [s["bytes_limit"] - s["bytes_in_use"] for s in stats if s]
-    if len(left) == len(devices):
-        return float(max(min(left), 0) * len(devices))
+    if len(left) == len(stats):
+        return float(max(min(left), 0) * len(left))
     try:
         there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # Windows does not tell
+    except (AttributeError, ValueError):  # where the system does not tell
         there = 8e9
     return min(there / 2, 8e9)

@@ -159,4 +159,5 @@ def fitting(lanes: AbstractLanes, batch: Batch, most: int) -> int:
         each = lanes.bytes_per_lane(0)
     except Exception:  # which is told when the lane is run
         return most
-    return max(1, min(most, int(0.7 * memory_left(devices) // each)))
+    room = 0.7 * memory_left([device.memory_stats() for device in devices])
+    return max(1, min(most, int(room // each)))
