@@ -12,6 +12,7 @@ from jaxtyping import Array, DTypeLike, PRNGKeyArray, PyTree
 
 from .._checks import check_horizon, resolvable
 from .._host import as_array
+from ..flow.flat import rows_at_once
 from ..flow.operations import numbers
 from ..losses import AbstractCompositeLoss
 from ..runs.descent import prepare_descent
@@ -233,15 +234,18 @@ def _numbers_of(params: PyTree) -> tuple[int, int]:
 
 
 def _passing(run: Solve | Descend) -> int:
-    """How many numbers a gradient, or a metric, holds on its way: of those that it
-    brings out most are let go, or never stored."""
-    term = run.term
-    gradient = jax.grad(lambda p: term.loss(term.model(p)))
-    metrics = [
-        numbers(lambda p, m=metric: m(term.model(p)), run.params)
-        for metric in run.watched.values()
-    ]
-    return int(max(0.6 * numbers(gradient, run.params), 0.3 * max(metrics, default=0)))
+    """How many numbers a gradient, or the metrics, hold on their way: of those that
+    they bring out most are let go, or never stored."""
+    term, params = run.term, run.params
+    gradient = numbers(jax.grad(lambda p: term.loss(term.model(p))), params)
+
+    def seen(p: PyTree) -> list[Array]:
+        return [metric(term.model(p)) for metric in run.watched.values()]
+
+    recorded = max(numbers(seen, params), 1)
+    if jax.default_backend() != "cpu":  # of many saved times at once
+        recorded *= min(run.saves, rows_at_once(recorded))
+    return int(max(0.6 * gradient, 0.3 * recorded))
 
 
 def _bytes_of_data(lane: Lane) -> int:
