@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import gradflow as gf
-from gradflow.sweeps import lanes, memory, programs
+from gradflow.sweeps import lanes, memory, programs, runner
 
 ROOT = pathlib.Path(__file__).parents[1]
 TASK = gf.tasks.linear_regression(jr.key(0), samples=3, dim=6)
@@ -223,7 +223,6 @@ def test_what_a_lane_takes(monkeypatch, solver, problem):
 def test_what_is_left_is_counted():
     """Of the fullest device; on a CPU what the machine has, and that once."""
 
-
     def used(size):
         return dict(bytes_limit=100, bytes_in_use=size)
 
@@ -232,6 +231,20 @@ def test_what_is_left_is_counted():
     assert memory.memory_left([used(130)]) == 0
     host = memory.memory_left([None])
     assert 1e8 < host <= 8e9 and memory.memory_left([None] * 4) == host
+
+
+def test_how_many_lanes_fit(monkeypatch):
+    """All, or a power of two; of a loop it is one on one device."""
+
+    class Some:
+        def bytes_per_lane(self, number):
+            return 10
+
+    fitting = runner.fitting.__wrapped__
+    for room, most, size in [(1000, 50, 50), (1000, 90, 64), (15, 9, 1), (0, 9, 1)]:
+        monkeypatch.setattr(runner, "memory_left", lambda stats, room=room: room)
+        assert fitting(Some(), "vmap", most) == size
+    assert fitting(Some(), "loop", 9) == 1
 
 
 DEVICES = """

@@ -101,7 +101,7 @@ def _iteration(size: Size) -> float:
 
 def cpu_advice(size: Size, solver: diffrax.AbstractSolver, platform: str) -> str:
     """What to add to why a solver was chosen, where a single run was on an accelerator
-    and each iteration of it, or gradient, is little work (by estimate, not measured)."""
+    and an iteration, or a gradient, is little work (by estimate, not measured)."""
     work = _iteration(size) if isinstance(solver, AbstractKKT) else size.gradient
     if platform == "cpu" or work > _LAUNCHES:
         return ""

@@ -204,11 +204,12 @@ class DescentLanes(AbstractLanes):
         return (d * (4 * run.saves + 8) + _passing(run)) * unit + _bytes_of_data(lane)
 
 
-def _bytes_of_flow(run: Solve) -> int:
+def _bytes_of_flow(run: Solve | Descend) -> int:
     """About what the run of a flow takes: of the programs that were measured between
     1.0 and 1.8 times what XLA reports."""
     term, params, loss = run.term, run.params, run.term.loss
     d, unit = _numbers_of(params)
+    assert isinstance(run, Solve)
     if not isinstance(run.solver, AbstractKKT):
         # States that are saved, and carried from part to part; models; and stages.
         return (d * (6 * run.saves + 30) + _passing(run)) * unit
@@ -250,8 +251,8 @@ def _passing(run: Solve | Descend) -> int:
 
 def _bytes_of_data(lane: Lane) -> int:
     """Where each lane has its own problem: that, and its copy in the program."""
-    arrays = jax.tree.leaves(eqx.filter((lane.run.term, lane.run.watched), eqx.is_array))
-    return 0 if lane.shares else 2 * sum(x.nbytes for x in arrays)
+    data = eqx.filter((lane.run.term, lane.run.watched), eqx.is_array)
+    return 0 if lane.shares else 2 * sum(x.nbytes for x in jax.tree.leaves(data))
 
 
 def _span(plan: Plan, problem: Problem) -> Span:

@@ -150,8 +150,8 @@ class Ran:
 
 def fitting(lanes: AbstractLanes, batch: Batch, most: int) -> int:
     """How many lanes to run as one program, up to `most`: in lockstep as many as fit
-    into the memory of all devices, by estimate; in loops eight a device, or one by one
-    where that is the only one."""
+    into the memory of all devices, by estimate, or a power of two below, which hardly
+    depends on what else is there; in loops eight a device, or one by one on one."""
     devices = jax.local_devices()
     if batch == "loop":
         return min(most, 8 * len(devices)) if len(devices) > 1 else 1
@@ -160,4 +160,5 @@ def fitting(lanes: AbstractLanes, batch: Batch, most: int) -> int:
     except Exception:  # which is told when the lane is run
         return most
     room = 0.7 * memory_left([device.memory_stats() for device in devices])
-    return max(1, min(most, int(room // each)))
+    fit = max(1, int(room // each))
+    return most if fit >= most else 2 ** (fit.bit_length() - 1)
