@@ -1,5 +1,7 @@
 """Which solver is taken when none is named."""
 
+import dataclasses
+
 import diffrax
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,8 @@ from helpers import linear_problem
 from numpy.testing import assert_allclose
 
 import gradflow as gf
-from gradflow.solvers import choose_solver, measure_size, Size
+from gradflow.runs import simulate as simulating
+from gradflow.solvers import choose_solver, cpu_advice, measure_size, Size
 
 
 @pytest.fixture(scope="module")
@@ -73,3 +76,28 @@ def test_measure_size(linear):
     assert 4 * 6 * 3 <= found.gradient <= 8 * 6 * 3 + 50  # Xβ, and Xᵀ of the residuals
     opaque, _ = gf.GradientFlow(gf.Loss(term.loss)).term(params)
     assert measure_size(opaque, params, 0.1, 2.0).outputs is None
+
+
+def test_advice_for_small_runs_on_an_accelerator(monkeypatch):
+    """It goes with the reason for the solver, and follows what an iteration takes."""
+    task = gf.tasks.diagonal_network(jr.key(0), samples=5, dim=12)
+    small = measure_size(*task.flow.term(task.model), 0.0, 1.0)
+    large = dataclasses.replace(small, gradient=1e6)
+    for solver in (gf.KKT4(), gf.RKC2()):
+        told = cpu_advice(small, solver, "gpu")
+        assert 'jax.default_device(jax.devices("cpu")[0])' in told
+        assert "\n" not in told
+        assert not cpu_advice(small, solver, "cpu")
+        assert not cpu_advice(large, gf.KKT4(), "gpu")
+    # Between them: three gradients are more than one.
+    between = dataclasses.replace(small, gradient=5e5)
+    assert not cpu_advice(between, gf.KKT4(), "gpu")
+    assert cpu_advice(between, gf.RKC2(), "gpu")
+    flow = dict(weight_decay=0.1, t1=1.0, saves=5)
+    usual = gf.simulate(task.flow, task.model, **flow).stats.why
+    assert "CPU" not in usual
+    monkeypatch.setattr(simulating, "_platform", lambda path: "gpu")
+    path = gf.simulate(task.flow, task.model, **flow)
+    assert path.stats.why.startswith(usual + "; one run of so little work")
+    given = gf.simulate(task.flow, task.model, solver=gf.KKT4(), **flow)
+    assert given.stats.why == "given"

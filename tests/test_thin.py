@@ -163,3 +163,7 @@ def test_in_blocks():
     double = lambda row: jnp.outer(row, row).ravel()
     for size in (1, 2**19, 2**20, 2**22):
         assert_allclose(in_blocks(double, rows, size), jax.vmap(double)(rows))
+    twice = lambda row: (double(row["x"]), row["k"])
+    both = in_blocks(twice, dict(x=rows, k=rows), 2**19)
+    assert_allclose(both[0], jax.vmap(double)(rows))
+    assert_allclose(both[1], rows)

@@ -62,15 +62,27 @@ def _block_length(n: int, row_bytes: int) -> int:
 _BLOCK_NUMBERS = 2**20
 
 
-def in_blocks(
-    fn: Callable[[Array], Array], rows: Float[Array, "n d"], size: int
-) -> Float[Array, "n k"]:
-    """`fn` of each row, of as many at once as hold a million numbers if each holds
-    `size`."""
-    block = max(1, _BLOCK_NUMBERS // size)
-    if block >= len(rows):
+def rows_at_once(size: int) -> int:
+    """How many hold a million numbers, if each holds `size`; one at least."""
+    return max(1, _BLOCK_NUMBERS // size)
+
+
+def in_blocks(fn: Callable[[PyTree], PyTree], rows: PyTree, size: int) -> PyTree:
+    """`fn` of each row, along the first axis of all arrays; of as many at once as hold
+    a million numbers if each holds `size`. Blocks are of one length, filled up with
+    rows that are forgotten: one program for all."""
+    (n,) = {len(x) for x in jax.tree.leaves(rows)}
+    count = -(-n // rows_at_once(size))
+    if count == 1:
         return jax.vmap(fn)(rows)
-    return jax.lax.map(fn, rows, batch_size=block)
+    length = -(-n // count)
+
+    def blocks(x: Array) -> Array:
+        x = jnp.concatenate([x, x[: -n % length]])
+        return x.reshape(-1, length, *x.shape[1:])
+
+    out = jax.lax.map(jax.vmap(fn), jax.tree.map(blocks, rows))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:n], out)
 
 
 class AbstractFlatLoss(eqx.Module):

@@ -35,6 +35,13 @@ def price(fn: Callable, *args: PyTree) -> float:
     return _price(jax.make_jaxpr(fn)(*args))
 
 
+def numbers(fn: Callable, *args: PyTree) -> int:
+    """How many numbers fn(*args) brings out, in all its operations; in a loop, those of
+    one round and of the whole."""
+    jaxpr = jax.make_jaxpr(fn)(*args)
+    return sum(math.prod(_shape(o)) for e in operations(jaxpr) for o in e.outvars)
+
+
 def _price(jaxpr: Jaxpr | ClosedJaxpr) -> float:
     return math.fsum(map(_price_of, jaxpr.eqns))
 

@@ -32,6 +32,7 @@ from ..solvers import (
     as_choice,
     as_flow_solver,
     Choice,
+    cpu_advice,
     second_choice,
     TRIAL_STEPS,
 )
@@ -144,10 +145,13 @@ def simulate(
         with Bar(known.name, shown=progress and concrete) as bar:
             path = solve_through(one, bar, kinked=kinked)
         path = dataclasses.replace(path, watched=watched)
+        why = choice.why
         if is_concrete(path.t):
             again = functools.partial(run_again, one)
             path = dataclasses.replace(path, again=again)
-        return path.told(why=choice.why)
+            if size is not None:
+                why += cpu_advice(size, choice.solver, _platform(path))
+        return path.told(why=why)
 
     if wrong is not False:  # then nothing is run
         lam, times = (jnp.where(wrong, jnp.zeros_like(x), x) for x in (lam, times))
@@ -165,6 +169,12 @@ def simulate(
         path = run(then).told(trial_steps=path.stats.steps)
     path = named_wrong(path, wrong)
     return fail_unless_reached(path, path) if throw else path
+
+
+def _platform(path: Path) -> str:
+    """Of the device that it was run on."""
+    (device, *_) = path.train_loss.devices()
+    return device.platform
 
 
 Values = TypeVar("Values")

@@ -1,6 +1,7 @@
 """θ' integrated, and the verdict on the run."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import diffrax
@@ -11,7 +12,9 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
 from .._host import as_array, taken
 from .._norms import as_vector, norms, rms
+from ..flow.flat import in_blocks
 from ..flow.nonsmooth import loss_may_have_kinks
+from ..flow.operations import numbers, operations
 from ..flow.term import AbstractFlowTerm, FlowTerm, Sphere
 from ..flow.vector import on_vector
 from ..metrics import Metric
@@ -354,9 +357,31 @@ def _record(
         values = (params, seen, loss, out.term.penalty(params))
         return jax.tree.map(lambda x: jnp.where(reached, x, jnp.nan), values)
 
-    params, seen, train_loss, penalty = jax.lax.map(record, out.saved)
+    params, seen, train_loss, penalty = of_each(record, out.saved)
     models = jax.vmap(out.term.chart.place)(params)
     return models, seen, train_loss, penalty
+
+
+# What `jax.vmap` would make more of, or has no rule for.
+_APART = (
+    "while", "cond", "pure_callback", "io_callback",
+    "cholesky", "eigh", "lu", "qr", "geqrf", "svd",
+)  # fmt: skip
+
+
+def of_each(
+    fn: Callable[[PyTree], PyTree], states: PyTree, platform: str | None = None
+) -> PyTree:
+    """`fn` of each of the saved states. On an accelerator of many at once, where each
+    would be too little work for a launch; one by one on a CPU, which gains nothing,
+    and where `fn` has loops, branches, factorisations or calls of Python."""
+    if (platform or jax.default_backend()) == "cpu":
+        return jax.lax.map(fn, states)
+    first = jax.tree.map(lambda y: y[0], states)
+    kinds = {e.primitive.name for e in operations(jax.make_jaxpr(fn)(first))}
+    if kinds.intersection(_APART):
+        return jax.lax.map(fn, states)
+    return in_blocks(fn, states, numbers(fn, first))
 
 
 def _verdict(

@@ -12,6 +12,7 @@ from .choose import (
     as_choice as as_choice,
     Choice as Choice,
     choose_solver as choose_solver,
+    cpu_advice as cpu_advice,
     measure_size as measure_size,
     second_choice as second_choice,
     Size as Size,

@@ -18,13 +18,14 @@ from ..losses import AbstractCompositeLoss
 from ..penalties import Moreau
 from .curvature import sharpness
 from .kernel import DENSE_LIMIT, fits, KERNEL_LIMIT
-from .kkt import KKT4, KKT5
+from .kkt import AbstractKKT, KKT4, KKT5
 from .rkc import RKC2
 
 TRIAL_STEPS = 10_000  # after which Tsit5 is given up, if it was not asked for
 _UNKNOWN = 1e6  # the stiffness L t₁ where it is not known
 _CALL = 1e4  # what the smallest gradient, or iteration, takes, in operations
 _MARGIN = 1.5  # by how much an explicit solver is to be cheaper
+_LAUNCHES = 1e6  # operations that take a CPU about as long as a GPU their launches
 
 
 class Size(eqx.Module):
@@ -88,6 +89,26 @@ def as_choice(
         return Choice(solver, "given")
     assert size is not None  # it is measured where no solver is given
     return choose_solver(size, rtol=rtol)
+
+
+def _iteration(size: Size) -> float:
+    """The operations of one iteration of KKT."""
+    d = size.parameters
+    m = d if size.outputs is None else size.outputs
+    products = 1.5 if d < m else 3.0
+    return products * (size.gradient + _CALL) + 4 * min(d, m) * m + _CALL
+
+
+def cpu_advice(size: Size, solver: diffrax.AbstractSolver, platform: str) -> str:
+    """What to add to why a solver was chosen, where a single run was on an accelerator
+    and an iteration, or a gradient, is little work (by estimate, not measured)."""
+    work = _iteration(size) if isinstance(solver, AbstractKKT) else size.gradient
+    if platform == "cpu" or work > _LAUNCHES:
+        return ""
+    return (
+        f"; one run of so little work at a time ({work:.0e} operations) may be faster "
+        'on the CPU: with jax.default_device(jax.devices("cpu")[0])'
+    )
 
 
 def second_choice(size: Size, rtol: float | Scalar) -> Choice:
@@ -175,9 +196,7 @@ def choose_solver(
         )
     best = min(costs, key=lambda name: costs[name])
     if enough:
-        products = 1.5 if d < m else 3.0
-        iterations = 12 * (products * gradient + 4 * small * m + _CALL)
-        costs[kkt] = 6 * quick * (iterations + small**3 / 3 + kernel / 5)
+        costs[kkt] = 6 * quick * (12 * _iteration(size) + small**3 / 3 + kernel / 5)
         best = best if _MARGIN * costs[best] < costs[kkt] else kkt
     stiffness = f"{x:.1g}" if known else f"unknown, taken as {x:.0e}"
     why = (

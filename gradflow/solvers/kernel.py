@@ -65,12 +65,12 @@ DENSE_LIMIT = 5000  # parameters up to which the Hessian of an opaque loss is fa
 
 KEPT, RENEWED, WHOLE = range(3)  # the kernel; the last with all curvature
 # Up to how many parameters the whole is cheap.
-_FEW = 100
+FEW = 100
 
 
 def is_small(loss: AbstractFlatLoss, theta: Float[Array, " d"]) -> bool:
     """Whether the Hessian Σ μᵢ∇²zᵢ is cheap. (Of an opaque loss it is zero.)"""
-    return theta.size <= _FEW and not loss.opaque
+    return theta.size <= FEW and not loss.opaque
 
 
 def is_thin(theta: Float[Array, " d"], multiplier: Float[Array, " m"]) -> bool:

@@ -12,13 +12,24 @@ from jaxtyping import Array, DTypeLike, PRNGKeyArray, PyTree
 
 from .._checks import check_horizon, resolvable
 from .._host import as_array
+from ..flow.flat import rows_at_once
+from ..flow.operations import numbers
+from ..losses import AbstractCompositeLoss
 from ..runs.descent import prepare_descent
 from ..runs.methods import Method, Optimiser
 from ..runs.solve import Solve
 from ..runs.steps import Descend
 from ..runs.times import prepare
-from ..solvers import as_choice, Choice, measure_size, second_choice, TRIAL_STEPS
+from ..solvers import (
+    AbstractKKT,
+    as_choice,
+    Choice,
+    measure_size,
+    second_choice,
+    TRIAL_STEPS,
+)
 from ..solvers.choose import Size
+from ..solvers.kernel import FEW
 from .plan import Plan, Problem, Span
 from .problems import Last, Problems
 
@@ -120,14 +131,10 @@ class FlowLanes(AbstractLanes):
         return _end(self.plan, number) * rtol**-0.2
 
     def bytes_per_lane(self, number: int) -> int:
-        """Its parameters at all times and in all stages, and the tangent kernel, or its
-        factors, with what they are made of."""
-        term, params = self.problems.start(number)
-        size = measure_size(term, params, 0.0, 1.0)
-        d, m = size.parameters, size.outputs or size.parameters
-        matrices = 6 * min(d, m) * m + 2 * min(m * d, 2**25)
-        numbers = d * (3 * _saves(self.plan) + 40) + matrices
-        return numbers * jax.tree.leaves(params)[0].dtype.itemsize
+        """That of its solver, or of the one that follows where that is only tried."""
+        lane = self.lane(number)
+        lanes = (lane,) if lane.again is None else (lane, lane.again)
+        return max(_bytes_of_flow(each.run) for each in lanes) + _bytes_of_data(lane)
 
     def _size(self, number: int, span: Span) -> Size:
         """What a solver is chosen by: of the stiffest among all lanes with the same
@@ -191,9 +198,61 @@ class DescentLanes(AbstractLanes):
 
     def bytes_per_lane(self, number: int) -> int:
         """Its parameters at all saved steps, and what the optimiser holds."""
-        params = jax.tree.leaves(self.problems.start(number)[1])
-        size = sum(p.size for p in params)
-        return size * (_saves(self.plan) + 8) * params[0].dtype.itemsize
+        lane = self.lane(number)
+        run = lane.run
+        d, unit = _numbers_of(run.params)
+        return (d * (4 * run.saves + 8) + _passing(run)) * unit + _bytes_of_data(lane)
+
+
+def _bytes_of_flow(run: Solve | Descend) -> int:
+    """About what the run of a flow takes: of the programs that were measured between
+    1.0 and 1.8 times what XLA reports."""
+    term, params, loss = run.term, run.params, run.term.loss
+    d, unit = _numbers_of(params)
+    assert isinstance(run, Solve)
+    if not isinstance(run.solver, AbstractKKT):
+        # States that are saved, and carried from part to part; models; and stages.
+        return (d * (6 * run.saves + 30) + _passing(run)) * unit
+    m = d
+    if isinstance(loss, AbstractCompositeLoss):
+        m = jax.eval_shape(lambda p: loss.outputs(term.model(p)), params).size
+    state = d + m
+    kernel = 6 * m**2 + 2 * min(m * d, 2**25)
+    if d < m:
+        factors = 4 if getattr(loss, "outer_curvature", None) is not None else 6
+        kernel = 6 * d**2 + factors * m * d
+    if d <= FEW:  # a Hessian, all columns at once
+        kernel += 2 * d**2
+        kernel += int(0.4 * d * numbers(lambda p: loss(term.model(p)), params))
+    saved = (4 * state + 2 * d) * run.saves
+    return (saved + 30 * state + kernel + _passing(run)) * unit
+
+
+def _numbers_of(params: PyTree) -> tuple[int, int]:
+    """How many there are, and the bytes of each."""
+    leaves = jax.tree.leaves(params)
+    return sum(p.size for p in leaves), leaves[0].dtype.itemsize
+
+
+def _passing(run: Solve | Descend) -> int:
+    """How many numbers a gradient, or the metrics, hold on their way: of those that
+    they bring out most are let go, or never stored."""
+    term, params = run.term, run.params
+    gradient = numbers(jax.grad(lambda p: term.loss(term.model(p))), params)
+
+    def seen(p: PyTree) -> list[Array]:
+        return [metric(term.model(p)) for metric in run.watched.values()]
+
+    recorded = max(numbers(seen, params), 1)
+    if jax.default_backend() != "cpu":  # of many saved times at once
+        recorded *= min(run.saves, rows_at_once(recorded))
+    return int(max(0.6 * gradient, 0.3 * recorded))
+
+
+def _bytes_of_data(lane: Lane) -> int:
+    """Where each lane has its own problem: that, and its copy in the program."""
+    data = eqx.filter((lane.run.term, lane.run.watched), eqx.is_array)
+    return 0 if lane.shares else 2 * sum(x.nbytes for x in jax.tree.leaves(data))
 
 
 def _span(plan: Plan, problem: Problem) -> Span:
@@ -208,12 +267,6 @@ def _end(plan: Plan, number: int) -> float:
         return float(span.ts[-1])
     lam = max(float(plan.value(number, "weight_decay")), 1e-300)
     return float(span.t1 or (span.slow_time or 1.0) / lam)
-
-
-def _saves(plan: Plan) -> int:
-    """About how many times, or steps, a lane saves."""
-    given = [v for v in (plan.span.ts, plan.span.at) if v is not None]
-    return len(given[0]) if given else plan.saves
 
 
 @functools.lru_cache(maxsize=8)

@@ -22,6 +22,7 @@ from ..runs.steps import Descend, descend, descend_part
 from ..runs.windows import solve_through
 from .checkpoints import Checkpoints
 from .lanes import Lane
+from .memory import AtOnce, is_out_of_memory, OutOfMemory
 
 Batch = Literal["loop", "vmap"]
 _WHOLE: dict[type, Callable] = {Solve: solve, Descend: descend}
@@ -60,7 +61,7 @@ class Part(NamedTuple):
 def run_lanes(
     lanes: Iterable[Lane | Exception],
     batch: Batch,
-    size: int | None = None,
+    at_once: AtOnce,
     lane_done: Callable[[int, Path | Exception, int], None] = lambda *_: None,
     *,
     catch: tuple[type[Exception], ...] = (Exception,),
@@ -70,30 +71,32 @@ def run_lanes(
     """Runs lanes; one that fails with an error of those in `catch` gives it instead of
     a path, and leaves the others as they are.
 
-    With one device and `batch` "loop" they run one by one, as they come. Otherwise
-    `size` of them at a time (`None`: all that are alike) are one program, in which each
-    device has as many lanes, and loops over them or runs them in lockstep. While it
-    runs the next lanes are made. `lane_done` is called with the place of a lane, its
-    result, and the number of its device; `given_up` with a lane whose solver was only
-    tried, and its path, before it begins anew. With `checkpoints` they run in parts,
-    and go on from the file where there is one.
+    With one device and `batch` "loop" they run one by one, as they come. Otherwise so
+    many `at_once` are one program, in which each device has as many lanes, and loops
+    over them or runs them in lockstep; half as many, where that runs out of memory.
+    While it runs the next lanes are made. `lane_done` is called with the place of a
+    lane, its result, and the number of its device; `given_up` with a lane whose solver
+    was only tried, and its path, before it begins anew. With `checkpoints` they run in
+    parts, and go on from the file where there is one.
     """
     alone = batch == "loop" and jax.local_device_count() == 1
     launch: Launch = _alone if alone else functools.partial(_together, batch=batch)
-    programs = _Programs(launch, catch, checkpoints, given_up)
+    programs = _Programs(launch, catch, at_once, checkpoints, given_up)
     found: dict[int, Path | Exception] = {}
 
     def keep(place: int, path: Path | Exception, device: int) -> None:
         found[place] = path
         lane_done(place, path, device)
 
-    new = _sorted_into_programs(lanes, 1 if alone else size, keep)
+    new = _sorted_into_programs(lanes, at_once, keep)
     again: deque[Program] = deque()
     """Of lanes that are to be run once more; they come before new ones."""
     running: deque[Running] = deque()
     while True:
         program = again.popleft() if again else next(new, None)
         if program is not None:
+            program, *rest = _cut(program, at_once.size)
+            again.extendleft(reversed(rest))
             running.append(programs.start(program))
             if len(running) == 1:  # the next are made while it runs
                 continue
@@ -109,7 +112,7 @@ loop. Their problems are in memory together."""
 
 def _sorted_into_programs(
     lanes: Iterable[Lane | Exception],
-    size: int | None,
+    at_once: AtOnce,
     keep: Callable[[int, Exception, int], None],
 ) -> Iterator[Program]:
     """Those that run as one program: they differ in numbers only. Errors are kept."""
@@ -118,19 +121,17 @@ def _sorted_into_programs(
         if isinstance(lane, Exception):
             keep(i, lane, 0)
             continue
-        if size == 1:
+        if at_once.size == 1:
             yield Program([i], [lane], 1)
             continue
         pool = pools.setdefault(_signature(lane), [])
         pool.append((i, lane))
-        if size is not None and len(pool) == _POOL * size:
+        if len(pool) >= _POOL * at_once.size:
             while pool:
-                yield _taken(pool, size)
+                yield _taken(pool, at_once.size)
     for pool in pools.values():
-        most = size or len(pool)
-        # A loop over a lane that is there to fill it costs as much as any other.
         while pool:
-            yield _taken(pool, most)
+            yield _taken(pool, at_once.size)
 
 
 def _taken(pool: list[tuple[int, Lane]], size: int) -> Program:
@@ -140,11 +141,20 @@ def _taken(pool: list[tuple[int, Lane]], size: int) -> Program:
     return Program([i for i, _ in some], [lane for _, lane in some], size)
 
 
+def _cut(program: Program, size: int) -> list[Program]:
+    """The same lanes in programs of at most `size`."""
+    places, lanes, whole = program
+    size = min(size, whole)
+    cuts = [slice(k, k + size) for k in range(0, len(lanes), size)]
+    return [Program(places[cut], lanes[cut], size) for cut in cuts]
+
+
 class _Programs(NamedTuple):
     """How programs are started and finished; see `run_lanes`."""
 
     launch: Launch
     catch: tuple[type[Exception], ...]
+    at_once: AtOnce
     checkpoints: Checkpoints | None
     given_up: Callable[[Lane, Path], None]
 
@@ -158,7 +168,7 @@ class _Programs(NamedTuple):
             first = [_first_part(lane, self.checkpoints) for lane in lanes]
             with in_part():
                 return Running(program, self.launch(first, size))
-        except self.catch as error:
+        except (*self.catch, MemoryError) as error:
             return Running(program, functools.partial(_raise, error))
 
     def finish(
@@ -172,11 +182,15 @@ class _Programs(NamedTuple):
             if self.checkpoints is not None:
                 parts = [Part(*out) for out in paths]
                 paths = _run_on(program, parts, self.launch, self.checkpoints)
-        except self.catch as error:
+        except (*self.catch, MemoryError) as error:
+            too_many = is_out_of_memory(error)
+            if too_many and self.at_once.halve(size):
+                return [program]  # which is cut when it is started
             if len(lanes) > 1:  # of which lane it is shows when each runs by itself
                 one_by_one = zip(places, lanes, strict=True)
                 return [Program([i], [lane], size) for i, lane in one_by_one]
-            keep(places[0], error, 0)
+            told = OutOfMemory.of(error, lanes[0]) if too_many else error
+            keep(places[0], told, 0)
             return []
         left: list[tuple[int, Lane]] = []
         for k, (i, lane, path) in enumerate(zip(places, lanes, paths, strict=True)):

@@ -9,6 +9,7 @@ import jax
 from ..runs.path import Path
 from .checkpoints import Checkpoints
 from .lanes import AbstractLanes, Lane
+from .memory import AtOnce, memory_left
 from .programs import Batch, run_lanes
 from .progress import ProgressBars
 from .stack import blank, OfProblem, stack
@@ -53,17 +54,19 @@ def first_shape(lanes: AbstractLanes) -> Shape | None:
 
 
 class Runner:
-    """Runs lanes under progress bars, and compares each with `shape`; or with the first
-    that is made, where none is given."""
+    """Runs lanes under progress bars, `size` of them as one program, and compares each
+    with `shape`; or with the first that is made, where none is given."""
 
     def __init__(
         self,
         lanes: AbstractLanes,
         batch: Batch,
         bars: ProgressBars,
+        size: int,
         shape: Shape | None = None,
     ):
         self.lanes, self.bars, self.shape = lanes, bars, shape
+        self.at_once = AtOnce(size)
         self.batch: Batch = batch
         # The errors of one problem's own making are for the caller to know.
         self.one = lanes.problems.one
@@ -71,15 +74,14 @@ class Runner:
     def run(
         self,
         numbers: Sequence[int],
-        size: int | None = None,
         checkpoints: Checkpoints | None = None,
     ) -> "Ran":
-        """Runs the lanes of these numbers, `size` of them as one program."""
+        """Runs the lanes of these numbers."""
         problems: dict[tuple[int, ...], OfProblem] = {}
         found = run_lanes(
             self._made(numbers, problems),
             self.batch,
-            size,
+            self.at_once,
             lambda i, path, device: self.bars.lane_done(numbers[i], path, device),
             catch=(RuntimeError,) if self.one else (Exception,),
             checkpoints=checkpoints,
@@ -148,14 +150,15 @@ class Ran:
 
 def fitting(lanes: AbstractLanes, batch: Batch, most: int) -> int:
     """How many lanes to run as one program, up to `most`: in lockstep as many as fit
-    into the memory of all devices, by estimate; in loops eight a device."""
+    into the memory of all devices, by estimate, or a power of two below, which hardly
+    depends on what else is there; in loops eight a device, or one by one on one."""
     devices = jax.local_devices()
     if batch == "loop":
-        return max(1, min(most, 8 * len(devices)))
+        return min(most, 8 * len(devices)) if len(devices) > 1 else 1
     try:
         each = lanes.bytes_per_lane(0)
     except Exception:  # which is told when the lane is run
         return most
-    known = devices[0].memory_stats() or {}
-    room = 0.7 * known.get("bytes_limit", 4e9) * len(devices)
-    return max(1, min(most, int(room // each)))
+    room = 0.7 * memory_left([device.memory_stats() for device in devices])
+    fit = max(1, int(room // each))
+    return most if fit >= most else 2 ** (fit.bit_length() - 1)

@@ -80,11 +80,11 @@ def run_stored(
     shape = first_shape(lanes) if todo else None
     with ProgressBars(plan.axes, total, progress) as bars:
         checkpoints.part_done = bars.part_done
-        runner = Runner(lanes, batch, bars, shape)
+        runner = Runner(lanes, batch, bars, most, shape)
         for number in todo:
             if store.is_finished(number):  # by another run of the same
                 continue
-            ran = runner.run(chunks.lanes(number), most, checkpoints)
+            ran = runner.run(chunks.lanes(number), checkpoints)
             held.append((number, ran))
             some_ran = some_ran or bool(ran.done)
             while some_ran and held:

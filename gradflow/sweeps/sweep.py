@@ -290,7 +290,7 @@ def _run(lanes: AbstractLanes, batch: Batch, progress: bool) -> Sweep:
     count = len(plan.axes)
     with ProgressBars(plan.axes, count, progress) as bars:
         size = fitting(lanes, batch, count)
-        ran = Runner(lanes, batch, bars).run(range(count), size)
+        ran = Runner(lanes, batch, bars, size).run(range(count))
     if not ran.done:
         assert ran.error is not None
         raise ran.error
