@@ -18,6 +18,7 @@ TABLES = {
     "beyond_l2": lambda record: record["study"] == "beyond_l2",
     "omnigrok": lambda record: record["study"] == "omnigrok" and "data" not in record,
     "images": lambda record: "data" in record,
+    "transformer_flow": lambda record: record["study"] == "transformer_flow",
 }
 
 

@@ -2,6 +2,7 @@
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
@@ -46,6 +47,24 @@ def test_modular_transformer(operation):
     assert task.model.unembedding.shape == (8, 8)
     loss = value(task.loss, task.model)
     assert_allclose(loss, np.log(8), rtol=0.5)
+
+
+def test_activation_of_the_transformer():
+    make = lambda **options: (
+        tasks.modular_transformer(
+            jr.key(0), modulus=7, width=8, heads=2, hidden=4, **options
+        ).model
+    )
+    relu, gelu = make(), make(activation="gelu")
+    assert all(map(np.array_equal, jax.tree.leaves(relu), jax.tree.leaves(gelu)))
+    block, x = gelu.blocks[0], jr.normal(jr.key(1), (1, 8))
+    nothing = jax.tree.map(jnp.zeros_like, block.attention.project(x, 1))
+    hidden = np.asarray(x @ block.inner.T)
+    smooth = (
+        0.5 * hidden * (1 + np.tanh(0.7978845608 * (hidden + 0.044715 * hidden**3)))
+    )
+    expected = np.asarray(x) + smooth @ np.asarray(block.outer).T
+    assert_allclose(block(x, nothing), expected, rtol=1e-6)
 
 
 def test_teacher_mlp():
