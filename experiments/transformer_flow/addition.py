@@ -40,10 +40,10 @@ class Addition(Settings):
     """How far to follow."""
     rtol: float = 1e-3
     """Of the flow. ReLU's kinks ask for steps in proportion to it."""
-    descent_steps: int = 20_000
-    """Of gradient descent, on each of two stretches; 5000 if quick."""
+    descent_steps: int = 2000
+    """Of gradient descent, on each of two stretches."""
 
-    QUICK = dict(weight_decay=("1e-3:1e-4:2",), descent_steps=5000)
+    QUICK = dict(weight_decay=("1e-3:1e-4:2",))
 
     @property
     def task(self) -> gf.tasks.Task:

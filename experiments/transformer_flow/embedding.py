@@ -89,7 +89,7 @@ class Embedding(Settings):
         def whole() -> gf.Path:
             path = gf.simulate(
                 flow, model, **given, t1=self.t1, saves=129, metrics=metrics,
-                progress=not self.quick,
+                solver=gf.RKC2(), progress=not self.quick,
             )  # fmt: skip
             return jax.block_until_ready(path)
 
