@@ -248,17 +248,18 @@ class StageMatrix(eqx.Module):
         z: Float[Array, " m"],
         push: Callable,
         pull: Callable,
-    ) -> tuple[Float[Array, " d"], Float[Array, " m"]]:
+    ) -> tuple[Float[Array, " d"], Float[Array, " m"], Int[Array, ""]]:
         """How far θ and μ are from where A δθ + c Jᵀδμ = `lack`, δμ = `off` + ℓ''J δθ,
-        about, at the outputs z, with the products by J and Jᵀ."""
+        about, at the outputs z, with the products by J and Jᵀ; and how many of these
+        were taken beside the usual ones."""
         kernel = self.kernel
         if isinstance(kernel, Thin):
             # (With the frozen J throughout: two products in place of six.)
             w = self.loss.outer_curvature or 1.0
             dy = self._divide((lack / self.c - kernel.right @ off) / w)
-            return dy, off + w * (dy @ kernel.left)
-        dmu = self.solve(push(self._damp(lack)), off, z)
-        return self._damp(lack - self.c * pull(dmu)), dmu
+            return dy, off + w * (dy @ kernel.left), jnp.array(0)
+        dmu = self.solve(push(self._damp(lack)), off, z, push, pull)
+        return self._damp(lack - self.c * pull(dmu)), dmu, jnp.array(0)
 
     def _damp(self, v: Float[Array, " d"]) -> Float[Array, " d"]:
         """A⁻¹v: what a change of the stage equation moves θ, μ being fixed."""
@@ -272,6 +273,8 @@ class StageMatrix(eqx.Module):
         p: Float[Array, " m"],
         q: Float[Array, " m"],
         z: Float[Array, " m"],
+        push: Callable,
+        pull: Callable,
     ) -> Float[Array, " m"]:
         """The u with (shift I + ℓ''K) u = shift (ℓ''p + q), ℓ'' at the outputs z."""
         w = self.loss.outer_curvature

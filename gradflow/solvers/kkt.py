@@ -25,6 +25,7 @@ from .jumps import curvature_jumps, JUMPED
 from .kernel import (
     curved_kernel,
     Factor,
+    fits,
     is_small,
     is_thin,
     KEPT,
@@ -37,6 +38,7 @@ from .kernel import (
     where_needed,
     WHOLE,
 )
+from .matrix_free import FreeMatrix, Nystrom
 from .orthant import flat_problem, only_holds, OnOrthant, unwrap
 from .stages import ChordIteration, Stages
 from .tableaus import end_slope, jump_rules, kencarp5, predictor, tableau_matrix
@@ -55,7 +57,7 @@ class _State(eqx.Module):
     kernel: Kernel  # J Jᵀ; ℓ'' J Jᵀ where ℓ'' is not a multiple of I
     stale: Bool[Array, ""]  # whether the next step is to renew it
     curved: Bool[Array, ""]  # whether it takes the curvature of the outputs in
-    factor: Factor
+    factor: Factor | None
     rate: Float[Array, ""]  # contraction of the last iteration
     lasting: Float[Array, ""]  # see `lasting`
     work: dict[str, Int[Array, ""]]  # see `AbstractKKT.work`
@@ -84,8 +86,11 @@ class _Problem(eqx.Module):
     def alpha(self) -> Scalar | Float[Array, " d"]:
         return 1 + self.c * self.weight_decay * self.rho
 
-    def kernel(self) -> Kernel:
-        """The tangent kernel, with (1 + cλ∇²R)⁻¹ inside where that is not a number."""
+    def kernel(self, old: Kernel) -> Kernel:
+        """The tangent kernel, with (1 + cλ∇²R)⁻¹ inside where that is not a number; or
+        what stands for it where the `old` one is such."""
+        if isinstance(old, Nystrom):
+            return old.renewed(self.loss, self.theta, self.alpha, self.c)
         weights = 1 / self.alpha if self.uneven else None
         return curved_kernel(self.loss, self.theta, weights)
 
@@ -123,9 +128,10 @@ class _Step(eqx.Module):
     rate: Float[Array, ""]
     error: Float[Array, " d"]
     iterations: Int[Array, ""]
+    products: Int[Array, ""]
     slid: Bool[Array, ""]
     kernel: Kernel
-    factor: Factor
+    factor: Factor | None
     ok: Bool[Array, ""]
 
 
@@ -154,6 +160,7 @@ class AbstractKKT(
     interpolation_cls: ClassVar = ThirdOrderHermitePolynomialInterpolation.from_k
     tableau: AbstractClassVar[diffrax.ButcherTableau]
     root_finder: eqx.AbstractVar[ChordIteration]
+    matrix_free: eqx.AbstractVar[bool]
 
     @abc.abstractmethod
     def order(self, terms: PyTree[AbstractTerm]) -> int:
@@ -203,7 +210,7 @@ class AbstractKKT(
         m ≤ d, `conditioning`: the smallest pivot of the last kernel over its largest
         diagonal entry, which falls to rounding level as J loses rank."""
         known = getattr(term.loss, "outer_curvature", None) is not None
-        if not known or isinstance(state.kernel, Thin):
+        if not known or isinstance(state.kernel, (Thin, Nystrom)):
             return state.work
         pivots = jnp.diag(cho_factor(state.kernel, lower=True)[0]) ** 2
         smallest = jnp.nan_to_num(jnp.min(pivots))
@@ -228,17 +235,23 @@ class AbstractKKT(
         term, params = unwrap(terms, y0)
         theta, loss = flat_problem(term, params)
         residuals = loss.residuals(theta)
-        kernel, factor = no_kernel(loss, theta, residuals)
+        names = ("iterations", "kernels", "sliding")
+        if self.matrix_free or not fits(theta.size, residuals.size):
+            kernel, factor = Nystrom.none(theta, residuals.size), None
+            names += ("products",)
+        else:
+            kernel, factor = no_kernel(loss, theta, residuals)
+        free = isinstance(kernel, Nystrom)
         return _State(
             slope=ravel_pytree(term.velocity(params, args))[0],
             multiplier=residuals,
             kernel=kernel,
-            stale=jnp.array(True),
+            stale=jnp.array(not free),
             curved=jnp.array(False),
             factor=factor,
             rate=jnp.asarray(0.5, theta.dtype),
             lasting=jnp.ones((), theta.dtype),
-            work={k: jnp.zeros((), int) for k in ("iterations", "kernels", "sliding")},
+            work={k: jnp.zeros((), int) for k in names},
         )
 
     @eqx.filter_jit  # a loop of Diffrax traces a step several times
@@ -304,13 +317,16 @@ class AbstractKKT(
         one takes their curvature in, as all later steps then do. (Diffrax forgets what
         a rejected step has learnt.)"""
         theta, loss = problem.theta, problem.loss
-        small = is_small(loss, theta)
+        free = isinstance(state.kernel, Nystrom)
+        small = is_small(loss, theta) and not free
         live = problem.h != 0  # a lane that has ended waits for the others
         most = WHOLE if small else RENEWED
 
         def attempt(effort: Int[Array, ""]) -> _Step:
             renewed = live & (effort == RENEWED)
-            kernel = where_needed(renewed, problem.kernel, state.kernel)
+            kernel = where_needed(
+                renewed, lambda: problem.kernel(state.kernel), state.kernel
+            )
             curvature = None
             if small:
                 unused = jnp.zeros((theta.size, theta.size), theta.dtype)
@@ -344,7 +360,7 @@ class AbstractKKT(
         whole = tried.effort > WHOLE
         kernel = tried.out.kernel
         if small:  # for `work`
-            kernel = where_needed(whole, problem.kernel, kernel)
+            kernel = where_needed(whole, lambda: problem.kernel(kernel), kernel)
         curved = state.curved | (whole & ~growing)
         after, step = self._after(problem, state, tried, kernel, whole, curved)
         return tried.out, after, step
@@ -359,6 +375,7 @@ class AbstractKKT(
             rate=state.rate,
             error=theta,
             iterations=jnp.array(0),
+            products=jnp.array(0),
             slid=no,
             kernel=state.kernel,
             factor=state.factor,
@@ -384,14 +401,25 @@ class AbstractKKT(
         lasts = jnp.minimum(lasts, 10 * state.lasting)
         # What sliding leaves is no error that lasts, along the step or not.
         lasts = jnp.where(out.slid, 1.0, lasts)
-        new = dict(iterations=out.iterations, kernels=tried.kernels, sliding=out.slid)
+        stale = (out.iterations > _SLOW * stages) | whole
+        products = out.products
+        if isinstance(kernel, Nystrom):
+            # (It counts those of failed attempts as well.)
+            products = products + tried.kernels * kernel.price
+            kernel, stale = kernel.served(out.iterations, out.products)
+        new = dict(
+            iterations=out.iterations,
+            products=products,
+            kernels=tried.kernels,
+            sliding=out.slid,
+        )
         after = _State(
             slope=out.slopes[-1],
             multiplier=out.multiplier,
             kernel=kernel,
             factor=out.factor,
             curved=curved,
-            stale=(out.iterations > _SLOW * stages) | whole,
+            stale=stale,
             rate=out.rate,
             lasting=lasts,
             work={k: n + jnp.asarray(new[k], int) for k, n in state.work.items()},
@@ -408,6 +436,12 @@ class AbstractKKT(
     ) -> _Step:
         """The stages with one matrix; the multiplier and the error at their end."""
         term, loss, y0, h = problem.term, problem.loss, problem.theta, problem.h
+        if isinstance(kernel, Nystrom):
+            matrix = FreeMatrix.of(loss, kernel, y0, problem.alpha, problem.c)
+        else:
+            matrix = StageMatrix.of(
+                loss, kernel, curvature, problem.alpha, problem.c, effort, state.factor
+            )
         stages = Stages(
             term=term,
             loss=loss,
@@ -415,9 +449,7 @@ class AbstractKKT(
             h=h,
             c=problem.c,
             weight_decay=problem.weight_decay,
-            matrix=StageMatrix.of(
-                loss, kernel, curvature, problem.alpha, problem.c, effort, state.factor
-            ),
+            matrix=matrix,
             finder=self.root_finder,
             most=self.root_find_max_steps,
             lasting=state.lasting,
@@ -440,7 +472,6 @@ class AbstractKKT(
             error = jnp.copysign(jnp.maximum(jnp.abs(error), least), error)
         # What sliding leaves of the iteration is no reason for a shorter step.
         error = jnp.where(slid, error / stages.blur, error)
-        matrix = stages.matrix
         return _Step(
             slopes=slopes,
             stage=y1,
@@ -448,6 +479,7 @@ class AbstractKKT(
             rate=found.rate,
             error=error,
             iterations=found.iterations,
+            products=found.products,
             slid=slid,
             kernel=kernel,
             factor=matrix.factor,
@@ -515,6 +547,7 @@ class KKT4(AbstractKKT):
 
     root_finder: ChordIteration = _FINDER
     root_find_max_steps: int = 12
+    matrix_free: bool = False
     tableau: ClassVar[diffrax.ButcherTableau] = diffrax.KenCarp4.tableau.tableaus[1]
 
     def order(self, terms: PyTree[AbstractTerm]) -> int:
@@ -534,6 +567,7 @@ class KKT5(AbstractKKT):
 
     root_finder: ChordIteration = _FINDER
     root_find_max_steps: int = 12
+    matrix_free: bool = False
     tableau: ClassVar[diffrax.ButcherTableau] = kencarp5()
 
     def order(self, terms: PyTree[AbstractTerm]) -> int:
