@@ -29,7 +29,8 @@ from .kernel import (
     is_small,
     is_thin,
     KEPT,
-    Kernel,
+    Kernel as DenseKernel,
+    no_factor,
     no_kernel,
     RENEWED,
     stage_curvature,
@@ -38,7 +39,7 @@ from .kernel import (
     where_needed,
     WHOLE,
 )
-from .matrix_free import FreeMatrix, Nystrom
+from .matrix_free import check_free, FreeMatrix, Nystrom
 from .orthant import flat_problem, only_holds, OnOrthant, unwrap
 from .stages import ChordIteration, Stages
 from .tableaus import end_slope, jump_rules, kencarp5, predictor, tableau_matrix
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
     from typing import ClassVar as AbstractClassVar
 else:
     from equinox import AbstractClassVar
+
+Kernel = DenseKernel | Nystrom
 
 _SLOW = 3  # iterations a stage above which the tangent kernel is renewed
 
@@ -57,7 +60,7 @@ class _State(eqx.Module):
     kernel: Kernel  # J Jᵀ; ℓ'' J Jᵀ where ℓ'' is not a multiple of I
     stale: Bool[Array, ""]  # whether the next step is to renew it
     curved: Bool[Array, ""]  # whether it takes the curvature of the outputs in
-    factor: Factor | None
+    factor: Factor
     rate: Float[Array, ""]  # contraction of the last iteration
     lasting: Float[Array, ""]  # see `lasting`
     work: dict[str, Int[Array, ""]]  # see `AbstractKKT.work`
@@ -131,7 +134,7 @@ class _Step(eqx.Module):
     products: Int[Array, ""]
     slid: Bool[Array, ""]
     kernel: Kernel
-    factor: Factor | None
+    factor: Factor
     ok: Bool[Array, ""]
 
 
@@ -205,8 +208,9 @@ class AbstractKKT(
         """What the accepted steps took, from the final state
         (`SaveAt(solver_state=True)`): `iterations`, each at the cost of the outputs,
         one Jacobian-vector and two vector-Jacobian products (one of the latter only,
-        where parameters are fewer than outputs); tangent `kernels` made;
-        steps `sliding` along a kink of the loss. And, where ℓ'' is a multiple of I and
+        where parameters are fewer than outputs); tangent `kernels` made, or what
+        preconditions without; without a matrix `products`, with JJᵀ, for both; steps
+        `sliding` along a kink of the loss. And, where ℓ'' is a multiple of I and
         m ≤ d, `conditioning`: the smallest pivot of the last kernel over its largest
         diagonal entry, which falls to rounding level as J loses rank."""
         known = getattr(term.loss, "outer_curvature", None) is not None
@@ -235,13 +239,15 @@ class AbstractKKT(
         term, params = unwrap(terms, y0)
         theta, loss = flat_problem(term, params)
         residuals = loss.residuals(theta)
+        free = self.matrix_free or not fits(theta.size, residuals.size)
         names = ("iterations", "kernels", "sliding")
-        if self.matrix_free or not fits(theta.size, residuals.size):
-            kernel, factor = Nystrom.none(theta, residuals.size), None
+        if free:
+            check_free(term, loss)
             names += ("products",)
+            kernel = Nystrom.none(loss, theta, residuals.size)
+            factor = no_factor(len(kernel.rows), theta.dtype)
         else:
             kernel, factor = no_kernel(loss, theta, residuals)
-        free = isinstance(kernel, Nystrom)
         return _State(
             slope=ravel_pytree(term.velocity(params, args))[0],
             multiplier=residuals,
@@ -404,7 +410,6 @@ class AbstractKKT(
         stale = (out.iterations > _SLOW * stages) | whole
         products = out.products
         if isinstance(kernel, Nystrom):
-            # (It counts those of failed attempts as well.)
             products = products + tried.kernels * kernel.price
             kernel, stale = kernel.served(out.iterations, out.products)
         new = dict(
@@ -526,6 +531,17 @@ class KKT4(AbstractKKT):
 
     With fewer parameters than outputs the matrix is the d × d one of the same system,
     (α/c) I + Jᵀℓ''J, and J is frozen too.
+
+    Where neither fits (above 10 000 of both, or 1e8 entries of J), or with
+    `matrix_free=True`, the system ((α/c) I + JJᵀℓ'') s = … for s = J δY is solved to a
+    tenth by conjugate gradients with the present J, one product by J and one by Jᵀ for
+    each; ℓ'' is that at the start of the step. A randomised approximation of JJᵀ by
+    Nyström's method, of rank 512 at most, preconditions them (Frangella, Tropp, Udell,
+    SIAM J. Matrix Anal. Appl. 44, 2023). It is renewed when the products that it did
+    not save are as many as a new one takes. No array is larger than 512 vectors of
+    outputs. The products number as many as the curvatures cσ² > 1 that are beyond that
+    rank make it, growing as λ^(−1/2) at worst. It needs a composite loss with convex ℓ,
+    and a penalty without kinks.
 
     A stage is solved when the changes of Y are below its tolerance, and the last one
     when μ is ∇ℓ(z(Y)) to 2 % as well (but for squared error). Errors along the step

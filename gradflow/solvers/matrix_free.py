@@ -1,7 +1,7 @@
 """The system of a KKT stage without a matrix: conjugate gradients, preconditioned."""
 
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -12,6 +12,9 @@ from jaxtyping import Array, Bool, Float, Int, Scalar
 
 from .._norms import norm
 from ..flow.flat import AbstractFlatLoss
+from ..flow.term import AbstractFlowTerm
+from .kernel import AbstractStageMatrix, Factor, no_factor
+from .orthant import OnOrthant
 
 _BLOCK = 32  # rows by which a preconditioner grows
 _RANK, _NUMBERS = 512, 2**25  # of a preconditioner at most: rows, and numbers in them
@@ -20,12 +23,41 @@ _INEXACT = 0.1  # what they leave of a change, relatively
 _MOST = 200  # products that they may take for one
 
 
+def most_rows(parameters: int, outputs: int) -> int:
+    """How many a preconditioner may have: whole blocks of them."""
+    rank = min(_RANK, max(1, _NUMBERS // outputs), parameters, outputs)
+    return rank - rank % -(-rank // _BLOCK)
+
+
+def _block(rank: int) -> int:
+    """How many are made at once."""
+    return rank // -(-rank // _BLOCK)
+
+
+def check_free(term: AbstractFlowTerm, loss: AbstractFlatLoss) -> None:
+    """That stages can be solved without a matrix."""
+    if loss.opaque:
+        raise ValueError(
+            "matrix_free: expected a composite loss, such as SquaredError or "
+            f"CrossEntropy, got {type(term.loss).__name__}; take RKC2."
+        )
+    if isinstance(term.penalty, OnOrthant):
+        raise ValueError(
+            "penalty: along its kinks stages are solved by a matrix, which does not "
+            "fit, or is not wanted (matrix_free=True). Give a smooth penalty, such as "
+            "gradflow.Moreau(…, epsilon=…) of it."
+        )
+
+
 class Nystrom(eqx.Module):
-    """A low-rank part of the tangent kernel, K = J A⁻¹Jᵀ ≈ ZᵀZ/α, where there is no
-    room for all of it: it preconditions. Without rows (all are zero) it is none."""
+    """A low-rank part of the tangent kernel, K = J A⁻¹Jᵀ ≈ ZᵀZ/α (α the least of A),
+    where there is no room for all of it. It preconditions. Without rows (all are zero)
+    it is none."""
 
     rows: Float[Array, "r m"]
     """Z."""
+    gram: Float[Array, "r r"] | None
+    """Z ℓ''Zᵀ, where ℓ'' is always the same."""
     price: Int[Array, ""]
     """The products that it took; of none, those that the first rows take."""
     usual: Float[Array, ""]
@@ -34,13 +66,16 @@ class Nystrom(eqx.Module):
     """How many more were taken since."""
 
     @classmethod
-    def none(cls, theta: Float[Array, " d"], outputs: int) -> "Nystrom":
+    def none(
+        cls, loss: AbstractFlatLoss, theta: Float[Array, " d"], outputs: int
+    ) -> "Nystrom":
         """Room for one."""
-        rank = min(_RANK, max(1, _NUMBERS // outputs), theta.size, outputs)
-        rank = rank // _BLOCK * _BLOCK or rank
+        rank = most_rows(theta.size, outputs)
         rows = jnp.zeros((rank, outputs), theta.dtype)
         zero = jnp.zeros((), theta.dtype)
-        return cls(rows, jnp.array(min(rank, _BLOCK)), zero + 1, zero)
+        constant = loss.outer_curvature is not None
+        gram = jnp.zeros((rank, rank), theta.dtype) if constant else None
+        return cls(rows, gram, jnp.array(_block(rank)), zero + 1, zero)
 
     def renewed(
         self,
@@ -62,7 +97,7 @@ class Nystrom(eqx.Module):
         **Source:** Frangella, Tropp, Udell (SIAM J. Matrix Anal. Appl. 44, 2023)."""
         z, push, pull = loss.linearize(theta)
         rank, m = self.rows.shape
-        block = min(rank, _BLOCK)
+        block = _block(rank)
         least = jnp.min(alpha)
 
         def curved(u):
@@ -93,8 +128,11 @@ class Nystrom(eqx.Module):
 
         first = (jnp.zeros_like(self.rows), jnp.zeros_like(self.price), c + jnp.inf)
         rows, taken, _ = jax.lax.while_loop(going, add, first)
+        gram, w = None, loss.outer_curvature
+        if w is not None:
+            gram = w * rows @ rows.T
         none = jnp.zeros_like(self.excess)
-        return Nystrom(rows, taken, none, none)
+        return Nystrom(rows, gram, taken, none, none)
 
     def served(
         self, iterations: Int[Array, ""], products: Int[Array, ""]
@@ -106,7 +144,7 @@ class Nystrom(eqx.Module):
         usual = jnp.where(self.usual == 0, taken / count, self.usual)
         excess = self.excess + jnp.maximum(taken - usual * count, 0)
         stale = excess > self.price.astype(dtype)
-        return Nystrom(self.rows, self.price, usual, excess), stale
+        return Nystrom(self.rows, self.gram, self.price, usual, excess), stale
 
 
 class _Iterate(NamedTuple):
@@ -122,7 +160,7 @@ class _Iterate(NamedTuple):
     sound: Bool[Array, ""]
 
 
-class FreeMatrix(eqx.Module):
+class FreeMatrix(AbstractStageMatrix):
     """What `StageMatrix` is, by products alone: with s = J δθ as the unknown,
 
         (I + c K ℓ'') s = p,    K = J A⁻¹Jᵀ,  A = α.
@@ -138,11 +176,10 @@ class FreeMatrix(eqx.Module):
     alpha: Scalar | Float[Array, " d"]
     c: Scalar
     shift: Scalar
-    inner: Float[Array, "r r"]
-    """The factor of α/c + Z ℓ''Zᵀ."""
+    factor: Factor
+    """Of I + (c/α) Z ℓ''Zᵀ."""
     fresh: Bool[Array, ""]
     whole: Bool[Array, ""]
-    factor: ClassVar[None] = None
 
     @classmethod
     def of(
@@ -155,12 +192,21 @@ class FreeMatrix(eqx.Module):
     ) -> "FreeMatrix":
         """For a step from θ."""
         z, rows = loss.outputs(theta), kernel.rows
-        inner = rows @ jax.vmap(lambda u: loss.outer_hvp(z, u))(rows).T
-        ridge = jnp.min(alpha) / c + jnp.finfo(inner.dtype).eps * jnp.trace(inner)
+        gram = kernel.gram
+        if gram is None:
+            gram = rows @ jax.vmap(lambda u: loss.outer_hvp(z, u))(rows).T
+        inner = c / jnp.min(alpha) * gram
+        ridge = 1 + jnp.finfo(inner.dtype).eps * jnp.trace(inner)
         inner = jnp.linalg.cholesky(inner + ridge * jnp.eye(len(inner), dtype=c.dtype))
+        factor = eqx.tree_at(
+            lambda f: f.matrix, no_factor(len(rows), rows.dtype), inner
+        )
         shift = (alpha if jnp.ndim(alpha) == 0 else 1) / c
         yes = jnp.array(True)
-        return cls(loss, kernel, z, alpha, c, shift, inner, yes, ~yes)
+        return cls(
+            loss=loss, kernel=kernel, z=z, alpha=alpha, c=c, shift=shift,
+            factor=factor, fresh=yes, whole=~yes,
+        )  # fmt: skip
 
     def change(
         self,
@@ -170,7 +216,6 @@ class FreeMatrix(eqx.Module):
         push: Callable,
         pull: Callable,
     ) -> tuple[Float[Array, " d"], Float[Array, " m"], Int[Array, ""]]:
-        """See `StageMatrix.change`."""
         lack = lack - self.c * pull(off)
 
         def moved(it: _Iterate):
@@ -192,8 +237,6 @@ class FreeMatrix(eqx.Module):
         push: Callable,
         pull: Callable,
     ) -> Float[Array, " m"]:
-        """See `StageMatrix.solve`."""
-
         def found(it: _Iterate):
             return q + self._curved(it.s)
 
@@ -208,8 +251,9 @@ class FreeMatrix(eqx.Module):
 
     def _precondition(self, v: Float[Array, " m"]) -> Float[Array, " m"]:
         """(I + (c/α) ZᵀZ ℓ'')⁻¹v."""
-        rows = self.kernel.rows
-        return v - cho_solve((self.inner, True), rows @ self._curved(v)) @ rows
+        rows, scale = self.kernel.rows, self.c / jnp.min(self.alpha)
+        inner = cho_solve((self.factor.matrix, True), rows @ self._curved(v))
+        return v - scale * (inner @ rows)
 
     def _gradients(
         self, right: Float[Array, " m"], push: Callable, pull: Callable, rough: Callable

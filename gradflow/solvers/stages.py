@@ -18,7 +18,7 @@ from ..flow.flat import AbstractFlatLoss
 from ..flow.term import AbstractFlowTerm
 from .controllers import tolerance
 from .jumps import find_jumps
-from .kernel import StageMatrix
+from .kernel import AbstractStageMatrix, StageMatrix
 from .orthant import HELD, OnOrthant
 
 SLIDING_RTOL = 1e-3  # what is resolved, relatively, while the flow slides along a kink
@@ -100,7 +100,7 @@ class Stages(eqx.Module):
     c: Scalar
     """γh."""
     weight_decay: Scalar
-    matrix: StageMatrix
+    matrix: AbstractStageMatrix
     finder: ChordIteration
     most: int = eqx.field(static=True)
     """Iterations for a stage; four times as many for a mean, which converges slowly."""
@@ -272,6 +272,7 @@ class Stages(eqx.Module):
             return jnp.array(True)
         eps = jnp.finfo(z.dtype).eps
         if loss.opaque:
+            assert isinstance(self.matrix, StageMatrix)  # never without a matrix
             resolved = norm(self.matrix.resolved(z))
             settled = norm(off) < 0.5 * it.off
         else:

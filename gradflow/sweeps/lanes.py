@@ -19,6 +19,8 @@ from ..runs.steps import Descend
 from ..runs.times import prepare
 from ..solvers import as_choice, Choice, measure_size, second_choice, TRIAL_STEPS
 from ..solvers.choose import Size
+from ..solvers.kernel import fits
+from ..solvers.matrix_free import most_rows
 from .plan import Plan, Problem, Span
 from .problems import Last, Problems
 
@@ -121,11 +123,15 @@ class FlowLanes(AbstractLanes):
 
     def bytes_per_lane(self, number: int) -> int:
         """Its parameters at all times and in all stages, and the tangent kernel, or its
-        factors, with what they are made of."""
+        factors, or what preconditions without, with what they are made of."""
         term, params = self.problems.start(number)
         size = measure_size(term, params, 0.0, 1.0)
         d, m = size.parameters, size.outputs or size.parameters
-        matrices = 6 * min(d, m) * m + 2 * min(m * d, 2**25)
+        if fits(d, m) and not getattr(self.solver, "matrix_free", False):
+            matrices = 6 * min(d, m) * m + 2 * min(m * d, 2**25)
+        else:
+            rows = most_rows(d, m)
+            matrices = 4 * rows * (m + rows) + 64 * (d + m)
         numbers = d * (3 * _saves(self.plan) + 40) + matrices
         return numbers * jax.tree.leaves(params)[0].dtype.itemsize
 
