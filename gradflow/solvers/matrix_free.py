@@ -84,7 +84,7 @@ class Nystrom(eqx.Module):
         alpha: Scalar | Float[Array, " d"],
         c: Scalar,
     ) -> "Nystrom":
-        """That of J at θ, with rows until all of c ℓ''K that it leaves is small.
+        """That of J at θ, with rows until little of c ℓ''K is found.
 
         By blocks of the randomised approximation of Nyström, each of what those before
         leave of K, with Gaussian ω:
