@@ -46,6 +46,7 @@ def problem(loss, *, samples=40, width=20, classes=3):
     return gf.GradientFlow(loss(x, y)), model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", ["m < d", "m > d", "cross-entropy", "logistic", "uneven"]
 )
@@ -120,10 +121,10 @@ def test_solves_the_stage_equations(loss, uneven):
     assert int(without) > 4 * int(with_rows) > 0
     # The multiplier alone, as its polish asks.
     p, q = draw.normal(size=m), curved @ draw.normal(size=m)
-    found = better.solve(jnp.asarray(p), q, z, push, pull)
+    found, _ = better.solve(jnp.asarray(p), q, z, push, pull)
     inner = jnp.eye(m) + better.c * curved @ (jac / alpha[None]) @ jac.T
     expected = jnp.linalg.solve(inner, curved @ p + q)
-    assert jnp.linalg.norm(found - expected) < 0.2 * jnp.linalg.norm(expected)
+    assert jnp.linalg.norm(found - expected) < 0.02 * jnp.linalg.norm(expected)
 
 
 def test_rows_are_as_many_as_are_needed():
@@ -174,6 +175,7 @@ def test_negative_curvature_ends_it():
     assert jnp.all(jnp.isfinite(dy)) and jnp.all(jnp.isfinite(dmu))
 
 
+@pytest.mark.slow
 def test_under_vmap_and_jit():
     flow, model = problem(gf.SquaredError)
     run = dict(slow_time=1.0, saves=3, rtol=1e-6, solver=FREE["KKT4"])

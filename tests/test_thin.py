@@ -79,7 +79,7 @@ def test_change_solves_the_stage_equations(loss, kind):
         inner = curved @ jnp.linalg.solve(scaled, jac.T) + shift * jnp.eye(m)
         right = jax.hessian(flat.outer)(z) @ p + q
         assert_allclose(
-            found.solve(p, q, z, push, pull),
+            found.solve(p, q, z, push, pull)[0],
             shift * jnp.linalg.solve(inner, right),
             atol=1e-8,
         )

@@ -225,8 +225,9 @@ class AbstractStageMatrix(eqx.Module):
         z: Float[Array, " m"],
         push: Callable,
         pull: Callable,
-    ) -> Float[Array, " m"]:
-        """The u with (shift I + ℓ''K) u = shift (ℓ''p + q), ℓ'' at the outputs z."""
+    ) -> tuple[Float[Array, " m"], Int[Array, ""]]:
+        """The u with (shift I + ℓ''K) u = shift (ℓ''p + q), ℓ'' at the outputs z; and
+        the products taken."""
 
 
 class StageMatrix(AbstractStageMatrix):
@@ -299,8 +300,8 @@ class StageMatrix(AbstractStageMatrix):
             w = self.loss.outer_curvature or 1.0
             dy = self._divide((lack / self.c - kernel.right @ off) / w)
             return dy, off + w * (dy @ kernel.left), jnp.array(0)
-        dmu = self.solve(push(self._damp(lack)), off, z, push, pull)
-        return self._damp(lack - self.c * pull(dmu)), dmu, jnp.array(0)
+        dmu, none = self.solve(push(self._damp(lack)), off, z, push, pull)
+        return self._damp(lack - self.c * pull(dmu)), dmu, none
 
     def _damp(self, v: Float[Array, " d"]) -> Float[Array, " d"]:
         """A⁻¹v: what a change of the stage equation moves θ, μ being fixed."""
@@ -316,15 +317,15 @@ class StageMatrix(AbstractStageMatrix):
         z: Float[Array, " m"],
         push: Callable,
         pull: Callable,
-    ) -> Float[Array, " m"]:
+    ) -> tuple[Float[Array, " m"], Int[Array, ""]]:
         w = self.loss.outer_curvature
         right = p + q / w if w is not None else self.loss.outer_hvp(z, p) + q
         if isinstance(self.kernel, Thin):
             kernel = self.kernel
             # (Woodbury)
             inner = self._divide(kernel.right @ right) @ kernel.left
-            return (w or 1.0) * (right - inner)
-        return self.shift * self._divide(right)
+            return (w or 1.0) * (right - inner), jnp.array(0)
+        return self.shift * self._divide(right), jnp.array(0)
 
     def _divide(self, v: Float[Array, " k"]) -> Float[Array, " k"]:
         """By the factorised matrix."""

@@ -466,11 +466,12 @@ class AbstractKKT(
         slopes, slid = found.slopes, found.slid
         y1 = y0 + h * (a[-1] @ slopes) + problem.c * slopes[-1]
         ok = found.ok & jnp.all(jnp.isfinite(y1))
-        mu = found.multipliers[-1]
+        mu, products = found.multipliers[-1], found.products
         tracked = isinstance(term, TrackedFlowTerm)
         if tracked and (stages.held or not problem.uneven):
             rates = jnp.asarray(end_slope(self.tableau), y0.dtype) / h
-            mu = stages.polished(y1, found.multipliers, rates, slid)
+            mu, more = stages.polished(y1, found.multipliers, rates, slid)
+            products = products + more
         error = h * (jnp.asarray(self.tableau.b_error, y0.dtype) @ slopes)
         if curvature_jumps(term):
             least = jnp.abs(h) * self._unsmooth(slopes)
@@ -484,7 +485,7 @@ class AbstractKKT(
             rate=found.rate,
             error=error,
             iterations=found.iterations,
-            products=found.products,
+            products=products,
             slid=slid,
             kernel=kernel,
             factor=matrix.factor,

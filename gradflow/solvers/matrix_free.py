@@ -20,6 +20,7 @@ _BLOCK = 32  # rows by which a preconditioner grows
 _RANK, _NUMBERS = 512, 2**25  # of a preconditioner at most: rows, and numbers in them
 _TAIL = 3.0  # curvature cσ²/α that is left to conjugate gradients
 _INEXACT = 0.1  # what they leave of a change, relatively
+_POLISH = 0.01  # and of what makes the multiplier exact
 _MOST = 200  # products that they may take for one
 
 
@@ -236,15 +237,19 @@ class FreeMatrix(AbstractStageMatrix):
         z: Float[Array, " m"],
         push: Callable,
         pull: Callable,
-    ) -> Float[Array, " m"]:
+    ) -> tuple[Float[Array, " m"], Int[Array, ""]]:
+        if self.loss.outer_curvature is None:
+            q = q + self.loss.outer_hvp(z, p) - self._curved(p)
+
         def found(it: _Iterate):
             return q + self._curved(it.s)
 
         def rough(it: _Iterate):
-            return norm(self._curved(it.error)) > _INEXACT * norm(found(it))
+            return norm(self._curved(it.error)) > _POLISH * norm(found(it))
 
         right = p - self.c * push(pull(q) / self.alpha)
-        return found(self._gradients(right, push, pull, rough))
+        it = self._gradients(right, push, pull, rough)
+        return found(it), it.count
 
     def _curved(self, u: Float[Array, " m"]) -> Float[Array, " m"]:
         return self.loss.outer_hvp(self.z, u)

@@ -287,8 +287,9 @@ class Stages(eqx.Module):
         multipliers: Float[Array, "stages m"],
         rates: Float[Array, " stages"],
         slid: Bool[Array, ""],
-    ) -> Float[Array, " m"]:
-        """The multiplier at the end y1 of a step, made as exact as θ.
+    ) -> tuple[Float[Array, " m"], Int[Array, ""]]:
+        """The multiplier at the end y1 of a step, made as exact as θ; and the products
+        of Jacobians that took, beside the usual ones.
 
         θ fixes cμ, and c may be small: μ is less exact than θ. But it also obeys
         μ' = −ℓ''J(Jᵀμ + λ∇R), to whose stiff part μ' adds little. `rates` are weights
@@ -303,17 +304,22 @@ class Stages(eqx.Module):
         def solve(p, q):
             return self.matrix.solve(p, q, z, push, pull_back)
 
-        def polish(_, mu):
+        def polish(_, carry):
+            mu, products = carry
             force = pulled + push(free * pull_back(mu))
-            return mu + solve(-force / shift, -(past + rates[-1] * mu) / shift)
+            more, count = solve(-force / shift, -(past + rates[-1] * mu) / shift)
+            return mu + more, products + count
 
-        change = jax.lax.fori_loop(0, 2, polish, mu) - mu
+        found, products = jax.lax.fori_loop(0, 2, polish, (mu, jnp.array(0)))
+        change = found - mu
         # What is not stiff was exact before.
-        change = change - solve(jnp.zeros_like(z), change)
+        soft, count = solve(jnp.zeros_like(z), change)
+        change = change - soft
         # Nor is it right where μ changes fast against ℓ'', as on the way out of a
         # steep start: there it stays what ∇ℓ(z) is.
         far = norm(change) > 0.01 * norm(mu)
         far = far if self.loss.outer_curvature is None else jnp.array(False)
         # The matrix is to be that of μ', which the curvature of the outputs has no part
         # in: with it the polish goes astray, a little more in each step.
-        return jnp.where(slid | far | self.matrix.whole, mu, mu + change)
+        kept = slid | far | self.matrix.whole
+        return jnp.where(kept, mu, mu + change), products + count
