@@ -119,11 +119,12 @@ def test_solves_the_stage_equations(loss, uneven):
     found = alpha * dy + better.c * pull(dmu)
     assert_allclose(found, lack, rtol=1e-6, atol=1e-6 * float(jnp.abs(lack).max()))
     assert int(without) > 4 * int(with_rows) > 0
-    # The multiplier alone, as its polish asks.
+    # The multiplier alone, as its polish asks: with the present ℓ'' of what is given.
     p, q = draw.normal(size=m), curved @ draw.normal(size=m)
-    found, _ = better.solve(jnp.asarray(p), q, z, push, pull)
+    found, _ = better.solve(jnp.asarray(p), q, z + 1, push, pull)
     inner = jnp.eye(m) + better.c * curved @ (jac / alpha[None]) @ jac.T
-    expected = jnp.linalg.solve(inner, curved @ p + q)
+    q = flat.outer_hvp(z + 1, jnp.asarray(p)) + q
+    expected = jnp.linalg.solve(inner, q)
     assert jnp.linalg.norm(found - expected) < 0.02 * jnp.linalg.norm(expected)
 
 
@@ -161,18 +162,25 @@ def test_an_old_preconditioner_is_renewed_when_that_pays():
 
 
 def test_negative_curvature_ends_it():
-    """Where ℓ is not convex conjugate gradients stop with what there is."""
+    """Where ℓ is concave conjugate gradients stop with what there is."""
     flat, theta, (plain, _) = matrices(gf.SquaredError, 32)
 
-    class Saddle:
-        def outer_hvp(self, z, u):
-            return jnp.where(jnp.arange(40) % 5 == 0, -u, u)
+    class Concave:
+        outer_curvature = None
 
-    saddle = eqx.tree_at(lambda m: m.loss, plain, Saddle())
+        def outer_hvp(self, z, u):
+            return -u
+
+    concave = eqx.tree_at(lambda m: m.loss, plain, Concave())
     z, push, pull = flat.linearize(theta)
-    dy, dmu, count = saddle.change(jnp.ones_like(theta), 0 * z, z, push, pull)
-    assert 0 < int(count) < 100
-    assert jnp.all(jnp.isfinite(dy)) and jnp.all(jnp.isfinite(dmu))
+    lack, none = jnp.ones_like(theta), jnp.zeros_like(z)
+    dy, dmu, count = concave.change(lack, none, z, push, pull)
+    assert int(count) == 0
+    assert_allclose(dy, lack / concave.alpha)
+    assert_allclose(dmu, 0)
+    found, count = concave.solve(none + 1, none, z, push, pull)
+    assert int(count) == 1
+    assert_allclose(found, 0)
 
 
 @pytest.mark.slow
