@@ -64,7 +64,7 @@ def test_change_solves_the_stage_equations(loss, kind):
     _, none = no_kernel(flat, theta, mu)
     found = StageMatrix.of(flat, kernel, curvature, alpha, c, effort, none)
     z, push, pull = flat.linearize(theta)
-    dy, dmu = found.change(lack, off, z, push, pull)
+    dy, dmu, _ = found.change(lack, off, z, push, pull)
     jac = flat.jacobian(theta)
     curved = jax.hessian(flat.outer)(z) @ jac
     system = jnp.block([[matrix, c * jac.T], [-curved, jnp.eye(m)]])
@@ -79,7 +79,9 @@ def test_change_solves_the_stage_equations(loss, kind):
         inner = curved @ jnp.linalg.solve(scaled, jac.T) + shift * jnp.eye(m)
         right = jax.hessian(flat.outer)(z) @ p + q
         assert_allclose(
-            found.solve(p, q, z), shift * jnp.linalg.solve(inner, right), atol=1e-8
+            found.solve(p, q, z, push, pull)[0],
+            shift * jnp.linalg.solve(inner, right),
+            atol=1e-8,
         )
 
 

@@ -40,7 +40,7 @@ class Addition(Settings):
     """How far to follow."""
     rtol: float = 1e-3
     """Of the flow. ReLU's kinks ask for steps in proportion to it."""
-    descent_steps: int = 2000
+    descent_steps: int = 6000
     """Of gradient descent, on each of two stretches."""
 
     QUICK = dict(weight_decay=("1e-3:1e-4:2",))

@@ -69,7 +69,8 @@ class Stats(eqx.Module):
     evaluations: Number | None = None
     """Of RKC2: the evaluations of θ'."""
     products: Number | None = None
-    """Of RKC2: the products with the Jacobian of θ', for its largest eigenvalue."""
+    """Of RKC2: the products with the Jacobian of θ', for its largest eigenvalue. Of KKT
+    solvers without a matrix: those with JJᵀ, to solve with and to precondition."""
 
     @classmethod
     def of(

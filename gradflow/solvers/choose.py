@@ -19,6 +19,7 @@ from ..penalties import Moreau
 from .curvature import sharpness
 from .kernel import DENSE_LIMIT, fits, KERNEL_LIMIT
 from .kkt import AbstractKKT, KKT4, KKT5
+from .matrix_free import most_rows
 from .rkc import RKC2
 
 TRIAL_STEPS = 10_000  # after which Tsit5 is given up, if it was not asked for
@@ -134,14 +135,18 @@ def choose_solver(
     - `KKT4`, or `KKT5` for rtol < 1e-6: n = 6 rtol^(-1/5) steps, each of 12 iterations
       at the price of three gradients (1.5 where d < m) and 4km operations, and one
       factorisation of k³/3; and in every fifth step a tangent kernel of 2kmd (a Hessian
-      of 2d gradients).
+      of 2d gradients);
+    - the same without a matrix, where that would not fit, above k = 10 000 or km = 1e8:
+      as many iterations of three gradients, with 2 + √x/100 products each; and in every
+      fifth step r ≤ 512 products for the preconditioner of r rows. A product, with
+      that, takes 1.5 gradients and 4rm operations.
 
-    The numbers of steps were measured on the tasks of this package. An explicit solver
-    is taken only where it is expected to be 1.5 times cheaper, for KKT is the most
-    exact (`benchmarks/choice.py` says how good that choice is). KKT is left out where
-    its matrices would not fit: above k = 10 000, or km = 1e8, or d = 5000 for an opaque
-    loss. A penalty with kinks leaves no choice: KKT. A Moreau envelope that couples
-    coordinates goes to RKC2.
+    The numbers of steps were measured on the tasks of this package, that of products on
+    digits (3000 outputs, of which 512 were preconditioned). An explicit solver is taken
+    only where it is expected to be 1.5 times cheaper, for KKT is the most exact
+    (`benchmarks/choice.py` says how good that choice is). KKT is left out for an opaque
+    loss of more than 5000 parameters. A penalty with kinks leaves no choice: KKT, with
+    its matrix. A Moreau envelope that couples coordinates goes to RKC2.
 
     The curvature may rise along the path. So Tsit5 is on trial: if it stalls, runs at
     its stability limit, or has not ended after 10 000 steps, the run (of all lanes, in
@@ -169,7 +174,6 @@ def choose_solver(
     gradient = size.gradient + _CALL
     small = min(d, m)
     enough = fits(d, m) and (not opaque or d <= DENSE_LIMIT)
-    kernel = 2 * d * gradient if opaque else 2.0 * small * m * d
     quick, slow = tolerance**-0.2, 2 * tolerance**-0.5
     costs = {
         "Tsit5": 6 * max(4 * quick, x / 3) * gradient,
@@ -196,7 +200,15 @@ def choose_solver(
         )
     best = min(costs, key=lambda name: costs[name])
     if enough:
+        kernel = 2 * d * gradient if opaque else 2.0 * small * m * d
         costs[kkt] = 6 * quick * (12 * _iteration(size) + small**3 / 3 + kernel / 5)
+    elif not opaque:
+        rows = most_rows(d, m)
+        product = 1.5 * gradient + 4 * rows * m
+        products = 2 + math.sqrt(x) / 100
+        iterations = 12 * (3 * gradient + products * product)
+        costs[kkt] = 6 * quick * (iterations + rows * product / 5)
+    if kkt in costs:
         best = best if _MARGIN * costs[best] < costs[kkt] else kkt
     stiffness = f"{x:.1g}" if known else f"unknown, taken as {x:.0e}"
     why = (

@@ -1,5 +1,6 @@
 """The matrix of a KKT step: made, kept, drifted, factorised."""
 
+import abc
 import functools
 from collections.abc import Callable
 from typing import TypeVar
@@ -9,6 +10,7 @@ import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import cho_factor, cho_solve, lu_factor, lu_solve
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
 from ..flow.flat import AbstractFlatLoss, in_blocks, linearized
@@ -93,10 +95,13 @@ def no_kernel(
     if is_thin(theta, multiplier):
         rows = jnp.zeros((d, m), theta.dtype)
         kernel = Thin(rows, None if loss.outer_curvature is not None else rows)
-    none, k = jnp.zeros((), theta.dtype), min(m, d)
-    return kernel, Factor(
-        jnp.zeros((k, k), theta.dtype), jnp.zeros(k, jnp.int32), none, none
-    )
+    return kernel, no_factor(min(m, d), theta.dtype)
+
+
+def no_factor(k: int, dtype: DTypeLike) -> Factor:
+    """Room for the factor of k × k numbers."""
+    none = jnp.zeros((), dtype)
+    return Factor(jnp.zeros((k, k), dtype), jnp.zeros(k, jnp.int32), none, none)
 
 
 def stage_curvature(
@@ -187,7 +192,45 @@ def _drifted(factor: Factor, shift: Scalar) -> Bool[Array, ""]:
     return ~(jnp.abs(shift - factor.shift) <= _DRIFT * factor.smallest)
 
 
-class StageMatrix(eqx.Module):
+class AbstractStageMatrix(eqx.Module):
+    """What solves the linear system of a chord iteration, for all stages of a step."""
+
+    alpha: eqx.AbstractVar[Scalar | Float[Array, " d"]]
+    shift: eqx.AbstractVar[Scalar]
+    """α/c where α is a number, else 1/c."""
+    factor: eqx.AbstractVar[Factor]
+    fresh: eqx.AbstractVar[Bool[Array, ""]]
+    """Whether it is as good as new."""
+    whole: eqx.AbstractVar[Bool[Array, ""]]
+    """Whether it has all curvature."""
+
+    @abc.abstractmethod
+    def change(
+        self,
+        lack: Float[Array, " d"],
+        off: Float[Array, " m"],
+        z: Float[Array, " m"],
+        push: Callable,
+        pull: Callable,
+    ) -> tuple[Float[Array, " d"], Float[Array, " m"], Int[Array, ""]]:
+        """How far θ and μ are from where A δθ + c Jᵀδμ = `lack`, δμ = `off` + ℓ''J δθ,
+        about, at the outputs z, with the products by J and Jᵀ; and how many of these
+        were taken beside the usual ones."""
+
+    @abc.abstractmethod
+    def solve(
+        self,
+        p: Float[Array, " m"],
+        q: Float[Array, " m"],
+        z: Float[Array, " m"],
+        push: Callable,
+        pull: Callable,
+    ) -> tuple[Float[Array, " m"], Int[Array, ""]]:
+        """The u with (shift I + ℓ''K) u = shift (ℓ''p + q), ℓ'' at the outputs z; and
+        the products taken."""
+
+
+class StageMatrix(AbstractStageMatrix):
     """The matrix of the chord iteration of all stages of a step: shift I + ℓ''K with
     K = J A⁻¹Jᵀ, A = α, or, where the `whole` curvature is in it, A = α + c Σ μᵢ∇²zᵢ.
     Where there are fewer parameters than outputs it is A/c + Jᵀℓ''J."""
@@ -201,7 +244,6 @@ class StageMatrix(eqx.Module):
     shift: Scalar
     factor: Factor
     fresh: Bool[Array, ""]
-    """Whether the kernel was made for this step."""
     whole: Bool[Array, ""]
 
     @classmethod
@@ -239,7 +281,10 @@ class StageMatrix(eqx.Module):
 
         factor = where_needed(fresh | _drifted(factor, shift), make, factor)
         inverse = None if thin else curvature
-        return cls(loss, kernel, inverse, alpha, c, shift, factor, fresh, whole)
+        return cls(
+            loss=loss, kernel=kernel, inverse=inverse, alpha=alpha, c=c, shift=shift,
+            factor=factor, fresh=fresh, whole=whole,
+        )  # fmt: skip
 
     def change(
         self,
@@ -248,17 +293,15 @@ class StageMatrix(eqx.Module):
         z: Float[Array, " m"],
         push: Callable,
         pull: Callable,
-    ) -> tuple[Float[Array, " d"], Float[Array, " m"]]:
-        """How far θ and μ are from where A δθ + c Jᵀδμ = `lack`, δμ = `off` + ℓ''J δθ,
-        about, at the outputs z, with the products by J and Jᵀ."""
+    ) -> tuple[Float[Array, " d"], Float[Array, " m"], Int[Array, ""]]:
         kernel = self.kernel
         if isinstance(kernel, Thin):
             # (With the frozen J throughout: two products in place of six.)
             w = self.loss.outer_curvature or 1.0
             dy = self._divide((lack / self.c - kernel.right @ off) / w)
-            return dy, off + w * (dy @ kernel.left)
-        dmu = self.solve(push(self._damp(lack)), off, z)
-        return self._damp(lack - self.c * pull(dmu)), dmu
+            return dy, off + w * (dy @ kernel.left), jnp.array(0)
+        dmu, none = self.solve(push(self._damp(lack)), off, z, push, pull)
+        return self._damp(lack - self.c * pull(dmu)), dmu, none
 
     def _damp(self, v: Float[Array, " d"]) -> Float[Array, " d"]:
         """A⁻¹v: what a change of the stage equation moves θ, μ being fixed."""
@@ -272,16 +315,17 @@ class StageMatrix(eqx.Module):
         p: Float[Array, " m"],
         q: Float[Array, " m"],
         z: Float[Array, " m"],
-    ) -> Float[Array, " m"]:
-        """The u with (shift I + ℓ''K) u = shift (ℓ''p + q), ℓ'' at the outputs z."""
+        push: Callable,
+        pull: Callable,
+    ) -> tuple[Float[Array, " m"], Int[Array, ""]]:
         w = self.loss.outer_curvature
         right = p + q / w if w is not None else self.loss.outer_hvp(z, p) + q
         if isinstance(self.kernel, Thin):
             kernel = self.kernel
             # (Woodbury)
             inner = self._divide(kernel.right @ right) @ kernel.left
-            return (w or 1.0) * (right - inner)
-        return self.shift * self._divide(right)
+            return (w or 1.0) * (right - inner), jnp.array(0)
+        return self.shift * self._divide(right), jnp.array(0)
 
     def _divide(self, v: Float[Array, " k"]) -> Float[Array, " k"]:
         """By the factorised matrix."""

@@ -25,10 +25,12 @@ from .jumps import curvature_jumps, JUMPED
 from .kernel import (
     curved_kernel,
     Factor,
+    fits,
     is_small,
     is_thin,
     KEPT,
-    Kernel,
+    Kernel as DenseKernel,
+    no_factor,
     no_kernel,
     RENEWED,
     stage_curvature,
@@ -37,6 +39,7 @@ from .kernel import (
     where_needed,
     WHOLE,
 )
+from .matrix_free import check_free, FreeMatrix, Nystrom
 from .orthant import flat_problem, only_holds, OnOrthant, unwrap
 from .stages import ChordIteration, Stages
 from .tableaus import end_slope, jump_rules, kencarp5, predictor, tableau_matrix
@@ -45,6 +48,8 @@ if TYPE_CHECKING:
     from typing import ClassVar as AbstractClassVar
 else:
     from equinox import AbstractClassVar
+
+Kernel = DenseKernel | Nystrom
 
 _SLOW = 3  # iterations a stage above which the tangent kernel is renewed
 
@@ -84,8 +89,11 @@ class _Problem(eqx.Module):
     def alpha(self) -> Scalar | Float[Array, " d"]:
         return 1 + self.c * self.weight_decay * self.rho
 
-    def kernel(self) -> Kernel:
-        """The tangent kernel, with (1 + cλ∇²R)⁻¹ inside where that is not a number."""
+    def kernel(self, old: Kernel) -> Kernel:
+        """The tangent kernel, with (1 + cλ∇²R)⁻¹ inside where that is not a number; or
+        what stands for it where the `old` one is such."""
+        if isinstance(old, Nystrom):
+            return old.renewed(self.loss, self.theta, self.alpha, self.c)
         weights = 1 / self.alpha if self.uneven else None
         return curved_kernel(self.loss, self.theta, weights)
 
@@ -123,6 +131,7 @@ class _Step(eqx.Module):
     rate: Float[Array, ""]
     error: Float[Array, " d"]
     iterations: Int[Array, ""]
+    products: Int[Array, ""]
     slid: Bool[Array, ""]
     kernel: Kernel
     factor: Factor
@@ -154,6 +163,7 @@ class AbstractKKT(
     interpolation_cls: ClassVar = ThirdOrderHermitePolynomialInterpolation.from_k
     tableau: AbstractClassVar[diffrax.ButcherTableau]
     root_finder: eqx.AbstractVar[ChordIteration]
+    matrix_free: eqx.AbstractVar[bool]
 
     @abc.abstractmethod
     def order(self, terms: PyTree[AbstractTerm]) -> int:
@@ -198,12 +208,13 @@ class AbstractKKT(
         """What the accepted steps took, from the final state
         (`SaveAt(solver_state=True)`): `iterations`, each at the cost of the outputs,
         one Jacobian-vector and two vector-Jacobian products (one of the latter only,
-        where parameters are fewer than outputs); tangent `kernels` made;
-        steps `sliding` along a kink of the loss. And, where ℓ'' is a multiple of I and
+        where parameters are fewer than outputs); tangent `kernels` made, or what
+        preconditions without; without a matrix `products`, with JJᵀ, for both; steps
+        `sliding` along a kink of the loss. And, where ℓ'' is a multiple of I and
         m ≤ d, `conditioning`: the smallest pivot of the last kernel over its largest
         diagonal entry, which falls to rounding level as J loses rank."""
         known = getattr(term.loss, "outer_curvature", None) is not None
-        if not known or isinstance(state.kernel, Thin):
+        if not known or isinstance(state.kernel, (Thin, Nystrom)):
             return state.work
         pivots = jnp.diag(cho_factor(state.kernel, lower=True)[0]) ** 2
         smallest = jnp.nan_to_num(jnp.min(pivots))
@@ -228,17 +239,25 @@ class AbstractKKT(
         term, params = unwrap(terms, y0)
         theta, loss = flat_problem(term, params)
         residuals = loss.residuals(theta)
-        kernel, factor = no_kernel(loss, theta, residuals)
+        free = self.matrix_free or not fits(theta.size, residuals.size)
+        names = ("iterations", "kernels", "sliding")
+        if free:
+            check_free(term, loss)
+            names += ("products",)
+            kernel = Nystrom.none(loss, theta, residuals.size)
+            factor = no_factor(len(kernel.rows), theta.dtype)
+        else:
+            kernel, factor = no_kernel(loss, theta, residuals)
         return _State(
             slope=ravel_pytree(term.velocity(params, args))[0],
             multiplier=residuals,
             kernel=kernel,
-            stale=jnp.array(True),
+            stale=jnp.array(not free),
             curved=jnp.array(False),
             factor=factor,
             rate=jnp.asarray(0.5, theta.dtype),
             lasting=jnp.ones((), theta.dtype),
-            work={k: jnp.zeros((), int) for k in ("iterations", "kernels", "sliding")},
+            work={k: jnp.zeros((), int) for k in names},
         )
 
     @eqx.filter_jit  # a loop of Diffrax traces a step several times
@@ -304,13 +323,16 @@ class AbstractKKT(
         one takes their curvature in, as all later steps then do. (Diffrax forgets what
         a rejected step has learnt.)"""
         theta, loss = problem.theta, problem.loss
-        small = is_small(loss, theta)
+        free = isinstance(state.kernel, Nystrom)
+        small = is_small(loss, theta) and not free
         live = problem.h != 0  # a lane that has ended waits for the others
         most = WHOLE if small else RENEWED
 
         def attempt(effort: Int[Array, ""]) -> _Step:
             renewed = live & (effort == RENEWED)
-            kernel = where_needed(renewed, problem.kernel, state.kernel)
+            kernel = where_needed(
+                renewed, lambda: problem.kernel(state.kernel), state.kernel
+            )
             curvature = None
             if small:
                 unused = jnp.zeros((theta.size, theta.size), theta.dtype)
@@ -344,7 +366,7 @@ class AbstractKKT(
         whole = tried.effort > WHOLE
         kernel = tried.out.kernel
         if small:  # for `work`
-            kernel = where_needed(whole, problem.kernel, kernel)
+            kernel = where_needed(whole, lambda: problem.kernel(kernel), kernel)
         curved = state.curved | (whole & ~growing)
         after, step = self._after(problem, state, tried, kernel, whole, curved)
         return tried.out, after, step
@@ -359,6 +381,7 @@ class AbstractKKT(
             rate=state.rate,
             error=theta,
             iterations=jnp.array(0),
+            products=jnp.array(0),
             slid=no,
             kernel=state.kernel,
             factor=state.factor,
@@ -384,14 +407,24 @@ class AbstractKKT(
         lasts = jnp.minimum(lasts, 10 * state.lasting)
         # What sliding leaves is no error that lasts, along the step or not.
         lasts = jnp.where(out.slid, 1.0, lasts)
-        new = dict(iterations=out.iterations, kernels=tried.kernels, sliding=out.slid)
+        stale = (out.iterations > _SLOW * stages) | whole
+        products = out.products
+        if isinstance(kernel, Nystrom):
+            products = products + tried.kernels * kernel.price
+            kernel, stale = kernel.served(out.iterations, out.products)
+        new = dict(
+            iterations=out.iterations,
+            products=products,
+            kernels=tried.kernels,
+            sliding=out.slid,
+        )
         after = _State(
             slope=out.slopes[-1],
             multiplier=out.multiplier,
             kernel=kernel,
             factor=out.factor,
             curved=curved,
-            stale=(out.iterations > _SLOW * stages) | whole,
+            stale=stale,
             rate=out.rate,
             lasting=lasts,
             work={k: n + jnp.asarray(new[k], int) for k, n in state.work.items()},
@@ -408,6 +441,12 @@ class AbstractKKT(
     ) -> _Step:
         """The stages with one matrix; the multiplier and the error at their end."""
         term, loss, y0, h = problem.term, problem.loss, problem.theta, problem.h
+        if isinstance(kernel, Nystrom):
+            matrix = FreeMatrix.of(loss, kernel, y0, problem.alpha, problem.c)
+        else:
+            matrix = StageMatrix.of(
+                loss, kernel, curvature, problem.alpha, problem.c, effort, state.factor
+            )
         stages = Stages(
             term=term,
             loss=loss,
@@ -415,9 +454,7 @@ class AbstractKKT(
             h=h,
             c=problem.c,
             weight_decay=problem.weight_decay,
-            matrix=StageMatrix.of(
-                loss, kernel, curvature, problem.alpha, problem.c, effort, state.factor
-            ),
+            matrix=matrix,
             finder=self.root_finder,
             most=self.root_find_max_steps,
             lasting=state.lasting,
@@ -429,18 +466,18 @@ class AbstractKKT(
         slopes, slid = found.slopes, found.slid
         y1 = y0 + h * (a[-1] @ slopes) + problem.c * slopes[-1]
         ok = found.ok & jnp.all(jnp.isfinite(y1))
-        mu = found.multipliers[-1]
+        mu, products = found.multipliers[-1], found.products
         tracked = isinstance(term, TrackedFlowTerm)
         if tracked and (stages.held or not problem.uneven):
             rates = jnp.asarray(end_slope(self.tableau), y0.dtype) / h
-            mu = stages.polished(y1, found.multipliers, rates, slid)
+            mu, more = stages.polished(y1, found.multipliers, rates, slid)
+            products = products + more
         error = h * (jnp.asarray(self.tableau.b_error, y0.dtype) @ slopes)
         if curvature_jumps(term):
             least = jnp.abs(h) * self._unsmooth(slopes)
             error = jnp.copysign(jnp.maximum(jnp.abs(error), least), error)
         # What sliding leaves of the iteration is no reason for a shorter step.
         error = jnp.where(slid, error / stages.blur, error)
-        matrix = stages.matrix
         return _Step(
             slopes=slopes,
             stage=y1,
@@ -448,6 +485,7 @@ class AbstractKKT(
             rate=found.rate,
             error=error,
             iterations=found.iterations,
+            products=products,
             slid=slid,
             kernel=kernel,
             factor=matrix.factor,
@@ -495,6 +533,17 @@ class KKT4(AbstractKKT):
     With fewer parameters than outputs the matrix is the d × d one of the same system,
     (α/c) I + Jᵀℓ''J, and J is frozen too.
 
+    Where neither fits (above 10 000 of both, or 1e8 entries of J), or with
+    `matrix_free=True`, the system ((α/c) I + JJᵀℓ'') s = … for s = J δY is solved to a
+    tenth by conjugate gradients with the present J, one product by J and one by Jᵀ for
+    each; ℓ'' is that at the start of the step. A randomised approximation of JJᵀ by
+    Nyström's method, of rank 512 at most, preconditions them (Frangella, Tropp, Udell,
+    SIAM J. Matrix Anal. Appl. 44, 2023). It is renewed when the products that it did
+    not save are as many as a new one takes. No array is larger than 512 vectors of
+    outputs. The products number as many as the curvatures cσ² > 1 that are beyond that
+    rank make it, growing as λ^(−1/2) at worst. It needs a composite loss with convex ℓ,
+    and a penalty without kinks.
+
     A stage is solved when the changes of Y are below its tolerance, and the last one
     when μ is ∇ℓ(z(Y)) to 2 % as well (but for squared error). Errors along the step
     count for more while the flow speeds up, for they are not damped.
@@ -515,6 +564,7 @@ class KKT4(AbstractKKT):
 
     root_finder: ChordIteration = _FINDER
     root_find_max_steps: int = 12
+    matrix_free: bool = False
     tableau: ClassVar[diffrax.ButcherTableau] = diffrax.KenCarp4.tableau.tableaus[1]
 
     def order(self, terms: PyTree[AbstractTerm]) -> int:
@@ -534,6 +584,7 @@ class KKT5(AbstractKKT):
 
     root_finder: ChordIteration = _FINDER
     root_find_max_steps: int = 12
+    matrix_free: bool = False
     tableau: ClassVar[diffrax.ButcherTableau] = kencarp5()
 
     def order(self, terms: PyTree[AbstractTerm]) -> int:

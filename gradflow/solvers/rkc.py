@@ -53,14 +53,15 @@ class RKC2(AbstractOnParams, diffrax.AbstractAdaptiveSolver[_State]):
     with a vector, where a classical explicit method needs evaluations in proportion to
     h ρ. It forms no matrix, and holds some ten vectors like y.
 
-    **When to choose it.** Where `KKT4` and `KKT5` do not fit: a loss with more than
-    10 000 outputs and over 5000 parameters, or an opaque one of that many; or where
+    **When to choose it.** For an opaque loss of more than 5000 parameters, to which
+    `KKT4` and `KKT5` do not fit; for a composite one with more than 10 000 outputs and
+    parameters, on which they do without a matrix, as long as λ is moderate; or where
     gradients are cheap. The cost of a drift grows as λ^(−1/2), that of the KKT methods
-    hardly. It is made for rtol 1e-3 to 1e-5: the steps are controlled by their local
-    error, and the error of the path falls as rtol^(2/3). So the estimate is taken six
-    times larger than it is: then the error is about 5 rtol at most down to 1e-6. In a
-    gradient flow errors along the step count for more while it speeds up, and some
-    while all of θ decays, for they are not damped. Not for oscillations.
+    with a matrix hardly. It is made for rtol 1e-3 to 1e-5: the steps are controlled by
+    their local error, and the error of the path falls as rtol^(2/3). So the estimate is
+    taken six times larger than it is: then the error is about 5 rtol at most down to
+    1e-6. In a gradient flow errors along the step count for more while it speeds up,
+    and some while all of θ decays, for they are not damped. Not for oscillations.
 
     **The spectral radius** is found at the end of every step by power iteration, which
     goes on from the eigenvector of the step before; the next step takes it 10 % larger.

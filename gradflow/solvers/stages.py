@@ -18,7 +18,7 @@ from ..flow.flat import AbstractFlatLoss
 from ..flow.term import AbstractFlowTerm
 from .controllers import tolerance
 from .jumps import find_jumps
-from .kernel import StageMatrix
+from .kernel import AbstractStageMatrix, StageMatrix
 from .orthant import HELD, OnOrthant
 
 SLIDING_RTOL = 1e-3  # what is resolved, relatively, while the flow slides along a kink
@@ -56,6 +56,7 @@ class _Iterate(NamedTuple):
     rate: Float[Array, ""]  # of contraction
     size: Float[Array, ""]  # of the last change, in tolerances
     count: Int[Array, ""]
+    products: Int[Array, ""]  # of Jacobians, beside those of every iteration
     off: Float[Array, ""]  # ‖∇ℓ(z) − μ‖ before the last change
     weight: Float[Array, ""]  # of the next iterate in the mean; 1 where there is none
     drift: Float[Array, " d"]  # a running mean of the changes
@@ -74,6 +75,7 @@ class _Change(NamedTuple):
     z: Float[Array, " m"]
     force: Float[Array, " m"]  # ∇ℓ(z)
     off: Float[Array, " m"]  # ∇ℓ(z) − μ
+    products: Int[Array, ""]
 
 
 class Solution(NamedTuple):
@@ -84,6 +86,7 @@ class Solution(NamedTuple):
     rate: Float[Array, ""]  # of contraction of the last iteration
     ok: Bool[Array, ""]
     iterations: Int[Array, ""]
+    products: Int[Array, ""]
     slid: Bool[Array, ""]
 
 
@@ -97,7 +100,7 @@ class Stages(eqx.Module):
     c: Scalar
     """γh."""
     weight_decay: Scalar
-    matrix: StageMatrix
+    matrix: AbstractStageMatrix
     finder: ChordIteration
     most: int = eqx.field(static=True)
     """Iterations for a stage; four times as many for a mean, which converges slowly."""
@@ -146,8 +149,8 @@ class Stages(eqx.Module):
             one = jnp.ones_like(done.rate)
             start = _Iterate(
                 guess, predict[i] @ done.multipliers, jnp.array(_GOING), done.rate,
-                one, jnp.array(0), jnp.zeros_like(one), one, jnp.zeros_like(self.y0),
-                one,
+                one, jnp.array(0), jnp.array(0), jnp.zeros_like(one), one,
+                jnp.zeros_like(self.y0), one,
             )  # fmt: skip
 
             def allowed(it):
@@ -164,6 +167,7 @@ class Stages(eqx.Module):
                 rate=it.rate,
                 ok=done.ok & it.solved,
                 iterations=done.iterations + it.count,
+                products=done.products + it.products,
                 slid=done.slid | (it.status == _SLID),
             )
 
@@ -171,7 +175,8 @@ class Stages(eqx.Module):
         mus = jnp.zeros((len(a), multiplier.size), self.y0.dtype)
         mus = mus.at[0].set(multiplier)
         yes = jnp.array(True)
-        first = Solution(slopes, mus, rate, yes, jnp.array(0), ~yes)
+        none = jnp.array(0)
+        first = Solution(slopes, mus, rate, yes, none, none, ~yes)
         return jax.lax.fori_loop(1, len(a), stage, first)
 
     def _change(self, base: Float[Array, " d"], it: _Iterate) -> _Change:
@@ -181,8 +186,8 @@ class Stages(eqx.Module):
         pull = self.c * self.weight_decay
         lack = base - it.y - pull * self.decay(it.y) - self.c * pullback(it.mu)
         off = force - it.mu
-        dy, dmu = self.matrix.change(lack, off, z, push, pullback)
-        return _Change(dy, dmu, z, force, off)
+        dy, dmu, products = self.matrix.change(lack, off, z, push, pullback)
+        return _Change(dy, dmu, z, force, off, products)
 
     def _iterate(self, base: Float[Array, " d"], last: Array, it: _Iterate) -> _Iterate:
         change = self._change(base, it)
@@ -204,6 +209,7 @@ class Stages(eqx.Module):
         after = it._replace(
             y=it.y + dy, mu=it.mu + change.mu, rate=rate, size=new, count=it.count + 1,
             status=jnp.where(converged, _SOLVED, _GOING), off=off,
+            products=it.products + change.products,
         )  # fmt: skip
         lost = growing | failing
         if self.kinked:
@@ -266,6 +272,7 @@ class Stages(eqx.Module):
             return jnp.array(True)
         eps = jnp.finfo(z.dtype).eps
         if loss.opaque:
+            assert isinstance(self.matrix, StageMatrix)  # never without a matrix
             resolved = norm(self.matrix.resolved(z))
             settled = norm(off) < 0.5 * it.off
         else:
@@ -280,8 +287,9 @@ class Stages(eqx.Module):
         multipliers: Float[Array, "stages m"],
         rates: Float[Array, " stages"],
         slid: Bool[Array, ""],
-    ) -> Float[Array, " m"]:
-        """The multiplier at the end y1 of a step, made as exact as θ.
+    ) -> tuple[Float[Array, " m"], Int[Array, ""]]:
+        """The multiplier at the end y1 of a step, made as exact as θ; and the products
+        of Jacobians that took, beside the usual ones.
 
         θ fixes cμ, and c may be small: μ is less exact than θ. But it also obeys
         μ' = −ℓ''J(Jᵀμ + λ∇R), to whose stiff part μ' adds little. `rates` are weights
@@ -292,19 +300,26 @@ class Stages(eqx.Module):
         free = jnp.where(alpha < HELD**0.5, 1.0, 0.0) if self.held else 1.0
         pulled = push(self.weight_decay * self.decay(y1))
         past = rates[:-1] @ multipliers[:-1]
-        solve = self.matrix.solve
 
-        def polish(_, mu):
+        def solve(p, q):
+            return self.matrix.solve(p, q, z, push, pull_back)
+
+        def polish(_, carry):
+            mu, products = carry
             force = pulled + push(free * pull_back(mu))
-            return mu + solve(-force / shift, -(past + rates[-1] * mu) / shift, z)
+            more, count = solve(-force / shift, -(past + rates[-1] * mu) / shift)
+            return mu + more, products + count
 
-        change = jax.lax.fori_loop(0, 2, polish, mu) - mu
+        found, products = jax.lax.fori_loop(0, 2, polish, (mu, jnp.array(0)))
+        change = found - mu
         # What is not stiff was exact before.
-        change = change - solve(jnp.zeros_like(z), change, z)
+        soft, count = solve(jnp.zeros_like(z), change)
+        change = change - soft
         # Nor is it right where μ changes fast against ℓ'', as on the way out of a
         # steep start: there it stays what ∇ℓ(z) is.
         far = norm(change) > 0.01 * norm(mu)
         far = far if self.loss.outer_curvature is None else jnp.array(False)
         # The matrix is to be that of μ', which the curvature of the outputs has no part
         # in: with it the polish goes astray, a little more in each step.
-        return jnp.where(slid | far | self.matrix.whole, mu, mu + change)
+        kept = slid | far | self.matrix.whole
+        return jnp.where(kept, mu, mu + change), products + count

@@ -29,7 +29,8 @@ from ..solvers import (
     TRIAL_STEPS,
 )
 from ..solvers.choose import Size
-from ..solvers.kernel import FEW
+from ..solvers.kernel import FEW, fits
+from ..solvers.matrix_free import most_rows
 from .plan import Plan, Problem, Span
 from .problems import Last, Problems
 
@@ -218,7 +219,10 @@ def _bytes_of_flow(run: Solve | Descend) -> int:
         m = jax.eval_shape(lambda p: loss.outputs(term.model(p)), params).size
     state = d + m
     kernel = 6 * m**2 + 2 * min(m * d, 2**25)
-    if d < m:
+    if run.solver.matrix_free or not fits(d, m):
+        rows = most_rows(d, m)
+        kernel = 4 * rows * (m + rows)
+    elif d < m:
         factors = 4 if getattr(loss, "outer_curvature", None) is not None else 6
         kernel = 6 * d**2 + factors * m * d
     if d <= FEW:  # a Hessian, all columns at once
