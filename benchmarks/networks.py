@@ -1,7 +1,7 @@
-"""Networks with ten thousand outputs, on two cores: time and memory.
+"""Networks with two and ten thousand outputs, on two cores: time and memory.
 
 A multilayer perceptron 64-200-200-10 and a small convolutional network learn 1000 and
-500 handwritten digits under the squared error, with GELU, in double precision. Each is
+200 handwritten digits under the squared error, with GELU, in double precision. Each is
 followed to slow time s = 3, in a process of its own, with all that is compiled: by the
 solver that is chosen, by RKC2, and by gradient descent at the largest step that the
 curvature allows, of which a stretch is measured and the rest extrapolated.
@@ -54,9 +54,9 @@ class ConvNet(eqx.Module):
     def __init__(self, key: PRNGKeyArray):
         one, two, three = jr.split(key, 3)
         options = dict(kernel_size=3, stride=2, padding=1)
-        self.first = eqx.nn.Conv2d(1, 16, **options, key=one)
-        self.second = eqx.nn.Conv2d(16, 32, **options, key=two)
-        self.last = eqx.nn.Linear(128, 10, key=three)
+        self.first = eqx.nn.Conv2d(1, 8, **options, key=one)
+        self.second = eqx.nn.Conv2d(8, 16, **options, key=two)
+        self.last = eqx.nn.Linear(64, 10, key=three)
 
     def __call__(self, image: Float[Array, " 64"]) -> Float[Array, " 10"]:
         x = jax.nn.gelu(self.first(image.reshape(1, 8, 8)))
@@ -75,7 +75,7 @@ def problem(name: str) -> Shape:
     if name == "mlp":
         layers = eqx.nn.MLP(64, 10, 200, 2, jax.nn.gelu, key=jr.key(0))
         return Shape(gf.GradientFlow(gf.SquaredError(*digits(1000))), layers)
-    return Shape(gf.GradientFlow(gf.SquaredError(*digits(500))), ConvNet(jr.key(1)))
+    return Shape(gf.GradientFlow(gf.SquaredError(*digits(200))), ConvNet(jr.key(1)))
 
 
 def followed(name: str, solver: str, lam: float, rtol: float) -> dict:

@@ -164,3 +164,27 @@ def test_children_of_first_result(tmp_path):
     assert row["solver"] == "KKT4"
     with pytest.raises(RuntimeError, match="no_such"):
         first_result.child("f.no_such()")
+
+
+@pytest.mark.slow
+def test_gpu_without_one(tmp_path):
+    """All parts but the README's block, which has a test of its own, and P4."""
+    script = [sys.executable, str(FOLDER / "gpu.py"), "--device", "cpu"]
+    script += ["--parts", "sweeps", "rank", "memory", "transformer"]
+    script += ["--problems", "P1", "--lanes", "1", "3", "--most-on-cpu", "2"]
+    script += ["--modulus", "5", "--max-steps", "50", "--out", str(tmp_path)]
+    out = subprocess.run(script, capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr[-2000:]
+    (path,) = tmp_path.glob("gpu_*.json")
+    parts = json.loads(path.read_text())["parts"]
+    failed = [
+        row["failed"] for rows in parts.values() for row in rows if "failed" in row
+    ]
+    assert not failed
+    assert [row["lanes"] for row in parts["sweeps"]] == [1, 3, 2]
+    assert all(row["succeeded"] == row["lanes"] for row in parts["sweeps"])
+    (rank,) = parts["rank"]
+    assert rank["rank"] == rank["samples"]
+    assert parts["memory"][0]["ended"]
+    assert 0 < parts["transformer"][0]["steps"] <= 50
+    assert "## rank" in path.with_suffix(".md").read_text()
