@@ -164,3 +164,21 @@ def test_children_of_first_result(tmp_path):
     assert row["solver"] == "KKT4"
     with pytest.raises(RuntimeError, match="no_such"):
         first_result.child("f.no_such()")
+
+
+@pytest.mark.slow
+def test_stiff_cases(tmp_path):
+    """Attention, of which every fifth step was rejected before errors that grow were
+    expected to grow on: 101 steps, 19 rejected."""
+    out = tmp_path / "cases.json"
+    script = [sys.executable, str(FOLDER / "stiff_cases.py")]
+    options = ["--cases", "attention_12", "--weight-decay", "1e-2", "--out", str(out)]
+    told = subprocess.run(
+        [*script, *options], capture_output=True, text=True, timeout=300
+    )
+    assert not told.returncode, told.stderr
+    (found,) = json.loads(out.read_text(encoding="utf-8"))
+    assert "| attention_12 | 12 | 1e-02 |" in told.stdout and "**" not in told.stdout
+    ours, radau = found["KKT4"], found["Radau"]
+    assert ours["rejected"] <= 0.12 * ours["steps"] < 0.12 * 2 * (radau["steps"] + 17)
+    assert ours["error"] < 5 and found["KKT5"]["error"] < 5 and radau["error"] < 1
