@@ -88,12 +88,13 @@ class Attention(eqx.Module):
         return weights[-1] @ (x @ self.value)
 
 
-def attention() -> Shape:
-    """40 sequences of 4 tokens, d = 156."""
+def attention(samples: int = 40, size: int = 12) -> Shape:
+    """Sequences of 4 tokens, d = 156 for tokens of that size."""
     keys = jr.split(jr.key(3), 4)
-    x = jr.normal(keys[0], (40, 4, 12))
-    y = jnp.sin(x[:, -1, 0]) + 0.3 * jr.normal(keys[1], (40,))
-    model = Attention(jr.normal(keys[2], (12, 12)), jr.normal(keys[3], (12,)))
+    x = jr.normal(keys[0], (samples, 4, size))
+    y = jnp.sin(x[:, -1, 0]) + 0.3 * jr.normal(keys[1], (samples,))
+    query, value = jr.normal(keys[2], (size, size)), jr.normal(keys[3], (size,))
+    model = Attention(query, value)
     return Shape(gf.GradientFlow(gf.SquaredError(x, y)), model)
 
 

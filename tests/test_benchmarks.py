@@ -188,3 +188,21 @@ def test_gpu_without_one(tmp_path):
     assert parts["memory"][0]["ended"]
     assert 0 < parts["transformer"][0]["steps"] <= 50
     assert "## rank" in path.with_suffix(".md").read_text()
+
+
+def test_stiff_cases(tmp_path):
+    """Attention, of which every fifth step was rejected before errors that grow were
+    expected to grow on: 101 steps, 19 rejected."""
+    out = tmp_path / "cases.json"
+    script = [sys.executable, str(FOLDER / "stiff_cases.py")]
+    options = ["--cases", "attention_12", "--weight-decay", "1e-2", "--out", str(out)]
+    told = subprocess.run(
+        [*script, *options], capture_output=True, text=True, timeout=300
+    )
+    assert not told.returncode, told.stderr
+    (found,) = json.loads(out.read_text(encoding="utf-8"))
+    assert "| attention_12 | 12 | 1e-02 |" in told.stdout and "**" not in told.stdout
+    ours, radau = found["KKT4"], found["Radau"]
+    assert ours["rejected"] <= 0.12 * ours["steps"] < 0.12 * 2 * (radau["steps"] + 17)
+    assert max(ours["error"], found["KKT5"]["error"]) < found["moved"] < 50
+    assert radau["error"] < 1

@@ -376,6 +376,12 @@ def test_what_is_written_with_a_maximum_may_be_smooth():
     )
     assert not any(map(kinked, (jax.nn.softplus, jax.nn.log_sigmoid, jnp.tanh)))
     assert all(map(kinked, (jax.nn.relu, jnp.abs, jax.nn.leaky_relu)))
+    variance = lambda w: jnp.var(w, keepdims=True)
+    assert not kinked(eqx.nn.LayerNorm(2))
+    assert not kinked(lambda w: jnp.maximum(0.0, variance(w)))
+    assert kinked(lambda w: jnp.maximum(0.5, variance(w)))
+    assert kinked(lambda w: jnp.maximum(0.0, variance(w) - 1))
+    assert kinked(lambda w: jnp.maximum(w[:1], variance(w)))
 
 
 def test_after_a_failed_step_its_length_is_approached_slowly():
@@ -404,3 +410,32 @@ def test_after_a_failed_step_its_length_is_approached_slowly():
     for _ in range(20):
         kept, t, end, state = step(t, end, 1e-9, state)
     assert end - t > 1e3
+
+
+def test_an_error_that_grows_is_expected_to_grow_on():
+    """Its ψ in ψhᵏ has grown by (a/b)ᵏ in a step: then the next is shorter than the
+    error alone has it. Not so where ψ falls, nor after a step that was cut short."""
+    controller = Relative(1e-3, dtmin=1e-9).wrap(1)
+    y, t, order = jnp.array([1.0, 1.0]), jnp.array(0.0), 5
+    _, state = controller.init(
+        None, t, jnp.array(9.0), y, jnp.array(1.0), None, None, order
+    )
+
+    def step(h, error, state):
+        """Whether it is kept, and the length of the next."""
+        keep, start, end, _, state, _ = controller.adapt_step_size(
+            t, t + h, y, y, None, 1e-3 * error * y, order, state
+        )
+        return bool(keep), float(end - start), state
+
+    usual = 0.9 * 0.5 ** (-1 / order)
+    kept, a, state = step(1.0, 0.5, state)
+    assert kept and a == pytest.approx(usual)
+    kept, following, state = step(a, 0.5, state)
+    assert kept and following == pytest.approx(usual * a)
+    kept, b, state = step(following, 2.0, state)
+    assert not kept and b < 0.9 * a
+    kept, following, _ = step(b, 0.5, state)
+    assert kept and following == pytest.approx(usual * b * b / a)
+    kept, following, _ = step(0.9 * b, 0.5, state)
+    assert kept and following == pytest.approx(usual * 0.9 * b)

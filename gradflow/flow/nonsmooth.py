@@ -30,31 +30,39 @@ def loss_may_have_kinks(term: AbstractFlowTerm, params: PyTree) -> bool:
 def _kinked(jaxpr: Jaxpr | ClosedJaxpr) -> bool:
     # The maximum in a softmax is one through which no derivative flows.
     shifts = any(one.primitive.name == "stop_gradient" for one in jaxpr.eqns)
+    calls = [one for one in jaxpr.eqns if _function(one) == "_var"]
+    variances = {v for one in calls for v in one.outvars}
 
     def kinked(one: Any) -> bool:
         inner = [p for p in jax.tree.leaves(
             list(one.params.values()), is_leaf=lambda p: hasattr(p, "eqns")
         ) if hasattr(p, "eqns")]  # fmt: skip
-        if _function(one) in ("logaddexp", "logaddexp2"):
-            return False  # smooth, though written with a maximum
+        if _function(one) in ("logaddexp", "logaddexp2", "_var"):
+            return False  # smooth, though written with a maximum or a comparison
         if any(map(_kinked, inner)):
             return True
         name = one.primitive.name
         if name not in _KINKS or (name in ("reduce_max", "max") and shifts):
             return False
-        # Of numbers; a maximum with −∞ is none.
+        # Of numbers; a maximum with −∞ is none, nor one of a variance and 0, as in
+        # Equinox's LayerNorm.
         numbers = jnp.issubdtype(one.invars[0].aval.dtype, jnp.floating)
         bounds = [np.asarray(v.val) for v in one.invars if hasattr(v, "val")]
+        if name == "max" and not any(np.any(bound > 0) for bound in bounds):
+            others = {v for v in one.invars if not hasattr(v, "val")}
+            if others <= variances:
+                return False
         return numbers and bool(np.isfinite(bounds).all())
 
     return any(map(kinked, jaxpr.eqns))
 
 
 def _function(one: JaxprEqn) -> str | None:
-    """The name of the function whose derivative is given by hand (`jax.custom_jvp`)."""
+    """The name of the function that is called: compiled by itself (`jax.jit`), or with
+    a derivative given by hand (`jax.custom_jvp`)."""
     inner = one.params.get("call_jaxpr")
     about = getattr(getattr(inner, "jaxpr", None), "debug_info", None)
-    return getattr(about, "func_name", None)
+    return getattr(about, "func_name", one.params.get("name"))
 
 
 _KINKS = frozenset(
