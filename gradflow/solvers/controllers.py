@@ -199,7 +199,7 @@ class Relative(diffrax.AbstractAdaptiveStepSizeController):
         stuck = stuck & (result == diffrax.RESULTS.successful)
         result = diffrax.RESULTS.where(stuck, diffrax.RESULTS.dt_min_reached, result)
         end = jnp.where(keep, left, size)
-        h = t1 - t0
+        h = jnp.asarray(t1 - t0)
         error = jax.lax.stop_gradient(scaled).astype(h.dtype)
         longest = next_t0 + self._longest(memory, h, error, error_order)
         next_t1 = jnp.where(keep, jnp.minimum(next_t1, longest), next_t1)
@@ -213,7 +213,7 @@ class Relative(diffrax.AbstractAdaptiveStepSizeController):
             following = jnp.where(failed, _SHORTER * h, next_t1 - next_t0)
             next_t1 = next_t0 + jnp.minimum(following, most)
         low, high = jnp.minimum(low, end), jnp.maximum(high, end)
-        asked = next_t1 - next_t0
+        asked = jnp.asarray(next_t1 - next_t0)
         state = _Memory(state, low, high, most, rise, asked, length, error)
         return keep, next_t0, next_t1, jump, state, result
 
