@@ -3,8 +3,9 @@
 A multilayer perceptron 64-200-200-10 and a small convolutional network learn 1000 and
 200 handwritten digits under the squared error, with GELU, in double precision. Each is
 followed to slow time s = 3, in a process of its own, with all that is compiled: by the
-solver that is chosen, by RKC2, and by gradient descent at the largest step that the
-curvature allows, of which a stretch is measured and the rest extrapolated.
+solver that is chosen, by KKT4 without a matrix, by RKC2, and by gradient descent with
+h = 1/L, L the curvature at the start: half of what is stable there. Of that a stretch
+is measured, and the rest extrapolated.
 
     python benchmarks/networks.py
     python benchmarks/networks.py --problems cnn --weight-decay 1e-3

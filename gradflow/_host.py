@@ -19,6 +19,14 @@ from ._norms import norm_in
 from ._typing import Given
 
 
+def platform() -> str:
+    """That of the device on which JAX runs what is not placed elsewhere."""
+    device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    if device is None:
+        return jax.default_backend()
+    return device if isinstance(device, str) else device.platform
+
+
 def numpy_of(*values: Given) -> Any:
     """NumPy where all values are known, `jax.numpy` where one is being traced."""
     return np if all(map(is_concrete, values)) else jnp

@@ -5,6 +5,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import warnings
 
 import diffrax
 import equinox as eqx
@@ -76,7 +77,8 @@ def test_half_as_many_lanes(small, whole, late):
     made = small(3, late=late)
     with pytest.warns(UserWarning, match="11 lanes at once do not fit .* they are 6"):
         lanes = run()
-    assert made == ([11, 6, 6] + [3] * 4)
+    # (Two of 6 were in memory together: one is tried once more by itself.)
+    assert made == ([11, 6, 6, 6] + [3] * 4)
     same(lanes, whole)
 
 
@@ -114,11 +116,44 @@ def test_a_lane_that_does_not_fit_by_itself(small):
     with pytest.warns(UserWarning, match="2 lanes at once"):
         with pytest.raises(memory.OutOfMemory) as error:
             run(lams=LAMS[:2])
-    assert made == [2, 1, 1]
+    assert made == [2, 1, 1, 1, 1]
     assert str(error.value) == (
         f"this lane does not fit into memory, even by itself ({TOLD}); give fewer "
         "saves, or fewer metrics at once, or a smaller batch_size."
     )
+
+
+def test_two_that_fit_one_by_one(monkeypatch, whole):
+    """While one is in memory there is no room for another."""
+    made, program = [], programs._program
+    started = programs._Programs.start
+    waiting = []
+
+    def start(self, given):
+        running = started(self, given)
+        waiting.append(given)
+
+        def wait():
+            waiting.remove(given)
+            return running.wait()
+
+        return running._replace(wait=wait)
+
+    def counted(run, number, *args):
+        made.append(len(number))
+        if waiting:
+            raise jax.errors.JaxRuntimeError(TOLD)
+        return program(run, number, *args)
+
+    monkeypatch.setattr(programs._Programs, "start", start)
+    monkeypatch.setattr(programs, "_program", counted)
+    sweeping = sys.modules["gradflow.sweeps.sweep"]
+    monkeypatch.setattr(sweeping, "fitting", lambda *_: 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lanes = run()
+    same(lanes, whole)
+    assert set(made) == {2}
 
 
 def test_one_that_fits_and_one_that_does_not(monkeypatch):

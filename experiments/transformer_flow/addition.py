@@ -76,8 +76,11 @@ class Addition(Settings):
         data are memorised, and at its end, while it drifts; with a step, and with half
         of it."""
         t, found = np.asarray(path.t), {}
-        memorised = int(np.argmax(np.asarray(path.metrics["train"]) >= 0.99))
-        for name, (i, j) in dict(start=(0, memorised), drift=(-2, -1)).items():
+        memorised = np.asarray(path.metrics["train"]) >= 0.99
+        if not memorised.any():
+            return xr.Dataset()
+        stretches = dict(start=(0, int(np.argmax(memorised))), drift=(-2, -1))
+        for name, (i, j) in stretches.items():
             for part in (1, 2):
                 steps = part * self.descent_steps // 2
                 there = gf.descent(
@@ -92,7 +95,10 @@ class Addition(Settings):
 
     def judge(self, data: xr.Dataset) -> list[Row]:
         rows = []
-        for name, told in (("start", "‖θ‖"), ("drift", "the way gone")):
+        stretches = {"start": "‖θ‖", "drift": "the way gone"}
+        if "descent_start_t" not in data:
+            stretches = {}
+        for name, told in stretches.items():
             before, flow = data[f"descent_{name}_flow"].values
             full, half = (data[f"descent_{name}_{k}"].values for k in (1, 2))
             unit = np.linalg.norm(flow - (before if name == "drift" else 0))
@@ -136,12 +142,13 @@ class Addition(Settings):
             low.plot(s[1:], norm[k, 1:], color=colours(k), lw=1.6)
         finish(low, "(c) the norm", "slow time $s = \\lambda t$", log="x")
         low.set_ylabel("$\\|\\theta\\|$")
-        t0, t1 = data.descent_start_t.values
-        h = (t1 - t0) / self.descent_steps
         cost.plot(lams, evaluations(data), "o-", color=COLOURS[0], label="the flow")
-        descents = self.slow_time / lams / h
-        label = f"gradient descent, $h = {h:.2g}$"
-        cost.plot(lams, descents, "s--", color=COLOURS[1], label=label)
+        if "descent_start_t" in data:
+            t0, t1 = data.descent_start_t.values
+            h = (t1 - t0) / self.descent_steps
+            label = f"gradient descent, $h = {h:.2g}$"
+            descents = self.slow_time / lams / h
+            cost.plot(lams, descents, "s--", color=COLOURS[1], label=label)
         finish(cost, "(d) gradients to the end", "weight decay $\\lambda$")
         gf.plot.colorbar(lams, fig, [left, right, low])
         fig.suptitle(
@@ -165,7 +172,8 @@ def times(data: xr.Dataset, name: str) -> np.ndarray:
 
 
 def evaluations(data: xr.Dataset) -> np.ndarray:
-    """Gradients that each run took; a product of the Hessian counts as two."""
+    """Gradients that the accepted steps of each run took, all but a few percent; a
+    product of the Hessian counts as two."""
     return data.evaluations.values + 2 * data.products.values
 
 

@@ -64,7 +64,7 @@ _BLOCK_NUMBERS = 2**20
 
 def rows_at_once(size: int) -> int:
     """How many hold a million numbers, if each holds `size`; one at least."""
-    return max(1, _BLOCK_NUMBERS // size)
+    return max(1, _BLOCK_NUMBERS // max(1, size))
 
 
 def in_blocks(fn: Callable[[PyTree], PyTree], rows: PyTree, size: int) -> PyTree:
@@ -73,7 +73,7 @@ def in_blocks(fn: Callable[[PyTree], PyTree], rows: PyTree, size: int) -> PyTree
     rows that are forgotten: one program for all."""
     (n,) = {len(x) for x in jax.tree.leaves(rows)}
     count = -(-n // rows_at_once(size))
-    if count == 1:
+    if count <= 1:
         return jax.vmap(fn)(rows)
     length = -(-n // count)
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
-from .._host import as_array, taken
+from .._host import as_array, platform as host_platform, taken
 from .._norms import as_vector, norms, rms
 from ..flow.flat import in_blocks
 from ..flow.nonsmooth import loss_may_have_kinks
@@ -365,7 +365,7 @@ def _record(
 # What `jax.vmap` would make more of, or has no rule for.
 _APART = (
     "while", "cond", "pure_callback", "io_callback",
-    "cholesky", "eigh", "lu", "qr", "geqrf", "svd",
+    "cholesky", "eig", "eigh", "lu", "qr", "geqrf", "schur", "svd", "triangular_solve",
 )  # fmt: skip
 
 
@@ -374,8 +374,9 @@ def of_each(
 ) -> PyTree:
     """`fn` of each of the saved states. On an accelerator of many at once, where each
     would be too little work for a launch; one by one on a CPU, which gains nothing,
-    and where `fn` has loops, branches, factorisations or calls of Python."""
-    if (platform or jax.default_backend()) == "cpu":
+    and where `fn` has loops that end on a condition, branches, factorisations or calls
+    of Python."""
+    if (platform or host_platform()) == "cpu":
         return jax.lax.map(fn, states)
     first = jax.tree.map(lambda y: y[0], states)
     kinds = {e.primitive.name for e in operations(jax.make_jaxpr(fn)(first))}

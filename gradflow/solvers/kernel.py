@@ -226,8 +226,8 @@ class AbstractStageMatrix(eqx.Module):
         push: Callable,
         pull: Callable,
     ) -> tuple[Float[Array, " m"], Int[Array, ""]]:
-        """The u with (shift I + ℓ''K) u = shift (ℓ''p + q), ℓ'' at the outputs z; and
-        the products taken."""
+        """The u with (shift I + ℓ''K) u = shift (ℓ''p + q), ℓ'' at the outputs z; NaN
+        where it is not found. And the products taken."""
 
 
 class StageMatrix(AbstractStageMatrix):

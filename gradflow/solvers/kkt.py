@@ -147,6 +147,9 @@ class _Tried(NamedTuple):
     out: _Step
     kernels: Int[Array, ""]
     """How many were made."""
+    iterations: Int[Array, ""]
+    products: Int[Array, ""]
+    """Of all attempts."""
 
 
 class AbstractKKT(
@@ -348,9 +351,18 @@ class AbstractKKT(
             out = attempt(effort)
             made = (effort >= RENEWED).astype(int)
             done = out.ok | (effort == most)
-            return _Tried(effort + 1, done, out, tried.kernels + made)
+            return _Tried(
+                effort=effort + 1,
+                done=done,
+                out=out,
+                kernels=tried.kernels + made,
+                iterations=tried.iterations + out.iterations,
+                products=tried.products + out.products,
+            )
 
-        reusable = not problem.uneven or only_holds(problem.term.penalty, params)
+        # (A matrix has A inside, and is to be exact; what preconditions is not.)
+        reusable = free or not problem.uneven
+        reusable = reusable or only_holds(problem.term.penalty, params)
         renew = state.stale if reusable else jnp.array(True)
         effort = jnp.where(renew, RENEWED, KEPT)
         # What grows may be far below the tolerance of the iteration, which the whole
@@ -361,7 +373,7 @@ class AbstractKKT(
         tried = jax.lax.while_loop(
             lambda tried: ~tried.done,
             retry,
-            _Tried(effort, jnp.array(False), none, jnp.array(0)),
+            _Tried(effort, jnp.array(False), none, *(jnp.array(0) for _ in range(3))),
         )
         whole = tried.effort > WHOLE
         kernel = tried.out.kernel
@@ -408,12 +420,12 @@ class AbstractKKT(
         # What sliding leaves is no error that lasts, along the step or not.
         lasts = jnp.where(out.slid, 1.0, lasts)
         stale = (out.iterations > _SLOW * stages) | whole
-        products = out.products
+        products = tried.products
         if isinstance(kernel, Nystrom):
             products = products + tried.kernels * kernel.price
             kernel, stale = kernel.served(out.iterations, out.products)
         new = dict(
-            iterations=out.iterations,
+            iterations=tried.iterations,
             products=products,
             kernels=tried.kernels,
             sliding=out.slid,

@@ -26,13 +26,15 @@ _MOST = 200  # products that they may take for one
 
 def most_rows(parameters: int, outputs: int) -> int:
     """How many a preconditioner may have: whole blocks of them."""
+    count, block = _blocks(parameters, outputs)
+    return count * block
+
+
+def _blocks(parameters: int, outputs: int) -> tuple[int, int]:
+    """How many blocks there may be, and the rows of each, which are made at once."""
     rank = min(_RANK, max(1, _NUMBERS // outputs), parameters, outputs)
-    return rank - rank % -(-rank // _BLOCK)
-
-
-def _block(rank: int) -> int:
-    """How many are made at once."""
-    return rank // -(-rank // _BLOCK)
+    count = -(-rank // _BLOCK)
+    return count, rank // count
 
 
 def check_free(term: AbstractFlowTerm, loss: AbstractFlatLoss) -> None:
@@ -71,12 +73,13 @@ class Nystrom(eqx.Module):
         cls, loss: AbstractFlatLoss, theta: Float[Array, " d"], outputs: int
     ) -> "Nystrom":
         """Room for one."""
-        rank = most_rows(theta.size, outputs)
+        count, block = _blocks(theta.size, outputs)
+        rank = count * block
         rows = jnp.zeros((rank, outputs), theta.dtype)
         zero = jnp.zeros((), theta.dtype)
         constant = loss.outer_curvature is not None
         gram = jnp.zeros((rank, rank), theta.dtype) if constant else None
-        return cls(rows, gram, jnp.array(_block(rank)), zero + 1, zero)
+        return cls(rows, gram, jnp.array(block), zero + 1, zero)
 
     def renewed(
         self,
@@ -98,7 +101,7 @@ class Nystrom(eqx.Module):
         **Source:** Frangella, Tropp, Udell (SIAM J. Matrix Anal. Appl. 44, 2023)."""
         z, push, pull = loss.linearize(theta)
         rank, m = self.rows.shape
-        block = _block(rank)
+        _, block = _blocks(theta.size, m)
         least = jnp.min(alpha)
 
         def curved(u):
@@ -249,7 +252,7 @@ class FreeMatrix(AbstractStageMatrix):
 
         right = p - self.c * push(pull(q) / self.alpha)
         it = self._gradients(right, push, pull, rough)
-        return found(it), it.count
+        return jnp.where(rough(it), jnp.nan, found(it)), it.count
 
     def _curved(self, u: Float[Array, " m"]) -> Float[Array, " m"]:
         return self.loss.outer_hvp(self.z, u)

@@ -59,9 +59,14 @@ class RKC2(AbstractOnParams, diffrax.AbstractAdaptiveSolver[_State]):
     gradients are cheap. The cost of a drift grows as λ^(−1/2), that of the KKT methods
     with a matrix hardly. It is made for rtol 1e-3 to 1e-5: the steps are controlled by
     their local error, and the error of the path falls as rtol^(2/3). So the estimate is
-    taken six times larger than it is: then the error is about 5 rtol at most down to
+    taken six times larger than it is: then the error is mostly below 5 rtol down to
     1e-6. In a gradient flow errors along the step count for more while it speeds up,
-    and some while all of θ decays, for they are not damped. Not for oscillations.
+    and some while all of θ decays, for they are not damped; out of a saddle 4 rtol were
+    seen at 1e-3, 20 at 1e-5 and 45 at 1e-6. Not for oscillations.
+
+    **At kinks**, as of ReLU, the velocity jumps. What of the error estimate is too
+    large for a third derivative, by ρ, is a jump; it is not taken larger than it is,
+    and a jump of the speed is no growth.
 
     **The spectral radius** is found at the end of every step by power iteration, which
     goes on from the eigenvector of the step before; the next step takes it 10 % larger.

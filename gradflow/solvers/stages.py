@@ -321,5 +321,5 @@ class Stages(eqx.Module):
         far = far if self.loss.outer_curvature is None else jnp.array(False)
         # The matrix is to be that of μ', which the curvature of the outputs has no part
         # in: with it the polish goes astray, a little more in each step.
-        kept = slid | far | self.matrix.whole
+        kept = slid | far | self.matrix.whole | ~jnp.isfinite(norm(change))
         return jnp.where(kept, mu, mu + change), products + count

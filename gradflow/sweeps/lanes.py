@@ -11,7 +11,7 @@ import jax
 from jaxtyping import Array, DTypeLike, PRNGKeyArray, PyTree
 
 from .._checks import check_horizon, resolvable
-from .._host import as_array
+from .._host import as_array, platform
 from ..flow.flat import rows_at_once
 from ..flow.operations import numbers
 from ..losses import AbstractCompositeLoss
@@ -248,7 +248,7 @@ def _passing(run: Solve | Descend) -> int:
         return [metric(term.model(p)) for metric in run.watched.values()]
 
     recorded = max(numbers(seen, params), 1)
-    if jax.default_backend() != "cpu":  # of many saved times at once
+    if platform() != "cpu":  # of many saved times at once
         recorded *= min(run.saves, rows_at_once(recorded))
     return int(max(0.6 * gradient, 0.3 * recorded))
 

@@ -20,8 +20,10 @@ class OutOfMemory(RuntimeError):
         remedy = "give fewer saves, or fewer metrics at once"
         if not isinstance(lane.run, Solve):
             remedy += ", or a smaller batch_size"
-        elif isinstance(lane.run.solver, AbstractKKT):
-            remedy += ", or solver=gf.RKC2(), which needs no matrix"
+        elif isinstance(lane.run.solver, AbstractKKT) and lane.run.term.penalty.smooth:
+            if not lane.run.solver.matrix_free:
+                remedy += ", or solver=gf.KKT4(matrix_free=True)"
+            remedy += ", or solver=gf.RKC2()"
         first = (str(error) or type(error).__name__).splitlines()[0]
         return cls(
             f"this lane does not fit into memory, even by itself ({first}); {remedy}."
@@ -32,8 +34,9 @@ def is_out_of_memory(error: Exception) -> bool:
     """Whether that is what an error says."""
     if not isinstance(error, jax.errors.JaxRuntimeError):
         return isinstance(error, MemoryError)
-    told = str(error)
-    return "RESOURCE_EXHAUSTED" in told or "out of memory" in told.lower()
+    told = str(error).lower().replace("_", " ")
+    signs = ("resource exhausted", "out of memory", "alloc failed")
+    return any(sign in told for sign in signs)
 
 
 class AtOnce:
@@ -64,11 +67,15 @@ class AtOnce:
 def memory_left(stats: Sequence[dict[str, int] | None]) -> float:
     """The bytes that are left on all devices together, by the `memory_stats` of each.
 
-    A CPU has none; its devices share one memory. Of that half is taken, and 8 GB at
+    A CPU tells none: its devices share one memory. Of that half is taken, and 8 GB at
     most: other programs have the rest, and lockstep is no gain there. (Not what happens
     to be free: a sweep that is run again is to be the same programs.)
     """
-    left = [s["bytes_limit"] - s["bytes_in_use"] for s in stats if s]
+    left = [
+        s["bytes_limit"] - s.get("bytes_in_use", 0)
+        for s in stats
+        if s and "bytes_limit" in s
+    ]
     if len(left) == len(stats):
         return float(max(min(left), 0) * len(left))
     try:

@@ -39,6 +39,8 @@ class Program(NamedTuple):
     lanes: list[Lane]
     size: int
     """For how many lanes it is compiled: the last fills up what is missing."""
+    by_itself: bool = False
+    """Whether no other is to be in memory while it runs."""
 
 
 class Running(NamedTuple):
@@ -47,6 +49,8 @@ class Running(NamedTuple):
     program: Program
     wait: Callable[[], list[Any]]
     """Waits for what its lanes give, and raises what they raise."""
+    beside: bool = False
+    """Whether another was in memory meanwhile."""
 
 
 class Part(NamedTuple):
@@ -97,8 +101,13 @@ def run_lanes(
         if program is not None:
             program, *rest = _cut(program, at_once.size)
             again.extendleft(reversed(rest))
+            while program.by_itself and running:
+                again += programs.finish(running.popleft(), keep)
             running.append(programs.start(program))
-            if len(running) == 1:  # the next are made while it runs
+            if len(running) > 1:
+                running = deque(one._replace(beside=True) for one in running)
+            # The next are made while it runs.
+            if len(running) == 1 and not program.by_itself:
                 continue
         if not running:
             return [found[place] for place in sorted(found)]
@@ -143,10 +152,10 @@ def _taken(pool: list[tuple[int, Lane]], size: int) -> Program:
 
 def _cut(program: Program, size: int) -> list[Program]:
     """The same lanes in programs of at most `size`."""
-    places, lanes, whole = program
+    places, lanes, whole, by_itself = program
     size = min(size, whole)
     cuts = [slice(k, k + size) for k in range(0, len(lanes), size)]
-    return [Program(places[cut], lanes[cut], size) for cut in cuts]
+    return [Program(places[cut], lanes[cut], size, by_itself) for cut in cuts]
 
 
 class _Programs(NamedTuple):
@@ -176,7 +185,7 @@ class _Programs(NamedTuple):
     ) -> list[Program]:
         """Waits for lanes, and keeps what they give. Returns which to run once more."""
         program = running.program
-        places, lanes, size = program
+        places, lanes, size, by_itself = program
         try:
             paths = running.wait()
             if self.checkpoints is not None:
@@ -184,11 +193,13 @@ class _Programs(NamedTuple):
                 paths = _run_on(program, parts, self.launch, self.checkpoints)
         except (*self.catch, MemoryError) as error:
             too_many = is_out_of_memory(error)
+            if too_many and running.beside:  # both may fit, one by one
+                return [program._replace(by_itself=True)]
             if too_many and self.at_once.halve(size):
                 return [program]  # which is cut when it is started
             if len(lanes) > 1:  # of which lane it is shows when each runs by itself
                 one_by_one = zip(places, lanes, strict=True)
-                return [Program([i], [lane], size) for i, lane in one_by_one]
+                return [Program([i], [lane], size, by_itself) for i, lane in one_by_one]
             told = OutOfMemory.of(error, lanes[0]) if too_many else error
             keep(places[0], told, 0)
             return []
