@@ -11,6 +11,7 @@ from numpy.testing import assert_allclose
 import gradflow as gf
 from gradflow.flow.flat import flatten
 from gradflow.flow.operations import operations
+from gradflow.solvers import matrix_free
 from gradflow.solvers.kernel import fits
 from gradflow.solvers.matrix_free import _blocks, FreeMatrix, most_rows, Nystrom
 
@@ -203,6 +204,22 @@ def test_negative_curvature_ends_it():
     found, count = concave.solve(none + 1, none, z, push, pull)
     assert int(count) == 1
     assert np.isnan(found).all()  # the multiplier then stays as it is
+
+
+def test_products_that_do_not_suffice(monkeypatch):
+    """A multiplier that could not be made more exact stays as it is."""
+    monkeypatch.setattr(matrix_free, "_MOST", 4)
+    flow, model = problem(gf.SquaredError, samples=37)
+    path = gf.simulate(
+        flow, model, weight_decay=1e-5, slow_time=0.5, rtol=1e-4, saves=5,
+        solver=FREE["KKT4"], max_steps=500,
+    )  # fmt: skip
+    exact = gf.simulate(
+        flow, model, weight_decay=1e-5, slow_time=0.5, rtol=1e-7, saves=5,
+        solver=gf.KKT5(),
+    )  # fmt: skip
+    assert farthest(path, exact) < 5e-4
+    assert_allclose(path.train_loss, exact.train_loss, rtol=0.05)
 
 
 @pytest.mark.slow
