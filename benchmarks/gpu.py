@@ -186,7 +186,7 @@ def rank(config: Config) -> list[dict]:
     )
     task = move(single, here)
     with jax.default_device(here), jax.default_matmul_precision("tensorfloat32"):
-        limit = gf.manifold.limit_map(task.flow, task.model, throw=False)
+        limit = gf.manifold.limit_map(task.flow, task.model, rtol=1e-4)
         found = gf.manifold.diagnose(task.flow, limit.model)
     return [
         {
