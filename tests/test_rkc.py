@@ -569,18 +569,3 @@ def test_kinks_that_are_many(seed, lam, t1):
             max_steps=most,
         )
         assert sup_error(flat_paths(path), flat_paths(truth)) < rtol
-
-
-def test_growth_is_still_seen():
-    """Out of a saddle, as e^t from 1e-4: errors along the way last."""
-
-    def loss(model):
-        return -0.5 * model[0] ** 2 + 0.25 * model[0] ** 4 + 2 * model[1] ** 2
-
-    flow = gf.GradientFlow(gf.Loss(loss))
-    start = jnp.array([1e-4, 1.0])
-    rtol, ts = 1e-4, jnp.linspace(0.0, 12.0, 9)
-    path = gf.simulate(flow, start, weight_decay=0.0, ts=ts, solver=RKC2(), rtol=rtol)
-    # x' = x − x³
-    exact = 1 / np.sqrt(1 + (1e8 - 1) * np.exp(-2 * np.asarray(ts)))
-    assert np.max(np.abs(path.params[:, 0] / exact - 1)[4:]) < 50 * rtol
