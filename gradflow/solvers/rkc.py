@@ -70,6 +70,7 @@ class RKC2(AbstractOnParams, diffrax.AbstractAdaptiveSolver[_State]):
 
     **The spectral radius** is found at the end of every step by power iteration, which
     goes on from the eigenvector of the step before; the next step takes it 10 % larger.
+    (Where two stages will do for that one in any case, by a single product.)
     The last two stages give a witness for nothing: ‖f(Yₛ) − f(Yₛ₋₁)‖ / ‖Yₛ − Yₛ₋₁‖ ≤ ρ.
     A direction in which the step is unstable grows, and soon is all of that difference;
     so where the witness exceeds the ρ known, the iteration starts from it. A step that
@@ -281,7 +282,7 @@ def _power_iteration(
     push: Callable, start: PyTree, guess: Scalar, most: int, idle: Scalar | float = 0.0
 ) -> tuple[PyTree, Scalar, Int[Array, ""]]:
     """The largest |eigenvalue| of the linear map `push`, from below if it is symmetric.
-    Below `idle` one product will do.
+    One below `idle` need not be known: one product will do.
 
     **Returns:** the eigenvector, the |eigenvalue|, the number of products.
     """
