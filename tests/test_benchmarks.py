@@ -190,6 +190,7 @@ def test_gpu_without_one(tmp_path):
     assert "## rank" in path.with_suffix(".md").read_text()
 
 
+@pytest.mark.slow
 def test_stiff_cases(tmp_path):
     """Attention, of which every fifth step was rejected before errors that grow were
     expected to grow on: 101 steps, 19 rejected."""
