@@ -287,10 +287,9 @@ def check_given(**values: Given) -> Wrong:
 
 
 def resolvable(rtol, params: PyTree):
-    """`rtol`, or the smallest tolerance that the precision of the parameters resolves
-    along a path: 800 times the distance of two numbers, 1e-4 in float32. Says so."""
+    """`rtol`, or the finest tolerance that there is. Says so."""
     dtype = jax.tree.leaves(params)[0].dtype
-    floor = 800 * float(jnp.finfo(dtype).eps)
+    floor = finest(params)
     if not is_concrete(rtol):
         return jnp.maximum(rtol, floor)
     if rtol < floor:
@@ -301,6 +300,12 @@ def resolvable(rtol, params: PyTree):
             stacklevel=4,
         )
     return max(rtol, floor)
+
+
+def finest(params: PyTree) -> float:
+    """The smallest tolerance that the precision of the parameters resolves along a
+    path: 800 times the distance of two numbers, 1e-4 in float32."""
+    return 800 * float(jnp.finfo(jax.tree.leaves(params)[0].dtype).eps)
 
 
 def check_horizon(

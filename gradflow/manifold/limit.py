@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from .._checks import check_arguments, check_given, is_concrete
+from .._checks import check_arguments, check_given, finest, is_concrete, resolvable
 from .._host import as_array, known
 from .._norms import norm
 from ..flow.flat import FlatLoss, flatten
@@ -39,6 +39,8 @@ from .jacobian_form import count_outputs
 from .retraction import failed, nearest
 from .spectra import measure
 
+# The tolerance of the integration, where the precision of the parameters resolves it.
+_RTOL = 1e-9
 # Outputs, or parameters, up to which JJᵀ, or JᵀJ, is made whatever the other number.
 _FEW = 500
 
@@ -84,7 +86,7 @@ def limit_map(
     model: PyTree,
     *,
     form: Form = "auto",
-    rtol: float = 1e-9,
+    rtol: float | None = None,
     atol: float | None = None,
     residual_tol: float | None = None,
     t_max: float | None = None,
@@ -114,6 +116,8 @@ def limit_map(
     - `form`: how the distance to M is measured, `"jacobian"`, `"hessian"` or `"auto"`;
         see [`gradflow.manifold.retract`][].
     - `rtol`, `atol`: the tolerances of the integration; see [`gradflow.simulate`][].
+        `rtol` is 1e-9 unless given, or what the precision of the parameters resolves
+        (1e-4 in float32).
     - `residual_tol`: the tolerance of the retraction, its `rtol`.
     - `t_max`: the time at which to give up, in units of t: 1e10, or 1e10 times the
         time in which θ₀ changes if that is longer, unless given. Steps grow with t, so
@@ -142,9 +146,12 @@ def limit_map(
     Source: Li, Wang, Arora, arXiv 2110.06914, definition 4.1 and lemma 4.3; Boursier,
     Pesme, Dragomir, arXiv 2505.20172.
     """
-    check_arguments(rtol=rtol, max_steps=max_steps)
-    check_given(atol=atol, residual_tol=residual_tol, t_max=t_max, solver=solver)
+    check_arguments(max_steps=max_steps)
+    check_given(
+        rtol=rtol, atol=atol, residual_tol=residual_tol, t_max=t_max, solver=solver
+    )
     term, params = begin(loss, model, trainable)
+    rtol = max(_RTOL, finest(params)) if rtol is None else resolvable(rtol, params)
     if isinstance(loss, GradientFlow):
         loss, trainable = loss.loss, loss.trainable
     first = first_form(loss, params, term.static, form)
