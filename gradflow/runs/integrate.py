@@ -98,6 +98,10 @@ class Integration(eqx.Module):
             return okay & (at.t < end) & (at.counts[0] < most)
 
         def step(at: Reached) -> Reached:
+            # One that has ended, and waits in lockstep for others, steps nowhere: the
+            # solver sees that.
+            end = jnp.where(going(at), at.next, at.t)
+            at = eqx.tree_at(lambda at: at.next, at, end)
             return self._step(solver, controller, at)
 
         return jax.lax.while_loop(going, step, at)

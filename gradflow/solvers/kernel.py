@@ -3,32 +3,16 @@
 import abc
 import functools
 from collections.abc import Callable
-from typing import TypeVar
 
 import equinox as eqx
-import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import cho_factor, cho_solve, lu_factor, lu_solve
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
+from jaxtyping import Array, Bool, Float, Int, Scalar
 
 from ..flow.flat import AbstractFlatLoss, in_blocks, linearized
-
-Tree = TypeVar("Tree", bound=PyTree)
-
-
-def where_needed(
-    condition: Bool[Array, ""], make: Callable[[], Tree], old: Tree
-) -> Tree:
-    """`make()` where the condition holds, else `old`. In lockstep it is made if any
-    lane of a `jax.vmap` needs it, where a `jax.lax.cond` that differs between lanes
-    would always make it; and only those that do take it: no lane depends on others."""
-
-    def taken():
-        return jax.tree.map(lambda a, b: jnp.where(condition, a, b), make(), old)
-
-    return jax.lax.cond(eqxi.unvmap_any(condition), taken, lambda: old)
+from .lockstep import where_needed
 
 
 class Thin(eqx.Module):
@@ -256,9 +240,11 @@ class StageMatrix(AbstractStageMatrix):
         c: Scalar,
         effort: Int[Array, ""],
         factor: Factor,
+        live: Bool[Array, ""],
     ) -> "StageMatrix":
-        """With the `factor` there is, where it serves, or a new one. The whole
-        `curvature` is A, or its inverse where the kernel has m × m entries."""
+        """With the `factor` there is, where it serves, or a new one (of a lane that
+        is `live`). The whole `curvature` is A, or its inverse where the kernel has
+        m × m entries."""
         fresh, whole = effort >= RENEWED, effort == WHOLE
         shift = (alpha if jnp.ndim(alpha) == 0 else 1) / c
         definite = loss.outer_curvature is not None
@@ -279,7 +265,7 @@ class StageMatrix(AbstractStageMatrix):
 
             return where_needed(whole, curved, where_needed(~whole, plain, factor))
 
-        factor = where_needed(fresh | _drifted(factor, shift), make, factor)
+        factor = where_needed(live & (fresh | _drifted(factor, shift)), make, factor)
         inverse = None if thin else curvature
         return cls(
             loss=loss, kernel=kernel, inverse=inverse, alpha=alpha, c=c, shift=shift,

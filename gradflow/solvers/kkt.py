@@ -36,9 +36,9 @@ from .kernel import (
     stage_curvature,
     StageMatrix,
     Thin,
-    where_needed,
     WHOLE,
 )
+from .lockstep import where_needed
 from .matrix_free import check_free, FreeMatrix, Nystrom
 from .orthant import flat_problem, only_holds, OnOrthant, unwrap
 from .stages import ChordIteration, Stages
@@ -331,10 +331,11 @@ class AbstractKKT(
         live = problem.h != 0  # a lane that has ended waits for the others
         most = WHOLE if small else RENEWED
 
-        def attempt(effort: Int[Array, ""]) -> _Step:
-            renewed = live & (effort == RENEWED)
+        def attempt(effort: Int[Array, ""], live: Bool[Array, ""]) -> _Step:
             kernel = where_needed(
-                renewed, lambda: problem.kernel(state.kernel), state.kernel
+                live & (effort == RENEWED),
+                lambda: problem.kernel(state.kernel),
+                state.kernel,
             )
             curvature = None
             if small:
@@ -344,13 +345,13 @@ class AbstractKKT(
                     lambda: problem.whole_kernel(state.multiplier),
                     (kernel, unused),
                 )
-            return self._attempt(problem, state, kernel, curvature, effort)
+            return self._attempt(problem, state, kernel, curvature, effort, live)
 
         def retry(tried: _Tried) -> _Tried:
             effort = tried.effort
-            out = attempt(effort)
+            out = attempt(effort, live & ~tried.done)
             made = (effort >= RENEWED).astype(int)
-            done = out.ok | (effort == most)
+            done = out.ok | (effort == most) | ~live
             return _Tried(
                 effort=effort + 1,
                 done=done,
@@ -450,6 +451,7 @@ class AbstractKKT(
         kernel: Kernel,
         curvature: Float[Array, "d d"] | None,
         effort: Int[Array, ""],
+        live: Bool[Array, ""],
     ) -> _Step:
         """The stages with one matrix; the multiplier and the error at their end."""
         term, loss, y0, h = problem.term, problem.loss, problem.theta, problem.h
@@ -457,8 +459,9 @@ class AbstractKKT(
             matrix = FreeMatrix.of(loss, kernel, y0, problem.alpha, problem.c)
         else:
             matrix = StageMatrix.of(
-                loss, kernel, curvature, problem.alpha, problem.c, effort, state.factor
-            )
+                loss, kernel, curvature, problem.alpha, problem.c, effort,
+                state.factor, live,
+            )  # fmt: skip
         stages = Stages(
             term=term,
             loss=loss,
