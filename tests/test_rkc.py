@@ -19,7 +19,7 @@ import gradflow as gf
 from gradflow import tasks
 from gradflow.models import DiagonalNetwork
 from gradflow.solvers import RKC2
-from gradflow.solvers.rkc import _CAUTION, _Chebyshev
+from gradflow.solvers.rkc import _CAUTION, _Chebyshev, _power_iteration
 
 by_name = lambda dtype: dtype.__name__
 
@@ -317,6 +317,19 @@ def test_spectral_radius_along_a_path():
         end, _ = ravel_pytree(jax.tree.map(lambda y: y[0], solution.ys))
         top = np.abs(np.linalg.eigvalsh(curvature(end) + decay * np.eye(40))).max()
         assert_allclose(solution.solver_state.radius, top, rtol=0.03)
+
+
+def test_how_well_the_spectral_radius_is_known():
+    """To a percent; but where two stages do whatever it is, by one product."""
+    eigenvalues = jnp.array([10.0, 6.0, 3.0, 1.0])
+    push, start = (lambda v: eigenvalues * v), jnp.array([0.1, 1.0, 1.0, 1.0])
+    guess = jnp.asarray(3.0)
+    _, radius, products = _power_iteration(push, start, guess, 1000)
+    assert 9.7 < radius <= 10 and 3 < products < 100
+    _, radius, products = _power_iteration(push, start, guess, 1000, 100.0)
+    assert radius < 9 and products == 1
+    _, again, products = _power_iteration(push, start, guess, 1000, 1.0)
+    assert 9.7 < again <= 10 and 3 < products
 
 
 # The stages
