@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Scalar
 
-from .._typing import RealScalarLike
+from .._typing import RealScalarLike, Schedule
 
 _MOST_STEPS = 4096  # of the clocks
 
@@ -21,19 +21,20 @@ class InSlowTime(eqx.Module):
     positive throughout.
     """
 
-    schedule: Callable[[Scalar], Any]
+    schedule: Schedule
     """λ as a function of s."""
 
     def __call__(self, s: RealScalarLike) -> Scalar:
         """λ(s)."""
-        return _value(self.schedule, jnp.asarray(s))
+        return decay_of(self.schedule, jnp.asarray(s))
 
 
 class DecaySchedule(eqx.Module):
     """λ(t), of time t since the start of a run, or of the piece of it that begins
     `since` then."""
 
-    of_time: Callable[[Scalar], Any]
+    of_clock: Schedule
+    """A function of t; or of s, where there is a `clock`."""
     since: Scalar
     clock: diffrax.Solution | None = None
     """s(t), where the schedule is of s."""
@@ -43,7 +44,7 @@ class DecaySchedule(eqx.Module):
         t = jnp.asarray(t) + self.since
         if self.clock is not None:
             t = self._slow(t)
-        return _value(self.of_time, t)
+        return decay_of(self.of_clock, t)
 
     def _slow(self, t: Scalar) -> Scalar:
         assert self.clock is not None
@@ -65,22 +66,29 @@ class DecaySchedule(eqx.Module):
         return out.ys
 
 
-Decay = Scalar | DecaySchedule
+Decay = float | Scalar | DecaySchedule
 
 
-def decay_at(weight_decay: Decay, t: RealScalarLike) -> Scalar:
-    """λ at time t."""
+def decay_at(weight_decay: Decay, t: RealScalarLike) -> Any:
+    """λ at time t, one number."""
     return weight_decay(t) if isinstance(weight_decay, DecaySchedule) else weight_decay
 
 
 def of_slow_time(
     schedule: InSlowTime, slow_time: Scalar
 ) -> tuple[DecaySchedule, Scalar]:
-    """The schedule as one of t, and the time at which s = `slow_time`."""
+    """The schedule as one of t, and the time at which s = `slow_time`: infinite where
+    it does not get there."""
     zero = jnp.zeros_like(slow_time)
-    to = _integrate(lambda s, _: 1 / schedule(s), zero, slow_time, diffrax.SaveAt(t1=True))
+    to = _integrate(
+        # (What is not positive ends it.)
+        lambda s, _: 1 / jnp.maximum(schedule(s), 0),
+        zero,
+        slow_time,
+        diffrax.SaveAt(t1=True),
+    )
     assert to.ys is not None
-    (end,) = to.ys
+    end = jnp.where(diffrax.is_successful(to.result), to.ys[0], jnp.inf)
     clock = _integrate(lambda _, s: schedule(s), zero, end, diffrax.SaveAt(dense=True))
     return DecaySchedule(schedule.schedule, zero, clock), end
 
@@ -109,6 +117,7 @@ def _integrate(
     )
 
 
-def _value(schedule: Callable[[Scalar], Any], x: Scalar) -> Scalar:
+def decay_of(schedule: Schedule, x: Scalar) -> Scalar:
+    """λ, in the precision of its clock."""
     with jax.numpy_dtype_promotion("standard"):  # as Optax's schedules need
         return jnp.asarray(schedule(x), x.dtype)

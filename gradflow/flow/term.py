@@ -87,7 +87,8 @@ class Tangential(AbstractComposite, AbstractCurved, AbstractKinked):
 
 class AbstractFlowTerm(diffrax.AbstractTerm):
     """θ' = −∇F(θ) − λ∇R(θ) as a Diffrax term that knows its loss; `args` is the weight
-    decay λ, or one on a schedule. What the state carries beside the parameters is for subclasses to say."""
+    decay λ, or one on a schedule. What the state carries beside the parameters is for
+    subclasses to say."""
 
     loss: eqx.AbstractVar[AbstractLoss]
     penalty: eqx.AbstractVar[AbstractPenalty]

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import diffrax
 import equinox as eqx
@@ -21,9 +21,8 @@ from .._checks import (
     is_concrete,
     resolvable,
 )
-from .._host import as_array
-from .._typing import Given
-from ..flow.decay import DecaySchedule
+from .._typing import Given, Schedule
+from ..flow.decay import DecaySchedule, InSlowTime
 from ..flow.flow import check_flow, GradientFlow, scaled
 from ..flow.nonsmooth import loss_may_have_kinks
 from ..flow.term import FlowTerm
@@ -51,7 +50,7 @@ def simulate(
     flow: GradientFlow,
     model: PyTree,
     *,
-    weight_decay: float | Scalar | Callable[[Scalar], Any],
+    weight_decay: float | Scalar | Schedule | InSlowTime,
     init_scale: float | Scalar = 1.0,
     slow_time: float | Scalar | None = None,
     t1: float | Scalar | None = None,

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
 from .._host import as_array, platform as host_platform, taken
 from .._norms import as_vector, norms, rms
-from ..flow.decay import Decay, decay_at, DecaySchedule
+from ..flow.decay import decay_at, DecaySchedule
 from ..flow.flat import in_blocks
 from ..flow.nonsmooth import loss_may_have_kinks
 from ..flow.operations import numbers, operations
@@ -53,7 +53,7 @@ class Solve(eqx.Module):
     term: FlowTerm
     params: PyTree
     """Where it starts."""
-    weight_decay: Decay
+    weight_decay: Scalar | DecaySchedule
     ts: Float[Array, " n"]
     """The times to save at; the last is its end."""
     watched: dict[str, Metric]
@@ -69,7 +69,7 @@ class Solve(eqx.Module):
         cls,
         term: FlowTerm,
         params: PyTree,
-        weight_decay: Decay,
+        weight_decay: Scalar | DecaySchedule,
         ts: Float[Array, " n"],
         watched: dict[str, Metric],
         solver: diffrax.AbstractSolver,

@@ -65,10 +65,12 @@ def saved_steps(
     for name, value in (("slow_time", slow_time), ("t1", t1)):
         if value is None:
             continue
-        if callable(learning_rate):
-            raise ValueError(
-                f"{name}: give steps or at where learning_rate is a schedule."
-            )
+        rates = dict(learning_rate=learning_rate, weight_decay=weight_decay)
+        for rate, given in rates.items():
+            if callable(given):
+                raise ValueError(
+                    f"{name}: give steps or at where {rate} is a schedule."
+                )
         if not is_concrete(learning_rate) or not is_concrete(weight_decay):
             raise ValueError(
                 f"{name}: give steps where λ or learning_rate is being traced."
@@ -171,7 +173,7 @@ def as_decay(
     t1: Given,
     ts: Given,
     dtype: DTypeLike,
-) -> tuple[Decay, Given, Given]:
+) -> tuple[Scalar | DecaySchedule, Given, Given]:
     """The weight decay as a run takes it, with its slow time and its end; on a schedule
     of s that is where s is what was asked for.
 

@@ -183,9 +183,7 @@ class Stages(eqx.Module):
         first = Solution(slopes, mus, rate, yes, none, none, ~yes)
         return jax.lax.fori_loop(1, len(a), stage, first)
 
-    def _change(
-        self, base: Float[Array, " d"], decay: Scalar, it: _Iterate
-    ) -> _Change:
+    def _change(self, base: Float[Array, " d"], decay: Scalar, it: _Iterate) -> _Change:
         """Newton's, but for the frozen matrix."""
         z, push, pullback = self.loss.linearize(it.y)
         force = jax.grad(self.loss.outer)(z)
