@@ -132,6 +132,12 @@ class Path(eqx.Module):
     def __len__(self) -> int:
         return self.t.shape[0]
 
+    @property
+    def _decay(self) -> str:
+        """λ, in words."""
+        mean = "" if self.clock is None else " on average"
+        return f"λ = {float(self.weight_decay):.3g}{mean}"
+
     def told(self, **more: Any) -> "Path":
         """The same path, with more in its `stats`."""
         stats = dataclasses.replace(self.stats, **more)
@@ -170,8 +176,8 @@ class Path(eqx.Module):
         d = sum(p.size for p in jax.tree.leaves(self.params)) // len(self)
         t, s = (float(np.asarray(x)[-1]) for x in (self.t, self.slow_time))
         lines = [
-            f"Path of {d} parameters, λ = {float(self.weight_decay):.3g}, "
-            f"t = 0 … {t:.3g} (s = {s:.3g}), {len(self)} times",
+            f"Path of {d} parameters, {self._decay}, t = 0 … {t:.3g} "
+            f"(s = {s:.3g}), {len(self)} times",
             f"  {self.stats}",
             f"  {trend('train loss', self.train_loss)}"
             + "".join(f", {trend(k, v)}" for k, v in self.metrics.items()),
@@ -196,8 +202,7 @@ class Path(eqx.Module):
         if not is_concrete(self.t) or self.t.ndim != 1 or not is_known(self.result):
             return f"<Path of times {self.t.shape}>"
         return (
-            f"<Path by {self.stats.solver}, λ = "
-            f"{float(self.weight_decay):.3g}, {len(self)} times to "
+            f"<Path by {self.stats.solver}, {self._decay}, {len(self)} times to "
             f"t = {float(np.asarray(self.t)[-1]):.3g}: {ended(self)}>"
         )
 
