@@ -6,6 +6,7 @@ from .precision import enable_float64 as enable_float64
 
 
 from .flow.term import FlowTerm as FlowTerm
+from .flow.decay import InSlowTime as InSlowTime
 from .flow.flow import GradientFlow as GradientFlow, scaled as scaled
 from .losses import (
     AbstractCompositeLoss as AbstractCompositeLoss,

@@ -13,6 +13,7 @@ from .._typing import RealScalarLike
 from ..losses import AbstractLoss
 from ..penalties import AbstractPenalty, curvature
 from ..penalties.base import AbstractComposite, AbstractCurved, AbstractKinked, pushed
+from .decay import decay_at
 
 
 class AbstractChart(eqx.Module):
@@ -86,7 +87,8 @@ class Tangential(AbstractComposite, AbstractCurved, AbstractKinked):
 
 class AbstractFlowTerm(diffrax.AbstractTerm):
     """θ' = −∇F(θ) − λ∇R(θ) as a Diffrax term that knows its loss; `args` is the weight
-    decay λ. What the state carries beside the parameters is for subclasses to say."""
+    decay λ, or one on a schedule. What the state carries beside the parameters is for
+    subclasses to say."""
 
     loss: eqx.AbstractVar[AbstractLoss]
     penalty: eqx.AbstractVar[AbstractPenalty]
@@ -125,7 +127,7 @@ class FlowTerm(AbstractFlowTerm):
     chart: AbstractChart
 
     def vf(self, t: RealScalarLike, y: PyTree, args: PyTree) -> PyTree:
-        return self.velocity(y, args)
+        return self.velocity(y, decay_at(args, t))
 
 
 class Tracked(eqx.Module):
@@ -146,4 +148,4 @@ class TrackedFlowTerm(AbstractFlowTerm):
 
     def vf(self, t: RealScalarLike, y: Tracked, args: PyTree) -> Tracked:
         still = jnp.zeros_like(y.multiplier)
-        return Tracked(self.velocity(y.params, args), still)
+        return Tracked(self.velocity(y.params, decay_at(args, t)), still)

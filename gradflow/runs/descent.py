@@ -18,7 +18,8 @@ from .._checks import (
     check_one,
     is_concrete,
 )
-from .._typing import Given
+from .._typing import Given, Schedule
+from ..flow.decay import InSlowTime
 from ..flow.flow import check_flow, GradientFlow, scaled
 from ..metrics import Metric
 from .methods import (
@@ -26,7 +27,6 @@ from .methods import (
     check_projection,
     Method,
     Optimiser,
-    Schedule,
     scheduled,
 )
 from .minibatch import check_batches
@@ -42,7 +42,7 @@ def descent(
     flow: GradientFlow,
     model: PyTree,
     *,
-    weight_decay: float | Scalar,
+    weight_decay: float | Scalar | Schedule | InSlowTime,
     learning_rate: float | Scalar | Schedule,
     init_scale: float | Scalar = 1.0,
     steps: int | None = None,
@@ -84,7 +84,8 @@ def descent(
         step is rescaled to it (step, then rescale: Liu, Michaud, Tegmark, arXiv
         2210.01117); not with `"projected"`.
     - `model`: the initial model θ₀.
-    - `weight_decay`: λ ≥ 0.
+    - `weight_decay`: λ ≥ 0; or a schedule, a function of t, or `gradflow.InSlowTime` of
+        one of s, with `steps` or `at`. On a schedule s = Σhλ.
     - `learning_rate`: h > 0; or a schedule of Optax's, a function of the number of
         steps taken, with `steps` or `at`.
     - `init_scale`: the factor by which all initial parameters are multiplied. (A flow
@@ -118,9 +119,9 @@ def descent(
     check_flow(flow)
     check_one(weight_decay, "weight_decay")
     check_one(learning_rate, "learning_rate")
-    wrong = check_arguments(
-        weight_decay=weight_decay, learning_rate=learning_rate, init_scale=init_scale
-    )
+    wrong = check_arguments(learning_rate=learning_rate, init_scale=init_scale)
+    if not callable(weight_decay):
+        wrong = wrong | check_arguments(weight_decay=weight_decay)
     run = prepare_descent(
         flow, model, as_metrics(metrics), weight_decay=weight_decay,
         learning_rate=learning_rate, init_scale=init_scale, steps=steps,
@@ -188,7 +189,9 @@ def prepare_descent(
     return Descend(
         term=term,
         params=params,
-        weight_decay=jnp.asarray(weight_decay, dtype),
+        weight_decay=weight_decay
+        if callable(weight_decay)
+        else jnp.asarray(weight_decay, dtype),
         learning_rate=learning_rate,
         numbers=jnp.asarray(numbers),
         watched=watched,

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree, Scalar
 
 from .._checks import is_concrete, is_key, word
-from .._typing import Given
+from .._typing import Given, Schedule
 from ..flow.flat import FlatLoss, flatten
 from ..flow.term import FlowTerm
 from ..losses import SquaredError
@@ -25,10 +25,6 @@ Optimiser: TypeAlias = (
     | optax.GradientTransformation
     | optax.MultiSteps
 )
-
-
-Schedule: TypeAlias = Callable[[Any], Any]
-"""A learning rate as a function of the number of steps taken, as Optax has them."""
 
 
 class Scheduled(eqx.Module):

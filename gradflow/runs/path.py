@@ -49,7 +49,7 @@ def landed_crossing_time(path: "Path", name: str, metric: Metric) -> float:
             break
         params = jax.tree.map(lambda p, i=i: taken(p, i), params)
         local = np.linspace(0.0, width, count)
-        piece = path.again(params, as_array(local, path.t.dtype))
+        piece = path.again(params, as_array(local, path.t.dtype), float(start))
         t, values = start + local, np.asarray(piece.metrics[name], float)
         if not np.isfinite(values).all():
             told = piece.verdict if not bool(piece.succeeded) else "not finite there"
@@ -85,7 +85,8 @@ class Path(eqx.Module):
     t: Float[Array, "*lanes n"]
     """The times, in the units of the flow (time t)."""
     weight_decay: Float[Array, " *lanes"]
-    """λ. In a Riemannian path it is one, and t is the slow time itself."""
+    """λ; on a schedule, its mean over the run. In a Riemannian path it is one, and t is
+    the slow time itself."""
     params: PyTree
     """The trainable parameters, stacked along the times."""
     static: PyTree
@@ -102,15 +103,20 @@ class Path(eqx.Module):
     """The solver, its tolerance, and the steps it took."""
     watched: dict[str, Metric]
     """The metrics themselves, with their thresholds."""
-    again: Callable[[PyTree, Array], "Path"] | None = eqx.field(
+    again: Callable[[PyTree, Array, float], "Path"] | None = eqx.field(
         default=None, metadata={"saved": False}
     )
-    """Runs the same flow from given parameters through given times, from 0 on; `None`
-    for a descent, for paths made under `jit`, and where results were read from disk."""
+    """Runs the same flow from given parameters through given times, from 0 on, which
+    count from a time of this path; `None` for a descent, for paths made under `jit`,
+    and where results were read from disk."""
+    clock: Float[Array, "*lanes n"] | None = None
+    """s at each time, where λ is on a schedule."""
 
     @property
     def slow_time(self) -> Float[Array, "*lanes n"]:
-        """s = λt."""
+        """s = λt; on a schedule ∫λ dt."""
+        if self.clock is not None:
+            return self.clock
         return as_array(known(self.weight_decay)[..., None] * known(self.t))
 
     @property
@@ -125,6 +131,12 @@ class Path(eqx.Module):
 
     def __len__(self) -> int:
         return self.t.shape[0]
+
+    @property
+    def _decay(self) -> str:
+        """λ, in words."""
+        mean = "" if self.clock is None else " on average"
+        return f"λ = {float(self.weight_decay):.3g}{mean}"
 
     def told(self, **more: Any) -> "Path":
         """The same path, with more in its `stats`."""
@@ -164,8 +176,8 @@ class Path(eqx.Module):
         d = sum(p.size for p in jax.tree.leaves(self.params)) // len(self)
         t, s = (float(np.asarray(x)[-1]) for x in (self.t, self.slow_time))
         lines = [
-            f"Path of {d} parameters, λ = {float(self.weight_decay):.3g}, "
-            f"t = 0 … {t:.3g} (s = {s:.3g}), {len(self)} times",
+            f"Path of {d} parameters, {self._decay}, t = 0 … {t:.3g} "
+            f"(s = {s:.3g}), {len(self)} times",
             f"  {self.stats}",
             f"  {trend('train loss', self.train_loss)}"
             + "".join(f", {trend(k, v)}" for k, v in self.metrics.items()),
@@ -190,8 +202,7 @@ class Path(eqx.Module):
         if not is_concrete(self.t) or self.t.ndim != 1 or not is_known(self.result):
             return f"<Path of times {self.t.shape}>"
         return (
-            f"<Path by {self.stats.solver}, λ = "
-            f"{float(self.weight_decay):.3g}, {len(self)} times to "
+            f"<Path by {self.stats.solver}, {self._decay}, {len(self)} times to "
             f"t = {float(np.asarray(self.t)[-1]):.3g}: {ended(self)}>"
         )
 

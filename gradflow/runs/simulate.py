@@ -21,8 +21,8 @@ from .._checks import (
     is_concrete,
     resolvable,
 )
-from .._host import as_array
-from .._typing import Given
+from .._typing import Given, Schedule
+from ..flow.decay import DecaySchedule, InSlowTime
 from ..flow.flow import check_flow, GradientFlow, scaled
 from ..flow.nonsmooth import loss_may_have_kinks
 from ..flow.term import FlowTerm
@@ -41,7 +41,7 @@ from .path import Path
 from .problem import as_metrics, check_problem
 from .progress import Bar
 from .solve import Solve
-from .times import prepare
+from .times import as_decay, check_decay, prepare
 from .windows import run_again, solve_through
 
 
@@ -50,7 +50,7 @@ def simulate(
     flow: GradientFlow,
     model: PyTree,
     *,
-    weight_decay: float | Scalar,
+    weight_decay: float | Scalar | Schedule | InSlowTime,
     init_scale: float | Scalar = 1.0,
     slow_time: float | Scalar | None = None,
     t1: float | Scalar | None = None,
@@ -77,7 +77,11 @@ def simulate(
 
     - `flow`: the flow: loss, penalty and what is trainable.
     - `model`: the initial model θ₀, any Equinox module.
-    - `weight_decay`: λ ≥ 0.
+    - `weight_decay`: λ ≥ 0; or a schedule, a function of t such as one of Optax's, with
+        `t1` or `ts`; or `gradflow.InSlowTime` of a function of s, with a `slow_time`.
+        On a schedule s = ∫λ dt. It is compiled for: give the same function again, or
+        an Equinox module that holds numbers as arrays. Steps are as short as its
+        changes ask for; what it jumps by at a time in `ts` is not passed over.
     - `init_scale`: α, the factor by which all initial parameters are multiplied. (A
         flow that holds the norm holds that of αθ₀.)
     - `slow_time`, `t1`, `ts`: give one. Run to slow time s = λt, to time t, or through
@@ -112,21 +116,25 @@ def simulate(
     check_flow(flow)
     check_one(weight_decay, "weight_decay")
     wrong = check_arguments(
-        weight_decay=weight_decay, init_scale=init_scale, rtol=rtol, max_steps=max_steps
+        init_scale=init_scale, rtol=rtol, max_steps=max_steps
     ) | check_given(atol=atol, solver=solver)
+    if not callable(weight_decay):
+        wrong = wrong | check_arguments(weight_decay=weight_decay)
     watched = as_metrics(metrics)
     bare = without_thresholds(watched)  # as in a sweep: what is compiled serves both
     model = scaled(model, init_scale, trainable=flow.trainable)
     term, params = flow.term(model)
     dtype = jax.tree.leaves(params)[0].dtype
-    wrong = wrong | check_horizon(weight_decay, slow_time, t1, ts, saves, dtype)
+    lam, slow_time, t1 = as_decay(weight_decay, slow_time, t1, ts, dtype)
+    decay = 1.0 if isinstance(lam, DecaySchedule) else weight_decay
+    wrong = wrong | check_horizon(decay, slow_time, t1, ts, saves, dtype)
     check_problem(term, params, bare)
     rtol = resolvable(rtol, params)
 
-    lam = as_array(weight_decay, dtype)
     times, size = prepare(
         term, params, lam, slow_time, t1, ts, saves, measure=solver is None
     )
+    wrong = wrong | check_decay(lam, times)
 
     def run(choice: Choice) -> Path:
         given = (term, params, lam, times)
@@ -154,7 +162,9 @@ def simulate(
         return path.told(why=why)
 
     if wrong is not False:  # then nothing is run
-        lam, times = (jnp.where(wrong, jnp.zeros_like(x), x) for x in (lam, times))
+        times = jnp.where(wrong, jnp.zeros_like(times), times)
+        if not isinstance(lam, DecaySchedule):
+            lam = jnp.where(wrong, jnp.zeros_like(lam), lam)
     arrays = jax.tree.leaves(
         eqx.filter((term, params, lam, times, bare, rtol, atol), eqx.is_array)
     )

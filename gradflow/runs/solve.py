@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
 from .._host import as_array, platform as host_platform, taken
 from .._norms import as_vector, norms, rms
+from ..flow.decay import decay_at, DecaySchedule
 from ..flow.flat import in_blocks
 from ..flow.nonsmooth import loss_may_have_kinks
 from ..flow.operations import numbers, operations
@@ -52,7 +53,7 @@ class Solve(eqx.Module):
     term: FlowTerm
     params: PyTree
     """Where it starts."""
-    weight_decay: Scalar
+    weight_decay: Scalar | DecaySchedule
     ts: Float[Array, " n"]
     """The times to save at; the last is its end."""
     watched: dict[str, Metric]
@@ -68,7 +69,7 @@ class Solve(eqx.Module):
         cls,
         term: FlowTerm,
         params: PyTree,
-        weight_decay: Scalar,
+        weight_decay: Scalar | DecaySchedule,
         ts: Float[Array, " n"],
         watched: dict[str, Metric],
         solver: diffrax.AbstractSolver,
@@ -87,7 +88,9 @@ class Solve(eqx.Module):
         return cls(
             term=term,
             params=params,
-            weight_decay=as_array(weight_decay),
+            weight_decay=weight_decay
+            if isinstance(weight_decay, DecaySchedule)
+            else as_array(weight_decay),
             ts=ts,
             watched=watched,
             same=frozenset(k for k, m in watched.items() if m.fn is term.loss),
@@ -101,9 +104,13 @@ class Solve(eqx.Module):
         """How many times it saves."""
         return self.ts.shape[0]
 
-    def again(self, params: PyTree, ts: Float[Array, " n"]) -> "Solve":
-        """The same run from elsewhere and through other times."""
-        return dataclasses.replace(self, params=params, ts=ts)
+    def again(self, params: PyTree, ts: Float[Array, " n"], start: float) -> "Solve":
+        """The same run from elsewhere, at time `start` of it, and through other times
+        since then."""
+        decay = self.weight_decay
+        if isinstance(decay, DecaySchedule):
+            decay = decay.from_time(start)
+        return dataclasses.replace(self, params=params, weight_decay=decay, ts=ts)
 
 
 @exact_products
@@ -159,12 +166,13 @@ class _Steps(NamedTuple):
         check_scalars(run.term.loss, run.watched, run.term.model(run.params))
         flow, theta = on_vector(run.term, run.params)
         solver = _flow_solver(run)
-        return cls(flow, theta, solver, solver.follow(flow, theta, run.weight_decay))
+        lam = decay_at(run.weight_decay, jnp.zeros_like(run.ts[0]))
+        return cls(flow, theta, solver, solver.follow(flow, theta, lam))
 
     def start(self, run: Solve, end: Scalar) -> tuple[Bool[Array, ""], Scalar]:
         """Whether it is defined at its start: else it is not to be run; and the length
         of its first step."""
-        lam = run.weight_decay
+        lam = decay_at(run.weight_decay, jnp.zeros_like(end))
         defined = _defined(self.flow, self.theta, lam) & jnp.all(jnp.isfinite(run.ts))
         scale = jnp.minimum(time_scale(self.flow, self.theta, lam, end), end)
         return defined, 1e-3 * jnp.where(defined, scale, 1.0)
@@ -211,9 +219,14 @@ def _told(
         atol=0.0 if atol is None else atol,
         **work,
     )
+    decay, slow = run.weight_decay, None
+    if isinstance(decay, DecaySchedule):
+        slow = decay.slow_time(run.ts)
+        decay = slow[-1] / run.ts[-1]
     path = Path(
         t=run.ts,
-        weight_decay=run.weight_decay,
+        weight_decay=decay,
+        clock=slow,
         params=models,
         static=run.term.static,
         metrics=seen,
@@ -396,7 +409,7 @@ def _verdict(
     that reached its end: of the flow, and of the solver."""
     term, result = out.term, out.result
     end = solver.params_of(out.end)
-    speed = term.velocity(end, run.weight_decay)
+    speed = term.velocity(end, decay_at(run.weight_decay, out.t))
     lost = ~_finite((term.loss(term.model(end)), end, speed))
     lost = lost & (result != RESULTS.out_of_steps)
     # What reaches infinity in finite time stalls on its way there.

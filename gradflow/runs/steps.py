@@ -6,8 +6,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Int, PRNGKeyArray, PyTree, Scalar
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Scalar
 
+from .._typing import Schedule
+from ..flow.decay import decay_of, InSlowTime
 from ..flow.term import Flat, FlowTerm, Sphere, Tangential
 from ..metrics import Metric
 from ..penalties import prox
@@ -34,7 +36,7 @@ class Descend(eqx.Module):
     term: FlowTerm
     params: PyTree
     """Where it starts."""
-    weight_decay: Scalar
+    weight_decay: Scalar | Schedule | InSlowTime
     learning_rate: Scalar | Scheduled
     numbers: Int[Array, " saves"]
     """After how many steps to save; the last is its end."""
@@ -57,6 +59,8 @@ class _State(eqx.Module):
     params: PyTree
     optimiser: PyTree
     order: Int[Array, " n"] | None
+    clocks: Float[Array, " 2"] | None
+    """t and s, where the weight decay is on a schedule."""
 
 
 class Descended(eqx.Module):
@@ -155,7 +159,8 @@ class _Descent(eqx.Module):
         order = None
         if run.key is not None:
             order = epoch_order(self.term.loss, run.key, jnp.zeros((), int))
-        return _State(run.params, self.optimiser.made.init(run.params), order)
+        clocks = jnp.zeros(2) if callable(run.weight_decay) else None
+        return _State(run.params, self.optimiser.made.init(run.params), order, clocks)
 
     def step(self, i: Array, state: _State) -> _State:
         """Step number i."""
@@ -165,15 +170,23 @@ class _Descent(eqx.Module):
         key, size = run.key, run.batch_size
         if key is not None and size is not None and order is not None:
             loss, order = minibatch(loss, order, key, i, size)
-        moved, memory = self.move(loss, state, h)
+        lam, clocks = run.weight_decay, state.clocks
+        if callable(lam):
+            assert clocks is not None
+            t, s = clocks.astype(h.dtype)
+            lam = lam(s) if isinstance(lam, InSlowTime) else decay_of(lam, t)
+            clocks = clocks + jnp.stack([h, h * lam]).astype(clocks.dtype)
+        moved, memory = self.move(loss, state, h, lam)
         if self.sphere is not None:
             moved = self.sphere.place(moved)
-        return _State(moved, memory, order)
+        return _State(moved, memory, order, clocks)
 
-    def move(self, loss: Callable, state: _State, h: Scalar) -> tuple[PyTree, PyTree]:
+    def move(
+        self, loss: Callable, state: _State, h: Scalar, lam: Scalar
+    ) -> tuple[PyTree, PyTree]:
         """The parameters after a step of size h, and the optimiser's memory."""
         run, term = self.run, self.term
-        params, penalty, lam = state.params, term.penalty, run.weight_decay
+        params, penalty = state.params, term.penalty
 
         def along(p, scale, v):
             return jax.tree.map(lambda a, b: a + scale * b, p, v)
@@ -229,7 +242,7 @@ class _Descent(eqx.Module):
         params, term = state.params, self.term
         model = term.model(params)
         seen = {name: metric(model) for name, metric in self.run.watched.items()}
-        values = (params, seen, term.loss(model), term.penalty(params))
+        values = (params, seen, term.loss(model), term.penalty(params), state.clocks)
         nothing = lost(state)
         return jax.tree.map(lambda x: jnp.where(nothing, jnp.nan, x), values)
 
@@ -242,9 +255,13 @@ def lost(state: _State) -> Array:
 
 
 def _path(run: Descend, descent: _Descent, done: Descended) -> Path:
-    models, seen, train_loss, penalty = done.saved
+    models, seen, train_loss, penalty, clocks = done.saved
+    decay, slow = run.weight_decay, None
+    if callable(decay):
+        passed, slow = clocks.T.astype(train_loss.dtype)
+        decay = slow[-1] / passed[-1]
     # The parameters may grow, in any unit, but what is descended on may not.
-    height = train_loss + run.weight_decay * penalty
+    height = train_loss + decay * penalty
     most = jnp.abs(height[0]) / jnp.finfo(height.dtype).eps ** 0.5
     up = lost(done.state) | ~(height[-1] - height[0] <= most)
     up = up | ~jnp.isfinite(train_loss[-1])
@@ -259,7 +276,8 @@ def _path(run: Descend, descent: _Descent, done: Descended) -> Path:
         t, mean = rate * numbers.astype(rate.dtype), rate
     return Path(
         t=t,
-        weight_decay=run.weight_decay,
+        weight_decay=decay,
+        clock=slow,
         params=models,
         static=descent.term.static,
         metrics=seen,

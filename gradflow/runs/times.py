@@ -6,6 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree, Scalar
 
 from .._checks import (
@@ -13,10 +14,12 @@ from .._checks import (
     check_positive,
     check_times,
     is_concrete,
+    Wrong,
 )
 from .._host import as_array, numpy_of
 from .._norms import as_vector, norms
 from .._typing import Given
+from ..flow.decay import Decay, decay_at, DecaySchedule, InSlowTime, of_slow_time
 from ..flow.term import FlowTerm
 from ..solvers import measure_size, Size
 
@@ -62,10 +65,12 @@ def saved_steps(
     for name, value in (("slow_time", slow_time), ("t1", t1)):
         if value is None:
             continue
-        if callable(learning_rate):
-            raise ValueError(
-                f"{name}: give steps or at where learning_rate is a schedule."
-            )
+        rates = dict(learning_rate=learning_rate, weight_decay=weight_decay)
+        for rate, given in rates.items():
+            if callable(given):
+                raise ValueError(
+                    f"{name}: give steps or at where {rate} is a schedule."
+                )
         if not is_concrete(learning_rate) or not is_concrete(weight_decay):
             raise ValueError(
                 f"{name}: give steps where λ or learning_rate is being traced."
@@ -108,7 +113,7 @@ def log_spaced_steps(steps: int, saves: int = 65) -> np.ndarray:
 def prepare(
     term: FlowTerm,
     params: PyTree,
-    weight_decay: Scalar,
+    weight_decay: Decay,
     slow_time: float | Scalar | None,
     t1: float | Scalar | None,
     ts: Array | None,
@@ -117,11 +122,12 @@ def prepare(
     measure: bool,
 ) -> tuple[Float[Array, " n"], Size | None]:
     """The times to save; and, if asked for, what `choose_solver` wants to know."""
+    dtype = jax.tree.leaves(params)[0].dtype
     if ts is not None and not measure:
-        return as_array(ts, weight_decay.dtype), None
+        return as_array(ts, dtype), None
 
     def array(x):
-        return None if x is None else as_array(x, weight_decay.dtype)
+        return None if x is None else as_array(x, dtype)
 
     span = _Span(array(slow_time), array(t1), array(ts))
     return _prepare(term, params, weight_decay, span, saves, measure)
@@ -139,19 +145,92 @@ class _Span(NamedTuple):
 def _prepare(
     term: FlowTerm,
     params: PyTree,
-    weight_decay: Scalar,
+    weight_decay: Decay,
     span: _Span,
     saves: int,
     measure: bool,
 ) -> tuple[Float[Array, " n"], Size | None]:
     ts = span.ts
     if ts is None:
-        end = span.t1 if span.slow_time is None else span.slow_time / weight_decay
+        end = span.t1
+        if span.slow_time is not None:
+            assert not isinstance(weight_decay, DecaySchedule)  # which have a `t1`
+            end = span.slow_time / weight_decay
         assert end is not None  # one of the three is given
-        ts = _save_times(term, params, weight_decay, end, saves)
+        start = decay_at(weight_decay, jnp.zeros_like(end))
+        ts = _save_times(term, params, start, end, saves)
     if not measure:
         return ts, None
-    return ts, measure_size(term, params, weight_decay, ts[-1])
+    largest = weight_decay
+    if isinstance(largest, DecaySchedule):
+        largest = jnp.max(jax.vmap(largest)(ts))
+    return ts, measure_size(term, params, largest, ts[-1])
+
+
+def as_decay(
+    weight_decay: Given,
+    slow_time: Given,
+    t1: Given,
+    ts: Given,
+    dtype: DTypeLike,
+) -> tuple[Scalar | DecaySchedule, Given, Given]:
+    """The weight decay as a run takes it, with its slow time and its end; on a schedule
+    of s that is where s is what was asked for.
+
+    **Raises:** `ValueError` where the end is not told by the clock of the schedule.
+    """
+    if not callable(weight_decay):
+        return as_array(weight_decay, dtype), slow_time, t1
+    if not isinstance(weight_decay, InSlowTime):
+        if slow_time is not None:
+            raise ValueError(
+                "slow_time: give t1 or ts where weight_decay is a schedule of t; or "
+                "one of s, gradflow.InSlowTime(schedule)."
+            )
+        return DecaySchedule(weight_decay, as_array(0, dtype)), None, t1
+    if slow_time is None:
+        name = "ts" if t1 is None else "t1"
+        raise ValueError(
+            f"{name}: give slow_time where weight_decay is a schedule of slow time."
+        )
+    check_positive(slow_time, "slow_time")
+    decay, end = _in_slow_time(weight_decay, as_array(slow_time, dtype))
+    if is_concrete(end) and not np.isfinite(end):
+        raise ValueError(
+            "weight_decay: expected a schedule of positive numbers up to s = "
+            f"{float(slow_time):.3g}."
+        )
+    return decay, None, end
+
+
+@eqx.filter_jit
+def _in_slow_time(
+    schedule: InSlowTime, slow_time: Scalar
+) -> tuple[DecaySchedule, Scalar]:
+    return of_slow_time(schedule, slow_time)
+
+
+def check_decay(weight_decay: Decay, ts: Float[Array, " n"]) -> Wrong:
+    """Raises unless a schedule gives numbers from 0 on at all times to save."""
+    if not isinstance(weight_decay, DecaySchedule):
+        return False
+    values = _decays(weight_decay, ts)
+    if not is_concrete(values):
+        return ~jnp.all(jnp.isfinite(values) & (values >= 0))
+    values = np.asarray(values)
+    wrong = ~(np.isfinite(values) & (values >= 0))
+    if wrong.any():
+        i = int(np.flatnonzero(wrong)[0])
+        raise ValueError(
+            "weight_decay: expected a schedule of finite numbers, 0 or more, got "
+            f"{values[i]:.3g} at t = {float(np.asarray(ts)[i]):.3g}."
+        )
+    return False
+
+
+@eqx.filter_jit
+def _decays(weight_decay: DecaySchedule, ts: Float[Array, " n"]) -> Array:
+    return jax.vmap(weight_decay)(ts)
 
 
 def _save_times(

@@ -77,9 +77,9 @@ def _in_one(run: Solve, bar: Bar) -> Path:
     return path
 
 
-def run_again(run: Solve, params: PyTree, ts: Float[Array, " n"]) -> Path:
-    """An earlier run, from elsewhere and through other times."""
-    return solve_through(run.again(params, ts))
+def run_again(run: Solve, params: PyTree, ts: Float[Array, " n"], start: float) -> Path:
+    """An earlier run, from elsewhere and through other times; see `Solve.again`."""
+    return solve_through(run.again(params, ts, start))
 
 
 def _windows(
@@ -111,7 +111,7 @@ def _joined(paths: list[Path], ts: Float[Array, " n"]) -> Path:
         known = [np.asarray(x) for x in parts]
         return (known[0] if len(known) == 1 else np.concatenate(known))[:n]
 
-    names = ("params", "metrics", "train_loss", "penalty")
+    names = ("params", "metrics", "train_loss", "penalty", "clock")
     along = ({name: getattr(path, name) for name in names} for path in paths)
     joined = jax.device_put(jax.tree.map(join, *along))
     return dataclasses.replace(paths[-1], t=ts, **joined)

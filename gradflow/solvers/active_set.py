@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, PyTree, Scalar
 
 from .._norms import rms
 from .._typing import BoolScalarLike, RealScalarLike
+from ..flow.decay import decay_at
 from ..flow.term import AbstractChart, AbstractFlowTerm, Tracked, TrackedFlowTerm
 from ..losses import AbstractLoss
 from ..penalties import absolute_weights, AbstractPenalty, smooth_gradient
@@ -161,7 +162,7 @@ class ActiveSet(
         # Stages are predicted from it, and what is held has no force to bring it back.
         slope = jnp.where(y0.sign == 0, 0.0, inner.slope)
         inner = eqx.tree_at(lambda s: s.slope, inner, slope)
-        return _State(inner, _force(term, y0.tracked, args))
+        return _State(inner, _force(term, y0.tracked, decay_at(args, t0)))
 
     @eqx.filter_jit  # a loop of Diffrax traces a step several times
     def step(
@@ -188,8 +189,10 @@ class ActiveSet(
         before, sign, h = ravel_pytree(params)[0], y0.sign, t1 - t0
         slopes = jax.vmap(lambda k: ravel_pytree(k)[0])(dense["k"].params)
         start, end = slopes[0], slopes[1]
-        force = _force(term, y1, args)
-        pull = args * _weights(term, y1.params)
+        lam = decay_at(args, t1)
+        force = _force(term, y1, lam)
+        weights = _weights(term, y1.params)
+        pull = lam * weights
         atol, rtol = self.root_finder.atol, self.root_finder.rtol
         # Of the larger end: all of θ may reach zero.
         size = jnp.maximum(rms(before), rms(theta))
@@ -217,8 +220,9 @@ class ActiveSet(
         excess = jnp.abs(force) - pull
         late = freed & (0.5 * h * excess > tol)
         held = jnp.abs(solver_state.force)
-        rise = jnp.abs(force) - held
-        then = (pull - held) / jnp.where(rise > 0, rise, 1.0)
+        pulled = decay_at(args, t0) * weights
+        rise = jnp.abs(force) - held - (pull - pulled)
+        then = (pulled - held) / jnp.where(rise > 0, rise, 1.0)
         then = jnp.min(jnp.where(late, jnp.clip(then, 0.01, 0.999), 1.0))
         soon = jnp.min(jnp.where(over, at, 1.0))
         landing = jnp.where(then < soon, -then, soon)

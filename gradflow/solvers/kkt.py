@@ -14,6 +14,7 @@ from jax.scipy.linalg import cho_factor
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
 from .._typing import BoolScalarLike, RealScalarLike
+from ..flow.decay import decay_at, DecaySchedule
 from ..flow.flat import AbstractFlatLoss
 from ..flow.nonsmooth import may_have_kinks
 from ..flow.term import AbstractFlowTerm, Tracked, TrackedFlowTerm
@@ -74,6 +75,9 @@ class _Problem(eqx.Module):
     theta: Float[Array, " d"]
     h: Scalar
     weight_decay: Scalar
+    """λ at the end of the step."""
+    decays: Float[Array, " stages"] | None
+    """λ at each stage, where it is not the same."""
     c: Scalar
     """γh."""
     rho: Scalar | Float[Array, " d"]
@@ -252,7 +256,7 @@ class AbstractKKT(
         else:
             kernel, factor = no_kernel(loss, theta, residuals)
         return _State(
-            slope=ravel_pytree(term.velocity(params, args))[0],
+            slope=ravel_pytree(term.velocity(params, decay_at(args, t0)))[0],
             multiplier=residuals,
             kernel=kernel,
             stale=jnp.array(not free),
@@ -274,7 +278,7 @@ class AbstractKKT(
         solver_state: _State,
         made_jump: BoolScalarLike,
     ) -> tuple[PyTree, PyTree, dict, _State, diffrax.RESULTS]:
-        del made_jump  # the flow is autonomous
+        del made_jump  # the first slope is that of the last step's end
         term, params = unwrap(terms, y0)
         theta, loss = flat_problem(term, params)
         h = jnp.asarray(terms.contr(t0, t1), theta.dtype)
@@ -286,7 +290,8 @@ class AbstractKKT(
             loss=loss,
             theta=theta,
             h=h,
-            weight_decay=jnp.asarray(args, theta.dtype),
+            weight_decay=jnp.asarray(decay_at(args, t1), theta.dtype),
+            decays=self._decays(t0, t1, args),
             c=tableau_matrix(self.tableau)[1] * h,
             rho=ravel_pytree(rho)[0] if uneven else jnp.asarray(rho, theta.dtype),
             kinked=may_have_kinks(loss, theta),
@@ -315,6 +320,15 @@ class AbstractKKT(
             error = Tracked(error, still)
             k = Tracked(k, jnp.stack([still, still]))
         return y1, error, dict(y0=y0, y1=y1, k=k), state, result
+
+    def _decays(
+        self, t0: RealScalarLike, t1: RealScalarLike, args: PyTree
+    ) -> Float[Array, " stages"] | None:
+        if not isinstance(args, DecaySchedule):
+            return None
+        h = jnp.asarray(t1 - t0)
+        nodes = jnp.asarray(np.append(0.0, self.tableau.c), h.dtype)
+        return jax.vmap(args)(t0 + nodes * h)
 
     def _attempts(
         self, problem: _Problem, params: PyTree, state: _State
@@ -469,6 +483,7 @@ class AbstractKKT(
             h=h,
             c=problem.c,
             weight_decay=problem.weight_decay,
+            decays=problem.decays,
             matrix=matrix,
             finder=self.root_finder,
             most=self.root_find_max_steps,

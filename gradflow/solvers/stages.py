@@ -100,6 +100,9 @@ class Stages(eqx.Module):
     c: Scalar
     """γh."""
     weight_decay: Scalar
+    """λ at the end of the step."""
+    decays: Float[Array, " stages"] | None
+    """λ at each stage, where it is not the same."""
     matrix: AbstractStageMatrix
     finder: ChordIteration
     most: int = eqx.field(static=True)
@@ -145,6 +148,7 @@ class Stages(eqx.Module):
 
         def stage(i: Array, done: Solution) -> Solution:
             base = self.y0 + self.h * (a[i] @ done.slopes)
+            decay = self.weight_decay if self.decays is None else self.decays[i]
             guess = base + self.c * (predict[i] @ done.slopes)
             one = jnp.ones_like(done.rate)
             start = _Iterate(
@@ -158,7 +162,7 @@ class Stages(eqx.Module):
 
             it = jax.lax.while_loop(
                 lambda it: (it.status == _GOING) & (it.count < allowed(it)) & done.ok,
-                lambda it: self._iterate(base, i == len(a) - 1, it),
+                lambda it: self._iterate(base, decay, i == len(a) - 1, it),
                 start,
             )
             return Solution(
@@ -179,18 +183,20 @@ class Stages(eqx.Module):
         first = Solution(slopes, mus, rate, yes, none, none, ~yes)
         return jax.lax.fori_loop(1, len(a), stage, first)
 
-    def _change(self, base: Float[Array, " d"], it: _Iterate) -> _Change:
+    def _change(self, base: Float[Array, " d"], decay: Scalar, it: _Iterate) -> _Change:
         """Newton's, but for the frozen matrix."""
         z, push, pullback = self.loss.linearize(it.y)
         force = jax.grad(self.loss.outer)(z)
-        pull = self.c * self.weight_decay
+        pull = self.c * decay
         lack = base - it.y - pull * self.decay(it.y) - self.c * pullback(it.mu)
         off = force - it.mu
         dy, dmu, products = self.matrix.change(lack, off, z, push, pullback)
         return _Change(dy, dmu, z, force, off, products)
 
-    def _iterate(self, base: Float[Array, " d"], last: Array, it: _Iterate) -> _Iterate:
-        change = self._change(base, it)
+    def _iterate(
+        self, base: Float[Array, " d"], decay: Scalar, last: Array, it: _Iterate
+    ) -> _Iterate:
+        change = self._change(base, decay, it)
         dy = change.y
         new = self.size_of(dy, it.y + dy)
         # The first iteration has no rate of its own: the last stage's, never trusted

@@ -16,7 +16,8 @@ from .._checks import (
     check_integer,
     word,
 )
-from ..runs.methods import check_optimiser, Method, Optimiser, Schedule
+from .._typing import Schedule
+from ..runs.methods import check_optimiser, Method, Optimiser
 from ..runs.times import saved_steps
 from .axes import Numbers
 

@@ -289,14 +289,19 @@ def _dataset(sweep: Sweep) -> Any:
 
 
 def _run_again(
-    lanes: FlowLanes, i: int, why: Words, params: PyTree, ts: Float[Array, " n"]
+    lanes: FlowLanes,
+    i: int,
+    why: Words,
+    params: PyTree,
+    ts: Float[Array, " n"],
+    start: float,
 ) -> Path:
     """Lane i from elsewhere, by the solver that was chosen for the reason `why`."""
     lane = lanes.lane(i)
     if lane.again is not None and lane.why != why:
         lane = lane.again
     assert isinstance(lane.run, Solve)
-    return run_again(lane.run, params, ts)
+    return run_again(lane.run, params, ts, start)
 
 
 def _cell(value: object) -> str:

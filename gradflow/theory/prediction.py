@@ -115,8 +115,9 @@ class TwoPhase(eqx.Module):
     def predict(
         self,
         t: Float[Array, " *n"] | float,
-        weight_decay: float | Float[Array, ""],
+        weight_decay: float | Float[Array, ""] | None = None,
         *,
+        slow_time: Float[Array, " *n"] | float | None = None,
         order: int = 1,
     ) -> PyTree:
         """The composite prediction θ_GF(t) + w°(λt) − Φ(θ₀), with an error of O(λ); at
@@ -127,24 +128,41 @@ class TwoPhase(eqx.Module):
 
         - `t`: one time or a vector of n, in time t (not λt).
         - `weight_decay`: λ.
+        - `slow_time`: in place of λ the slow time s at each t, such as the
+            `path.slow_time` of a weight decay on a schedule. At order 1.
         - `order`: 1 or 2. The second is better wherever theory is asymptotic (see
             `valid_until`), and worse beyond.
 
         **Returns:** a model; its trainable leaves are stacked along `t` if that is a
         vector. NaN beyond the slow time to which the terms were computed.
 
-        **Raises:** `ValueError` for another order, or one that was not computed.
+        **Raises:** `ValueError` for another order, or one that was not computed; and
+        unless one of λ and `slow_time` is given.
         """
         self._check_order(order)
-        check_arguments(weight_decay=weight_decay)
         check_numbers(t, "t", "one time from 0 on, or a vector", lambda v: v >= 0)
-        dtype = self.fast.t.dtype
-        t, lam = jnp.asarray(t, dtype), jnp.asarray(weight_decay, dtype)
+        t = jnp.asarray(t, self.fast.t.dtype)
+        if (weight_decay is None) == (slow_time is None):
+            raise ValueError("weight_decay, slow_time: give one of them.")
+        if slow_time is None:
+            check_arguments(weight_decay=weight_decay)
+            lam = jnp.asarray(weight_decay, t.dtype)
+            s = lam * t
+        else:
+            if order != 1:
+                raise ValueError("slow_time: at order 1 only; λ itself enters order 2.")
+            expected = "the slow times at t, from 0 on"
+            check_numbers(slow_time, "slow_time", expected, lambda v: v >= 0)
+            lam, s = jnp.zeros((), t.dtype), jnp.asarray(slow_time, t.dtype)
+            if s.shape != t.shape:
+                raise ValueError(
+                    f"slow_time: expected {expected}, got shape {s.shape}."
+                )
 
-        def at_once(t: Float[Array, ""]) -> PyTree:
-            return self.predict_params(t, lam, order=order)
+        def at_once(at: tuple[Float[Array, ""], Float[Array, ""]]) -> PyTree:
+            return self.predict_params(at[0], lam, s=at[1], order=order)
 
-        params = at_once(t) if t.ndim == 0 else jax.lax.map(at_once, t)
+        params = at_once((t, s)) if t.ndim == 0 else jax.lax.map(at_once, (t, s))
         return eqx.combine(params, self.drift.static)
 
     def valid_until(self, weight_decay: float) -> float:
@@ -285,12 +303,17 @@ class TwoPhase(eqx.Module):
             )
 
     def predict_params(
-        self, t: Float[Array, ""], lam: Float[Array, ""], *, order: int = 1
+        self,
+        t: Float[Array, ""],
+        lam: Float[Array, ""],
+        *,
+        s: Float[Array, ""] | None = None,
+        order: int = 1,
     ) -> PyTree:
         """As `predict`, for one time: the trainable parameters alone. Order 3 is what
         is known of it: the term of order λ² as it is at the end of the fast phase."""
         end_s = self.drift.s[-1]
-        s = lam * t
+        s = lam * t if s is None else s
         # Beyond its last time the fast path has arrived.
         arrived = t >= self.fast.t[-1]
         fast = self._along_fast(self.fast.params, t)
