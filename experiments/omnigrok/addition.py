@@ -24,7 +24,7 @@ from ..shared.command import Settings
 from ..shared.figures import cells, COLOURS, finish, panels
 from ..shared.record import table
 from ..shared.rows import check, Row
-from ..shared.runs import single
+from ..shared.runs import AXIS_SYMBOLS, single
 
 
 @functools.cache
@@ -73,6 +73,7 @@ class AD(Settings):
             weight_decay=0.0,
             run=descent,
             store=self.store(),
+            progress=AXIS_SYMBOLS | {"messiness": "m"},
         )
         ends = runs.to_xarray().isel(time=-1).astype(float)
         dims = ("size", "messiness", "alpha")

@@ -25,7 +25,7 @@ import gradflow as gf
 from ..shared.command import bar, Settings
 from ..shared.figures import COLOURS, finish, marks, panels
 from ..shared.record import pack, unpack, variables
-from ..shared.rows import check, law, Row
+from ..shared.rows import check, law, law_check, Row
 from ..shared.runs import Lane, reached, train, words
 
 SAVES = 400  # of a descent: 3 % from one to the next in 1e5 steps
@@ -118,9 +118,9 @@ class TSL(Teacher):
     def judge(self, data: xr.Dataset) -> list[Row]:
         maps = unpack(data, "maps")
         rows = [row for key, each in maps.items() for row in shape_rows(key, each)]
-        slope = law(data.rates.values, data.apart.values)
+        each = data.rates.values, data.apart.values
         sentence = "difference of plain descent, rescaled, and the flow, in the step"
-        return [*rows, check("slope", slope, "1 ± 0.15", sentence)]
+        return [*rows, law_check("slope", *each, "1 ± 0.15", sentence)]
 
     def draw(self, data: xr.Dataset) -> dict[str, Figure]:
         maps, runs = unpack(data, "maps"), unpack(data, "runs")
@@ -340,12 +340,13 @@ def scan_rows(
     change = early.max() / early.min() - 1 if np.isfinite(early).all() else np.nan
     sentence = f"{what}: change of the time to memorise over the scan of {letter}"
     done = np.isfinite(times[:, 1])
-    slope = law(decays[done], times[done, 1]) if done.all() else np.nan
     late = f"{what}: slope of the time to generalise in {letter}"
     late += f", {done.sum()} of {done.size} runs do"
     return [
         check("memorised", change, "< 0.2", sentence),
-        check("slope", slope, f"-1 ± {within:g}", late),
+        law_check(
+            "slope", decays, times[:, 1], f"-1 ± {within:g}", late, also=done.all()
+        ),
     ]
 
 

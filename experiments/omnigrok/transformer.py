@@ -26,7 +26,7 @@ import gradflow as gf
 from ..shared.command import Settings
 from ..shared.figures import COLOURS, finish, marks, panels
 from ..shared.rows import check, Row
-from ..shared.runs import reached, save_steps, single, trained
+from ..shared.runs import AXIS_SYMBOLS, reached, save_steps, single, trained
 from .teacher import draw, scan_rows
 
 ADAM = functools.partial(optax.adam, b1=0.9, b2=0.98)
@@ -62,7 +62,7 @@ class Addition(Settings):
             learning_rate=self.learning_rate,
             optimiser=ADAM,
             method="decoupled",
-            progress=not self.quick,
+            progress=not self.quick and AXIS_SYMBOLS,
             **options,
         )
         return runs.assign(steps_in_all=runs.step.max("time").sum())

@@ -84,8 +84,8 @@ def own_arrays(path: str | Path) -> dict[str, np.ndarray]:
     **Raises:** `ValueError` where it is not one, not whole, or holds objects.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
     except Exception as error:  # of zip files, of their content, of the disk
         raise ValueError(
             f"data: {path}: expected a file .npz of arrays of numbers or words, got "

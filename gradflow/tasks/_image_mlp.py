@@ -83,8 +83,7 @@ def image_mlp(
                   test_labels=test_labels)  # fmt: skip
     found = digits(data, published=published, arrays=arrays)
     images, labels = found.images, found.labels
-    most = len(images) - (found.test is None)
-    check_count(samples, "samples", most=most)
+    check_count(samples, "samples", most=len(images) - (found.test is None))
     test_images, test_labels = found.test or (images[samples:], labels[samples:])
     x, y = jnp.asarray(images[:samples]), jnp.asarray(labels[:samples])
     x_test = jnp.asarray(test_images[:test_samples])
@@ -99,16 +98,22 @@ def image_mlp(
         model=scaled(make(), init_scale),
         loss=SquaredError(x, one_hot) if loss == "squared" else CrossEntropy(x, y),
         metrics=accuracies(x, y, x_test, y_test, grokked=level),
-        truth=DataTruth(found.data, f"{found.data}, {samples} for training", most),
+        truth=DataTruth(
+            found.data,
+            f"{found.data}, {samples} for training",
+            len(images),
+            found.test is not None,
+        ),
         codimension=None,
         slow_time=3.0,
     )
 
 
 class DataTruth(eqx.Module):
-    """Which data they are, a title for figures that says so, and how many there are to
-    learn from, `None` where there are as many as are asked for."""
+    """Which data they are, a title for figures that says so, how many samples there
+    are, `None` where as many as are asked for, and whether there is a test set too."""
 
     data: str = eqx.field(static=True)
     title: str = eqx.field(static=True)
     available: int | None = eqx.field(static=True, default=None)
+    tested: bool = eqx.field(static=True, default=False)
