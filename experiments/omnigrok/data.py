@@ -100,7 +100,8 @@ class IM(scans.Scans):
 
 def review_rows(data: xr.Dataset, unlike: str = "") -> list[Row]:
     """The numbers of table D, on IMDb."""
-    large, *_, usual = runs_of(data)
+    runs = runs_of(data)
+    large, usual = runs[0], runs[-1]
     rise = lambda run: float(run.arrays["test"][-1] - run.at("test", 1000))
     wanted = (
         ("≤ 200", large.memorised, "first step with train accuracy ≥ 0.99"),

@@ -43,8 +43,9 @@ def bonds_from_positions(
     fewest charges, of these with the negative ones at O, then at N; and then that whose
     further bonds are the shortest.
 
-    On the 130 831 molecules of `qm9pack` this is the graph of the SMILES that come with
-    them, read by RDKit, for AGREEMENT.
+    Of the 130 831 molecules of `qm9pack` 130 829 have the neighbours that RDKit reads
+    from the SMILES that come with them, and 130 601 (99.82 %) the orders and charges
+    too; of the other 228 most are zwitterions with the charges elsewhere.
 
     **Arguments:**
 
