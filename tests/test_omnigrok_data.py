@@ -257,6 +257,12 @@ def test_samples_that_are_there_are_counted(tmp_path):
     np.savez(tmp_path / "own.npz", **own)
     config = images.MNG(data=str(tmp_path / "own.npz"))
     assert config.available() == 9
+    for wrong, words in (
+        (dict(samples=12), "samples: expected at most 11 here, got 12"),
+        (dict(data="x.npz"), "data: x.npz: expected a file .npz"),
+    ):
+        with pytest.raises(SystemExit, match=words):
+            STUDY.main(dataclasses.replace(config, out=tmp_path, **wrong))
     np.savez(tmp_path / "own.npz", **own, test_images=[[0, 1]], test_labels=[1])
     assert config.available() == 12
 

@@ -153,7 +153,12 @@ class Study:
         """Computes and stores the arrays; whether this is the process that does."""
         wall, work = time.perf_counter(), time.process_time()
         mine = config.effective()
-        data = mine.compute()
+        try:
+            data = mine.compute()
+        except ValueError as error:  # of a setting, or of the data: in one line
+            if str(error).partition(":")[0] in vars(mine):
+                raise SystemExit(str(error)) from error
+            raise
         if data is None:
             return False
         command = ["python", "-m", f"experiments.{self.name}", *sys.argv[1:]]

@@ -21,7 +21,7 @@ Lane = dict[str, Any]
 
 SYMBOLS = dict(alpha="α", beta="β", gamma="γ")
 
-AXIS_SYMBOLS = dict(weight_decay="γ", init_scale="α", alpha="α", hold="norm held")
+AXIS_SYMBOLS = dict(weight_decay="γ", init_scale="α", alpha="α", hold="held")
 """What a bar of progress calls the axes of a sweep, unless told otherwise."""
 
 

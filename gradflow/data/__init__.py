@@ -38,7 +38,7 @@ from .own import (
     own_molecules as own_molecules,
     own_reviews as own_reviews,
 )
-from .qm9pack import (
+from .packaged_molecules import (
     is_qm9pack as is_qm9pack,
     qm9pack as qm9pack,
     QM9PACK_SHA256 as QM9PACK_SHA256,
