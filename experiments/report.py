@@ -14,6 +14,7 @@ from typing import Any
 HERE = Path(__file__).parent
 SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 VERDICTS = {True: "pass", False: "**misses**", None: ""}
+PUBLISHED = ("MNIST", "Fashion-MNIST", "QM9", "QM9 (qm9pack)", "IMDb")
 TABLES = {
     "beyond_l2": lambda record: record["study"] == "beyond_l2",
     "omnigrok": lambda record: record["study"] == "omnigrok" and "data" not in record,
@@ -89,6 +90,8 @@ def record(folder: Path) -> None:
     words = told["command"].partition("experiments.")[2]
     study, *words = re.sub(r" --out \S+", "", words).split()
     name = "_".join(word.strip("-") for word in words) or told["experiment"]
+    if told.get("data") in PUBLISHED:  # beside that of what stands in for them
+        name += "_" + re.sub(r"\W+", "_", told["data"].lower()).strip("_")
     rows = [
         {
             "asked": f"{check['sentence']} {check['bound']}".strip(),

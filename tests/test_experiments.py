@@ -203,6 +203,28 @@ def test_bounds_are_read(bound, good, bad):
     assert row.ok is False and rows.check("name", bad, bound, "", given=0).ok is None
 
 
+def test_no_slope_is_judged_by_two_points():
+    x, y = np.array([1.0, 2.0, 4.0]), np.array([1.0, 0.5, 0.25])
+    row = rows.law_check("law", x, y, "-1 ± 0.1", "words")
+    assert row.ok and row.value == pytest.approx(-1) and row.sentence == "words"
+    row = rows.law_check("law", x[:2], y[:2], "-1 ± 0.1", "words")
+    assert row.ok is None and np.isnan(row.value) and "three points" in row.sentence
+    # Of three, of which one never came, two are left: it fails.
+    y[2] = np.inf
+    assert rows.law_check("law", x, y, "-1 ± 0.1", "words").ok is False
+
+
+def test_what_the_command_line_names_counts_beside_quick():
+    """Also where it is as by default."""
+    config = STUDY.parse(["--quick", "--saves", "129", "--no-cache"])
+    assert config.given == ("quick", "cache", "saves")
+    assert config.effective().saves == 129
+    assert STUDY.parse(["--quick", "--saves=129"]).effective().saves == 129
+    assert STUDY.parse(["--quick"]).effective().saves == 65
+    assert study.TwoPhase(quick=True, saves=33).effective().saves == 33
+    assert "given" not in config.told()
+
+
 def test_bounds_that_are_none_are_refused():
     assert rows.check("name", 1.0, "", "for information").ok is None
     with pytest.raises(ValueError, match="bound: expected"):

@@ -56,6 +56,18 @@ def trained(alpha, memorised, grokked, *, hold=False, test=0.5, end=1.0):
     return runs.Trained(lane, steps, arrays, memorised, grokked)
 
 
+def recorded(alpha, memorised, grokked, last, *, test=0.5, **attrs):
+    """One, as it is stored, of so many steps."""
+    run = {
+        name: (("run", "time"), [np.full(5, value)])
+        for name, value in {"test": test, "train": 1.0, "norm": 1.0}.items()
+    }
+    run["step"] = (("run", "time"), [[0, 10, 100, 1000, last]])
+    run |= {"memorised": ("run", [memorised]), "grokked": ("run", [grokked])}
+    labels = {k: ("run", [v]) for k, v in scans.lane(alpha, 0.1).items()}
+    return xr.Dataset(run, labels, attrs)
+
+
 def test_a_delay_is_judged_with_its_controls():
     late, at_once = trained(8, 100, 1000), trained(1, 100, 50)
     never = trained(8, 100, math.inf, hold=True)
@@ -186,12 +198,73 @@ def digits():
 
 
 def test_numbers_of_the_paper_are_judged_on_its_data_only(digits):
-    run = trained(8, 2000, 5e4, test=0.25)
-    rows = images.grok_rows(xr.Dataset(attrs=scans.named(digits)), run)
+    of = lambda last, **attrs: recorded(8, 2000, 5e4, last, test=0.25).assign_attrs(
+        attrs
+    )
+    rows = images.grok_rows(of(10**5, **scans.named(digits)))
     assert [row.ok for row in rows] == [None] * 3
     assert all("scikit-learn digits" in row.sentence for row in rows)
-    rows = images.grok_rows(xr.Dataset(attrs={"data": "MNIST"}), run)
+    rows = images.grok_rows(of(10**5, data="MNIST"))
     assert [row.ok for row in rows] == [True, True, False]
+    # And under its settings, as far as a run goes.
+    rows = images.grok_rows(of(20_000, data="MNIST"))
+    assert [row.ok for row in rows] == [True, True, None]
+    assert "not judged, the run ends before" in rows[2].sentence
+    data = of(10**5, data="MNIST")
+    paper, other = images.MNG(), images.MNG(samples=200, batch_size=None)
+    assert [row.ok for row in paper.judge(data)[-3:]] == [True, True, False]
+    told = other.judge(data)[-3:]
+    assert [row.ok for row in told] == [None] * 3
+    assert all("not the paper's samples, batch_size" in row.sentence for row in told)
+    # How far a run goes, and the seed, are not what a bound is for.
+    assert images.MNG(steps=70_000, seed=3, quick=True).unlike("steps") == ""
+
+
+def test_settings_of_quick_judge_what_they_are_for():
+    """What stands in for the paper's data, and nothing on other data."""
+    quick = images.MNG(quick=True).effective()
+    delay = lambda **attrs: quick.delays(
+        recorded(8, 10, 1e3, 10**5).assign_attrs(attrs)
+    )
+    assert delay(data="scikit-learn digits")[0].ok is True
+    (row,) = delay(data="MNIST")
+    assert row.ok is None and "for scikit-learn digits" in row.sentence
+    assert images.MNG().delays(recorded(8, 10, 1e3, 10**5, data="MNIST"))[0].ok
+
+
+def test_a_large_norm_that_is_held_is_judged_on_stand_ins_only():
+    late, held = trained(8, 100, 5000), trained(8, 100, 3000, hold=True)
+    rows = scans.delay_rows(late, [held], never=True)
+    assert [row.ok for row in rows] == [True, False]
+    rows = scans.delay_rows(late, [held], never=False)
+    assert [row.ok for row in rows] == [True, None]
+    assert rows[1].value == 30 and "for information" in rows[1].sentence
+
+
+def test_sizes_that_the_data_do_not_have(capsys):
+    assert scans.there((10, 20, 30), None, "sizes") == [10, 20, 30]
+    assert scans.there((10, 20, 30), 20, "sizes") == [10, 20]
+    assert (
+        "sizes: the data have 20 samples, not 30: left out" in capsys.readouterr().out
+    )
+    with pytest.raises(SystemExit, match="sizes: the data have 5 samples, not 10, 20"):
+        scans.there((10, 20), 5, "sizes")
+
+
+def test_samples_that_are_there_are_counted(tmp_path):
+    assert images.MNG().available() == 1347
+    own = dict(images=np.zeros((12, 2)), labels=np.arange(12) % 2)
+    np.savez(tmp_path / "own.npz", **own)
+    config = images.MNG(data=str(tmp_path / "own.npz"))
+    assert config.available() == 9
+    for wrong, words in (
+        (dict(samples=12), "samples: expected at most 11 here, got 12"),
+        (dict(data="x.npz"), "data: x.npz: expected a file .npz"),
+    ):
+        with pytest.raises(SystemExit, match=words):
+            STUDY.main(dataclasses.replace(config, out=tmp_path, **wrong))
+    np.savez(tmp_path / "own.npz", **own, test_images=[[0, 1]], test_labels=[1])
+    assert config.available() == 12
 
 
 def test_inputs_that_tell_the_label(digits):
@@ -338,9 +411,7 @@ def test_reviews():
     )
     task = config.task(16)
     assert "synthetic" in task.truth.title
-    rows = data.review_rows(
-        scans.named(task)["data"], trained(6, 100, 900), trained(1, 10, 10)
-    )
+    rows = data.review_rows(recorded(6, 100, 900, 10**4, **scans.named(task)))
     assert all(row.ok is None and "not judged" in row.sentence for row in rows)
 
 
@@ -361,8 +432,8 @@ def test_molecules(tmp_path, monkeypatch):
         return xr.Dataset(run, labels, scans.named(task))
 
     ends = np.array([[0.9, 0.01, 0.0], [0.9, 0.3, 0.8]])
-    monkeypatch.setattr(data, "scan", scan)
-    monkeypatch.setattr(data, "held", lambda task, alphas, *rest: ends)
+    monkeypatch.setattr(scans, "scan", scan)
+    monkeypatch.setattr(scans, "held", lambda task, alphas, *rest: ends)
     config = data.QM(
         molecules=16, widths=(3, 2), sizes=(12,), alphas=(0.5, 1.0, 2.0), quick=True,
         out=tmp_path,

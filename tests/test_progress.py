@@ -13,6 +13,8 @@ from gradflow import runs
 from gradflow.results import in_words
 from gradflow.solvers import Choice
 from gradflow.sweeps import lanes
+from gradflow.sweeps.axes import make_axes
+from gradflow.sweeps.progress import ProgressBars
 
 
 def net(activation, width=12):
@@ -187,3 +189,12 @@ def test_a_lane_whose_solver_is_given_up_is_named(monkeypatch, capsys):
     told = capsys.readouterr().err
     assert "λ 0.02: Tsit5 is given up after 30 steps; Bosh3 begins anew." in told
     assert "λ 0.5: Tsit5" not in told
+
+
+def test_axes_by_other_symbols():
+    axes = make_axes({"weight_decay": [0.01], "seed": [3]})
+    assert axes.words(0) == "λ 0.01, seed 3"
+    with ProgressBars(axes, 1, {"weight_decay": "γ"}) as bars:
+        assert bars.words(0) == "γ 0.01, seed 3" and not bars.bars[0].disable
+    with ProgressBars(axes, 1, False) as bars:
+        assert bars.words(0) == "λ 0.01, seed 3" and bars.bars[0].disable

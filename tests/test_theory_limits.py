@@ -2,6 +2,7 @@
 
 import json
 
+import equinox as eqx
 import numpy as np
 import pytest
 
@@ -50,6 +51,18 @@ def test_everything_is_written(results):
     assert data.grokking_time.shape == (2, 3) and set(data.task.values) == {"linear"}
     off = data.predicted_grokking_time / data.grokking_time - 1
     assert np.isfinite(off).all() and np.abs(off).max() < 0.02
+
+
+@pytest.mark.slow
+def test_a_rate_of_two_points_is_not_passed(results):
+    report = study.unpack(kept(results[0] / "arrays.nc"), "reports")["linear", 0.0]
+    of = lambda used: [r.ok for r in study.accuracy("tanh", report, used)]
+    assert of(True) == of(False) == [True, True, True]
+    rate = report.orders[2].rate
+    few = eqx.tree_at(lambda rate: rate.used, rate, np.arange(rate.used.size) < 2)
+    report = eqx.tree_at(lambda r: r.orders[2].rate, report, few)
+    assert of(True) == [None, None, True] and of(False) == [False, False, True]
+    assert "2 of 3 λ" in study.accuracy("tanh", report, True)[0].sentence
 
 
 def test_unknown_task_is_named():

@@ -31,9 +31,9 @@ class CS6(Sparse):
     trials: int = 3
     """Instances; t₂ and errors are their medians."""
 
+    QUICK = dict(samples=samples[2:9:2], taus=taus[::5], trials=1)
+
     def compute(self) -> xr.Dataset:
-        samples = self.samples[2:9:2] if self.quick else self.samples
-        taus = self.taus[::5] if self.quick else self.taus
         ts = flow_times(self.alpha * self.steps, 129)
 
         def cell(trial: int, tau: float, n: int) -> dict[str, Any]:
@@ -51,8 +51,8 @@ class CS6(Sparse):
                 "mean": each.mean(),
             }
 
-        trials = range(1 if self.quick else self.trials)
-        axes = {"trial": trials, "tau": taus, "N": samples}
+        trials = range(self.trials)
+        axes = {"trial": trials, "tau": self.taus, "N": self.samples}
         return table(axes, cell, "trial, τ, N")
 
     def judge(self, data: xr.Dataset) -> list[Row]:
@@ -118,6 +118,8 @@ class CS7(Settings):
     trials: int = 4
     tolerance: float = 1e-6
 
+    QUICK = dict(sparsities=sparsities[::3], trials=2)
+
     def compute(self) -> xr.Dataset:
         def cell(tau: float, sparsity: int, n: int, trial: int) -> dict[str, Any]:
             task = gf.tasks.sparse_recovery(
@@ -126,8 +128,7 @@ class CS7(Settings):
             )  # fmt: skip
             return {"error": relative(task.truth.end_point(), task.truth.target)}
 
-        sparsities = self.sparsities[::3] if self.quick else self.sparsities
-        trials = range(2 if self.quick else self.trials)
+        sparsities, trials = self.sparsities, range(self.trials)
         axes = {"tau": self.taus, "s": sparsities, "N": self.samples, "trial": trials}
         return table(axes, cell, "linear programs")
 

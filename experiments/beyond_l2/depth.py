@@ -29,6 +29,8 @@ class D1(Sparse):
     shown: int = 50
     """The number of measurements whose runs are drawn."""
 
+    QUICK = dict(samples=samples[2:9:2], depths=depths[:3])
+
     def compute(self) -> xr.Dataset:
         at = steps_until(self.steps, 129)
 
@@ -48,9 +50,7 @@ class D1(Sparse):
                 "a": one.truth.coefficients(path.models),
             }
 
-        samples = self.samples[2:9:2] if self.quick else self.samples
-        depths = self.depths[:3] if self.quick else self.depths
-        data = table({"L": depths, "N": samples}, cell, "L, N")
+        data = table({"L": self.depths, "N": self.samples}, cell, "L, N")
         return data.assign(step=("curve_0", at))
 
     def judge(self, data: xr.Dataset) -> list[Row]:

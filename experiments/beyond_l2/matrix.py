@@ -22,7 +22,7 @@ from ..shared.record import table, variables
 from ..shared.rows import (
     check,
     decades,
-    law,
+    law_check,
     rank_correlation,
     relative,
     Row,
@@ -258,9 +258,9 @@ class MF2(Matrices):
             oracle_row(data),
             check("t₂αβ", spread(constant), "≤ 0.1", f"it is constant, {middle:.4g} "
                   f"(heuristic {data.heuristic:.4g}), {good.sum()} descents"),
-            check("law", law(product, t2[good]), "-1 ± 0.05",
+            law_check("law", product, t2[good], "-1 ± 0.05",
                   f"log t₂ on log αβ, {decades(product):.1f} decades"),
-            check("floor", law(betas[small], sizes[small]), "1 ± 0.05",
+            law_check("floor", betas[small], sizes[small], "1 ± 0.05",
                   f"final recovery error for β ≤ {betas[small].max(initial=0):.0e}; "
                   f"slopes from one β to the next: {told}"),
         ]  # fmt: skip

@@ -41,9 +41,10 @@ class CS3(Sparse):
     flow_slow_time: float = 100.0
     """How far flows are run, s = βt; the descents reach αβ · steps."""
 
+    QUICK = dict(sparsities=sparsities[:2], samples=samples[::2])
+
     def compute(self) -> xr.Dataset:
-        sparsities = self.sparsities[:2] if self.quick else self.sparsities
-        samples = self.samples[::2] if self.quick else self.samples
+        sparsities, samples = self.sparsities, self.samples
         methods = METHODS[1:2] if self.quick else METHODS
         at, end = [0, 1, self.steps // 10, self.steps], self.flow_slow_time / self.beta
 
@@ -114,6 +115,8 @@ class CS4(Sparse):
     samples: tuple[int, ...] = SAMPLES
     steps: int = 10**6
 
+    QUICK = dict(samples=samples[1:7:2])
+
     def compute(self) -> xr.Dataset:
         at = steps_until(self.steps, 257)
 
@@ -133,8 +136,7 @@ class CS4(Sparse):
                 "recovers": recovers,
             }
 
-        samples = self.samples[1:7:2] if self.quick else self.samples
-        return table({"N": samples}, cell, "N").assign(step=("norms_1", at))
+        return table({"N": self.samples}, cell, "N").assign(step=("norms_1", at))
 
     def judge(self, data: xr.Dataset) -> list[Row]:
         near, last = data.nearest_to_fit.values, data.end.values

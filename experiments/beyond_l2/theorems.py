@@ -34,6 +34,8 @@ class T(Settings):
     etas: tuple[float, ...] = (10.0, 3.0, 1.0, 0.3)
     seeds: int = 4
 
+    QUICK = dict(alphas=alphas[:2], seeds=1)
+
     def task(self, seed: int) -> gf.tasks.Task:
         return gf.tasks.sparse_recovery(
             jr.key(seed),
@@ -43,12 +45,10 @@ class T(Settings):
         )
 
     def compute(self) -> xr.Dataset:
-        seeds = 1 if self.quick else self.seeds
-        alphas = self.alphas[:2] if self.quick else self.alphas
         table: list[dict[str, float]] = []
-        for seed in bar(range(self.seed, self.seed + seeds), "instances"):
+        for seed in bar(range(self.seed, self.seed + self.seeds), "instances"):
             task = self.task(seed)
-            for alpha in alphas:
+            for alpha in self.alphas:
                 table += [self.one(task, seed, alpha, beta) for beta in self.betas]
         data = xr.Dataset({k: ("run", [row[k] for row in table]) for k in table[0]})
         return data.assign(self.ridge(self.task(self.seed)) | self.signs())

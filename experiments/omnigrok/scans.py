@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.random as jr
@@ -23,6 +23,7 @@ from ..shared.command import Settings
 from ..shared.figures import COLOURS, finish, marks
 from ..shared.rows import check, Row
 from ..shared.runs import (
+    AXIS_SYMBOLS,
     Lane,
     runs_of,
     save_steps,
@@ -86,14 +87,55 @@ def clipped_adam(largest: float, learning_rate: float) -> optax.GradientTransfor
 class Scans(Settings):
     """Of every experiment on data of the paper, or on what stands in for them."""
 
+    STAND_IN: ClassVar[str] = ""
+    """What is learnt where no files are at hand; the settings of quick are for it."""
+
     data: str | None = None
-    """Folder with the published files; GRADFLOW_DATA unless given."""
+    """Folder with the published files, or a file .npz of arrays of your own;
+    GRADFLOW_DATA unless given."""
     published: bool = True
-    """Whether they must have the checksums of the published ones."""
+    """Whether files must have the checksums of the published ones."""
     learning_rate: float = 1e-3
+
+    def unlike(self, *free: str) -> str:
+        """Which settings are not as in the paper, in words; "" where all are, but for
+        those that are `free`. A number of the paper is judged under these only."""
+        about = {f.name for f in dataclasses.fields(Scans)} - {"learning_rate"}
+        own = [f for f in dataclasses.fields(self) if f.name not in about | {*free}]
+        other = [f.name for f in own if getattr(self, f.name) != f.default]
+        return f"not the paper's {', '.join(other)}" if other else ""
+
+    def misfit(self, data: xr.Dataset) -> str:
+        """Why a criterion is not judged under the settings of `quick`, "" where it is:
+        they are for what stands in for the paper's data."""
+        if not self.quick or data.attrs["data"] == self.STAND_IN:
+            return ""
+        return f"the settings of --quick are for {self.STAND_IN}"
+
+    def delays(self, data: xr.Dataset) -> list[Row]:
+        """`delay_rows` of the runs, the first of which is from the large start."""
+        large, *controls = runs_of(data)
+        never = data.attrs["data"] == self.STAND_IN
+        rows = delay_rows(large, controls, never=never)
+        return not_judged(rows, self.misfit(data))
 
     def rule(self, steps: int, batch_size: int | None, **more: Any) -> Rule:
         return Rule(self.learning_rate, steps, batch_size, seed=self.seed, **more)
+
+
+def there(sizes: Sequence[int], most: int | None, name: str) -> list[int]:
+    """The `sizes` that the data have, `most` samples or any number; tells the others.
+
+    **Raises:** `SystemExit` where they have none of them.
+    """
+    found = [n for n in sizes if most is None or n <= most]
+    others = ", ".join(str(n) for n in sizes if n not in found)
+    told = f"{name}: the data have {most} samples, not {others}"
+    if not found:
+        raise SystemExit(f"{told}.")
+    if others:
+        print(f"{told}: left out.", flush=True)
+    return found
 
 
 def with_level(task: gf.tasks.Task, level: float | None) -> gf.tasks.Task:
@@ -142,19 +184,34 @@ def held(
     descent = gf.Descent(at=np.array([0, rule.steps]), **rule.options(task.loss))
     runs = gf.sweep(
         problem(task), axes={"hold": [1]}, init_scale=list(alphas), weight_decay=0.0,
-        run=descent, store=store,
+        run=descent, store=store, progress=AXIS_SYMBOLS,
     )  # fmt: skip
     ends = runs.to_xarray().isel(hold=0, time=-1)
     return np.stack([ends[f"metric_{part}"].values for part in PARTS])
 
 
+def not_judged(rows: Sequence[Row], why: str) -> list[Row]:
+    """The rows, none of them judged if there is a reason why not."""
+    if not why:
+        return list(rows)
+    told = [f"{row.sentence}: not judged, {why}" for row in rows]
+    return [
+        dataclasses.replace(row, ok=None, sentence=sentence)
+        for row, sentence in zip(rows, told, strict=True)
+    ]
+
+
 def delay_rows(
-    large: Trained, controls: Sequence[Trained], times: float = 10.0
-) -> list[Row]:
+    large: Trained, controls: Sequence[Trained], times: float = 10.0, *,
+    never: bool = True,
+) -> list[Row]:  # fmt: skip
     """Grokking from a large start, with weight decay: generalisation at least ten times
     later than memorisation. None in the controls: they generalise before that; or, at a
-    norm that is held and larger than usual, never. A control tells nothing that does
-    not memorise, or has not generalised when it ends before ten times that."""
+    norm that is held and larger than usual, `never`. That is so for what stands in for
+    the paper's data, as scikit-learn's digits; MNIST is learnt there too, as late as
+    with weight decay, so that for other data it is told, and not judged. A control
+    tells nothing that does not memorise, or has not generalised when it ends before ten
+    times that."""
     told = f"t_test/t_train, of steps {large.grokked:.0f} and {large.memorised:.0f}"
     words_of = f"{words(large.lane)}: {told}"
     finite = math.isfinite(large.ratio)
@@ -162,7 +219,11 @@ def delay_rows(
     for run in controls:
         words_of = f"{words(run.lane)}: t_test/t_train; test at the end "
         words_of += f"{run.arrays['test'][-1]:.3g}"
-        never = bool(run.lane["hold"]) and run.lane["alpha"] > 1
+        above = bool(run.lane["hold"]) and run.lane["alpha"] > 1
+        if above and not never:
+            words_of += ", at a norm that is large and held: for information"
+            rows.append(Row("held", run.ratio, "", None, words_of))
+            continue
         ok = None
         if not math.isfinite(run.memorised):
             words_of += ", not memorised"
@@ -171,8 +232,8 @@ def delay_rows(
         elif run.steps[-1] < times * run.memorised:
             words_of += ", ended too early to tell"
         else:
-            ok = never
-        bound = f"< {times:g}" + ", or never" * never
+            ok = above
+        bound = f"< {times:g}" + ", or never" * above
         rows.append(Row("no delay", run.ratio, bound, ok, words_of))
     return rows
 
@@ -205,17 +266,25 @@ def lu_rows(
 
 
 def published_rows(
-    source: str, data: str, wanted: Sequence[tuple[str, float, str]]
+    sources: Sequence[str],
+    data: xr.Dataset,
+    wanted: Sequence[tuple[str, float, str]],
+    unlike: str = "",
 ) -> list[Row]:
-    """The paper's own numbers, bound, value and words; not judged where its data are
-    not at hand."""
-    if source == data:
-        return [check("paper", v, bound, sentence) for bound, v, sentence in wanted]
-    return [
-        Row("paper", math.nan, bound, None,
-            f"{sentence} (here {value:.3g}): not judged, the data are {data}")
-        for bound, value, sentence in wanted
-    ]  # fmt: skip
+    """The paper's own numbers, bound, value and words; not judged where the data are
+    not one of its `sources`, where settings are `unlike` its own, or where the value is
+    of a step, as NaN, that the run did not come to."""
+    found = data.attrs["data"]
+    why = unlike if found in sources else f"the data are {found}"
+    rows = []
+    for bound, value, sentence in wanted:
+        reason = why or "the run ends before" * math.isnan(value)
+        if reason:
+            told = f"{sentence} (here {value:.3g}): not judged, {reason}"
+            rows.append(Row("paper", math.nan, bound, None, told))
+        else:
+            rows.append(check("paper", value, bound, sentence))
+    return rows
 
 
 def draw(

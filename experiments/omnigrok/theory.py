@@ -39,7 +39,10 @@ class ErrorOf(eqx.Module):
 @dataclasses.dataclass(frozen=True)
 class TSTheory(Teacher):
     """Figure 2, predicted: when the flow from a large start will have 95 % of the test
-    samples right, by the theory of first and second order, beside when it has."""
+    samples right, by the theory of first and second order, beside when it has.
+
+    No files. Time: three minutes of a core, twenty to second order; quick, a minute.
+    """
 
     alphas: tuple[float, ...] = (2.0,)
     """Initial scales."""

@@ -40,14 +40,16 @@ class Settings(abc.ABC):
     out: Path | None = None
     """Folder for the results; results/STUDY/NAME by default."""
     quick: bool = False
-    """At most ten minutes: fewer or shorter runs, the same checks where they can be
-    made. Options given beside it count, unless they are as by default."""
+    """At most ten minutes of a core: fewer or shorter runs, the same checks where they
+    can be made. What is given beside it counts."""
     rejudge: bool = False
     """Judge the arrays that are stored, under the settings they were computed with."""
     redraw: bool = False
     """Draw these arrays."""
     cache: bool = True
     """Keep what is compiled in the user's cache folder, for the next run."""
+    given: tyro.conf.Suppress[tuple[str, ...]] = ()
+    """The settings that the command line names."""
 
     @abc.abstractmethod
     def compute(self) -> xr.Dataset | None:
@@ -63,13 +65,16 @@ class Settings(abc.ABC):
 
     def effective(self) -> Self:
         """What is run: with the changes of `quick`, if it is asked for, of all settings
-        that are at their defaults."""
+        that the command line does not name, and that are at their defaults."""
         if not self.quick:
             return self
-        default = {field.name: field.default for field in dataclasses.fields(self)}
-        changes = self.QUICK.items()
-        free = {k: v for k, v in changes if getattr(self, k) == default[k]}
+        free = {k: v for k, v in self.QUICK.items() if self.is_free(k)}
         return dataclasses.replace(self, **free)
+
+    def is_free(self, name: str) -> bool:
+        """Whether nobody has asked for this value of a setting."""
+        default = {field.name: field.default for field in dataclasses.fields(self)}
+        return name not in self.given and getattr(self, name) == default[name]
 
     def folder(self, name: str) -> str:
         """Of its results, in that of the study."""
@@ -81,7 +86,7 @@ class Settings(abc.ABC):
 
     def told(self) -> dict[str, Any]:
         """What makes a difference to the arrays."""
-        beside = ("out", "rejudge", "redraw", "cache", "processes")
+        beside = ("out", "rejudge", "redraw", "cache", "given", "processes")
         return record.plain({k: v for k, v in vars(self).items() if k not in beside})
 
     def as_told(self, told: dict[str, Any]) -> Self:
@@ -101,8 +106,10 @@ class Study:
     def parse(self, arguments: list[str] | None = None) -> Settings:
         options: dict[str, Any] = dict(description=self.about, args=arguments)
         if len(self.experiments) == 1:
-            return tyro.cli(*self.experiments.values(), **options)
-        return tyro.extras.subcommand_cli_from_dict(self.experiments, **options)
+            config = tyro.cli(*self.experiments.values(), **options)
+        else:
+            config = tyro.extras.subcommand_cli_from_dict(self.experiments, **options)
+        return dataclasses.replace(config, given=named(config, arguments))
 
     def main(self, config: Settings) -> dict[str, Any]:
         """Runs one experiment; returns what is written to summary.json, beside
@@ -146,7 +153,12 @@ class Study:
         """Computes and stores the arrays; whether this is the process that does."""
         wall, work = time.perf_counter(), time.process_time()
         mine = config.effective()
-        data = mine.compute()
+        try:
+            data = mine.compute()
+        except ValueError as error:  # of a setting, or of the data: in one line
+            if str(error).partition(":")[0] in vars(mine):
+                raise SystemExit(str(error)) from error
+            raise
         if data is None:
             return False
         command = ["python", "-m", f"experiments.{self.name}", *sys.argv[1:]]
@@ -160,6 +172,15 @@ class Study:
         }
         record.keep(data.assign_attrs(run=json.dumps(told)), path)
         return True
+
+
+def named(config: Settings, arguments: list[str] | None) -> tuple[str, ...]:
+    """The settings that a command line names, as --steps 3, --steps=3 or --no-cache."""
+    words = sys.argv[1:] if arguments is None else arguments
+    options = [word.partition("=")[0] for word in words if word.startswith("--")]
+    found = {option[2:].replace("-", "_") for option in options}
+    found |= {name.removeprefix("no_") for name in found}
+    return tuple(f.name for f in dataclasses.fields(config) if f.name in found)
 
 
 def save(figures: dict[str, Figure], out: Path) -> None:

@@ -88,12 +88,24 @@ def reason(error: Exception) -> str:
 
 
 def law(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) -> float:
-    """The slope of log y against log x, by least squares; NaN below two points."""
+    """The slope of log y against log x, by least squares; NaN below three points, as
+    two are on a line whatever they are."""
     x, y = np.asarray(x, float), np.asarray(y, float)
     good = np.isfinite(x) & np.isfinite(y) & (x > 0) & (y > 0)
-    if np.unique(x[good]).size < 2:
+    if np.unique(x[good]).size < 3:
         return np.nan
     return float(np.polyfit(np.log(x[good]), np.log(y[good]), 1)[0])
+
+
+def law_check(
+    name: str, x: Any, y: Any, bound: str, sentence: str, *, given: Any = True,
+    also: Any = True,
+) -> Row:  # fmt: skip
+    """A row of `law`, which is not judged where there are fewer than three points: no
+    slope passes, or fails, that comes of two."""
+    few = np.size(x) < 3
+    sentence += ": not judged, by fewer than three points" * few
+    return check(name, law(x, y), bound, sentence, given=given and not few, also=also)
 
 
 def decades(x: Iterable[float]) -> float:

@@ -21,6 +21,9 @@ Lane = dict[str, Any]
 
 SYMBOLS = dict(alpha="α", beta="β", gamma="γ")
 
+AXIS_SYMBOLS = dict(weight_decay="γ", init_scale="α", alpha="α", hold="held")
+"""What a bar of progress calls the axes of a sweep, unless told otherwise."""
+
 
 def words(lane: Lane, *, latex: bool = False) -> str:
     """A lane for a sentence, or for a title."""
@@ -54,6 +57,7 @@ def trained(
     **Raises:** `RuntimeError` where a run failed.
     """
     chunk = 1 if jax.default_backend() == "cpu" else None
+    options.setdefault("progress", AXIS_SYMBOLS)
     own = {f.name for f in dataclasses.fields(gf.Descent)} & set(options)
     descent = gf.Descent(learning_rate, **{name: options.pop(name) for name in own})
     kept = gf.Store(store, chunk=chunk)
@@ -114,6 +118,7 @@ def train(
             at=at(lanes[group[0]]),
             zipped=zipped if len(zipped[0]) > 1 else (),
             **({"axes": own} if own else {}),
+            progress={axes.get(k, k): s for k, s in (AXIS_SYMBOLS | SYMBOLS).items()},
             **{"weight_decay": 0.0, **columns, **options},
         )
         runs = runs.drop_vars([*own, *columns], errors="ignore")
@@ -153,8 +158,9 @@ class Trained:
         return late if math.isfinite(self.memorised) else math.nan
 
     def at(self, name: str, step: float) -> float:
-        """What was recorded last, up to a step; NaN for one that never came."""
-        if not math.isfinite(step):
+        """What was recorded last, up to a step; NaN for one that never came, or that
+        is after the end."""
+        if not math.isfinite(step) or step > self.steps[-1]:
             return math.nan
         i = np.searchsorted(self.steps, step, side="right") - 1
         return float(self.arrays[name][i])

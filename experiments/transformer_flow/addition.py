@@ -18,7 +18,7 @@ import gradflow as gf
 from ..shared.command import parse_weight_decay, Settings
 from ..shared.figures import COLOURS, finish, panels
 from ..shared.record import variables
-from ..shared.rows import check, law, Row
+from ..shared.rows import check, law_check, Row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Addition(Settings):
             check("memorised", np.isfinite(memorised).sum(), f"= {lams.size}", "runs"),
             check("grokked", np.isfinite(grokked).sum(), f"= {lams.size}", "runs"),
             check("delay", np.min(grokked / memorised), "≥ 10", "the least ratio"),
-            check("law", law(lams, grokked), "-1 ± 0.1", "exponent of the time in λ"),
+            law_check("law", lams, grokked, "-1 ± 0.1", "exponent of the time in λ"),
             check(
                 "collapse", abs(last), "≤ 0.1",
                 f"change of s = λt from the last λ but one; s = {each}",

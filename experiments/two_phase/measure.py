@@ -172,6 +172,7 @@ def slow_phase(run: Run) -> Numbers:
         "rtol": run.rtol,
         "largest": lams[report.orders[1].rate.used].max(initial=0.0),
         "composite": report.orders[1].rate.exponent,
+        "used": report.orders[1].rate.used.sum(),
     }
 
 

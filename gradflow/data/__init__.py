@@ -1,4 +1,4 @@
-"""Data from published files at hand, and what stands in for them.
+"""Data from published files at hand, what stands in for them, and arrays of one's own.
 
 Nothing is fetched: each error about a file tells where to get it.
 """
@@ -14,6 +14,8 @@ from .enumerated import (
 )
 from .grammar import synthetic_reviews as synthetic_reviews
 from .images import (
+    FASHION_MNIST_SHA256 as FASHION_MNIST_SHA256,
+    images_name as images_name,
     mnist as mnist,
     mnist_files as mnist_files,
     MNIST_SHA256 as MNIST_SHA256,
@@ -27,6 +29,20 @@ from .molecules import (
     qm9 as qm9,
     qm9_path as qm9_path,
     QM9_SHA256 as QM9_SHA256,
+    QM9_SIZE as QM9_SIZE,
+)
+from .own import (
+    Images as Images,
+    own_arrays as own_arrays,
+    own_images as own_images,
+    own_molecules as own_molecules,
+    own_reviews as own_reviews,
+)
+from .packaged_molecules import (
+    is_qm9pack as is_qm9pack,
+    qm9pack as qm9pack,
+    QM9PACK_SHA256 as QM9PACK_SHA256,
+    QM9PACK_SIZE as QM9PACK_SIZE,
 )
 from .text import (
     imdb as imdb,
@@ -34,4 +50,5 @@ from .text import (
     IMDB_SHA256 as IMDB_SHA256,
     Reviews as Reviews,
     Vocabulary as Vocabulary,
+    words_of as words_of,
 )

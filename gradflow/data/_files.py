@@ -12,6 +12,18 @@ T = TypeVar("T")
 VARIABLE = "GRADFLOW_DATA"
 
 
+def how(where: str, own: str) -> str:
+    """The end of an error: `where` to get the files, and what to do with others.
+
+    - `own`: the arguments that take arrays of one's own.
+    """
+    return (
+        f"{where} Name the folder that they are in in {VARIABLE}, or pass it as data. "
+        "Files that are not the published ones: published=False, or --no-published. "
+        f"Arrays of your own: {own}, or a file .npz of these as data."
+    )
+
+
 def problem(path: Path | str, expected: str, got: str, how: str) -> ValueError:
     """The error of a file: its name, what was expected, and how to get it."""
     return ValueError(f"data: {path}: expected {expected}, got {got}. {how}")
@@ -71,6 +83,6 @@ def read(path: Path, how: str, sha256: str | None = None) -> bytes:
     return content
 
 
-def check_sum(path: Path, got: str, expected: str, how: str) -> None:
+def check_sum(path: Path | str, got: str, expected: str, how: str) -> None:
     if got != expected:
         raise problem(path, f"SHA-256 {expected}", got, how)

@@ -4,6 +4,7 @@ from functools import cache
 from typing import NamedTuple
 
 from .bonds import Bond
+from .molecules import HOW
 
 _VALENCES = {"C": 4, "N": 3, "O": 2, "F": 1}
 
@@ -36,9 +37,8 @@ def enumerated_molecules(count: int) -> list[Enumerated]:
         from rdkit import rdBase  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError(
-            "data: no QM9 files are at hand (give their folder, or name it in "
-            "GRADFLOW_DATA), and RDKit, by which other molecules are enumerated, is "
-            "not installed: pip install rdkit."
+            "data: no QM9 files are at hand, and RDKit, by which other molecules are "
+            f"enumerated, is not installed: pip install rdkit. {HOW}"
         ) from error
     found, size = [], 1
     with rdBase.BlockLogs():

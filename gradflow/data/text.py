@@ -10,17 +10,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ._files import find, problem, read
+from ._files import find, how, problem, read
 
 IMDB_SHA256 = "dfc447764f82be365fa9c2beef4e8df89d3919e3da95f5088004797d79695aa2"
 """Checksum of "IMDB Dataset.csv", of 50 000 reviews."""
 
-_HOW = (
+_HOW = how(
     'The reviews of IMDb (Maas et al., 2011) are published as "IMDB Dataset.csv", at '
     "https://www.kaggle.com/datasets/lakshmi25npathi/"
     "imdb-dataset-of-50k-movie-reviews, and as the folder aclImdb, unpacked from "
-    "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz; name the folder "
-    "that it is in in GRADFLOW_DATA, or pass it."
+    "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz; no package that "
+    "we know of, of PyPI, npm or Debian, has them.",
+    "texts= and labels=",
 )
 _LABELS = {"negative": 0, "positive": 1}
 _KINDS = {"neg": 0, "pos": 1}

@@ -80,10 +80,11 @@ class Axes:
             raise IndexError(f"no lane {index} in a sweep of {self.shape}.")
         return int(lane)
 
-    def words(self, lane: int, names: Sequence[str] | None = None) -> str:
-        """A lane in words, such as "seed 3, λ 0.01"."""
-        at = self.labels(lane)
-        return ", ".join(f"{short(k)} {_word(at[k])}" for k in names or at)
+    def words(self, lane: int, symbols: Mapping[str, str] | None = None) -> str:
+        """A lane in words, such as "seed 3, λ 0.01"; with other `symbols` of axes."""
+        of = symbols or {}
+        at = self.labels(lane).items()
+        return ", ".join(f"{of.get(k, short(k))} {_word(v)}" for k, v in at)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self.at(lane) for lane in range(len(self)))

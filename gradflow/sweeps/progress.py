@@ -2,6 +2,8 @@
 
 import sys
 import time
+from collections.abc import Mapping
+from functools import partial
 
 import jax
 import numpy as np
@@ -16,15 +18,22 @@ from .lanes import Lane
 
 class ProgressBars:
     """A line for each device of this process: lanes done and failed, steps a second,
-    the time that is left, and the lane that took most."""
+    the time that is left, and the lane that took most.
 
-    def __init__(self, axes: Axes, total: int, progress: bool):
+    **Arguments:**
+
+    - `progress`: whether to show them; or symbols of axes, to be shown in place of
+        their own.
+    """
+
+    def __init__(self, axes: Axes, total: int, progress: bool | Mapping[str, str]):
         devices, process = jax.local_devices(), jax.process_index()
         where = f"process {process}, " if jax.process_count() > 1 else ""
         many = len(devices) > 1 or bool(where)
         # A log file gets whole lines, and those now and then only.
         log = not sys.stderr.isatty() and "ipykernel" not in sys.modules
-        self.axes = axes
+        symbols = progress if isinstance(progress, Mapping) else None
+        self.words = partial(axes.words, symbols=symbols)
         self.failed, self.steps = [0] * len(devices), [0.0] * len(devices)
         self.worst = [(0.0, -1)] * len(devices)
         self.start = self.shown = time.perf_counter()
@@ -36,7 +45,7 @@ class ProgressBars:
                 position=k if many and not log else None,
                 mininterval=10.0 if log else 0.1,
                 bar_format="{l_bar}{r_bar}\n" if log else None,
-                disable=not progress,
+                disable=symbols is None and not progress,
             )
             for k, device in enumerate(devices)
         ]
@@ -54,7 +63,7 @@ class ProgressBars:
         if not bar.disable:
             rate = self.steps[device] / (time.perf_counter() - self.start)
             worst = self.worst[device][1]
-            where = f", most at {self.axes.words(worst)}" if worst >= 0 else ""
+            where = f", most at {self.words(worst)}" if worst >= 0 else ""
             bar.set_postfix_str(
                 f"{self.failed[device]} failed, {rate:.3g} steps/s{where}",
                 refresh=False,
@@ -66,7 +75,7 @@ class ProgressBars:
         again = None if lane.again is None else lane.again.run
         if self.bars[0].disable or not isinstance(again, Solve):
             return
-        where = self.axes.words(int(lane.name))
+        where = self.words(int(lane.name))
         tqdm.write(f"{where}: {given_up(path, again.solver)}", file=sys.stderr)
 
     def part_done(self, name: str, path: Path) -> None:
@@ -77,7 +86,7 @@ class ProgressBars:
         self.shown = now
         lane = int(name.partition("-")[0])
         done = int(np.isfinite(np.asarray(path.train_loss)).sum())
-        words = f"{self.axes.words(lane)}: {done} of {len(path.t)} saved times"
+        words = f"{self.words(lane)}: {done} of {len(path.t)} saved times"
         bar.set_postfix_str(words)
 
     def __enter__(self) -> "ProgressBars":

@@ -1,5 +1,6 @@
 """Runs the lanes of a sweep: all of them, or chunk by chunk into a store."""
 
+from collections.abc import Mapping
 from pathlib import Path as File
 from typing import Any, NamedTuple
 
@@ -39,7 +40,7 @@ class _Chunks(NamedTuple):
 
 
 def run_stored(
-    lanes: AbstractLanes, batch: Batch, progress: bool, kept: Store
+    lanes: AbstractLanes, batch: Batch, progress: bool | Mapping[str, str], kept: Store
 ) -> Sweep:
     """The chunks that the store does not have, as far as they are for this process;
     returns what is in the store then."""

@@ -84,7 +84,7 @@ def sweep(
     batch: Batch | None = None,
     store: str | os.PathLike | Store | None = None,
     throw: bool = False,
-    progress: bool = True,
+    progress: bool | Mapping[str, str] = True,
 ) -> Sweep:
     """Runs a flow, or a descent, for every combination of values along some axes, with
     one compilation for each shape of the problem.
@@ -120,7 +120,8 @@ def sweep(
     - `store`: a folder to keep the results in, such as `"sweep.zarr"`; or a
         [`gradflow.Store`][] with a path and options. See below.
     - `throw`: raise if any lane fails; by default failures are marked in `result`.
-    - `progress`: show a bar with the lanes done and failed.
+    - `progress`: show a bar with the lanes done and failed; or symbols by which it is
+        to name axes, as `{"weight_decay": "γ"}`.
 
     The dimensions are those of `axes`, then `init_scale`, `rtol`, `learning_rate` and
     `weight_decay` as far as they are vectors. A solver is chosen for each problem and
@@ -284,7 +285,9 @@ def _number(value: Given) -> Given:
     return value if value is None or callable(value) else np.asarray(value).item()
 
 
-def _run(lanes: AbstractLanes, batch: Batch, progress: bool) -> Sweep:
+def _run(
+    lanes: AbstractLanes, batch: Batch, progress: bool | Mapping[str, str]
+) -> Sweep:
     """All lanes, in memory."""
     plan = lanes.plan
     count = len(plan.axes)

@@ -10,13 +10,23 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Scalar
 
 from .._checks import check_positive
-from ..data import imdb, imdb_path, IMDB_SHA256, synthetic_reviews, Vocabulary
+from .._typing import Given
+from ..data import (
+    imdb,
+    imdb_path,
+    IMDB_SHA256,
+    own_reviews,
+    synthetic_reviews,
+    Vocabulary,
+    words_of,
+)
 from ..flow.flow import scaled
 from ..losses import Logistic
 from ..metrics import Metric
 from ..models import LSTMClassifier
 from ._checks import check_count
 from ._image_mlp import DataTruth
+from ._own import own
 from ._task import Task
 
 
@@ -31,11 +41,14 @@ def sentiment(
     init_scale: float = 1.0,
     data: str | Path | None = None,
     published: bool = True,
+    texts: Given = None,
+    labels: Given = None,
 ) -> Task:
     """Whether a review praises or blames, by an `LSTMClassifier` of two layers; the
     mean logistic loss (Liu, Michaud, Tegmark, arXiv 2210.01117, figure 4).
 
-    The reviews are IMDb's where they are at hand, and else made up by the grammar of
+    The reviews are those that are given, or else IMDb's where they are at hand (no
+    package that we know of has them), and else made up by the grammar of
     `gradflow.data.synthetic_reviews`: synthetic, as `truth.data` says. Three quarters
     of the first `samples` of them, chosen at random, are learnt, the others are for the
     test. Known are the most frequent words of those that are learnt; others are left
@@ -50,30 +63,43 @@ def sentiment(
     - `key`: of the choice of training samples, and of the initial weights.
     - `samples`: reviews, for training and test.
     - `words`: how many are known.
-    - `length`: words that are read: 500 unless given, or 64 of made-up reviews.
+    - `length`: words that are read: 500 unless given, or 64 of made-up reviews, or as
+        many as the longest of your own has, if those are fewer.
     - `embedding`, `state`: numbers for each word, and of the state of each layer.
     - `init_scale`: α, by which the initial weights are multiplied; 6 in the paper.
-    - `data`: the folder with "IMDB Dataset.csv" or aclImdb; unless given, the one named
-        by the environment variable GRADFLOW_DATA.
+    - `data`: the folder with "IMDB Dataset.csv" or aclImdb, or a file .npz of the two
+        arrays below; unless given, the folder named by the environment variable
+        GRADFLOW_DATA.
     - `published`: whether they must be the published reviews, by their checksum or
         number; others are named "reviews from unchecked files".
+    - `texts`, `labels`: reviews of your own, a list of n words or sentences, and n
+        numbers, 1 for praise and 0 for blame.
 
     **Returns:** a task whose truth is a `DataTruth`.
 
-    **Raises:** `ValueError` where an argument is out of range, or a file is not right.
+    **Raises:** `ValueError` where an argument is out of range, or a file or an array
+    is not right.
     """
     check_count(samples, "samples", least=4)
     check_count(words, "words")
     check_positive(init_scale, "init_scale")
     split_key, text_key, init_key = jr.split(key, 3)
-    path = imdb_path(data)
-    if path is None:
-        seed = int(jr.randint(text_key, (), 0, 2**31 - 1))
-        texts, labels, name = synthetic_reviews(seed, samples)
+    given = own(data, "reviews", texts=texts, labels=labels)
+    path = None if given is not None else imdb_path(data)
+    made_up = given is None and path is None
+    if given is not None:
+        found = own_reviews(given.arrays, given.name, given.where)
+    elif path is not None:
+        found = imdb(path, sha256=IMDB_SHA256 if published else None)
     else:
-        texts, labels, name = imdb(path, sha256=IMDB_SHA256 if published else None)
-        check_count(samples, "samples", most=len(texts))
-    length = (64 if path is None else 500) if length is None else length
+        seed = int(jr.randint(text_key, (), 0, 2**31 - 1))
+        found = synthetic_reviews(seed, samples)
+    check_count(samples, "samples", most=len(found.texts))
+    texts, labels = found.texts, found.labels
+    if length is None:
+        length = 64 if made_up else 500
+    if given is not None:
+        length = min(length, max(1, *(len(words_of(text)) for text in texts)))
     check_count(length, "length")
     order = np.asarray(jr.permutation(split_key, samples))
     cut = samples - samples // 4
@@ -95,7 +121,11 @@ def sentiment(
         model=scaled(model, init_scale),
         loss=Logistic(x, y),
         metrics={"train": high(x, y, 0.99), "test": high(x_test, y_test, 0.65)},
-        truth=DataTruth(name, f"{name}, {cut} for training"),
+        truth=DataTruth(
+            found.data,
+            f"{found.data}, {cut} for training",
+            None if made_up else len(texts),
+        ),
         codimension=None,
         slow_time=10.0,
     )
