@@ -113,7 +113,7 @@ def _predicted(flow: GradientFlow, model: PyTree, asked: _Asked, bar: Bar) -> Tw
         where = _place(flow, "limit", f"t = {float(limit.time):.3g}", limit.model)
         if asked.throw:
             raise RuntimeError(where + RESULTS[limit.result])
-    at_limit = spectrum(flow.loss, limit.model, trainable=flow.trainable)
+    at_limit = spectrum(flow, limit.model)
     if asked.order == 2:
         check_second_order(at_limit, flow.penalty)
     tau, until = _fast_scales(term, params, limit.time, at_limit.smallest_curvature)
@@ -144,7 +144,7 @@ def _predicted(flow: GradientFlow, model: PyTree, asked: _Asked, bar: Bar) -> Tw
     end = drift[0]
     whole = float(size(flow.partition(end)[0]))
     if bool(drift.succeeded):
-        at_limit = spectrum(flow.loss, end, trainable=flow.trainable)
+        at_limit = spectrum(flow, end)
     result = _first_failure(limit.result, fast.result, drift.result)
     # Past the loss of rank the drift still stands; its validity is for the report.
     if among(result, RESULTS.successful) and bool(at_limit.ambiguous):
@@ -180,13 +180,12 @@ def _search(flow: GradientFlow, model: PyTree, asked: _Asked) -> Limit:
     """Whether there is a limit, when, and how curved F is there: a loose one will do.
     The limit itself is the end of the fast path."""
     return limit_map(
-        flow.loss,
+        flow,
         model,
         rtol=max(asked.rtol, _LOOSE),
         t_max=asked.t_max,
         max_steps=asked.max_steps,
         throw=False,
-        trainable=flow.trainable,
         progress=asked.progress,
     )
 
@@ -275,7 +274,7 @@ def _place(flow: GradientFlow, phase: str, reached: str, model: PyTree) -> str:
     text = f"{phase} phase, reached {reached}"
     leaves = jax.tree.leaves(flow.partition(model)[0])
     if all(np.isfinite(np.asarray(leaf)).all() for leaf in leaves):
-        at = spectrum(flow.loss, model, trainable=flow.trainable)
+        at = spectrum(flow, model)
         values = np.asarray(at.curvatures)[: max(int(at.rank), 1)]
         smallest = ", ".join(f"{value:.2g}" for value in values[-3:])
         text += (
@@ -318,22 +317,26 @@ def _fast_shift(
 ) -> Float[Array, ""]:
     """sup c‖θ'‖/‖Φ‖, c = ∫|⟨∇R, θ'⟩|/‖θ'‖² dt: see `TwoPhase.fast_shift`. θ' itself
     solves v' = −∇²F v, so −cθ' is the part along the path of what
-    θ₁' = −∇²F θ₁ − ∇R makes."""
+    θ₁' = −∇²F θ₁ − ∇R makes. (c is in terms of the states, which flow down a plain
+    gradient.)"""
+    size = optax.tree.norm(jax.tree.map(lambda p: p[-1], path))
+    path = jax.vmap(term.chart.state)(path)
     end = jax.tree.map(lambda p: p[-1], path)
-    size = optax.tree.norm(end)
+    whole = optax.tree.norm(end)
 
     def at(p):
         speed = term.vf(0.0, p, 0.0)
         left = optax.tree.norm(jax.tree.map(jnp.subtract, p, end))
         along = optax.tree.vdot(term.penalty.gradient(p), speed)
-        return optax.tree.norm(speed), jnp.abs(along), left
+        moved = optax.tree.norm(term.chart.tangent(speed))
+        return optax.tree.norm(speed), jnp.abs(along), left, moved
 
-    speed, along, left = jax.lax.map(at, path)
+    speed, along, left, moved = jax.lax.map(at, path)
     # Near its end what is left of the speed is rounding.
-    moving = (left > 1e-6 * size) & (speed > 0)
+    moving = (left > 1e-6 * whole) & (speed > 0)
     rate = jnp.where(moving, along / jnp.where(moving, speed, 1.0) ** 2, 0.0)
     steps = 0.5 * (rate[1:] + rate[:-1]) * jnp.diff(t)
-    shift = jnp.cumsum(steps) * jnp.where(moving, speed, 0.0)[1:]
+    shift = jnp.cumsum(steps) * jnp.where(moving, moved, 0.0)[1:]
     return jnp.max(shift) / size
 
 
