@@ -95,7 +95,7 @@ def _interpolates(
     out of ∇²F is as small."""
     theta, flat = flatten_on(loss, params, chart)
     form = JacobianForm()
-    if form.fits(loss, params, static):
+    if form.fits(loss, params, chart.static):
         a, rho = weighted_jacobian(flat, theta)
         size = jnp.linalg.norm(a)
     else:
