@@ -127,7 +127,8 @@ class Relative(diffrax.AbstractAdaptiveStepSizeController):
         self.rtol = rtol
         self.atol = least if atol is None else atol
         self.parts_of = parts_of
-        self.roots = roots
+        # (Of what is differentiated, steps have no part in the derivative.)
+        self.roots = None if roots is None else jax.lax.stop_gradient(roots)
         self.share = SHARE if atol is None else 0.0
         self.growth = growth
         self.kinked = kinked

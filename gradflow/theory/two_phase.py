@@ -317,26 +317,24 @@ def _fast_shift(
 ) -> Float[Array, ""]:
     """sup c‖θ'‖/‖Φ‖, c = ∫|⟨∇R, θ'⟩|/‖θ'‖² dt: see `TwoPhase.fast_shift`. θ' itself
     solves v' = −∇²F v, so −cθ' is the part along the path of what
-    θ₁' = −∇²F θ₁ − ∇R makes. (c is in terms of the states, which flow down a plain
-    gradient.)"""
-    size = optax.tree.norm(jax.tree.map(lambda p: p[-1], path))
+    θ₁' = −∇²F θ₁ − ∇R makes. (All of it is of states, in which the flow is a plain
+    one.)"""
     path = jax.vmap(term.chart.state)(path)
     end = jax.tree.map(lambda p: p[-1], path)
-    whole = optax.tree.norm(end)
+    size = optax.tree.norm(end)
 
     def at(p):
         speed = term.vf(0.0, p, 0.0)
         left = optax.tree.norm(jax.tree.map(jnp.subtract, p, end))
         along = optax.tree.vdot(term.penalty.gradient(p), speed)
-        moved = optax.tree.norm(term.chart.tangent(speed))
-        return optax.tree.norm(speed), jnp.abs(along), left, moved
+        return optax.tree.norm(speed), jnp.abs(along), left
 
-    speed, along, left, moved = jax.lax.map(at, path)
+    speed, along, left = jax.lax.map(at, path)
     # Near its end what is left of the speed is rounding.
-    moving = (left > 1e-6 * whole) & (speed > 0)
+    moving = (left > 1e-6 * size) & (speed > 0)
     rate = jnp.where(moving, along / jnp.where(moving, speed, 1.0) ** 2, 0.0)
     steps = 0.5 * (rate[1:] + rate[:-1]) * jnp.diff(t)
-    shift = jnp.cumsum(steps) * jnp.where(moving, moved, 0.0)[1:]
+    shift = jnp.cumsum(steps) * jnp.where(moving, speed, 0.0)[1:]
     return jnp.max(shift) / size
 
 
