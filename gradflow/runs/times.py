@@ -158,11 +158,10 @@ def _save_times(
     term: FlowTerm, params: PyTree, weight_decay: Scalar, t1: Scalar, saves: int
 ) -> Float[Array, " saves"]:
     """Zero, and `saves` − 1 times evenly spaced in log t up to `t1`, from the time in
-    which θ would move by 1 % at its initial speed. Of these the last alone has a
-    derivative: where steps end has no part in that of a run."""
+    which θ would move by 1 % at its initial speed."""
     start = jnp.minimum(0.01 * time_scale(term, params, weight_decay, t1), 0.1 * t1)
     fraction = jnp.linspace(0.0, 1.0, saves - 1, dtype=t1.dtype)
-    later = jax.lax.stop_gradient(start * (t1 / start) ** fraction).at[-1].set(t1)
+    later = (start * (t1 / start) ** fraction).at[-1].set(t1)
     return jnp.concatenate([jnp.zeros_like(later[:1]), later])
 
 

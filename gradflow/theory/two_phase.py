@@ -59,7 +59,9 @@ def two_phase(
 
     **Arguments:**
 
-    - `flow`: loss and penalty.
+    - `flow`: loss and penalty. With `rates` G the theory is that of the metric G⁻¹:
+        Φ of θ' = −G∇F, the drift w' = −P G∇R, both orders; the curvatures η are those
+        of √G ∇²F √G, and ratios of terms are taken in that metric, errors in θ.
     - `model`: the initial model θ₀.
     - `slow_time`: how far to follow the drift, s = λt.
     - `metrics`: as for `simulate`; recorded along both phases.
