@@ -6,16 +6,16 @@ from scipy.optimize import brentq, lsq_linear
 
 def l1_flow(x, y, a, weight_decay, t_end, *, ts):
     """a(ts) of a' ∈ −Xᵀ(Xa − y) − λ∂‖a‖₁: between events a linear equation for the
-    coordinates that are not zero, solved by its eigenvectors."""
+    coordinates that are not zero, solved by its eigenvectors. λ may be one for each."""
     a, t, out, k = np.array(a, float), 0.0, [], 0
-    sign = np.sign(a)
+    sign, lam = np.sign(a), np.broadcast_to(weight_decay, np.shape(a))
     while k < len(ts):
         force = x.T @ (x @ a - y)
-        leaves = (sign == 0) & (np.abs(force) > weight_decay * (1 + 5e-10))
+        leaves = (sign == 0) & (np.abs(force) > lam * (1 + 5e-10))
         sign = np.where(leaves, -np.sign(force), sign)
         on = np.flatnonzero(sign)
         values, vectors = np.linalg.eigh(x[:, on].T @ x[:, on])
-        right = vectors.T @ (x[:, on].T @ y - weight_decay * sign[on])
+        right = vectors.T @ (x[:, on].T @ y - lam[on] * sign[on])
         start = vectors.T @ a[on]
 
         def at(dt, values=values, vectors=vectors, right=right, start=start, on=on):
@@ -30,8 +30,8 @@ def l1_flow(x, y, a, weight_decay, t_end, *, ts):
             """Below zero once a coordinate has crossed, or a held one is let go."""
             whole = at(dt)
             low = np.min(sign[on] * whole[on], initial=np.inf)
-            force = np.abs(x.T @ (x @ whole - y))[sign == 0]
-            high = np.max(force / weight_decay - 1 - 1e-9, initial=-np.inf)
+            force = (np.abs(x.T @ (x @ whole - y)) / lam)[sign == 0]
+            high = np.max(force - 1 - 1e-9, initial=-np.inf)
             return min(low + 1e-12, -high)
 
         steps = np.concatenate([[0], np.geomspace(1e-9, t_end, 4000)])

@@ -1,5 +1,7 @@
 """The gradient flow θ' = −∇F(θ) − λ∇R(θ), as a Diffrax term."""
 
+from collections.abc import Callable
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -11,19 +13,31 @@ from .._host import as_array
 from .._typing import Given
 from ..losses import AbstractLoss
 from ..penalties import AbstractPenalty, check_declared, L2, least_norm
-from .term import Flat, FlowTerm, Sphere, Tangential
+from .rates import as_rates, check_kinks, roots_of
+from .term import Flat, FlowTerm, OfStretched, Sphere, Stretched, Tangential
 
 
 class GradientFlow(eqx.Module):
     """The flow θ' = −∇F(θ) − λ∇R(θ) of the trainable parameters of a model.
 
     λ, the weight decay, is given when the flow is run; so one flow serves them all.
+
+    With `rates` G it is θ' = −G(∇F(θ) + λ∇R(θ)), G diagonal and positive: as gradient
+    descent with a learning rate for each layer. It is the plain flow of φ = G^{−½}θ,
+    and all that is known of plain flows holds in the metric G⁻¹, in which v has the
+    length √(vᵀG⁻¹v): the critical manifold M is the same, and
+
+    - the tangent kernel is J G Jᵀ, the curvatures are those of √G ∇²F √G;
+    - the limit map has DΦ = P on M, P = I − GJᵀ(J G Jᵀ)⁺J, the projection that is
+      orthogonal in that metric, and the nearest point of M is the nearest in it;
+    - the drift is w' = −P(w) G∇R(w), and the two-phase theory is that of this drift.
     """
 
     loss: AbstractLoss
     penalty: AbstractPenalty
     trainable: PyTree = eqx.field(static=True)
     hold_norm: bool = eqx.field(static=True)
+    rates: PyTree | Callable[[PyTree], PyTree] = None
 
     def __init__(
         self,
@@ -32,6 +46,7 @@ class GradientFlow(eqx.Module):
         penalty: AbstractPenalty | None = None,
         trainable: PyTree = eqx.is_inexact_array,
         hold_norm: bool = False,
+        rates: PyTree | Callable[[PyTree], PyTree] = None,
     ):
         """**Arguments:**
 
@@ -41,9 +56,23 @@ class GradientFlow(eqx.Module):
             pytree of booleans. Leaves that it leaves out stay as they are.
         - `hold_norm`: keep the norm ‖θ‖ of the trainable parameters at its initial
             value: the flow on a sphere, θ' = −(I − θ̂θ̂ᵀ)(∇F(θ) + λ∇R(θ)), θ̂ = θ/‖θ‖.
+        - `rates`: G, without a unit; all one unless given. A pytree of positive numbers
+            that begins as the trainable parameters do: a number serves all leaves below
+            it, one number alone all parameters; in the place of a leaf an array of its
+            shape serves too. Or a function that returns such a pytree, given the
+            trainable parameters with a `jax.ShapeDtypeStruct` for each leaf: shapes are
+            all that G may depend on. As for `lambda p: jax.tree.map(lambda x: 1 /
+            x.shape[-1], p)`, or
+
+                ones = lambda params: jax.tree.map(lambda x: 1.0, params)
+                first = lambda params: params.layers[0].weight
+                rates = lambda params: eqx.tree_at(first, ones(params), 0.1)
+
+            Numbers may be traced, for `jax.vmap` over them.
 
         **Raises:** `ValueError` where loss or penalty is none of gradflow's, or a
-            penalty has more to tell than its class declares.
+            penalty has more to tell than its class declares; for rates that are not
+            positive, or where the norm is held.
         """
         if not isinstance(loss, AbstractLoss):
             raise ValueError(
@@ -61,6 +90,11 @@ class GradientFlow(eqx.Module):
         self.penalty = L2() if penalty is None else penalty
         self.trainable = trainable
         self.hold_norm = hold_norm
+        if hold_norm and rates is not None:
+            raise ValueError(
+                "rates: a flow that holds the norm has one rate for all parameters."
+            )
+        self.rates = None if rates is None else as_rates(rates)
 
     def partition(self, model: PyTree) -> tuple[PyTree, PyTree]:
         """Splits `model` into its trainable parameters and all the rest.
@@ -74,12 +108,19 @@ class GradientFlow(eqx.Module):
         """The flow as a Diffrax term, and its initial state, for use with
         `diffrax.diffeqsolve(term, solver, ..., y0=params, args=weight_decay)`.
 
-        **Returns:** `(term, params)`; the state is the pytree of parameters.
+        **Returns:** `(term, params)`; the state is the pytree of parameters, or with
+        `rates` that of G^{−½}θ. `term.model(state)` is the model.
 
-        **Raises:** `ValueError` as `partition`, and for parameters that are all zero
-        where `hold_norm`.
+        **Raises:** `ValueError` as `partition`, for parameters that are all zero where
+        `hold_norm`, and for `rates` that do not fit the parameters, or the kinks of the
+        penalty.
         """
         params, static = self.partition(model)
+        if self.rates is not None:
+            check_kinks(self.penalty, self.rates, params)
+            chart = Stretched(static, roots_of(self.rates, params))
+            penalty = OfStretched(self.penalty, chart)
+            return FlowTerm(self.loss, penalty, chart), chart.state(params)
         if not self.hold_norm:
             return FlowTerm(self.loss, self.penalty, Flat(static)), params
         norm = optax.tree.norm(params)
@@ -89,12 +130,12 @@ class GradientFlow(eqx.Module):
         return FlowTerm(self.loss, Tangential(self.penalty, sphere), sphere), params
 
     def velocity(self, model: PyTree, weight_decay: float | Scalar) -> PyTree:
-        """θ' = −∇F(θ) − λ∇R(θ) at `model`, a pytree like its parameters. At a kink of R
-        it is minus the element of least norm of ∇F(θ) + λ∂R(θ)."""
+        """θ' = −∇F(θ) − λ∇R(θ), times G, at `model`, a pytree like its parameters. At a
+        kink of R it is minus the element of least norm of ∇F(θ) + λ∂R(θ)."""
         term, params = self.term(model)
         force = jax.grad(lambda p: term.loss(term.model(p)))(params)
         slope = least_norm(term.penalty, params, force, weight_decay)
-        return jax.tree.map(jnp.negative, slope)
+        return term.chart.tangent(jax.tree.map(jnp.negative, slope))
 
 
 def partition(
@@ -143,7 +184,7 @@ def flow_of(loss: Given, trainable: PyTree = eqx.is_inexact_array) -> GradientFl
         check_free(loss)
         if trainable not in (eqx.is_inexact_array, loss.trainable):
             raise ValueError("trainable: the flow says already what is trainable.")
-        loss, trainable = loss.loss, loss.trainable
+        return GradientFlow(loss.loss, trainable=loss.trainable, rates=loss.rates)
     return GradientFlow(loss, trainable=trainable)
 
 

@@ -31,6 +31,16 @@ class Raveled(AbstractChart):
     def place(self, params: Float[Array, " d"]) -> PyTree:
         return self.chart.place(self.unravel(params))
 
+    def state(self, theta: PyTree) -> Float[Array, " d"]:
+        return ravel_pytree(self.chart.state(theta))[0]
+
+    def tangent(self, change: Float[Array, " d"]) -> PyTree:
+        return self.chart.tangent(self.unravel(change))
+
+    @property
+    def roots(self) -> Float[Array, " d"] | None:
+        return self.chart.roots
+
 
 class OfVector(AbstractComposite, AbstractAbsolute, AbstractCurved):
     """A penalty of a pytree as one of a vector."""

@@ -15,7 +15,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
-from ..flow.flat import FlatLoss, flatten
+from ..flow.flat import FlatLoss, flatten_on
 from ..flow.term import FlowTerm
 from ..losses import Loss
 from ..results import RESULTS
@@ -52,7 +52,7 @@ def _(primals, tangents):
     if jax.tree.leaves(others):
         raise ValueError(
             "limit_map: only the derivative in the initial parameters is known, not "
-            "that in the loss, its data or what is not trained."
+            "that in the loss, its data, the rates or what is not trained."
         )
     full = jax.tree.map(
         lambda p, v: jnp.zeros_like(p) if v is None else v, params, moved
@@ -83,7 +83,7 @@ def pushforward(
         within ε²: there DΦ = P to rounding.
     - `v`: the direction.
     """
-    theta, loss = flatten(term.loss, params, term.static)
+    theta, loss = flatten_on(term.loss, params, term.chart)
     w, _ = ravel_pytree(end)
     if not form.interpolating:
         # The Gauss–Newton matrix that KKT solvers iterate with is not ∇²F here.
@@ -110,7 +110,8 @@ def _nodes(
     """The lengths of the steps (see `_edges`), and the path at the stages `c` of each,
     landed on."""
     theta, _ = ravel_pytree(params)
-    controller = FollowGrowth(Relative(_RTOL, growth=False), term)
+    relative = Relative(_RTOL, growth=False, roots=term.chart.roots)
+    controller = FollowGrowth(relative, term)
 
     def run(
         saveat: diffrax.SaveAt, controller: diffrax.AbstractStepSizeController
@@ -148,7 +149,7 @@ def _force_along(term: FlowTerm):
     """A function of t and a point of the path: t, ‖∇F‖ and ‖∇²F∇F‖."""
 
     def fn(t, y, args):
-        theta, loss = flatten(term.loss, y, term.static)
+        theta, loss = flatten_on(term.loss, y, term.chart)
         force = loss.gradient(theta)
         change = _hvp(loss, theta)(force)
         return t, jnp.linalg.norm(force), jnp.linalg.norm(change)

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, PyTree
 
 from .._checks import check_choice, is_concrete
-from ..flow.flat import flatten
+from ..flow.flat import flatten_on
 from ..flow.flow import flow_of, GradientFlow
-from ..flow.term import FlowTerm
+from ..flow.term import AbstractChart, FlowTerm
 from ..losses import AbstractCompositeLoss, AbstractLoss
 from ..runs.problem import check_problem
 from ._matrix_free import frobenius
@@ -35,18 +35,18 @@ def begin(
 
 
 def choose_form(
-    loss: AbstractLoss, params: PyTree, static: PyTree, form: Form
+    loss: AbstractLoss, params: PyTree, chart: AbstractChart, form: Form
 ) -> AbstractForm:
     """The form asked for; with `"auto"`, at a point of M: the Jacobian form where it is
-    exact.
+    exact. (`params` are those of a state.)
 
     **Raises:** `ValueError` for a Jacobian form of a loss that is not composite.
     """
     if form == "auto" and isinstance(loss, AbstractCompositeLoss):
-        if all(is_concrete(x) for x in jax.tree.leaves((loss, params, static))):
-            exact = _interpolates(loss, params, static)
+        if all(is_concrete(x) for x in jax.tree.leaves((loss, params, chart))):
+            exact = _interpolates(loss, params, chart)
             return JacobianForm() if exact else HessianForm()
-    return first_form(loss, params, static, form)
+    return first_form(loss, params, chart.static, form)
 
 
 def first_form(
@@ -88,14 +88,14 @@ def is_dense(
 
 @eqx.filter_jit
 def _interpolates(
-    loss: AbstractLoss, params: PyTree, static: PyTree
+    loss: AbstractLoss, params: PyTree, chart: AbstractChart
 ) -> Bool[Array, ""]:
     """‖ρ‖ ≤ eps^0.4 ‖A‖ ‖θ‖: the residuals are no more than what a relative change of
     5e-7 of the parameters makes, and the part Σᵢ∇ℓᵢ∇²zᵢ that the Jacobian form leaves
     out of ∇²F is as small."""
-    theta, flat = flatten(loss, params, static)
+    theta, flat = flatten_on(loss, params, chart)
     form = JacobianForm()
-    if form.fits(loss, params, static):
+    if form.fits(loss, params, chart.static):
         a, rho = weighted_jacobian(flat, theta)
         size = jnp.linalg.norm(a)
     else:

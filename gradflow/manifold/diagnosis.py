@@ -11,7 +11,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._checks import check_given
-from ..flow.flat import FlatLoss, flatten
+from ..flow.flat import FlatLoss, flatten_on
 from ..flow.flow import check_free, GradientFlow
 from ..flow.term import FlowTerm
 from ..precision import exact_products
@@ -89,7 +89,8 @@ def diagnose(
 
     **Arguments:**
 
-    - `flow`: its loss makes M, its penalty is R.
+    - `flow`: its loss makes M, its penalty is R. With `rates` G all lengths and angles
+        are those of the metric G⁻¹.
     - `model`: a model on M.
     - `form`, `rtol`, `method`, `max_steps`: as for
         [`gradflow.manifold.spectrum`][]. Matrix-free, distance, u and II come from
@@ -107,12 +108,12 @@ def diagnose(
     check_given(rtol=rtol, max_steps=max_steps)
     term, params = flow.term(model)
     check_problem(term, params)
-    source = choose_form(flow.loss, params, term.static, form)
+    source = choose_form(flow.loss, params, term.chart, form)
     dense = is_dense(method, source, flow.loss, params, term.static)
 
     def spectrum(params: PyTree) -> Spectrum:
         return compiled_spectrum(
-            term.loss, params, term.static, source, rtol, dense, max_steps
+            term.loss, params, term.chart, source, rtol, dense, max_steps
         )
 
     found = spectrum(params)
@@ -128,7 +129,7 @@ def _displaced(
     """A point of M beside, along a random tangent, if M is what it seems to be here:
     Newton steps in `rank` directions take h to h¹⁶. And whether the last one was
     small: without, the point tells nothing, for off M the rank is higher anyway."""
-    theta, loss = flatten(term.loss, params, term.static)
+    theta, loss = flatten_on(term.loss, params, term.chart)
     v = jr.normal(jr.key(4), theta.shape, theta.dtype)
     form = found.source
     if dense:
@@ -184,7 +185,7 @@ def _diagnose(
     rises: Bool[Array, ""],
     dense: bool,
 ) -> Diagnosis:
-    theta, loss = flatten(term.loss, params, term.static)
+    theta, loss = flatten_on(term.loss, params, term.chart)
     geometry = (
         dense_geometry(loss, theta, found.source, found.rank)
         if dense

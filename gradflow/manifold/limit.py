@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from .._checks import check_arguments, check_given, finest, is_concrete, resolvable
 from .._host import as_array, known
 from .._norms import norm
-from ..flow.flat import FlatLoss, flatten
+from ..flow.flat import FlatLoss, flatten_on
 from ..flow.flow import GradientFlow, partition
 from ..flow.nonsmooth import loss_may_have_kinks
 from ..flow.term import FlowTerm
@@ -111,7 +111,8 @@ def limit_map(
 
     **Arguments:**
 
-    - `loss`: the training loss, or a flow of it.
+    - `loss`: the training loss, or a flow of it. With `rates` G the flow is θ' = −G∇F,
+        and the distance to M that of the metric G⁻¹; tolerances are for θ as always.
     - `model`: the initial model θ₀.
     - `form`: how the distance to M is measured, `"jacobian"`, `"hessian"` or `"auto"`;
         see [`gradflow.manifold.retract`][].
@@ -164,17 +165,21 @@ def limit_map(
         # limit from there is the limit from the start.
         if np.all(known(among(out.result, RESULTS.not_critical))):
             first = HessianForm()
-            start, _ = partition(out.model, trainable)
+            start = _state_of(out.model, term, trainable)
             rest = _limit(fixed, start, first, search, progress)
             stats = rest.stats.with_work_of(out.stats)
             time = out.time + rest.time
             out = eqx.tree_at(lambda o: (o.time, o.stats), rest, (time, stats))
-    end, _ = partition(out.model, trainable)
+    end = _state_of(out.model, term, trainable)
     end = tie(params, end, term, first, out.time, out.result)
-    out = eqx.tree_at(lambda o: o.model, out, eqx.combine(end, term.static))
+    out = eqx.tree_at(lambda o: o.model, out, term.model(end))
     if throw:
         out = only_if_successful(out, out.result)
     return out
+
+
+def _state_of(model: PyTree, term: FlowTerm, trainable: PyTree) -> PyTree:
+    return term.chart.state(partition(model, trainable)[0])
 
 
 def _without_derivative(tree: PyTree) -> PyTree:
@@ -235,7 +240,7 @@ def _settle(
     term: FlowTerm, params: PyTree, form: AbstractForm, search: Search, out: Reached
 ) -> Limit:
     """What the flow has come to: the nearest point of M, or why there is none."""
-    theta, loss = flatten(term.loss, params, term.static)
+    theta, loss = flatten_on(term.loss, params, term.chart)
     dtype, t_max = theta.dtype, _last(term, params, search)
     time, thetas, end = out.t, out.saved, out.y
     losses = jax.lax.map(loss, thetas)
@@ -270,7 +275,10 @@ def _settle(
     result = RESULTS.where(jnp.isfinite(start), result, RESULTS.undefined_start)
     w = jnp.where(result == RESULTS.successful, w, end)
     endless = result == RESULTS.no_minimiser
-    direction = jnp.where(endless, limit_direction(thetas), 0)
+    roots = term.chart.roots
+    placed = thetas if roots is None else roots[None] * thetas
+    direction = jnp.where(endless, limit_direction(placed), 0)
+    direction = direction if roots is None else direction / roots
     margin = jnp.where(endless, smallest_margin(loss, direction), 0)
     return Limit(
         model=loss.model(w),
@@ -309,7 +317,13 @@ def _follow(
     last = _last(term, params, search)
     decades = last * 10.0 ** np.arange(-3, 1).astype(theta.dtype)
     kinked = loss_may_have_kinks(term, params)
-    relative = Relative(search.rtol, search.atol, growth=False, kinked=kinked)
+    relative = Relative(
+        search.rtol,
+        search.atol,
+        growth=False,
+        kinked=kinked,
+        roots=term.chart.roots,
+    )
     integration = Integration(
         flat,
         search.solver,
@@ -352,7 +366,7 @@ def _settled(term: FlowTerm, params: PyTree, form: AbstractForm):
     """A condition of t and θ as a vector: whether M is within ε‖θ‖, and not to be left
     again; or nothing is finite."""
 
-    _, loss = flatten(term.loss, params, term.static)
+    _, loss = flatten_on(term.loss, params, term.chart)
 
     def cond(t: Float[Array, ""], theta: Float[Array, " d"]) -> Bool[Array, ""]:
         force = norm(loss.gradient(theta))

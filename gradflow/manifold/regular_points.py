@@ -14,7 +14,7 @@ from .._checks import (
     is_concrete,
     word,
 )
-from ..flow.flat import flatten
+from ..flow.flat import flatten_on
 from ..flow.flow import flow_of, GradientFlow
 from ..flow.term import FlowTerm
 from ..losses import AbstractLoss
@@ -116,7 +116,8 @@ def regularity(
 
     **Arguments:**
 
-    - `flow`: the flow whose drift `path` is, or its loss, if all is trainable.
+    - `flow`: the flow whose drift `path` is, or its loss, if all is trainable. With
+        `rates` G curvatures are those of the metric G⁻¹.
     - `path`: from [`gradflow.manifold.riemannian_flow`][].
     - `form`, `rtol`: as for [`gradflow.manifold.spectrum`][]; one form for all points,
         chosen at the first. Dense: one decomposition for each point.
@@ -141,7 +142,7 @@ def regularity(
                 f"finite. {RESULTS[path.result]}"
             )
     term, params = flow.term(path[0])
-    source = choose_form(flow.loss, params, term.static, form)
+    source = choose_form(flow.loss, params, term.chart, form)
     return _regularity(term, path, source, rtol)
 
 
@@ -150,11 +151,11 @@ def _regularity(
     term: FlowTerm, path: Drift, form: AbstractForm, rtol: float | None
 ) -> Regularity:
     first = jax.tree.map(lambda p: p[0], path.params)
-    theta, loss = flatten(term.loss, first, term.static)
+    theta, loss = flatten_on(term.loss, term.chart.state(first), term.chart)
     start = measure(loss, theta, form, rtol)
 
     def at(params):
-        theta, loss = flatten(term.loss, params, term.static)
+        theta, loss = flatten_on(term.loss, term.chart.state(params), term.chart)
         found = measure(loss, theta, form, rtol)
         geometry = dense_geometry(loss, theta, form, found.rank)
         u, bend, _ = drift_and_bend(term, loss, theta, geometry)

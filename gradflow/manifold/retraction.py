@@ -8,8 +8,9 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._checks import check_arguments, check_given
 from .._host import known
-from ..flow.flat import FlatLoss, flatten
+from ..flow.flat import FlatLoss, flatten_on
 from ..flow.flow import GradientFlow
+from ..flow.term import AbstractChart
 from ..losses import AbstractLoss
 from ..precision import exact_products
 from ..results import among, is_known, only_if_successful, RESULTS
@@ -53,7 +54,8 @@ def retract(
 
     **Arguments:**
 
-    - `loss`: the training loss, or a flow of it.
+    - `loss`: the training loss, or a flow of it. With `rates` G the nearest point is
+        that in the metric G⁻¹, and so are all lengths.
     - `model`: where to start.
     - `form`: `"jacobian"`, `"hessian"`, or `"auto"`: Jacobian where the loss is
         composite and has no more outputs m than parameters d, so that interpolation is
@@ -73,7 +75,7 @@ def retract(
     check_arguments(max_steps=max_steps)
     check_given(rtol=rtol)
     term, params = begin(loss, model, trainable)
-    _, out = retract_in_form(term.loss, params, term.static, form, rtol, max_steps)
+    _, out = retract_in_form(term.loss, params, term.chart, form, rtol, max_steps)
     if throw:
         out = only_if_successful(out, out.result)
     return out
@@ -82,17 +84,17 @@ def retract(
 def retract_in_form(
     loss: AbstractLoss,
     params: PyTree,
-    static: PyTree,
+    chart: AbstractChart,
     form: Form,
     rtol: float | None = None,
     max_steps: int = 64,
 ) -> tuple[AbstractForm, Retraction]:
     """The retraction, and the form that served: `"auto"` tries the likely one first."""
-    served = first_form(loss, params, static, form)
-    out = _retract(loss, params, static, served, rtol, max_steps)
+    served = first_form(loss, params, chart.static, form)
+    out = _retract(loss, params, chart, served, rtol, max_steps)
     if form == "auto" and served.interpolating and failed(out.result):
         served = HessianForm()
-        out = _retract(loss, params, static, served, rtol, max_steps)
+        out = _retract(loss, params, chart, served, rtol, max_steps)
     return served, out
 
 
@@ -100,12 +102,12 @@ def retract_in_form(
 def _retract(
     loss: AbstractLoss,
     params: PyTree,
-    static: PyTree,
+    chart: AbstractChart,
     form: AbstractForm,
     rtol: float | None,
     max_steps: int,
 ) -> Retraction:
-    theta, flat = flatten(loss, params, static)
+    theta, flat = flatten_on(loss, params, chart)
     w, residual, steps, ok = nearest(flat, theta, form, rtol, max_steps)
     result = RESULTS.where(ok, RESULTS.successful, RESULTS.not_critical)
     return Retraction(flat.model(w), residual, steps, result)

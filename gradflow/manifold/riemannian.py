@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._checks import check_arguments, check_given, is_concrete, resolvable
 from .._norms import norm
-from ..flow.flat import FlatLoss, flatten
+from ..flow.flat import FlatLoss, flatten_on
 from ..flow.flow import check_free, GradientFlow
 from ..flow.term import FlowTerm
 from ..metrics import Metric, without_thresholds
@@ -61,7 +61,8 @@ def riemannian_flow(
     throw: bool = True,
     progress: bool = False,
 ) -> Drift:
-    """w' = −P(w)∇R(w) on M, in slow time s = λt, from the model.
+    """w' = −P(w)∇R(w) on M, in slow time s = λt, from the model; w' = −P(w) G∇R(w) for
+    a flow with `rates` G, P orthogonal in the metric G⁻¹.
 
     In the Jacobian form the default is the flow itself, by KKT5, at a weight decay of
     1e-14 times the largest curvature: w° to O(λ/η), at the price of any other path.
@@ -116,8 +117,8 @@ def riemannian_flow(
     check_problem(term, params, watched)
     rtol = resolvable(rtol, params)
     times = drift_times(ts, slow_time, params)
-    served, start = retract_in_form(term.loss, params, term.static, form)
-    params, _ = flow.partition(start.model)
+    served, start = retract_in_form(term.loss, params, term.chart, form)
+    _, params = flow.term(start.model)
     run = DriftRun(term, params, start.result, times, watched, rtol, atol, max_steps)
     with Bar("drift", shown=progress and _known(run)) as bar:
         if solver is None and served.interpolating:
@@ -186,7 +187,7 @@ def _vanishing_flow(
 ) -> tuple[Int[Array, ""], Float[Array, ""], Float[Array, " n"]]:
     """The rank of J, below m where data are redundant; a λ that vanishes beside the
     largest curvature; and the times t of these slow times."""
-    w, loss = flatten(term.loss, params, term.static)
+    w, loss = flatten_on(term.loss, params, term.chart)
     found = measure(loss, w, JacobianForm())
     lam = _vanishing(times.dtype) / 10 * found.curvatures[0]
     return found.rank, lam, times / lam
@@ -214,12 +215,12 @@ def _told(
 def _curvature_along(
     term: FlowTerm, params: PyTree, rank: Int[Array, ""]
 ) -> tuple[Float[Array, " n"], ...]:
-    """Along a stack of points: the `rank`-th and the largest eigenvalue of AAᵀ, the
+    """Along a stack of parameters: the `rank`-th and the largest eigenvalue of AAᵀ, the
     distance ‖A⁺r‖ from M by the first `rank` of them, and ‖w‖. Rounding blurs an
     eigenvalue below eps of the largest, where rank has long been lost."""
 
     def at(p):
-        w, loss = flatten(term.loss, p, term.static)
+        w, loss = flatten_on(term.loss, term.chart.state(p), term.chart)
         a, r = weighted_jacobian(loss, w)
         values, vectors = jnp.linalg.eigh(a @ a.T)
         values, vectors = jnp.maximum(values[::-1], 0), vectors[:, ::-1]
@@ -236,7 +237,7 @@ def _curvature_along(
 def _drift(run: DriftRun, form: AbstractForm, solver: diffrax.AbstractSolver) -> Drift:
     """The equation of the drift itself, by `solver`."""
     term, times = run.term, run.times
-    w0, loss = flatten(term.loss, run.params, term.static)
+    w0, loss = flatten_on(term.loss, run.params, term.chart)
     spectrum = measure(loss, w0, form)
     out = _integrate(run, spectrum, solver)
     path = jnp.where(jnp.isfinite(out.saved), out.saved, jnp.nan)
@@ -261,7 +262,7 @@ def _drift(run: DriftRun, form: AbstractForm, solver: diffrax.AbstractSolver) ->
     result = RESULTS.where(run.start == RESULTS.successful, result, run.start)
     return Drift(
         s=times,
-        params=jax.vmap(loss.unravel)(path),
+        params=jax.vmap(lambda w: term.chart.place(loss.unravel(w)))(path),
         static=term.static,
         metrics=seen,
         train_loss=train_loss,
@@ -278,7 +279,7 @@ def _integrate(
 ) -> Reached:
     """w as a vector at the slow times, from w(0) on; `spectrum` is that of w(0)."""
     term, times = run.term, run.times
-    w0, loss = flatten(term.loss, run.params, term.static)
+    w0, loss = flatten_on(term.loss, run.params, term.chart)
 
     def field(s, w, args):
         normal = spectrum.source.normal(loss, w, spectrum.rank)
@@ -291,7 +292,7 @@ def _integrate(
     integration = Integration(
         diffrax.ODETerm(field),
         solver,
-        Relative(run.rtol, run.atol),
+        Relative(run.rtol, run.atol, roots=term.chart.roots),
         times,
         None,
         run.max_steps,

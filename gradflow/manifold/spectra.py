@@ -9,8 +9,9 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._checks import check_given, is_concrete
 from .._host import as_array, known, numpy_of
-from ..flow.flat import FlatLoss, flatten
+from ..flow.flat import FlatLoss, flatten_on
 from ..flow.flow import GradientFlow
+from ..flow.term import AbstractChart
 from ..losses import AbstractLoss
 from ..precision import exact_products
 from ..results import RESULTS
@@ -130,7 +131,8 @@ def spectrum(
 
     **Arguments:**
 
-    - `loss`: the training loss, or a flow of it.
+    - `loss`: the training loss, or a flow of it. With `rates` G these are the values of
+        (ℓ'')^½ J √G, or of √G ∇²F √G: the rates at which the flow comes down to M.
     - `model`: a model on M, or near it.
     - `form`: `"jacobian"`, `"hessian"`, or `"auto"`: the Jacobian form where the loss
         is composite and the residuals are negligible, ‖ρ‖ ≤ eps^0.4 ‖A‖‖θ‖ with
@@ -153,23 +155,23 @@ def spectrum(
     """
     check_given(rtol=rtol, max_steps=max_steps)
     term, params = begin(loss, model, trainable)
-    loss, static = term.loss, term.static
-    source = choose_form(loss, params, static, form)
-    dense = is_dense(method, source, loss, params, static)
-    return compiled_spectrum(loss, params, static, source, rtol, dense, max_steps)
+    loss, chart = term.loss, term.chart
+    source = choose_form(loss, params, chart, form)
+    dense = is_dense(method, source, loss, params, chart.static)
+    return compiled_spectrum(loss, params, chart, source, rtol, dense, max_steps)
 
 
 @eqx.filter_jit
 def compiled_spectrum(
     loss: AbstractLoss,
     params: PyTree,
-    static: PyTree,
+    chart: AbstractChart,
     form: AbstractForm,
     rtol: float | None,
     dense: bool,
     max_steps: int | None,
 ) -> Spectrum:
-    theta, flat = flatten(loss, params, static)
+    theta, flat = flatten_on(loss, params, chart)
     return measure(flat, theta, form, rtol, dense, max_steps)
 
 

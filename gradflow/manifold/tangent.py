@@ -7,8 +7,9 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, PyTree
 
 from .._checks import check_given
-from ..flow.flat import flatten
+from ..flow.flat import flatten_on
 from ..flow.flow import GradientFlow
+from ..flow.term import AbstractChart
 from ..losses import AbstractLoss
 from ..precision import exact_products
 from ..results import RESULTS, unless_failed
@@ -42,7 +43,8 @@ def tangent_projection(
 
     **Arguments:**
 
-    - `loss`: the training loss, or a flow of it.
+    - `loss`: the training loss, or a flow of it. With `rates` G it is the projection
+        that is orthogonal in the metric G⁻¹, P = I − GJᵀ(J G Jᵀ)⁺J.
     - `model`: a model on M.
     - `v`: a pytree like the parameters: with the structure of `model`, or with `None`
         in place of what is not trained.
@@ -68,12 +70,12 @@ def tangent_projection(
     """
     check_given(rtol=rtol, max_steps=max_steps)
     term, params = begin(loss, model, trainable)
-    loss, static = term.loss, term.static
+    loss, chart = term.loss, term.chart
     v = _like(v, params)
-    source = choose_form(loss, params, static, form)
-    if is_dense(method, source, loss, params, static):
-        return _project(loss, params, static, v, source, rtol)
-    out, okay = _project_matrix_free(loss, params, static, v, source, max_steps)
+    source = choose_form(loss, params, chart, form)
+    if is_dense(method, source, loss, params, chart.static):
+        return _project(loss, params, chart, v, source, rtol)
+    out, okay = _project_matrix_free(loss, params, chart, v, source, max_steps)
     if throw:
         result = RESULTS.where(okay, RESULTS.successful, RESULTS.unresolved)
         out = unless_failed(out, result, okay)
@@ -84,29 +86,30 @@ def tangent_projection(
 def _project(
     loss: AbstractLoss,
     params: PyTree,
-    static: PyTree,
+    chart: AbstractChart,
     v: PyTree,
     form: AbstractForm,
     rtol: float | None,
 ) -> PyTree:
-    theta, flat = flatten(loss, params, static)
+    theta, flat = flatten_on(loss, params, chart)
     normal = form.exact_normal(flat, theta, rtol=rtol)
-    return flat.unravel(normal.tangential(ravel_pytree(v)[0]))
+    along = normal.tangential(ravel_pytree(chart.state(v))[0])
+    return chart.tangent(flat.unravel(along))
 
 
 @eqx.filter_jit
 def _project_matrix_free(
     loss: AbstractLoss,
     params: PyTree,
-    static: PyTree,
+    chart: AbstractChart,
     v: PyTree,
     form: AbstractForm,
     max_steps: int | None,
 ) -> tuple[PyTree, Bool[Array, ""]]:
-    theta, flat = flatten(loss, params, static)
+    theta, flat = flatten_on(loss, params, chart)
     op = form.operator(flat, theta)
-    out, okay = project(op, ravel_pytree(v)[0], max_steps)
-    return flat.unravel(jnp.where(okay, out, jnp.nan)), okay
+    out, okay = project(op, ravel_pytree(chart.state(v))[0], max_steps)
+    return chart.tangent(flat.unravel(jnp.where(okay, out, jnp.nan))), okay
 
 
 def _like(v: PyTree, params: PyTree) -> PyTree:

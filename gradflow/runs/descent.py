@@ -72,6 +72,11 @@ def descent(
     - `"projected"`: θ ← Π(θ − hλH), Π the orthogonal projection onto {z(θ) = y}: the
       squared error of a model that is linear in its parameters, without optimiser.
 
+    A flow with `rates` G has a learning rate of its own for each layer: U is multiplied
+    by G, hλH too, and Π is orthogonal in the metric G⁻¹. (Optimisers that look at more
+    than the gradient, as line searches, do not know of it and are refused, and so is
+    `"proximal"`.)
+
     The clock is that of the flow: t = h · steps, and s = λt, for all methods. A plain
     gradient descent follows the flow to O(h); other optimisers follow flows of their
     own, for which t is a unit of account. On a schedule h differs from step to step,
@@ -174,6 +179,11 @@ def prepare_descent(
     term, params = flow.term(model)
     # A loss may well be computed in double precision for weights in single.
     check_problem(term, params, watched, mixed=True)
+    if method == "proximal" and flow.rates is not None:
+        raise ValueError(
+            "method: 'proximal' has one step for all parameters, and the flow has rates"
+            "; give 'subgradient' or 'decoupled'."
+        )
     if method == "projected":
         if flow.hold_norm:
             raise ValueError("method: 'projected' cannot hold the norm as well.")

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, PyTree, Scalar
 
 from .._checks import is_concrete, is_key, word
 from .._typing import Given, Schedule
-from ..flow.flat import FlatLoss, flatten
+from ..flow.flat import FlatLoss, flatten_on
 from ..flow.term import FlowTerm
 from ..losses import SquaredError
 
@@ -86,9 +86,14 @@ def check_optimiser(optimiser: Given) -> None:
 
 
 def as_optimiser(
-    optimiser: Optimiser, learning_rate: Scalar | Scheduled, params: PyTree
+    optimiser: Optimiser,
+    learning_rate: Scalar | Scheduled,
+    params: PyTree,
+    *,
+    rated: bool = False,
 ) -> "DescentOptimiser":
-    """An optimiser that is given as a function of its learning rate, or ready.
+    """An optimiser that is given as a function of its learning rate, or ready. Where
+    its updates are `rated`, one that knows their effect beforehand is none.
 
     **Raises:** `ValueError` where it has no update for such parameters.
     """
@@ -101,13 +106,19 @@ def as_optimiser(
             raise ValueError(f"optimiser: expected one of Optax's, got {kind}.")
     made = optax.with_extra_args_support(optimiser)
     why: list[Exception] = []
-    for names in _ASKED_FOR:
+    for names in ((),) if rated else _ASKED_FOR:
         one = DescentOptimiser(made, names)
         try:
             jax.eval_shape(one.try_on, params)
             return one
         except Exception as error:
             why.append(error)
+    if rated:
+        raise ValueError(
+            "optimiser: expected one that asks for the gradient alone, for its step is "
+            "multiplied by the rates of the flow, got: "
+            + str(why[0]).strip().partition("\n")[0]
+        ) from why[0]
     raise ValueError(
         "optimiser: expected one that makes updates of gradients like these parameters "
         "(and of value, grad and value_fn; or of obj_fn, or grad_fn), got: "
@@ -167,16 +178,17 @@ class DescentOptimiser(NamedTuple):
 
 class Projection(eqx.Module):
     """The orthogonal projection onto {z(θ) = y}, where z is affine:
-    θ − J⁺(z(θ) − y)."""
+    θ − J⁺(z(θ) − y); with rates G that in the metric G⁻¹."""
 
     flat: FlatLoss
     targets: Float[Array, " m"]
     inverse: Float[Array, "d m"]
 
     def __call__(self, params: PyTree) -> PyTree:
-        theta, _ = ravel_pytree(params)
+        chart = self.flat.chart
+        theta, _ = ravel_pytree(chart.state(params))
         away = self.flat.outputs(theta) - self.targets
-        return self.flat.unravel(theta - self.inverse @ away)
+        return chart.place(self.flat.unravel(theta - self.inverse @ away))
 
 
 def projection(term: FlowTerm, params: PyTree) -> Projection:
@@ -187,7 +199,7 @@ def projection(term: FlowTerm, params: PyTree) -> Projection:
     if not isinstance(term.loss, SquaredError):
         kind = type(term.loss).__name__
         raise ValueError(f"method: 'projected' needs a SquaredError, got {kind}.")
-    theta, flat = flatten(term.loss, params, term.static)
+    theta, flat = flatten_on(term.loss, params, term.chart)
     inverse = jnp.linalg.pinv(flat.jacobian(theta))
     return Projection(flat, term.loss.y.reshape(-1), inverse)
 
@@ -214,6 +226,7 @@ def _miss(term: FlowTerm, params: PyTree) -> Scalar:
     away = jnp.cos(jnp.arange(theta.size, dtype=theta.dtype))
     project = projection(term, params)
     on = project(unravel(theta + away * (1 + jnp.max(jnp.abs(theta)))))
-    left = project.flat.outputs(ravel_pytree(on)[0]) - project.targets
+    on, _ = ravel_pytree(term.chart.state(on))
+    left = project.flat.outputs(on) - project.targets
     size = jnp.linalg.norm(project.targets)
     return jnp.linalg.norm(left) / jnp.where(size > 0, size, 1.0)

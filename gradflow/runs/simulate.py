@@ -65,7 +65,8 @@ def simulate(
     throw: bool = True,
     progress: bool = False,
 ) -> Path:
-    """Runs the flow θ' = −∇F(θ) − λ∇R(θ) from `model`.
+    """Runs the flow θ' = −∇F(θ) − λ∇R(θ) from `model`; θ' = −G(∇F(θ) + λ∇R(θ)) where
+    it has `rates` G.
 
     Where the penalty has kinks at zero coordinates, as ℓ1, it runs the differential
     inclusion θ' ∈ −∇F(θ) − λ∂R(θ), with the element of least norm on the right:
@@ -94,7 +95,8 @@ def simulate(
     - `solver`: a gradflow or Diffrax solver; see `choose_solver` for the default.
     - `rtol`: relative tolerance. The relative error of the parameters, ‖θ − θ*‖/‖θ*‖,
         stays of this size: below 5 `rtol` on every task in the tests, 6 were seen with
-        the kinks of a Huber loss.
+        the kinks of a Huber loss. (Of θ itself where the flow has `rates`, too: over
+        four decades of G errors were 0.2 to 2.3 `rtol` with KKT, up to 6 with RKC2.)
     - `atol`: absolute tolerance for each coordinate; by default 0.02 · `rtol` · rms(θ)
         of the θ at that time, so that it means the same in every unit.
     - `max_steps`: the budget of steps.

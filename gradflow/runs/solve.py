@@ -105,9 +105,9 @@ class Solve(eqx.Module):
         return self.ts.shape[0]
 
     def again(self, params: PyTree, ts: Float[Array, " n"], start: float) -> "Solve":
-        """The same run from elsewhere, at time `start` of it, and through other times
-        since then."""
-        decay = self.weight_decay
+        """The same run from other parameters, at time `start` of it, and through other
+        times since then."""
+        decay, params = self.weight_decay, self.term.chart.state(params)
         if isinstance(decay, DecaySchedule):
             decay = decay.from_time(start)
         return dataclasses.replace(self, params=params, weight_decay=decay, ts=ts)
@@ -274,6 +274,9 @@ _ACROSS = 0.3
 def _controller(run: Solve, solver: AbstractFlowSolver, first: Scalar) -> Controller:
     """Of the steps, of which the `first` has that length."""
     rtol, atol = run.tolerance.rtol, run.tolerance.atol
+    start, chart = run.params, run.term.chart
+    if chart.roots is not None:
+        start = chart.place(start)
     share = solver.tolerance_share(rtol)
     if curvature_jumps(run.term) and not solver.sees_jumps:
         share = share * _ACROSS
@@ -286,8 +289,9 @@ def _controller(run: Solve, solver: AbstractFlowSolver, first: Scalar) -> Contro
         parts_of=solver.coordinates,
         growth=not solver.sees_growth,
         # Along kinks all of θ may reach zero in finite time.
-        least=0.0 if run.term.penalty.smooth else SHARE * rtol * rms(run.params),
+        least=0.0 if run.term.penalty.smooth else SHARE * rtol * rms(start),
         kinked=loss_may_have_kinks(run.term, run.params),
+        roots=chart.roots,
     )
     return solver.controlled(relative)
 
@@ -417,7 +421,8 @@ def _verdict(
     result = RESULTS.where(lost | fled, RESULTS.diverged, result)
     slid = (result == RESULTS.successful) & (work.get("sliding", 0) > 0)
     result = RESULTS.where(slid, RESULTS.slid, result)
-    saved = Saved(run.term, models, run.ts, out.counts, run.tolerance.rtol)
+    states = jax.vmap(run.term.chart.state)(models)
+    saved = Saved(run.term, states, run.ts, out.counts, run.tolerance.rtol)
     reserved = solver.reservation(saved)
     return RESULTS.where(result == RESULTS.successful, reserved, result)
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Scalar
 
 from .._typing import Schedule
 from ..flow.decay import decay_of, InSlowTime
-from ..flow.term import Flat, FlowTerm, Sphere, Tangential
+from ..flow.term import Flat, FlowTerm, OfStretched, Sphere, Stretched, Tangential
 from ..metrics import Metric
 from ..penalties import prox
 from ..results import RESULTS
@@ -130,28 +130,39 @@ def _descend(
 
 class _Descent(eqx.Module):
     """What a descent does, made of what it is asked. Where the norm of θ is held, a
-    step is taken as if it were free, and the result rescaled."""
+    step is taken as if it were free, and the result rescaled; where θ has rates, it is
+    multiplied by them."""
 
     run: Descend
     term: FlowTerm
+    """Of which the state is θ itself."""
     sphere: Sphere | None
+    rated: Stretched | None
     optimiser: DescentOptimiser
     project: Projection | None
 
     @classmethod
     def of(cls, run: Descend) -> "_Descent":
-        term, sphere = run.term, None
-        if isinstance(term.chart, Sphere):
-            sphere, penalty = term.chart, term.penalty
-            assert isinstance(penalty, Tangential)
-            # That of θ itself, not of the point that the sphere makes it.
-            term = FlowTerm(term.loss, penalty.penalty, Flat(sphere.static))
+        term, chart, penalty = run.term, run.term.chart, run.term.penalty
+        if isinstance(penalty, Tangential | OfStretched):
+            # That of θ itself, not of the state that makes it.
+            term = FlowTerm(term.loss, penalty.penalty, Flat(chart.static))
+        rated = chart if isinstance(chart, Stretched) else None
+        project = None
+        if run.method == "projected":
+            project = projection(run.term, run.params)
         return cls(
             run=run,
             term=term,
-            sphere=sphere,
-            optimiser=as_optimiser(run.optimiser, run.learning_rate, run.params),
-            project=projection(term, run.params) if run.method == "projected" else None,
+            sphere=chart if isinstance(chart, Sphere) else None,
+            rated=rated,
+            optimiser=as_optimiser(
+                run.optimiser,
+                run.learning_rate,
+                run.params,
+                rated=rated is not None,
+            ),
+            project=project,
         )
 
     def start(self) -> _State:
@@ -159,8 +170,9 @@ class _Descent(eqx.Module):
         order = None
         if run.key is not None:
             order = epoch_order(self.term.loss, run.key, jnp.zeros((), int))
+        params = run.params if self.rated is None else self.rated.place(run.params)
         clocks = jnp.zeros(2) if callable(run.weight_decay) else None
-        return _State(run.params, self.optimiser.made.init(run.params), order, clocks)
+        return _State(params, self.optimiser.made.init(params), order, clocks)
 
     def step(self, i: Array, state: _State) -> _State:
         """Step number i."""
@@ -191,9 +203,14 @@ class _Descent(eqx.Module):
         def along(p, scale, v):
             return jax.tree.map(lambda a, b: a + scale * b, p, v)
 
+        def rated(v: PyTree) -> PyTree:
+            """G v."""
+            rates = self.rated
+            return v if rates is None else rates.place(rates.place(v))
+
         decay = -h * lam
         if self.project is not None:
-            moved = along(params, decay, penalty.gradient(params))
+            moved = along(params, decay, rated(penalty.gradient(params)))
             return self.project(moved), state.optimiser
         both = run.method == "subgradient"
 
@@ -206,9 +223,9 @@ class _Descent(eqx.Module):
             return along(slope, lam, penalty.gradient(p)) if both else slope
 
         update, memory = self.optimiser.update(value, force, state.optimiser, params)
-        moved = optax.apply_updates(params, update)
+        moved = optax.apply_updates(params, rated(update))
         if run.method == "decoupled":
-            moved = along(moved, decay, penalty.gradient(params))
+            moved = along(moved, decay, rated(penalty.gradient(params)))
         if run.method == "proximal":
             moved = prox(penalty, moved, -decay)
         return moved, memory

@@ -272,5 +272,6 @@ def time_scale(
 ) -> Scalar:
     """‖θ₀‖/‖θ₀'‖, infinite at rest; a ten-thousandth of t₁ where θ₀ is zero."""
     velocity = term.velocity(params, weight_decay)
-    size, speed = norms(jnp.stack([as_vector(params), as_vector(velocity)]))
+    both, roots = jnp.stack([as_vector(params), as_vector(velocity)]), term.chart.roots
+    size, speed = norms(both if roots is None else roots[None] * both)
     return jnp.where(size > 0, size / speed, 1e-4 * t1)

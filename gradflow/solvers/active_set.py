@@ -195,8 +195,12 @@ class ActiveSet(
         pull = lam * weights
         atol, rtol = self.root_finder.atol, self.root_finder.rtol
         # Of the larger end: all of θ may reach zero.
-        size = jnp.maximum(rms(before), rms(theta))
+        ends, roots = (before, theta), term.chart.roots
+        if roots is not None:
+            ends = roots * before, roots * theta
+        size = jnp.maximum(*map(rms, ends))
         tol = _SHARE * (atol + rtol * size)
+        tol = tol if roots is None else tol / roots
 
         height = sign * theta
         movable = (sign != 0) & (pull > 0)

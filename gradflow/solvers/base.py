@@ -37,7 +37,7 @@ class Saved(NamedTuple):
 
     term: AbstractFlowTerm
     params: PyTree
-    """At all times, stacked."""
+    """States at all times, stacked."""
     ts: Float[Array, " n"]
     counts: Int[Array, " 3"]
     """Steps; those accepted, and rejected."""

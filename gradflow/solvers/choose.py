@@ -59,7 +59,10 @@ def measure_size(
     def gradient(p):
         return jax.grad(lambda p: loss(term.model(p)))(p)
 
-    largest = known(sharpness(term, params)) + known(weight_decay)
+    decay, roots = known(weight_decay), term.chart.roots
+    if roots is not None:
+        decay = decay * known(roots).max() ** 2
+    largest = known(sharpness(term, params)) + decay
     return Size(
         as_array(largest * known(t1)),
         sum(p.size for p in jax.tree.leaves(params)),

@@ -90,6 +90,8 @@ class Relative(diffrax.AbstractAdaptiveStepSizeController):
     atol: Scalar | float
     """0 unless one was given."""
     parts_of: Callable[[PyTree], PyTree] = eqx.field(static=True)
+    roots: Float[Array, " d"] | None
+    """See `AbstractChart`."""
     share: float = eqx.field(static=True)
     growth: bool = eqx.field(static=True)
     kinked: bool = eqx.field(static=True)
@@ -106,6 +108,7 @@ class Relative(diffrax.AbstractAdaptiveStepSizeController):
         growth: bool = True,
         least: Scalar | float = 0.0,
         kinked: bool = False,
+        roots: Float[Array, " d"] | None = None,
     ):
         """**Arguments:**
 
@@ -118,10 +121,14 @@ class Relative(diffrax.AbstractAdaptiveStepSizeController):
             nothing of those after it.
         - `growth`: whether errors of growth count for more; False for a solver that
             sees to it itself.
+        - `roots`: by what the numbers of a state are multiplied to be those of θ, for
+            which the tolerances are.
         """
         self.rtol = rtol
         self.atol = least if atol is None else atol
         self.parts_of = parts_of
+        # (Of what is differentiated, steps have no part in the derivative.)
+        self.roots = None if roots is None else jax.lax.stop_gradient(roots)
         self.share = SHARE if atol is None else 0.0
         self.growth = growth
         self.kinked = kinked
@@ -137,11 +144,16 @@ class Relative(diffrax.AbstractAdaptiveStepSizeController):
     def wrap(self, direction):
         return eqx.tree_at(lambda s: s.pid, self, self.pid.wrap(direction))
 
+    def _measured(self, y: PyTree) -> Float[Array, " d"]:
+        """What of a state the tolerances are for."""
+        v = as_vector(self.parts_of(y))
+        return v if self.roots is None else self.roots * v
+
     def init(self, terms, t0, t1, y0, dt0, args, func, error_order):
         if dt0 is None:
             raise ValueError("dt0: Relative does not guess the first step; give it.")
         end, state = self.pid.init(terms, t0, t1, y0, dt0, args, func, error_order)
-        size = norm(self.parts_of(y0))
+        size = norm(self._measured(y0))
         most = jnp.full((), jnp.inf, jnp.result_type(t1))
         one, none = jnp.ones_like(most), jnp.zeros_like(most)
         asked = jnp.asarray(end - t0, most.dtype)
@@ -152,9 +164,7 @@ class Relative(diffrax.AbstractAdaptiveStepSizeController):
     ):
         memory: _Memory = controller_state
         state, low, high, most, rise, *_ = memory
-        before, after, error = (
-            as_vector(self.parts_of(y)) for y in (y0, y1_candidate, y_error)
-        )
+        before, after, error = (self._measured(y) for y in (y0, y1_candidate, y_error))
         # Where a step has left the domain of the flow, the tolerance is that of its
         # start.
         sound = jnp.all(jnp.isfinite(after))
@@ -276,9 +286,14 @@ class Step(NamedTuple):
         after: Float[Array, " d"],
         error: Float[Array, " d"],
         *others: Float[Array, " d"],
+        roots: Float[Array, " d"] | None = None,
     ) -> tuple["Step", list[Scalar]]:
         """The step from `before` to `after`, and the norms of `others`: all together,
-        since each norm by itself is as large a program."""
+        since each norm by itself is as large a program. Where there are `roots`, the
+        step is that of θ; the others are speeds of the state, which is what flows down
+        a gradient."""
+        if roots is not None:
+            before, after, error = (roots * x for x in (before, after, error))
         gone = after - before
         sizes = norms(jnp.stack([gone, error, before, after, *others]))
         return cls(gone, error, *sizes[:4]), list(sizes[4:])

@@ -309,7 +309,9 @@ class AbstractKKT(
         error = out.error * state.lasting
         if problem.kinked:
             gone = step.gone / jnp.maximum(step.length, jnp.finfo(theta.dtype).tiny)
-            across = out.error - jnp.vdot(out.error, gone) * gone
+            across = step.error - jnp.vdot(step.error, gone) * gone
+            roots = term.chart.roots
+            across = across if roots is None else across / roots
             error = jnp.where(out.slid, across, error)
         error = loss.unravel(jnp.where(out.ok, free * error, jnp.inf))
         k = jax.vmap(loss.unravel)(h * out.slopes[np.array([0, -1])])
@@ -429,7 +431,8 @@ class AbstractKKT(
         # (It may rise tenfold in a step: the iteration of the next is then as much more
         # exact, so that what it leaves is not taken for an error.)
         slopes = out.slopes[0], out.slopes[-1]
-        step, (slow, fast) = Step.of(problem.theta, out.stage, out.error, *slopes)
+        sizes = problem.theta, out.stage, out.error
+        step, (slow, fast) = Step.of(*sizes, *slopes, roots=problem.term.chart.roots)
         lasts = lasting(jnp.log(fast / slow), step)
         lasts = jnp.minimum(lasts, 10 * state.lasting)
         # What sliding leaves is no error that lasts, along the step or not.

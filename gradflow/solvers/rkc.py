@@ -201,14 +201,18 @@ class RKC2(AbstractOnParams, diffrax.AbstractAdaptiveSolver[_State]):
 
         error = _combine((-0.8, move), (0.4 * h, f0), (0.4 * h, f1))
         caution = _CAUTION
-        if isinstance(getattr(terms, "term", terms), FlowTerm):
-            step, (slow, fast) = Step.of(*map(as_vector, (y0, y1, error, f0, f1)))
+        flow = getattr(terms, "term", terms)
+        if isinstance(flow, FlowTerm):
+            sizes = [as_vector(y) for y in (y0, y1, error, f0, f1)]
+            step, (slow, fast) = Step.of(*sizes)
             # Where f is smooth the error is about h³y‴/15, of which ρ limits the size.
             # What is larger are jumps of f, at kinks, which say nothing of growth.
             largest = reach * (2 + reach) / 15 * step.length
             least = jnp.where(step.missed > 0, step.missed, 1)
             smooth = jnp.clip(2 * largest / least - 1, 0, 1)
             caution = 1 + (_CAUTION - 1) * smooth
+            if (roots := flow.chart.roots) is not None:
+                step, _ = Step.of(*sizes[:3], roots=roots)
             # A gradient flow speeds up only where something in it grows. And steps are
             # so many that errors add up where all of θ decays, too.
             decay = _DECAY * jnp.log(step.size / step.left)

@@ -127,12 +127,14 @@ class Stages(eqx.Module):
         return ravel_pytree(self.term.penalty.gradient(self.loss.unravel(y)))[0]
 
     def size_of(self, v: Float[Array, " d"], y: Float[Array, " d"]) -> Scalar:
-        """A change v to y in tolerances. A coordinate held at zero is none to
-        resolve."""
-        free = 1.0
+        """A change v to y in tolerances, which are those of θ. A coordinate held at
+        zero is none to resolve."""
+        free, start, roots = 1.0, self.y0, self.term.chart.roots
         if isinstance(self.term.penalty, OnOrthant):
             free = jnp.abs(self.term.penalty.sign)
-        return self.finder.norm(free * v / self.finder.scale(self.y0, free * y))
+        if roots is not None:
+            free, start = free * roots, roots * start
+        return self.finder.norm(free * v / self.finder.scale(start, free * y))
 
     def solve(
         self,

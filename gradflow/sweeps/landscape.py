@@ -179,6 +179,8 @@ def landscape(
     if isinstance(flow, AbstractLoss):
         flow = GradientFlow(flow)
     check_flow(flow)
+    if flow.rates is not None:
+        raise ValueError("flow: it has rates, and where the norm is held there is one.")
     check_times(scales, "scales", 3)
     scales = np.asarray(scales, float)
     if not scales[0] > 0:

@@ -150,7 +150,8 @@ class RadialLaw(eqx.Module):
 
 def radial_law(flow: GradientFlow, theory: TwoPhase) -> RadialLaw:
     """The law d ln‖w‖/ds = −⟨ŵ, P∇R⟩/‖w‖, ŵ = w/‖w‖, along the drift; for R = ½‖θ‖² it
-    is −‖Pŵ‖²: the norm falls by what of it is tangent.
+    is −‖Pŵ‖²: the norm falls by what of it is tangent. With `rates` G it is
+    −⟨ŵ, P G∇R⟩/‖w‖.
 
     **Arguments:**
 
@@ -173,8 +174,11 @@ def _radial(flow: GradientFlow, theory: TwoPhase) -> tuple[Array, Array]:
     term, _ = flow.term(eqx.combine(theory.limit, theory.drift.static))
 
     def at(params):
-        here = Point(term, params, theory.spectrum)
-        return jnp.linalg.norm(here.w), -(here.w @ here.drift) / (here.w @ here.w)
+        here = Point(term, term.chart.state(params), theory.spectrum)
+        w, drift, roots = here.w, here.drift, term.chart.roots
+        if roots is not None:
+            w, drift = roots * w, roots * drift
+        return jnp.linalg.norm(w), -(w @ drift) / (w @ w)
 
     return jax.lax.map(at, theory.drift.params)
 

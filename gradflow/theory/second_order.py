@@ -23,8 +23,8 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PyTree
 
 from .._host import as_array, taken
-from ..flow.flat import FlatLoss, flatten
-from ..flow.term import FlowTerm
+from ..flow.flat import FlatLoss, flatten_on
+from ..flow.term import AbstractChart, FlowTerm
 from ..manifold import Drift, Spectrum
 from ..manifold.diagnosis import third_derivative
 from ..manifold.forms import AbstractForm
@@ -101,8 +101,11 @@ def second_order(
 ) -> SecondOrder | None:
     """The terms of order λ for the two paths of a two-phase prediction; `None` where
     they could not be found."""
-    start = jax.tree.map(lambda p: taken(p, 0), drift.params)
-    along = FastPath(term, fast.params, fast_scale, spectrum.source)
+    chart = term.chart
+    # All of it is of states, in which the flow is a plain one.
+    path, slow = (jax.vmap(chart.state)(x.params) for x in (fast, drift))
+    start = jax.tree.map(lambda p: taken(p, 0), slow)
+    along = FastPath(term, path, fast_scale, spectrum.source)
     none = as_array(np.zeros(spectrum.parameters, fast.t.dtype))
     _, h, speed = match(term, start, none, spectrum)
 
@@ -128,18 +131,18 @@ def second_order(
         count = 2 * count - 1
         rough, fine = fine, theta1(times(2 * count - 1))
     s = taken(drift.s, slice(_regular(drift)))
-    tangent = outer(term, drift.params, drift.s, s, w1, spectrum)
+    tangent = outer(term, slow, drift.s, s, w1, spectrum)
     n = int(_count_finite(tangent))
     if n < 8 or not np.isfinite(mismatch):  # interpolation takes 8
         return None
     until = slice(n)
-    nodes = jax.tree.map(lambda p: taken(p, until), drift.params)
+    nodes = jax.tree.map(lambda p: taken(p, until), slow)
     s, tangent = taken(s, until), taken(tangent, until)
     offset, ratio = _next(term, nodes, s, tangent, spectrum)
     bend, rise = _start(term, start, w1, offset, drift.s, spectrum)
     growth = Growth(speed, bend, rise)
     q = inner_next(along, times(2 * count - 1), last, fine, growth)
-    stacks, fast_ratio = _stacked(start, theta, q, w1, h, tangent, offset)
+    stacks, fast_ratio = _stacked(chart, start, theta, q, w1, h, tangent, offset)
     return SecondOrder(
         **stacks,
         ratio=ratio,
@@ -186,6 +189,7 @@ def _count_finite(tangent: Float[Array, "n d"]) -> Int[Array, ""]:
 
 @eqx.filter_jit
 def _stacked(
+    chart: AbstractChart,
     start: PyTree,
     theta: Float[Array, "n d"],
     fine: Float[Array, "N d"],
@@ -201,7 +205,11 @@ def _stacked(
     first, more = (jnp.linalg.norm(x, axis=1) / whole for x in (theta, q))
     e1 = (theta - (w1 + h)[None]).at[-1].set(0.0)
     terms = dict(inner=e1, tangent=tangent, offset=offset, next=q)
-    stacks = {name: jax.vmap(unravel)(term) for name, term in terms.items()}
+
+    def placed(term: Float[Array, " d"]) -> PyTree:
+        return chart.tangent(unravel(term))
+
+    stacks = {name: jax.vmap(placed)(term) for name, term in terms.items()}
     return stacks, jnp.maximum(first, jnp.sqrt(more))
 
 
@@ -246,8 +254,9 @@ class Point(eqx.Module):
     offset: Float[Array, " d"]  # h = −H⁺∇R
 
     def __init__(self, term: FlowTerm, params: PyTree, spectrum: Spectrum):
-        """M at `params`, with the form and the rank of `spectrum`, of another point."""
-        w, loss = flatten(term.loss, params, term.static)
+        """M at the state `params`, with the form and the rank of `spectrum`, of another
+        point."""
+        w, loss = flatten_on(term.loss, params, term.chart)
         values, root = spectrum.source.root(loss, w)
         place = jnp.argsort(jnp.argsort(-jnp.abs(values)))
         self.loss, self.penalty, self.w, self.root = loss, term.penalty, w, root
@@ -385,7 +394,7 @@ class FastPath(eqx.Module):
 
     term: FlowTerm
     params: PyTree
-    """At n even times, see `even_times`."""
+    """States at n even times, see `even_times`."""
     scale: Float[Array, ""]
     """τ of these times."""
     form: AbstractForm
@@ -396,7 +405,7 @@ class FastPath(eqx.Module):
         """θ_GF(t) as a vector, `end` being its last time, and F."""
         nodes = jax.tree.leaves(self.params)[0].shape[0]
         params = interpolate(self.params, place(t, end, self.scale, nodes))
-        return flatten(self.term.loss, params, self.term.static)
+        return flatten_on(self.term.loss, params, self.term.chart)
 
 
 class Growth(NamedTuple):

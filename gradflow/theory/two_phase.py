@@ -59,7 +59,9 @@ def two_phase(
 
     **Arguments:**
 
-    - `flow`: loss and penalty.
+    - `flow`: loss and penalty. With `rates` G the theory is that of the metric G⁻¹:
+        Φ of θ' = −G∇F, the drift w' = −P G∇R, both orders; the curvatures η are those
+        of √G ∇²F √G, and ratios of terms are taken in that metric, errors in θ.
     - `model`: the initial model θ₀.
     - `slow_time`: how far to follow the drift, s = λt.
     - `metrics`: as for `simulate`; recorded along both phases.
@@ -113,7 +115,7 @@ def _predicted(flow: GradientFlow, model: PyTree, asked: _Asked, bar: Bar) -> Tw
         where = _place(flow, "limit", f"t = {float(limit.time):.3g}", limit.model)
         if asked.throw:
             raise RuntimeError(where + RESULTS[limit.result])
-    at_limit = spectrum(flow.loss, limit.model, trainable=flow.trainable)
+    at_limit = spectrum(flow, limit.model)
     if asked.order == 2:
         check_second_order(at_limit, flow.penalty)
     tau, until = _fast_scales(term, params, limit.time, at_limit.smallest_curvature)
@@ -144,7 +146,7 @@ def _predicted(flow: GradientFlow, model: PyTree, asked: _Asked, bar: Bar) -> Tw
     end = drift[0]
     whole = float(size(flow.partition(end)[0]))
     if bool(drift.succeeded):
-        at_limit = spectrum(flow.loss, end, trainable=flow.trainable)
+        at_limit = spectrum(flow, end)
     result = _first_failure(limit.result, fast.result, drift.result)
     # Past the loss of rank the drift still stands; its validity is for the report.
     if among(result, RESULTS.successful) and bool(at_limit.ambiguous):
@@ -180,13 +182,12 @@ def _search(flow: GradientFlow, model: PyTree, asked: _Asked) -> Limit:
     """Whether there is a limit, when, and how curved F is there: a loose one will do.
     The limit itself is the end of the fast path."""
     return limit_map(
-        flow.loss,
+        flow,
         model,
         rtol=max(asked.rtol, _LOOSE),
         t_max=asked.t_max,
         max_steps=asked.max_steps,
         throw=False,
-        trainable=flow.trainable,
         progress=asked.progress,
     )
 
@@ -275,7 +276,7 @@ def _place(flow: GradientFlow, phase: str, reached: str, model: PyTree) -> str:
     text = f"{phase} phase, reached {reached}"
     leaves = jax.tree.leaves(flow.partition(model)[0])
     if all(np.isfinite(np.asarray(leaf)).all() for leaf in leaves):
-        at = spectrum(flow.loss, model, trainable=flow.trainable)
+        at = spectrum(flow, model)
         values = np.asarray(at.curvatures)[: max(int(at.rank), 1)]
         smallest = ", ".join(f"{value:.2g}" for value in values[-3:])
         text += (
@@ -318,7 +319,9 @@ def _fast_shift(
 ) -> Float[Array, ""]:
     """sup c‖θ'‖/‖Φ‖, c = ∫|⟨∇R, θ'⟩|/‖θ'‖² dt: see `TwoPhase.fast_shift`. θ' itself
     solves v' = −∇²F v, so −cθ' is the part along the path of what
-    θ₁' = −∇²F θ₁ − ∇R makes."""
+    θ₁' = −∇²F θ₁ − ∇R makes. (All of it is of states, in which the flow is a plain
+    one.)"""
+    path = jax.vmap(term.chart.state)(path)
     end = jax.tree.map(lambda p: p[-1], path)
     size = optax.tree.norm(end)
 
