@@ -23,9 +23,12 @@ class Metric(eqx.Module):
 
     The time at which a metric named `"train"` passes its threshold for good is the
     memorisation time; for one named `"test"` it is the grokking time.
+
+    It may be many numbers too, such as singular values: an array whose shape is the
+    same for all models. These have no threshold.
     """
 
-    fn: Callable[[Any], Scalar]
+    fn: Callable[[Any], Float[Array, "..."]]
     """Of the model."""
     threshold: float | None = eqx.field(static=True, default=None, converter=as_level)
     """The level that it is to pass, a number; `None` where no level counts."""
@@ -35,7 +38,7 @@ class Metric(eqx.Module):
     def __check_init__(self):
         check_callable(self.fn, "fn")
 
-    def __call__(self, model: PyTree) -> Scalar:
+    def __call__(self, model: PyTree) -> Float[Array, "..."]:
         return self.fn(model)
 
 

@@ -31,7 +31,7 @@ class Drift(eqx.Module):
     """The trainable parameters, stacked along the slow times."""
     static: PyTree
     """All the rest of the model."""
-    metrics: dict[str, Float[Array, " n"]]
+    metrics: dict[str, Float[Array, "n ..."]]
     """The metrics asked for, by name."""
     train_loss: Float[Array, " n"]
     """F: that of the manifold, but for rounding."""

@@ -44,13 +44,13 @@ class Predicted(NamedTuple):
     """The metrics of a prediction at n times."""
 
     t: Float[Array | np.ndarray, " n"]
-    curves: list[dict[str, Float[Array | np.ndarray, " n"]]]
+    curves: list[dict[str, Float[Array | np.ndarray, "n ..."]]]
     """The metrics by name, at order 1 and, if known, at 2 and with the next term."""
     delay: Float[Array | np.ndarray, " n"]
     """The time in which it moves by what its runs and the interpolation are off."""
 
     @property
-    def best(self) -> dict[str, Float[Array | np.ndarray, " n"]]:
+    def best(self) -> dict[str, Float[Array | np.ndarray, "n ..."]]:
         """The metrics at the highest order that is known as a whole."""
         return self.curves[:2][-1]
 
@@ -263,7 +263,8 @@ class TwoPhase(eqx.Module):
         until = self.valid_until(weight_decay)
         if until <= 0:
             none = np.full(_TIMES + 1, np.nan)
-            curves = dict.fromkeys(self.drift.watched, none)
+            known = self.drift.metrics.items()
+            curves = {k: np.full((none.size, *v.shape[1:]), np.nan) for k, v in known}
             return Predicted(none, [curves] * len(_evaluated(self)), none)
         end = until / float(weight_decay)
         start = min(0.05 * float(self.fast_scale), 0.1 * end)
@@ -399,7 +400,7 @@ def _evaluated(theory: TwoPhase) -> tuple[int, ...]:
 @eqx.filter_jit
 def _metrics_along(
     theory: TwoPhase, lam: Float[Array, ""], t: Float[Array, " n"]
-) -> tuple[list[dict[str, Float[Array, " n"]]], Float[Array, " n"]]:
+) -> tuple[list[dict[str, Float[Array, "n ..."]]], Float[Array, " n"]]:
     """The curves and the delay of `Predicted`."""
     size = optax.tree.norm(jax.tree.map(lambda w: w[0], theory.drift.params))
     rtol = theory.fast.stats.rtol
