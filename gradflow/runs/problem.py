@@ -17,7 +17,7 @@ from .._checks import (
 )
 from ..flow.term import FlowTerm
 from ..losses import AbstractCompositeLoss, AbstractLoss, CrossEntropy
-from ..metrics import Accuracy, Metric, without_thresholds
+from ..metrics import AbstractOfLogits, Metric, without_thresholds
 
 Shapes: TypeAlias = dict[str, tuple[int, ...]]
 """By name."""
@@ -101,7 +101,7 @@ def _look(
         if isinstance(fn, CrossEntropy):
             n = fn.labels.shape[0]
             shapes[name] = (n, eqx.filter_eval_shape(fn.outputs, model).size // n)
-        elif isinstance(fn, Accuracy):
+        elif isinstance(fn, AbstractOfLogits):
             shapes[name] = eqx.filter_eval_shape(fn.logits, model).shape
     return values, shapes
 
