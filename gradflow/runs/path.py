@@ -17,6 +17,7 @@ from ..metrics import Metric
 from ..results import among, in_words, is_known, RESULTS
 from .columns import one_dataset
 from .crossing import crossing_error, crossing_time, is_good
+from .stacked import stacked
 from .stats import Stats
 
 _PASSES = 20  # at most: each narrows the time down to a share of 1/8 or less
@@ -116,8 +117,10 @@ class Path(eqx.Module):
 
     @property
     def models(self) -> PyTree:
-        """The models, every trainable leaf stacked along the times."""
-        return eqx.combine(self.params, self.static)
+        """The models as one, every array stacked along the times (what is frozen is
+        repeated), so that `jax.vmap(f)(path.models)` is f of each. What else a model
+        holds is no leaf of it, but does what it did."""
+        return stacked(self.params, self.static, self.t.shape)
 
     def __getitem__(self, index: int | np.integer) -> PyTree:
         """The model at `t[index]`."""

@@ -22,6 +22,7 @@ from ..precision import exact_products
 from ..results import among, is_known, RESULTS
 from ..runs.interpolate import DEGREE, holds_until, interpolate, place
 from ..runs.path import Path
+from ..runs.stacked import stacked
 from ..runs.times import even_times
 from .labelled import of_theory
 from .predicted_time import bracket, predicted_time, PredictedTime
@@ -130,8 +131,8 @@ class TwoPhase(eqx.Module):
         - `order`: 1 or 2. The second is better wherever theory is asymptotic (see
             `valid_until`), and worse beyond.
 
-        **Returns:** a model; its trainable leaves are stacked along `t` if that is a
-        vector. NaN beyond the slow time to which the terms were computed.
+        **Returns:** a model; for a vector `t` they are stacked along it as one, see
+        `Path.models`. NaN beyond the slow time to which the terms were computed.
 
         **Raises:** `ValueError` for another order, or one that was not computed.
         """
@@ -144,8 +145,9 @@ class TwoPhase(eqx.Module):
         def at_once(t: Float[Array, ""]) -> PyTree:
             return self.predict_params(t, lam, order=order)
 
-        params = at_once(t) if t.ndim == 0 else jax.lax.map(at_once, t)
-        return eqx.combine(params, self.drift.static)
+        if t.ndim == 0:
+            return eqx.combine(at_once(t), self.drift.static)
+        return stacked(jax.lax.map(at_once, t), self.drift.static, t.shape)
 
     def valid_until(self, weight_decay: float) -> float:
         """The slow time up to which theory is claimed to hold for this λ.
