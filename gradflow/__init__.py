@@ -28,7 +28,7 @@ from .penalties import (
     Schatten as Schatten,
     Sobolev as Sobolev,
 )
-from .metrics import Accuracy as Accuracy, Metric as Metric
+from .metrics import Accuracy as Accuracy, Metric as Metric, sharpness as sharpness
 from .results import RESULTS as RESULTS
 from .runs.path import Path as Path
 from .runs.stats import Stats as Stats
@@ -38,6 +38,7 @@ from .runs.times import log_spaced_steps as log_spaced_steps
 from .solvers import KKT4 as KKT4, KKT5 as KKT5, RKC2 as RKC2
 
 from . import data as data
+from . import metrics as metrics
 from . import models as models
 from . import tasks as tasks
 from . import manifold as manifold

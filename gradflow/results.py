@@ -73,9 +73,9 @@ class RESULTS(diffrax.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
         "critical to rounding. Retract it first, or set `rtol` to say what counts."
     )
     unresolved = (
-        "The matrix-free iteration did not reach its tolerance: the Jacobian is "
-        "ill-conditioned, or too few steps were allowed. Use method='dense' if it "
-        "fits the memory, or raise `max_steps`."
+        "The matrix-free iteration did not reach its tolerance: the matrix is "
+        "ill-conditioned, or too few steps were allowed. Raise `max_steps`, or use "
+        "method='dense' where there is one and it fits the memory."
     )
     second_order_lost = (
         "The terms of the second order could not be found: the fast phase changes too "

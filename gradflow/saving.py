@@ -16,6 +16,7 @@ import numpy as np
 
 from ._checks import is_concrete, is_key
 from .results import codes, flags, from_codes, RESULTS
+from .runs.stacked import constant, plain
 
 _FORMAT = 1
 """Of the file. What an older version wrote can always be read."""
@@ -115,6 +116,8 @@ class _Writer:
     def _describe(self, value: Any) -> dict[str, Any]:
         if isinstance(value, RESULTS):
             return {"kind": "result", "array": self._array(codes(value))}
+        if (leaf := plain(value)) is not value:
+            return {"kind": "constant", "leaf": self.node(leaf)}
         if not is_concrete(value):
             raise ValueError("result: expected numbers, got one that is being traced.")
         if is_key(value):
@@ -142,8 +145,9 @@ class _Writer:
                 items = [self.node(v) for v in value]
                 return {"kind": kind.__name__, "items": items}
         if isinstance(value, functools.partial):
-            parts = [value.func, value.args, value.keywords]
-            return {"kind": "partial", "parts": [self.node(part) for part in parts]}
+            nodes = map(self.node, (value.func, value.args, value.keywords))
+            of_jax = isinstance(value, jax.tree_util.Partial)
+            return {"kind": "partial", "parts": list(nodes), "of_jax": of_jax}
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             fields = {
                 f.name: self.node(getattr(value, f.name) if _kept(f) else None)
@@ -207,7 +211,11 @@ class _Reader:
             return self._class(node["type"])._make(map(self.value, node["items"]))
         if kind == "partial":
             function, args, keywords = map(self.value, node["parts"])
-            return functools.partial(function, *args, **keywords)
+            of_jax = node.get("of_jax", False)
+            partial = jax.tree_util.Partial if of_jax else functools.partial
+            return partial(function, *args, **keywords)
+        if kind == "constant":
+            return constant(self.value(node["leaf"]))
         if kind == "method":
             return getattr(self.value(node["of"]), node["name"])
         if kind == "named" and (found := _find(node["name"])) is not None:

@@ -242,6 +242,14 @@ for make in (gf.CrossEntropy, gf.Accuracy):
 case("threshold", functools.partial(gf.Metric, loss), "0.5", [0.5], 1j, np.nan,
      jnp.ones(2))
 case("fn", gf.Metric, 3.0, None)
+for make in (gf.metrics.SingularValues, gf.metrics.EffectiveRank, gf.metrics.Norm):
+    case("where", make, "w", None, Linear)
+case("degree", functools.partial(gf.metrics.Margin, x, jnp.zeros(4, int)), "2", -1,
+     np.inf, None, [1.0])
+for name, values in dict(count=(0, 4, 2.5, "2"), rtol=(0.0, "1"), max_steps=(0, 2.5),
+                         weight_decay=(-1.0, "0.1"), trainable=(3.0,)).items():
+    case(name, functools.partial(gf.sharpness, loss, model), *values)
+case("loss", lambda loss: gf.sharpness(loss, model), predict, None)
 case("fn", gf.Loss, 3.0, gf.Loss)
 case("loss", gf.GradientFlow, predict, gf.SquaredError, None)
 case("penalty", functools.partial(gf.GradientFlow, loss), gf.L1, 1.0)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
 
 import gradflow as gf
 from gradflow.sweeps import lanes, memory, programs, runner
@@ -223,8 +224,10 @@ def diagonal():
 @pytest.mark.slow
 @pytest.mark.parametrize("solver", [gf.KKT4(), gf.RKC2(), diffrax.Tsit5(), None])
 @pytest.mark.parametrize("problem", [diagonal, many_samples])
-def test_what_a_lane_takes(monkeypatch, solver, problem):
-    """By estimate, and as XLA says. (`None` is a descent.)"""
+@pytest.mark.parametrize("wide", [False, True])
+def test_what_a_lane_takes(monkeypatch, solver, problem, wide):
+    """By estimate, and as XLA says, also where a metric is `wide`, and of twenty times
+    as many numbers as the model. (`None` is a descent.)"""
     told, given = [], []
     kind = lanes.DescentLanes if solver is None else lanes.FlowLanes
     estimate = kind.bytes_per_lane
@@ -244,10 +247,14 @@ def test_what_a_lane_takes(monkeypatch, solver, problem):
     if solver is None:
         how = dict(run=gf.Descent(0.01, steps=100))
     flow, model = problem()
+    watch = {"loss": flow.loss}
+    if wide:
+        theta = lambda m: ravel_pytree(flow.partition(m)[0])[0]
+        watch["wide"] = lambda m: jnp.outer(jnp.arange(20.0), jnp.sin(theta(m)))
     with pytest.raises(Caught):
         gf.sweep(
             flow, model, weight_decay=LAMS[:8], saves=33, batch="vmap", progress=False,
-            metrics={"loss": flow.loss}, **how,
+            metrics=watch, **how,
         )  # fmt: skip
     of = program.lower(*given).compile().compiled.memory_analysis()
     sizes = (of.temp_size_in_bytes, of.output_size_in_bytes, of.argument_size_in_bytes)

@@ -14,6 +14,8 @@ import jax.random as jr
 import lineax as lx
 from jaxtyping import Array, Bool, Float
 
+from ..flow.lanczos import Lanczos, next_unit, orthogonal, random, unit
+
 # Entries of the Krylov basis kept for a spectrum, and vectors at most: 800 MB.
 _BASIS = 10**8
 _VECTORS = 300
@@ -98,48 +100,19 @@ def extremes(op: Operator, dtype, steps: int | None = None) -> Extremes:
     return process(op, jnp.dtype(dtype), k)
 
 
-def _orthogonal(basis: Float[Array, "k n"], v: Float[Array, " n"]) -> Array:
-    """v less its part in the span of the rows of `basis`; twice is enough."""
-    for _ in range(2):
-        v = v - basis.T @ (basis @ v)
-    return v
-
-
-def _next(
-    basis: Array, v: Array, key: Array, scale: Float[Array, ""]
-) -> tuple[Float[Array, " n"], Float[Array, ""]]:
-    """The next unit vector and its coefficient. Where v lies in the span already, a
-    random new direction, with coefficient zero; zero where there is none left."""
-    v = _orthogonal(basis, v)
-    size = jnp.linalg.norm(v)
-    floor = 10 * v.size * jnp.finfo(v.dtype).eps
-    kept = size > floor * scale
-    fresh = _orthogonal(basis, jr.normal(key, v.shape, v.dtype))
-    length = jnp.linalg.norm(fresh)
-    fresh = jnp.where(length > floor * v.size**0.5, fresh / length, 0)
-    return (
-        jnp.where(kept, v / jnp.where(kept, size, 1), fresh),
-        jnp.where(kept, size, 0),
-    )
-
-
-def _seed(n: int, dtype) -> Float[Array, " n"]:
-    v = jr.normal(jr.key(0), (n,), dtype)
-    return v / jnp.linalg.norm(v)
-
-
 def _golub_kahan(op: Operator, dtype, k: int) -> Extremes:
     """A V = U B + β u eₖᵀ and AᵀU = V Bᵀ, B lower bidiagonal (Golub and Kahan, 1965).
 
     V lacks a vector (it is zero) where Aᵀu lies in the span of the others.
     """
-    left = jnp.zeros((k + 1, op.rows), dtype).at[0].set(_seed(op.rows, dtype))
+    first = unit(random(0, op.rows, dtype))
+    left = jnp.zeros((k + 1, op.rows), dtype).at[0].set(first)
     right = jnp.zeros((k, op.columns), dtype)
 
     def body(i, carry):
         left, right, alpha, beta, scale = carry
         u = left[i]
-        v = _orthogonal(right, op.transpose(u))
+        v = orthogonal(right, op.transpose(u))
         size = jnp.linalg.norm(v)
         scale = jnp.maximum(scale, size)
         kept = size > 10 * op.columns * jnp.finfo(dtype).eps * scale
@@ -147,7 +120,7 @@ def _golub_kahan(op: Operator, dtype, k: int) -> Extremes:
         size = jnp.where(kept, size, 0)
         right = right.at[i].set(v)
         key = jr.fold_in(jr.key(1), i)
-        u, coefficient = _next(left, op.apply(v) - size * u, key, scale)
+        u, coefficient = next_unit(left, op.apply(v) - size * u, key, scale)
         left = left.at[i + 1].set(u)
         alpha, beta = alpha.at[i].set(size), beta.at[i].set(coefficient)
         return left, right, alpha, beta, scale
@@ -158,31 +131,16 @@ def _golub_kahan(op: Operator, dtype, k: int) -> Extremes:
     b = jnp.diag(alpha) + jnp.diag(beta[:-1], -1)
     _, values, q = jnp.linalg.svd(b)
     # Of a random vector outside the span: its image has 1/√(m − k) of the norm.
-    fresh = _orthogonal(left, jr.normal(jr.key(2), (op.rows,), dtype))
-    rest = jnp.linalg.norm(_orthogonal(right, op.transpose(fresh)))
+    fresh = orthogonal(left, jr.normal(jr.key(2), (op.rows,), dtype))
+    rest = jnp.linalg.norm(orthogonal(right, op.transpose(fresh)))
     rest = jnp.where(k < op.rows, rest, 0)
     return Extremes(values, jnp.abs(beta[-1] * q[:, -1]), rest)
 
 
 def _lanczos(op: Operator, dtype, k: int) -> Extremes:
-    """H Q = Q T + β q eₖᵀ, T tridiagonal."""
-    basis = jnp.zeros((k + 1, op.rows), dtype).at[0].set(_seed(op.rows, dtype))
-
-    def body(i, carry):
-        basis, alpha, beta, scale = carry
-        v = op.apply(basis[i])
-        scale = jnp.maximum(scale, jnp.linalg.norm(v))
-        own = v @ basis[i]
-        q, coefficient = _next(basis, v, jr.fold_in(jr.key(1), i), scale)
-        basis = basis.at[i + 1].set(q)
-        return basis, alpha.at[i].set(own), beta.at[i].set(coefficient), scale
-
-    none = jnp.zeros(k, dtype)
-    start = (basis, none, none, jnp.zeros((), dtype))
-    basis, alpha, beta, _ = jax.lax.fori_loop(0, k, body, start)
-    t = jnp.diag(alpha) + jnp.diag(beta[:-1], -1) + jnp.diag(beta[:-1], 1)
-    values, vectors = jnp.linalg.eigh(t)
-    fresh = _orthogonal(basis, jr.normal(jr.key(2), (op.rows,), dtype))
-    rest = jnp.linalg.norm(_orthogonal(basis, op.apply(fresh)))
+    process = Lanczos.begin(op.rows, dtype, k).onward(op.apply, k)
+    basis, (values, bounds) = process.basis, process.ritz()
+    fresh = orthogonal(basis, jr.normal(jr.key(2), (op.rows,), dtype))
+    rest = jnp.linalg.norm(orthogonal(basis, op.apply(fresh)))
     rest = jnp.where(k < op.rows, rest, 0)
-    return Extremes(values, jnp.abs(beta[-1] * vectors[-1]), rest)
+    return Extremes(values, bounds, rest)

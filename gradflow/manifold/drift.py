@@ -14,6 +14,7 @@ from ..results import among, in_words, is_known, RESULTS
 from ..runs.columns import one_dataset
 from ..runs.crossing import crossing_time
 from ..runs.path import ended, relative_speed, trend
+from ..runs.stacked import stacked
 from ..runs.stats import Stats
 
 
@@ -31,7 +32,7 @@ class Drift(eqx.Module):
     """The trainable parameters, stacked along the slow times."""
     static: PyTree
     """All the rest of the model."""
-    metrics: dict[str, Float[Array, " n"]]
+    metrics: dict[str, Float[Array, "n ..."]]
     """The metrics asked for, by name."""
     train_loss: Float[Array, " n"]
     """F: that of the manifold, but for rounding."""
@@ -53,8 +54,9 @@ class Drift(eqx.Module):
 
     @property
     def models(self) -> PyTree:
-        """The models, every trainable leaf stacked along the slow times."""
-        return eqx.combine(self.params, self.static)
+        """The models as one, every array stacked along the slow times, for `jax.vmap`;
+        see `Path.models`."""
+        return stacked(self.params, self.static, self.s.shape)
 
     def __getitem__(self, index: int | np.integer) -> PyTree:
         """The model at `s[index]`."""

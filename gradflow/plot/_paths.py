@@ -9,6 +9,7 @@ from ._style import (
     Axes,
     Clock,
     Colours,
+    each,
     finish,
     LABELS,
     legend,
@@ -24,7 +25,8 @@ from ._style import (
 
 
 def path(path: Path, ax: Axes | None = None, *, clock: Clock = "t") -> Axes:
-    """Train loss, metrics and penalty of one path against time.
+    """Train loss, metrics and penalty of one path against time. A metric that is an
+    array has a line for each of its numbers, and one entry in the legend.
 
     **Arguments:**
 
@@ -65,7 +67,11 @@ def _quantities(
             colour = TRAIN
         else:
             colour = colours.get(name) or next(others, "grey")
-            ax.plot(*positive(x, values), color=colour, lw=2, label=name)
+            count = np.size(values[0])
+            width, entry = (2.0, name) if count == 1 else (1.0, f"{name} ({count})")
+            for curve in each(values):
+                ax.plot(*positive(x, curve), color=colour, lw=width, label=entry)
+                entry = None
         threshold = path.watched[name].threshold if name in path.watched else None
         if threshold is not None and threshold > 0:
             ax.axhline(threshold, color=colour, ls=":", lw=1.2)
@@ -85,7 +91,8 @@ def sweep(
     colorbar: bool = True,
     by: str | None = None,
 ) -> Axes:
-    """One metric of every lane against time, coloured by weight decay or another axis.
+    """One metric of every lane against time, coloured by weight decay or another axis;
+    of a metric that is an array, each of its numbers.
 
     **Arguments:**
 
@@ -120,7 +127,8 @@ def sweep(
         raise ValueError(f"clock: expected 't' or 's', got {clock!r}.")
     width = 1.8 if len(sweep) <= 24 else 0.8
     for i in range(len(sweep)):
-        ax.plot(*positive(x[i], values[i]), color=colours(i), lw=width)
+        for curve in each(values[i]):
+            ax.plot(*positive(x[i], curve), color=colours(i), lw=width)
     watched = sweep.paths.watched
     levels = {own.watched[metric].threshold for own in sweep.owned if metric in watched}
     if metric in watched and (watched[metric].threshold or 0) > 0 and len(levels) < 2:

@@ -11,6 +11,7 @@ from ._paths import curves, sweep
 from ._style import (
     Axes,
     Colours,
+    each,
     Figure,
     finish,
     LABELS,
@@ -58,7 +59,7 @@ def report(report: Report, fig: Figure | None = None) -> Figure:
     if _has_test(report):
         collapse(report, axes[0, 1])
     else:
-        words = "no metric is named “test”"
+        words = "no single number is named “test”"
         axes[0, 1].text(0.5, 0.5, words, ha="center", fontsize=SIZE)
         finish(axes[0, 1], LABELS["s"], "")
     collapse(report, axes[0, 2], metric="penalty")
@@ -80,7 +81,9 @@ def report(report: Report, fig: Figure | None = None) -> Figure:
 
 
 def _has_test(report: Report) -> bool:
-    return "test" in report.sweep.metrics and "test" in report.curves.metrics
+    """As one number, whose drop can be seen."""
+    both = report.sweep.metrics, report.curves.metrics
+    return all("test" in found and np.ndim(found["test"]) == 2 for found in both)
 
 
 def losses(report: Report, ax: Axes | None = None) -> Axes:
@@ -126,14 +129,17 @@ def collapse(report: Report, ax: Axes | None = None, *, metric: str = "test") ->
     values = np.asarray(curves(report.sweep, metric))
     slow = np.asarray(report.sweep.slow_time)
     ax = sweep(report.sweep, ax, metric=metric, clock="s", colorbar=False)
-    x, y = positive(drift.s, curve)
-    ax.plot(x, y, color=THEORY, lw=1.4, ls=(0, (4, 3)), label="drift $w^\\circ(s)$")
+    label = "drift $w^\\circ(s)$"
+    for one in each(curve):
+        x, y = positive(drift.s, one)
+        ax.plot(x, y, color=THEORY, lw=1.4, ls=(0, (4, 3)), label=label)
+        label = None
     _horizons(report, ax)
     # The fast phase, which is at smaller and smaller s, is not of interest here.
     end = float(np.asarray(drift.s)[-1])
     left = 1e-4 * end
-    shown = values[(slow >= left) & np.isfinite(values)]
-    shown = np.append(shown, np.asarray(curve))
+    shown = values[slow >= left]
+    shown = np.append(shown[np.isfinite(shown)], np.asarray(curve))
     shown = shown[shown > 0]
     ax.set_xlim(left, end * 1.3)
     ax.set_ylim(shown.min() / 1.3, shown.max() * 1.3)

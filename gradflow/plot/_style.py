@@ -106,6 +106,13 @@ def positive(x: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
     return x[where], y[where]
 
 
+def each(values: Any) -> np.ndarray:
+    """The curves in values along times: of an array at each time one for each of its
+    numbers, along the first axis."""
+    values = np.asarray(values, float)
+    return values.reshape(len(values), -1).T
+
+
 def lowest(values: np.ndarray) -> float:
     values = values[np.isfinite(values) & (values > 0)]
     return float(values.min()) if values.size else 1.0

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable, TypeAlias
 
 import equinox as eqx
 import jax
@@ -48,17 +48,20 @@ def xarray() -> Any:
     return xarray
 
 
-def columns(paths: _Paths, watched: list[dict[str, Any]]) -> dict[str, np.ndarray]:
-    """What is kept of the paths of some lanes, by name: arrays with the lanes as first
-    axis and, where they have two, the times as second.
+Columns: TypeAlias = dict[str, tuple[tuple[str, ...], np.ndarray]]
+"""By name: the dimensions after that of the lanes, the first axis, and the arrays."""
+
+
+def columns(paths: _Paths, watched: list[dict[str, Any]]) -> Columns:
+    """What is kept of the paths of some lanes, most of it along `time`.
 
     `watched` are the metrics of each lane, for their thresholds.
     """
     times = {"t": np.asarray(paths.t), "slow_time": np.asarray(paths.slow_time)}
-    return times | recorded(paths, watched)
+    return _along_time(times) | recorded(paths, watched)
 
 
-def recorded(paths: _Recorded, watched: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+def recorded(paths: _Recorded, watched: list[dict[str, Any]]) -> Columns:
     """The same without the times."""
     levels = {
         name: [lane[name].threshold if name in lane else None for lane in watched]
@@ -66,10 +69,11 @@ def recorded(paths: _Recorded, watched: list[dict[str, Any]]) -> dict[str, np.nd
     }
     known = {name: getattr(paths.stats, name) for name in NUMBERS}
     numbers = {k: np.asarray(v) for k, v in known.items() if v is not None}
-    return {
+    metrics = {f"metric_{k}": np.asarray(v) for k, v in paths.metrics.items()}
+    out = {
         "train_loss": np.asarray(paths.train_loss),
         "penalty": np.asarray(paths.penalty),
-        **{f"metric_{k}": np.asarray(v) for k, v in paths.metrics.items()},
+        **metrics,
         **{
             f"threshold_{k}": np.array([np.nan if x is None else x for x in v], float)
             for k, v in levels.items()
@@ -78,6 +82,16 @@ def recorded(paths: _Recorded, watched: list[dict[str, Any]]) -> dict[str, np.nd
         **{k: v for k, v in numbers.items() if v.ndim == 1},
         "result": codes(paths.result),
     }
+    return _along_time(out)
+
+
+def _along_time(values: dict[str, np.ndarray]) -> Columns:
+    return {k: (("time", *own_dims(k, v))[: v.ndim - 1], v) for k, v in values.items()}
+
+
+def own_dims(name: str, values: Any) -> tuple[str, ...]:
+    """The dimensions of a column after those of lanes and times."""
+    return tuple(f"{name}_{k}" for k in range(values.ndim - 2))
 
 
 def one_dataset(path: Any, *names: str, **attributes: Any) -> Any:
@@ -85,9 +99,9 @@ def one_dataset(path: Any, *names: str, **attributes: Any) -> Any:
     these names, and what is recorded."""
     bare = dataclasses.replace(path, static=None, watched={})
     lanes = jax.tree.map(lambda x: x[None] if eqx.is_array(x) else x, bare)
-    kept = {name: np.asarray(getattr(path, name)) for name in names}
-    kept |= {k: v[0] for k, v in recorded(lanes, [path.watched]).items()}
-    variables = {k: (("time",) * v.ndim, v) for k, v in kept.items()}
+    variables = {name: ("time", np.asarray(getattr(path, name))) for name in names}
+    found = recorded(lanes, [path.watched])
+    variables |= {name: (dims, values[0]) for name, (dims, values) in found.items()}
     attributes |= {"solver": path.stats.solver, "why": path.stats.why}
     return described(xarray().Dataset(variables, attrs=attributes))
 

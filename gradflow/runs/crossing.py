@@ -9,7 +9,7 @@ from ..metrics import Metric
 
 def crossing_time(
     t: Float[Array | np.ndarray, " n"],
-    values: Float[Array | np.ndarray, " n"],
+    values: Float[Array | np.ndarray, "n ..."],
     metric: Metric,
 ) -> float:
     """The first time from which `metric` stays on the good side of its threshold.
@@ -25,9 +25,18 @@ def crossing_time(
 
     **Returns:** the time; 0 if the metric is good throughout, NaN if it is not good at
     the last time, if a value is missing, or if there is no threshold.
+
+    **Raises:** `ValueError` for a metric that is no single number.
     """
     t, v = np.asarray(t, float), np.asarray(values, float)
-    if metric.threshold is None or not np.isfinite(v).all():
+    if metric.threshold is None:
+        return np.nan
+    if v.ndim != 1:
+        raise ValueError(
+            "values: a threshold is for one number, got an array of shape "
+            f"{v.shape[1:]} at each time."
+        )
+    if not np.isfinite(v).all():
         return np.nan
     level = float(metric.threshold)
     good = is_good(v, metric)
@@ -52,7 +61,7 @@ def crossing_time(
 
 def crossing_error(
     t: Float[Array | np.ndarray, " n"],
-    values: Float[Array | np.ndarray, " n"],
+    values: Float[Array | np.ndarray, "n ..."],
     metric: Metric,
 ) -> float:
     """How far `crossing_time` may be off because it interpolates: what leaving out

@@ -110,7 +110,8 @@ def descent(
     - `batch_size`: of minibatches, drawn anew each epoch without replacement (the last
         one of an epoch is filled up with its first samples). All samples unless given.
     - `key`: of the minibatches.
-    - `metrics`: functions of the model, by name; `Metric` adds a threshold.
+    - `metrics`: functions of the model, by name, that give a number or an array;
+        `Metric` adds a threshold.
     - `throw`: raise if the descent overshoots: leaves the finite range, or ends at an
         F + λR larger by 1/√eps than it began; otherwise see `path.result`.
     - `progress`: show a progress bar (none while it is being traced).

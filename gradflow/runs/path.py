@@ -17,6 +17,7 @@ from ..metrics import Metric
 from ..results import among, in_words, is_known, RESULTS
 from .columns import one_dataset
 from .crossing import crossing_error, crossing_time, is_good
+from .stacked import stacked
 from .stats import Stats
 
 _PASSES = 20  # at most: each narrows the time down to a share of 1/8 or less
@@ -91,8 +92,9 @@ class Path(eqx.Module):
     """The trainable parameters, stacked along the times."""
     static: PyTree
     """All the rest of the model."""
-    metrics: dict[str, Float[Array, "*lanes n"]]
-    """The metrics asked for, by name."""
+    metrics: dict[str, Float[Array, "..."]]
+    """The metrics asked for, by name: of shape (*lanes, n), and more axes where a
+    metric is an array."""
     train_loss: Float[Array, "*lanes n"]
     """F."""
     penalty: Float[Array, "*lanes n"]
@@ -121,8 +123,10 @@ class Path(eqx.Module):
 
     @property
     def models(self) -> PyTree:
-        """The models, every trainable leaf stacked along the times."""
-        return eqx.combine(self.params, self.static)
+        """The models as one, every array stacked along the times (what is frozen is
+        repeated), so that `jax.vmap(f)(path.models)` is f of each. What else a model
+        holds is no leaf of it, but does what it did."""
+        return stacked(self.params, self.static, self.t.shape)
 
     def __getitem__(self, index: int | np.integer) -> PyTree:
         """The model at `t[index]`."""
@@ -213,7 +217,8 @@ class Path(eqx.Module):
 
     def to_xarray(self) -> Any:
         """An `xarray.Dataset` along `time`: `t`, `slow_time`, `train_loss`, `penalty`,
-        `metric_NAME` and `threshold_NAME`, what the solver counted (`steps`, …), and
+        `metric_NAME` (where that is an array, along dimensions `metric_NAME_0`, … of
+        its own) and `threshold_NAME`, what the solver counted (`steps`, …), and
         `result`, whose attributes give the meanings of its values."""
         lam = float(self.weight_decay)
         return one_dataset(self, "t", "slow_time", weight_decay=lam)
@@ -236,10 +241,15 @@ def ended(path: Any) -> str:
 
 
 def trend(name: str, values: Array) -> str:
-    """From the first to the last of the values that there are."""
+    """From the first to the last of the values that there are; of arrays, the smallest
+    and the largest number."""
     v = np.asarray(values)
-    finite = v[np.isfinite(v)]
-    return f"{name} {v[0]:.3g} → {finite[-1] if finite.size else np.nan:.3g}"
+    rows = v.reshape(len(v), -1)
+    finite = rows[np.isfinite(rows).all(axis=1)]
+    ends = (rows[0], finite[-1] if len(finite) else np.full_like(rows[0], np.nan))
+    if v.ndim == 1:
+        return f"{name} " + " → ".join(f"{x[0]:.3g}" for x in ends)
+    return f"{name} " + " → ".join(f"({x.min():.3g} … {x.max():.3g})" for x in ends)
 
 
 def relative_speed(params: PyTree, times: Array) -> Scalar:

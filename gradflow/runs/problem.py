@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax
@@ -17,7 +17,10 @@ from .._checks import (
 )
 from ..flow.term import FlowTerm
 from ..losses import AbstractCompositeLoss, AbstractLoss, CrossEntropy
-from ..metrics import Accuracy, Metric, without_thresholds
+from ..metrics import AbstractOfLogits, Metric, without_thresholds
+
+Shapes: TypeAlias = dict[str, tuple[int, ...]]
+"""By name."""
 
 
 def as_metrics(metrics: dict[str, Callable | Metric] | None) -> dict[str, Metric]:
@@ -47,26 +50,39 @@ def check_problem(
     watched: dict[str, Metric] | None = None,
     *,
     mixed: bool = False,
-) -> None:
-    """Raises unless loss and metrics are real scalars of the model, in its precision
-    (or another, where that may be `mixed`), with a logit for each label. Nothing is
-    computed, and it is traced once only."""
-    watched = {} if watched is None else without_thresholds(watched)
-    shapes = _look(term, params, watched, mixed)
-    for name, fn in _watching(term.loss, watched).items():
+) -> Shapes:
+    """Raises unless the loss is a real scalar of the model, in its precision (or
+    another, where that may be `mixed`), and metrics are real numbers, one where there
+    is a threshold; with a logit for each label. Nothing is computed, and it is traced
+    once only.
+
+    **Returns:** the shapes of the metrics.
+    """
+    watched = {} if watched is None else watched
+    bare = without_thresholds(watched)
+    values, shapes = _look(term, params, bare, mixed)
+    for name, metric in watched.items():
+        if metric.threshold is not None and values[name] != ():
+            raise ValueError(
+                f"metrics[{name!r}]: a threshold is for one number, and this gives an "
+                f"array of shape {values[name]}; watch one of its numbers by itself."
+            )
+    for name, fn in _watching(term.loss, bare).items():
         if name in shapes and is_concrete(fn.labels):
             with _named(name):
                 check_logits(fn.labels, shapes[name])
+    return values
 
 
 @eqx.filter_jit
 def _look(
     term: FlowTerm, params: PyTree, watched: dict[str, Metric], mixed: bool
-) -> dict[str, tuple[int, int]]:
-    """Checks all but labels, which are not known here; and the shapes of the logits
-    that they go with, by the names of loss and metrics."""
+) -> tuple[Shapes, Shapes]:
+    """Checks all but labels, which are not known here; returns the shapes of the
+    metrics, and those of the logits that labels go with, by the names of loss and
+    metrics."""
     model = term.model(params)
-    check_scalars(term.loss, watched, model)
+    values = check_values(term.loss, watched, model)
     dtype = jax.tree.leaves(params)[0].dtype
     loss, functions = term.loss, []
     if isinstance(loss, AbstractCompositeLoss) and not mixed:
@@ -85,9 +101,9 @@ def _look(
         if isinstance(fn, CrossEntropy):
             n = fn.labels.shape[0]
             shapes[name] = (n, eqx.filter_eval_shape(fn.outputs, model).size // n)
-        elif isinstance(fn, Accuracy):
+        elif isinstance(fn, AbstractOfLogits):
             shapes[name] = eqx.filter_eval_shape(fn.logits, model).shape
-    return shapes
+    return values, shapes
 
 
 def _watching(loss: AbstractLoss, watched: dict[str, Metric]) -> dict[str, Any]:
@@ -107,16 +123,24 @@ def _named(name: str):
         raise ValueError(f"{name}: {first}") from error
 
 
-def check_scalars(
+def check_values(
     loss: AbstractLoss, watched: dict[str, Metric], model: PyTree
-) -> None:
-    """Raises unless loss and metrics are real scalars; nothing is computed. Where it is
-    called while tracing it costs nothing in later calls."""
+) -> Shapes:
+    """Raises unless the loss is a real scalar, and metrics are real numbers; nothing is
+    computed. Where it is called while tracing it costs nothing in later calls.
+
+    **Returns:** the shapes of the metrics.
+    """
+    shapes = {}
     for name, fn in _watching(loss, watched).items():
         with _named(name):
             out = eqx.filter_eval_shape(fn, model)
-        scalar = getattr(out, "shape", None) == ()
-        if not scalar or not jnp.issubdtype(out.dtype, jnp.floating):
-            shape = f"shape {out.shape}" if hasattr(out, "shape") else None
-            kind = (scalar and str(out.dtype)) or shape or type(out).__name__
-            raise ValueError(f"{name}: expected a real scalar, got {kind}.")
+        shapes[name] = shape = getattr(out, "shape", None)
+        fits = shape == () or (name != "loss" and shape is not None and 0 not in shape)
+        if not fits or not jnp.issubdtype(out.dtype, jnp.floating):
+            told = f"shape {shape}" if shape is not None else type(out).__name__
+            kind = "a real scalar" if name == "loss" else "real numbers"
+            raise ValueError(
+                f"{name}: expected {kind}, got {str(out.dtype) if fits else told}."
+            )
+    return {name: shapes[f"metrics[{name!r}]"] for name in watched}

@@ -91,7 +91,8 @@ def simulate(
         in log t from the time in which θ would move by 1 % (a millionth of the last
         where θ₀ is zero). The solver lands on each;
         interpolating would leave the manifold.
-    - `metrics`: functions of the model, by name; `Metric` adds a threshold.
+    - `metrics`: functions of the model, by name, that give a number or an array;
+        `Metric` adds a threshold.
     - `solver`: a gradflow or Diffrax solver; see `choose_solver` for the default.
     - `rtol`: relative tolerance. The relative error of the parameters, ‖θ − θ*‖/‖θ*‖,
         stays of this size: below 5 `rtol` on every task in the tests, 6 were seen with
@@ -130,7 +131,7 @@ def simulate(
     lam, slow_time, t1 = as_decay(weight_decay, slow_time, t1, ts, dtype)
     decay = 1.0 if isinstance(lam, DecaySchedule) else weight_decay
     wrong = wrong | check_horizon(decay, slow_time, t1, ts, saves, dtype)
-    check_problem(term, params, bare)
+    check_problem(term, params, watched)
     rtol = resolvable(rtol, params)
 
     times, size = prepare(

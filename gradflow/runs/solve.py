@@ -33,7 +33,7 @@ from ..solvers.base import Controller, Followed, Saved
 from ..solvers.controllers import Relative, SHARE
 from .integrate import Integration, Reached
 from .path import Path
-from .problem import check_scalars
+from .problem import check_values
 from .stats import Stats
 from .times import time_scale
 
@@ -163,7 +163,7 @@ class _Steps(NamedTuple):
 
     @classmethod
     def of(cls, run: Solve) -> "_Steps":
-        check_scalars(run.term.loss, run.watched, run.term.model(run.params))
+        check_values(run.term.loss, run.watched, run.term.model(run.params))
         flow, theta = on_vector(run.term, run.params)
         solver = _flow_solver(run)
         lam = decay_at(run.weight_decay, jnp.zeros_like(run.ts[0]))

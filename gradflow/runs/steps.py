@@ -26,7 +26,7 @@ from .methods import (
 from .minibatch import epoch_order, minibatch
 from .parts import strong
 from .path import Path
-from .problem import check_scalars
+from .problem import check_values
 from .stats import Stats
 
 
@@ -92,7 +92,7 @@ def descend_part(
 def _descend(
     run: Descend, before: Descended | None = None, steps: Int[Array, ""] | None = None
 ) -> tuple[Path, Descended]:
-    check_scalars(run.term.loss, run.watched, run.term.model(run.params))
+    check_values(run.term.loss, run.watched, run.term.model(run.params))
     descent = _Descent.of(run)
     numbers = run.numbers
     zero, count = jnp.zeros_like(numbers[0]), run.saves

@@ -19,6 +19,6 @@ from .choose import (
     TRIAL_STEPS as TRIAL_STEPS,
 )
 from .kkt import AbstractKKT as AbstractKKT, KKT4 as KKT4, KKT5 as KKT5
-from .curvature import sharpness as sharpness
+from .curvature import hessian_norm as hessian_norm
 from .jumps import curvature_jumps as curvature_jumps
 from .rkc import RKC2 as RKC2

@@ -16,7 +16,7 @@ from ..flow.operations import price
 from ..flow.term import AbstractFlowTerm
 from ..losses import AbstractCompositeLoss
 from ..penalties import Moreau
-from .curvature import sharpness
+from .curvature import hessian_norm
 from .kernel import DENSE_LIMIT, fits, KERNEL_LIMIT
 from .kkt import AbstractKKT, KKT4, KKT5
 from .matrix_free import most_rows
@@ -62,7 +62,7 @@ def measure_size(
     decay, roots = known(weight_decay), term.chart.roots
     if roots is not None:
         decay = decay * known(roots).max() ** 2
-    largest = known(sharpness(term, params)) + decay
+    largest = known(hessian_norm(term, params)) + decay
     return Size(
         as_array(largest * known(t1)),
         sum(p.size for p in jax.tree.leaves(params)),

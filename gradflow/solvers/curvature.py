@@ -12,7 +12,7 @@ from ..flow.term import AbstractFlowTerm
 
 
 @eqx.filter_jit
-def sharpness(term: AbstractFlowTerm, params: PyTree) -> Float[Array, ""]:
+def hessian_norm(term: AbstractFlowTerm, params: PyTree) -> Float[Array, ""]:
     """L = ‖∇²F(θ₀)‖₂, from below, by power iteration until it changes by less than 1 %,
     20 times at most."""
     theta, unravel = ravel_pytree(params)
@@ -42,7 +42,7 @@ def steps_at_the_limit(
     """∫L dt along n saved models, about the number of steps that an explicit method
     takes at its stability limit. L may change a lot from one to the next: its geometric
     mean is taken."""
-    logs = jnp.log(jax.lax.map(lambda p: sharpness(term, p), models))
+    logs = jnp.log(jax.lax.map(lambda p: hessian_norm(term, p), models))
     steps = jnp.diff(ts, prepend=0.0)
     before = jnp.concatenate([logs[:1], logs[:-1]])
     return jnp.sum(steps * jnp.exp(0.5 * (before + logs)))

@@ -5,6 +5,7 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 
+from ..runs.columns import Columns, own_dims
 from ..runs.path import Path
 from .stack import Ragged
 
@@ -12,18 +13,14 @@ Dataset: TypeAlias = Any
 """An `xarray.Dataset`. (The package is imported when it is first needed.)"""
 
 
-def parameter_columns(
-    paths: Path,
-) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
-    """The parameters of some lanes at all times, by their places in the model, with the
-    names of the dimensions after those of the lanes."""
+def parameter_columns(paths: Path) -> Columns:
+    """The parameters of some lanes at all times, by their places in the model."""
     if isinstance(paths.params, Ragged):
         raise ValueError("parameters: their shapes differ from lane to lane.")
     out = {}
     for at, leaf in jax.tree_util.tree_leaves_with_path(paths.params):
         name = parameter_name(at)
-        more = tuple(f"{name}_{k}" for k in range(leaf.ndim - 2))
-        out[name] = (("time", *more), np.asarray(leaf))
+        out[name] = (("time", *own_dims(name, leaf)), np.asarray(leaf))
     return out
 
 

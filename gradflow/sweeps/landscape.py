@@ -16,7 +16,7 @@ from ..losses import AbstractLoss
 from ..metrics import Metric
 from ..precision import exact_products
 from ..runs.path import Path
-from ..runs.problem import as_metrics
+from ..runs.problem import as_metrics, check_values
 from .sweep import sweep
 
 
@@ -192,6 +192,12 @@ def landscape(
     seeds = list(models) if isinstance(models, (list, tuple)) else [models]
     held = GradientFlow(flow.loss, trainable=flow.trainable, hold_norm=True)
     watched = as_metrics(metrics)
+    for name, shape in check_values(flow.loss, watched, seeds[0]).items():
+        if shape != ():
+            raise ValueError(
+                f"metrics[{name!r}]: a landscape is of single numbers, and this gives "
+                f"an array of shape {shape}."
+            )
     lanes = sweep(
         lambda start: (held, seeds[start], watched),
         axes={"start": range(len(seeds))},

@@ -202,7 +202,8 @@ class DescentLanes(AbstractLanes):
         lane = self.lane(number)
         run = lane.run
         d, unit = _numbers_of(run.params)
-        return (d * (4 * run.saves + 8) + _passing(run)) * unit + _bytes_of_data(lane)
+        saved = (4 * d + 3 * _watched(run)) * run.saves
+        return (saved + 8 * d + _passing(run)) * unit + _bytes_of_data(lane)
 
 
 def _bytes_of_flow(run: Solve | Descend) -> int:
@@ -213,7 +214,8 @@ def _bytes_of_flow(run: Solve | Descend) -> int:
     assert isinstance(run, Solve)
     if not isinstance(run.solver, AbstractKKT):
         # States that are saved, and carried from part to part; models; and stages.
-        return (d * (6 * run.saves + 30) + _passing(run)) * unit
+        saved = (6 * d + 2 * _watched(run)) * run.saves
+        return (saved + 30 * d + _passing(run)) * unit
     m = d
     if isinstance(loss, AbstractCompositeLoss):
         m = jax.eval_shape(lambda p: loss.outputs(term.model(p)), params).size
@@ -228,7 +230,7 @@ def _bytes_of_flow(run: Solve | Descend) -> int:
     if d <= FEW:  # a Hessian, all columns at once
         kernel += 2 * d**2
         kernel += int(0.4 * d * numbers(lambda p: loss(term.model(p)), params))
-    saved = (4 * state + 2 * d) * run.saves
+    saved = (4 * state + 2 * d + 2 * _watched(run)) * run.saves
     return (saved + 30 * state + kernel + _passing(run)) * unit
 
 
@@ -243,14 +245,21 @@ def _passing(run: Solve | Descend) -> int:
     they bring out most are let go, or never stored."""
     term, params = run.term, run.params
     gradient = numbers(jax.grad(lambda p: term.loss(term.model(p))), params)
-
-    def seen(p: PyTree) -> list[Array]:
-        return [metric(term.model(p)) for metric in run.watched.values()]
-
-    recorded = max(numbers(seen, params), 1)
+    recorded = max(numbers(functools.partial(_seen, run), params), 1)
     if platform() != "cpu":  # of many saved times at once
         recorded *= min(run.saves, rows_at_once(recorded))
     return int(max(0.6 * gradient, 0.3 * recorded))
+
+
+def _watched(run: Solve | Descend) -> int:
+    """How many numbers the metrics give at each time."""
+    values = jax.eval_shape(functools.partial(_seen, run), run.params)
+    return sum(v.size for v in values)
+
+
+def _seen(run: Solve | Descend, params: PyTree) -> list[Array]:
+    """The metrics."""
+    return [metric(run.term.model(params)) for metric in run.watched.values()]
 
 
 def _bytes_of_data(lane: Lane) -> int:

@@ -221,7 +221,7 @@ class StoredPaths(eqx.Module):
         return self.weight_decay[:, None] * self.t
 
     @property
-    def metrics(self) -> dict[str, Float[Array, "L n"]]:
+    def metrics(self) -> dict[str, Float[Array, "L n ..."]]:
         data = self.dataset()
         return {name: flat(data, f"metric_{name}") for name in self._metric_names}
 

@@ -14,7 +14,7 @@ from .._typing import Given
 from ..flow.flow import GradientFlow, scaled
 from ..flow.term import FlowTerm
 from ..metrics import Metric, without_thresholds
-from ..runs.problem import as_metrics, check_problem
+from ..runs.problem import as_metrics, check_problem, Shapes
 from ..tasks import Task
 from .plan import Plan, Problem
 from .stack import OfProblem
@@ -46,7 +46,7 @@ class Problems:
         """Whether a loss may be computed in double precision for weights in single."""
         self._problem: Last[Problem] = Last()
         self._start: Last[tuple[FlowTerm, PyTree]] = Last()
-        self._metrics: Last[dict[str, Metric]] = Last()
+        self._watched: Last[tuple[dict[str, Metric], Shapes]] = Last()
 
     @property
     def one(self) -> bool:
@@ -85,15 +85,20 @@ class Problems:
 
         **Raises:** `ValueError` for a problem that makes no sense.
         """
+        return self._checked(lane)[0]
 
-        def make() -> dict[str, Metric]:
+    def metric_shapes(self, lane: int) -> Shapes:
+        """The shapes of their values."""
+        return self._checked(lane)[1]
+
+    def _checked(self, lane: int) -> tuple[dict[str, Metric], Shapes]:
+        def make() -> tuple[dict[str, Metric], Shapes]:
             problem = self.of(lane)
-            bare = without_thresholds(problem.watched)
             term, params = problem.flow.term(problem.model)
-            check_problem(term, params, bare, mixed=self.mixed)
-            return bare
+            shapes = check_problem(term, params, problem.watched, mixed=self.mixed)
+            return without_thresholds(problem.watched), shapes
 
-        return self._metrics.get(self.plan.owner(lane), make)
+        return self._watched.get(self.plan.owner(lane), make)
 
     def parts(self, lane: int) -> OfProblem:
         """What the path of a lane has from its problem."""

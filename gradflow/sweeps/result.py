@@ -88,7 +88,7 @@ class Sweep(eqx.Module):
         return self.paths.slow_time
 
     @property
-    def metrics(self) -> dict[str, Float[Array, "L n"]]:
+    def metrics(self) -> dict[str, Float[Array, "L n ..."]]:
         """What was watched, at the saved times."""
         return self.paths.metrics
 
@@ -168,7 +168,8 @@ class Sweep(eqx.Module):
     def to_xarray(self) -> Any:
         """An `xarray.Dataset` with a dimension for each of `dims`, and `time`.
 
-        It has `t`, `slow_time`, `train_loss`, `penalty`, `metric_NAME` and
+        It has `t`, `slow_time`, `train_loss`, `penalty`, `metric_NAME` (where that is
+        an array, along dimensions `metric_NAME_0`, … of its own) and
         `threshold_NAME`, what the solver counted (`steps`, …), and `result`, whose
         attributes give the meanings of its values. Of a store it is what
         `gradflow.open_results` gives, whose arrays are read when they are used.
@@ -203,12 +204,12 @@ class Sweep(eqx.Module):
             "  "
             + "".join(f"{short(name):>9} " for name in names)
             + f"{'λ':>9} {'steps':>6} {'rejected':>8} {'train loss':>10}"
-            + "".join(f" {name:>10}" for name in self.metrics)
+            + "".join(f" {name:>10}" for name in self._largest())
         ]
         alone = self.dims == ("weight_decay",)
         lams = np.asarray(self.weight_decay)
         losses = np.asarray(self.train_loss)
-        watched = [np.asarray(values) for values in self.metrics.values()]
+        watched = self._largest()
         for i in np.argsort(-lams) if alone else range(len(self)):
             labels = self.axes.labels(int(i))
             own = [labels[name] for name in names]
@@ -219,10 +220,21 @@ class Sweep(eqx.Module):
                 + "".join(f"{_cell(v):>9} " for v in own)
                 + f"{float(lams[i]):9.2e} {_count(stats.steps):>6} "
                 f"{_count(rejected):>8} {losses[i, -1]:10.3g}"
-                + "".join(f" {values[i, -1]:10.3g}" for values in watched)
+                + "".join(
+                    f" {values[i, -1]:{max(10, len(name))}.3g}"
+                    for name, values in watched.items()
+                )
             )
             lines.append(row + self._mark(int(i)))
         return lines
+
+    def _largest(self) -> dict[str, np.ndarray]:
+        """The metrics; of those that are arrays the largest number."""
+        out = {}
+        for name, values in self.metrics.items():
+            flat = np.asarray(values).reshape(*values.shape[:2], -1)
+            out[name if values.ndim == 2 else f"max {name}"] = flat.max(axis=-1)
+        return out
 
     def _mark(self, i: int) -> str:
         if i in self.causes:
@@ -250,7 +262,7 @@ class Sweep(eqx.Module):
                 f"  steps: {np.nanmedian(steps):.0f} (median), {steps[worst]:.0f} "
                 f"(most, at {self.axes.words(worst)})"
             )
-        for name, values in {"train loss": self.train_loss, **self.metrics}.items():
+        for name, values in {"train loss": self.train_loss, **self._largest()}.items():
             last = np.asarray(values)[:, -1]
             if np.isfinite(last).any():
                 low, middle, high = np.nanquantile(last, (0, 0.5, 1))
@@ -280,9 +292,8 @@ def _dataset(sweep: Sweep) -> Any:
     lanes = len(sweep)
     watched = [o.watched for o in sweep.owned] or [sweep.paths.watched] * lanes
     variables = {}
-    for name, values in columns(sweep.paths, watched).items():
-        own = dims + ("time",) * (values.ndim - 1)
-        variables[name] = (own, values.reshape(*shape, *values.shape[1:]))
+    for name, (own, values) in columns(sweep.paths, watched).items():
+        variables[name] = (dims + own, values.reshape(*shape, *values.shape[1:]))
     out = xarray().Dataset(variables, coords=sweep.axes.coords)
     out.attrs.update(sweep.fixed)
     return described(out)

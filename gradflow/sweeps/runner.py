@@ -23,25 +23,27 @@ class Shape(NamedTuple):
     """What is the same in the results of all lanes."""
 
     saves: int
-    metrics: frozenset[str]
+    metrics: dict[str, tuple[int, ...]]
+    """The shapes of all."""
 
-    @classmethod
-    def of(cls, lane: Lane) -> "Shape":
-        return cls(lane.run.saves, frozenset(lane.run.watched))
-
-    def check(self, lane: Lane) -> None:
+    def check(self, own: "Shape") -> None:
         """Raises `LaneDiffers` unless a lane gives arrays like these."""
-        own = Shape.of(lane)
         if own.saves != self.saves:
             raise LaneDiffers(
                 f"saves: this lane has {own.saves} times to save, and others "
                 f"{self.saves}, as some take few steps; give fewer saves, or at."
             )
-        if own.metrics != self.metrics:
+        if set(own.metrics) != set(self.metrics):
             raise LaneDiffers(
                 f"metrics: this lane has {sorted(own.metrics)}, and others "
                 f"{sorted(self.metrics)}."
             )
+        for name, shape in own.metrics.items():
+            if shape != self.metrics[name]:
+                raise LaneDiffers(
+                    f"metrics[{name!r}]: in this lane it has the shape {shape}, and in "
+                    f"others {self.metrics[name]}."
+                )
 
 
 def first_shape(lanes: AbstractLanes) -> Shape | None:
@@ -49,8 +51,12 @@ def first_shape(lanes: AbstractLanes) -> Shape | None:
     by whom."""
     for number in range(len(lanes.plan.axes)):
         with contextlib.suppress(Exception):
-            return Shape.of(lanes.lane(number))
+            return _shape(lanes, number, lanes.lane(number))
     return None
+
+
+def _shape(lanes: AbstractLanes, number: int, lane: Lane) -> Shape:
+    return Shape(lane.run.saves, lanes.problems.metric_shapes(number))
 
 
 class Runner:
@@ -96,8 +102,9 @@ class Runner:
         for i in numbers:
             try:
                 lane = self.lanes.lane(i)
-                self.shape = self.shape or Shape.of(lane)
-                self.shape.check(lane)
+                shape = _shape(self.lanes, i, lane)
+                self.shape = self.shape or shape
+                self.shape.check(shape)
                 if (owner := self.lanes.plan.owner(i)) not in problems:
                     problems[owner] = self.lanes.problems.parts(i)
                 yield lane

@@ -297,8 +297,8 @@ class ZarrStore:
             why = ""
             if old.get("shape") != new["shape"]:
                 why = (
-                    " The number of saved times, or the size of the model, is not the "
-                    "same in all lanes."
+                    " The number of saved times, or the size of the model or of a "
+                    "metric, is not the same in all lanes."
                 )
             raise ValueError(
                 f"store: {name} differs from chunk to chunk: {'; '.join(differences)}."

@@ -154,8 +154,8 @@ def _write(
     """Writes a chunk."""
     if ran.done:
         kept = {
-            name: (("time",) * (values.ndim - 1), _counted(name, values))
-            for name, values in columns(ran.paths, ran.watched).items()
+            name: (dims, _counted(name, values))
+            for name, (dims, values) in columns(ran.paths, ran.watched).items()
         }
         if parameters:
             kept |= parameter_columns(ran.paths)

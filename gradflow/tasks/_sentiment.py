@@ -2,12 +2,10 @@
 
 from pathlib import Path
 
-import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Scalar
+from jaxtyping import PRNGKeyArray
 
 from .._checks import check_positive
 from .._typing import Given
@@ -22,7 +20,7 @@ from ..data import (
 )
 from ..flow.flow import scaled
 from ..losses import Logistic
-from ..metrics import Metric
+from ..metrics import Accuracy, Metric
 from ..models import LSTMClassifier
 from ._checks import check_count
 from ._image_mlp import DataTruth
@@ -114,7 +112,7 @@ def sentiment(
         words=words + 1, embedding=embedding, state=state, key=init_key
     )
     high = lambda x, y, level: Metric(
-        SignAccuracy(x, y), threshold=level, higher_is_better=True
+        Accuracy(x, y), threshold=level, higher_is_better=True
     )
     return Task(
         name="sentiment",
@@ -129,15 +127,3 @@ def sentiment(
         codimension=None,
         slow_time=10.0,
     )
-
-
-class SignAccuracy(eqx.Module):
-    """The share of samples whose logit is positive where the label is 1, and negative
-    where it is 0."""
-
-    x: PyTree
-    labels: Int[Array, " n"]
-
-    def __call__(self, model: PyTree) -> Scalar:
-        logits: Float[Array, " n"] = jax.vmap(model)(self.x)
-        return jnp.mean((logits > 0) == (self.labels == 1), dtype=logits.dtype)

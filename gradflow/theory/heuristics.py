@@ -50,7 +50,8 @@ def widths(path: Path, *, train: str = "train", test: str = "test") -> Widths:
 
     **Returns:** a `Widths`; NaN where the path never memorises, or did at once.
 
-    **Raises:** `ValueError` for a metric that the path does not have.
+    **Raises:** `ValueError` for a metric that the path does not have, or that is no
+    single number.
 
     Source: Boursier, Pesme, Dragomir, arXiv 2505.20172, section 4: the drop is not
     sudden, it lasts as long on the logarithmic clock whatever λ.
@@ -60,6 +61,11 @@ def widths(path: Path, *, train: str = "train", test: str = "test") -> Widths:
         if name not in path.metrics:
             raise ValueError(
                 f"path: has no metric {name!r}, only {list(path.metrics)}."
+            )
+        if (shape := path.metrics[name].shape[1:]) != ():
+            raise ValueError(
+                f"path: expected one number for the metric {name!r}, got an array of "
+                f"shape {shape}."
             )
     t, values = np.asarray(path.t), np.asarray(path.metrics[test])
     memorised = path.crossing_time(train)

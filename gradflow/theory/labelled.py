@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from ..results import codes
-from ..runs.columns import described, TIME, xarray
+from ..runs.columns import described, own_dims, TIME, xarray
 
 _RELATIVE = {"units": "1", "long_name": "relative to the norm of Phi"}
 
@@ -65,7 +65,8 @@ def of_report(report: Any) -> Any:
         predicted_t=of_lanes(report.curves.t, TIME["t"], "predicted_time"),
     )
     for name, values in report.curves.metrics.items():
-        out[f"predicted_metric_{name}"] = of_lanes(values, {}, "predicted_time")
+        own = "predicted_time", *own_dims(f"metric_{name}", values)
+        out[f"predicted_metric_{name}"] = of_lanes(values, {}, *own)
     for name in ("memorised", "grokked"):
         times = getattr(report, name)
         out[name] = of_lanes(times.measured, TIME["t"])

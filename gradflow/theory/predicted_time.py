@@ -28,7 +28,7 @@ class PredictedTime(eqx.Module):
 
 
 def bracket(
-    t: Float[np.ndarray, " n"], curves: list[Float[np.ndarray, " n"]], metric: Metric
+    t: Float[np.ndarray, " n"], curves: list[Float[np.ndarray, "n ..."]], metric: Metric
 ) -> tuple[float, float] | None:
     """From where to where all curves cross for good; `None` where one does not."""
     times = [crossing_time(t, curve, metric) for curve in curves]
@@ -40,7 +40,7 @@ def bracket(
 
 def predicted_time(
     t: Float[np.ndarray, " n"],
-    curves: list[Float[np.ndarray, " n"]],
+    curves: list[Float[np.ndarray, "n ..."]],
     metric: Metric,
     until: float,
     ratio: Float[np.ndarray, " n"],

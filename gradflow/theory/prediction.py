@@ -22,6 +22,7 @@ from ..precision import exact_products
 from ..results import among, is_known, RESULTS
 from ..runs.interpolate import DEGREE, holds_until, interpolate, place
 from ..runs.path import Path
+from ..runs.stacked import stacked
 from ..runs.times import even_times
 from .labelled import of_theory
 from .predicted_time import bracket, predicted_time, PredictedTime
@@ -44,13 +45,13 @@ class Predicted(NamedTuple):
     """The metrics of a prediction at n times."""
 
     t: Float[Array | np.ndarray, " n"]
-    curves: list[dict[str, Float[Array | np.ndarray, " n"]]]
+    curves: list[dict[str, Float[Array | np.ndarray, "n ..."]]]
     """The metrics by name, at order 1 and, if known, at 2 and with the next term."""
     delay: Float[Array | np.ndarray, " n"]
     """The time in which it moves by what its runs and the interpolation are off."""
 
     @property
-    def best(self) -> dict[str, Float[Array | np.ndarray, " n"]]:
+    def best(self) -> dict[str, Float[Array | np.ndarray, "n ..."]]:
         """The metrics at the highest order that is known as a whole."""
         return self.curves[:2][-1]
 
@@ -133,8 +134,8 @@ class TwoPhase(eqx.Module):
         - `order`: 1 or 2. The second is better wherever theory is asymptotic (see
             `valid_until`), and worse beyond.
 
-        **Returns:** a model; its trainable leaves are stacked along `t` if that is a
-        vector. NaN beyond the slow time to which the terms were computed.
+        **Returns:** a model; for a vector `t` they are stacked along it as one, see
+        `Path.models`. NaN beyond the slow time to which the terms were computed.
 
         **Raises:** `ValueError` for another order, or one that was not computed; and
         unless one of λ and `slow_time` is given.
@@ -162,8 +163,9 @@ class TwoPhase(eqx.Module):
         def at_once(at: tuple[Float[Array, ""], Float[Array, ""]]) -> PyTree:
             return self.predict_params(at[0], lam, s=at[1], order=order)
 
-        params = at_once((t, s)) if t.ndim == 0 else jax.lax.map(at_once, (t, s))
-        return eqx.combine(params, self.drift.static)
+        if t.ndim == 0:
+            return eqx.combine(at_once((t, s)), self.drift.static)
+        return stacked(jax.lax.map(at_once, (t, s)), self.drift.static, t.shape)
 
     def valid_until(self, weight_decay: float) -> float:
         """The slow time up to which theory is claimed to hold for this λ.
@@ -281,7 +283,8 @@ class TwoPhase(eqx.Module):
         until = self.valid_until(weight_decay)
         if until <= 0:
             none = np.full(_TIMES + 1, np.nan)
-            curves = dict.fromkeys(self.drift.watched, none)
+            known = self.drift.metrics.items()
+            curves = {k: np.full((none.size, *v.shape[1:]), np.nan) for k, v in known}
             return Predicted(none, [curves] * len(_evaluated(self)), none)
         end = until / float(weight_decay)
         start = min(0.05 * float(self.fast_scale), 0.1 * end)
@@ -422,7 +425,7 @@ def _evaluated(theory: TwoPhase) -> tuple[int, ...]:
 @eqx.filter_jit
 def _metrics_along(
     theory: TwoPhase, lam: Float[Array, ""], t: Float[Array, " n"]
-) -> tuple[list[dict[str, Float[Array, " n"]]], Float[Array, " n"]]:
+) -> tuple[list[dict[str, Float[Array, "n ..."]]], Float[Array, " n"]]:
     """The curves and the delay of `Predicted`."""
     size = optax.tree.norm(jax.tree.map(lambda w: w[0], theory.drift.params))
     rtol = theory.fast.stats.rtol

@@ -76,7 +76,7 @@ class Curves(eqx.Module):
 
     t: Float[np.ndarray, "L k"]
     """Times up to `valid_until`; NaN where that is 0."""
-    metrics: dict[str, Float[np.ndarray, "L k"]]
+    metrics: dict[str, Float[np.ndarray, "L k ..."]]
     """By name, at these times."""
 
 

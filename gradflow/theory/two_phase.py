@@ -27,7 +27,7 @@ from ..runs.progress import Bar
 from ..runs.refine import FEWEST, MOST, refined
 from ..runs.simulate import simulate
 from ..runs.times import even_times
-from ..solvers import KKT5, sharpness
+from ..solvers import hessian_norm, KKT5
 from .prediction import TwoPhase
 from .second_order import check_second_order, second_order
 
@@ -299,7 +299,7 @@ def _fast_scales(
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """τ, and the end of the fast path, where e^{−ηt} has brought it from the 5e-7 of
     `limit_map`, at `time`, to 1e-12 of the limit."""
-    largest, rate, time = map(np.asarray, (sharpness(term, params), curvature, time))
+    largest, rate, time = map(np.asarray, (hessian_norm(term, params), curvature, time))
     with np.errstate(divide="ignore"):
         # Where ∇²F vanishes at θ₀ the limit's own time is all there is to go by.
         tau = np.minimum(0.2 / largest, 1e-3 * (1 + time))

@@ -1,0 +1,38 @@
+"""What is watched along a path: a function of the model, with the level that counts."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+from jaxtyping import Array, Float, PyTree
+
+from .._checks import as_level, check_callable
+
+
+class Metric(eqx.Module):
+    """A number that tells how good a model is, and the threshold that it is to pass.
+
+    The time at which a metric named `"train"` passes its threshold for good is the
+    memorisation time; for one named `"test"` it is the grokking time.
+
+    It may be many numbers too, such as singular values: an array whose shape is the
+    same for all models. These have no threshold.
+    """
+
+    fn: Callable[[Any], Float[Array, "..."]]
+    """Of the model."""
+    threshold: float | None = eqx.field(static=True, default=None, converter=as_level)
+    """The level that it is to pass, a number; `None` where no level counts."""
+    higher_is_better: bool = eqx.field(static=True, default=False)
+    """Whether it passes from below."""
+
+    def __check_init__(self):
+        check_callable(self.fn, "fn")
+
+    def __call__(self, model: PyTree) -> Float[Array, "..."]:
+        return self.fn(model)
+
+
+def without_thresholds(metrics: dict[str, Metric]) -> dict[str, Metric]:
+    """The functions alone: what is compiled for one threshold serves all."""
+    return {name: Metric(metric.fn) for name, metric in metrics.items()}
