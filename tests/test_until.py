@@ -206,6 +206,17 @@ def test_a_function_of_the_model(solver):
     assert bool(path.met) and path.stats.until == "low(model)"
 
 
+def test_what_has_no_start_has_no_end():
+    """Whatever the criterion says there."""
+    flow = gf.GradientFlow(gf.Loss(lambda model: jnp.sum(jnp.log(model.w))))
+    path = gf.simulate(
+        flow, Linear(-jnp.ones(3)), weight_decay=LAM, t1=1.0, throw=False,
+        until=lambda model: jnp.array(True), solver=diffrax.Tsit5(),
+    )  # fmt: skip
+    assert bool(path.result == gf.RESULTS.undefined_start) and not bool(path.met)
+    assert len(path) == 65 and "criterion" not in str(path)
+
+
 def test_one_program():
     """Under jit and vmap the end is repeated, and each lane has its own."""
 

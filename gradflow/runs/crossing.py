@@ -31,7 +31,7 @@ def crossing_time(
     if metric.threshold is None or not np.isfinite(v).all():
         return np.nan
     level = float(metric.threshold)
-    new = np.diff(t, prepend=-np.inf) > 0
+    new = np.diff(t, prepend=-np.inf) != 0
     t, v = t[new], v[new]
     good = is_good(v, metric)
     if not good[-1]:

@@ -149,10 +149,13 @@ class Path(eqx.Module):
 
     def to_its_end(self) -> "Path":
         """The path of one run without the times that repeat its end."""
-        if not is_known(self.result) or not bool(self.met):
+        if not is_concrete(self.t):
             return self
         t = np.asarray(self.t)
-        rows = slice(1 + int(np.argmax(t == t[-1])))
+        ends = np.flatnonzero(t == t[-1])
+        if ends.size < 2:
+            return self
+        rows = slice(1 + int(ends[0]))
         names = ("t", "params", "metrics", "train_loss", "penalty")
         along = {name: getattr(self, name) for name in names}
 
