@@ -10,7 +10,7 @@ import jax.random as jr
 import numpy as np
 import optax
 import pytest
-from helpers import Linear
+from helpers import Linear, Product
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 from scipy.integrate import solve_ivp
@@ -44,10 +44,6 @@ def weights(t, lam=LAM):
 
 def speed(t, lam=LAM):
     return np.linalg.norm(PULL - (CURVATURE + lam) * weights(t, lam))
-
-
-def slow_speed(t, lam=LAM):
-    return speed(t, lam) / lam / np.linalg.norm(weights(t, lam))
 
 
 def force(t, lam=LAM):
@@ -135,16 +131,27 @@ def test_a_speed(tol):
 
 
 def test_a_speed_in_slow_time_where_it_is_rounding_in_time():
-    """At λ = 1e-8 the gradient as it is computed from θ is rtol, and that of the flow
-    1e-8: it is the multiplier's that is seen."""
-    lam = 1e-8
-    path = run(gf.SteadyState(0.02, slow=True), lam=lam, t1=20 / lam, rtol=1e-6)
-    assert abs(float(path.t[-1]) / root(slow_speed, 0.02, lam, 20 / lam) - 1) < 1e-5
+    """Along uv = 1 the difference D = u² − v² falls as e^{−2s}, and the speed, relative
+    to ‖θ‖, is D/√(D² + 4). The gradient as it is computed from θ is off by the
+    tolerance there, far above λ: it is the multiplier's that is seen."""
+    lam, tol = 1e-8, 0.02
+    flow = gf.GradientFlow(gf.SquaredError(jnp.ones(1), jnp.ones(1)))
+    path = gf.simulate(
+        flow, Product(jnp.asarray(2.0), jnp.asarray(0.2)), weight_decay=lam,
+        slow_time=5.0, solver=gf.KKT4(), until=gf.SteadyState(tol, slow=True),
+        saves=17,
+    )  # fmt: skip
+    exact = 0.5 * np.log((2**2 - 0.2**2) / (2 * tol / np.sqrt(1 - tol**2)))
+    assert float(path.slow_time[-1]) == pytest.approx(exact, rel=1e-5)
 
 
 def test_a_gradient():
     path = run(gf.SmallGradient(0.15), solver=diffrax.Tsit5())
     assert abs(float(path.t[-1]) / root(force, 0.15) - 1) < 1e-6
+    # From there it can be run on.
+    more = path.again(Linear(path.params.w[-1]), jnp.array([0.0, 1.0, 50.0]))
+    assert bool(more.result == gf.RESULTS.successful) and len(more) == 3
+    np.testing.assert_allclose(more[-1].w, weights(float(path.t[-1]) + 50), rtol=1e-6)
 
 
 def test_a_metric():

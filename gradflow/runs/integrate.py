@@ -199,18 +199,19 @@ class Integration(eqx.Module):
         def kept(new: PyTree, old: PyTree) -> PyTree:
             return jax.tree.map(lambda a, b: jnp.where(keep, a, b), new, old)
 
-        def unless_again(new: PyTree, old: PyTree) -> PyTree:
-            return jax.tree.map(lambda a, b: jnp.where(again, b, a), new, old)
-
         result = diffrax.RESULTS.where(keep, result, diffrax.RESULTS.successful)
         okay = diffrax.is_okay(result)
+        # A step that is tried again has not been, to the controller.
+        memory = jax.tree.map(
+            lambda a, b: jnp.where(again, b, a), memory, at.controller
+        )
         verdict = diffrax.RESULTS.where(again, diffrax.RESULTS.successful, verdict)
         return Reached(
             t=t,
-            next=unless_again(following, at.next),
+            next=following,
             y=kept(y, at.y),
             solver=kept(state, at.solver),
-            controller=unless_again(memory, at.controller),
+            controller=memory,
             saved=self._saved(solver, at, end, keep, y, dense),
             counts=at.counts + jnp.stack([one, keep.astype(int), 1 - keep.astype(int)]),
             stopped=stop,
