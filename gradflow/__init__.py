@@ -35,6 +35,7 @@ from .runs.stats import Stats as Stats
 from .runs.simulate import simulate as simulate
 from .runs.descent import descent as descent
 from .runs.times import log_spaced_steps as log_spaced_steps
+from .runs.until import SmallGradient as SmallGradient, SteadyState as SteadyState
 from .solvers import KKT4 as KKT4, KKT5 as KKT5, RKC2 as RKC2
 
 from . import data as data

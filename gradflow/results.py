@@ -27,6 +27,9 @@ class RESULTS(diffrax.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
         "about 1e-3 only, and paths from close starts differ by percents. A smooth "
         "activation (softplus, GELU) has no kinks."
     )
+    criterion_met = (
+        "The run ended early, as asked: what it was to run `until` holds at its end."
+    )
     unstable = (
         "An explicit solver ran at its stability limit: noise of the size of the "
         "tolerance, in the stiff directions, makes up a drift of its own, and the path "
@@ -129,6 +132,7 @@ CODES = {
     "raised": 29,
     "undefined_start": 30,
     "wrong_argument": 31,
+    "criterion_met": 32,
 }
 """The number of each result in datasets and stores. A number never changes its meaning:
 the next result takes the next one."""
@@ -180,6 +184,12 @@ def among(result: RESULTS, *those: RESULTS) -> Bool[Array, "*lanes"]:
     """Whether a result, or each of a stack, is one of those."""
     values = result._value
     return as_array(numpy_of(values).isin(values, np.array([r._value for r in those])))
+
+
+def is_success(result: RESULTS) -> Bool[Array, "*lanes"]:
+    """Whether a run, or each of many, came to where it was to end, whatever the
+    reservations on it."""
+    return among(result, RESULTS.successful, RESULTS.slid, RESULTS.criterion_met)
 
 
 def only_if_successful(out: Out, result: RESULTS) -> Out:

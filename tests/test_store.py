@@ -1,5 +1,6 @@
 """Sweeps on disk: whole chunks only, gone on with, and nothing mixed or lost."""
 
+import json
 import shutil
 
 import jax
@@ -85,6 +86,27 @@ def test_other_data_are_refused(whole):
     make.__qualname__ = "make"
     with pytest.raises(ValueError, match=r"first.flow.loss.x: float64\[3, 6\] norm"):
         run(whole[0], make, parameters=True)
+
+
+def test_one_that_knew_fewer_results_is_gone_on_with(tmp_path):
+    """As one does that an earlier version began; but not one whose numbers differ."""
+    path = tmp_path / "sweep.zarr"
+    run(path)
+    file = path / "result" / "zarr.json"
+    whole = file.read_text()
+    told = json.loads(whole)
+    told["attributes"]["flag_values"].pop()
+    names = told["attributes"]["flag_meanings"].split()
+    told["attributes"]["flag_meanings"] = " ".join(names[:-1])
+    file.write_text(json.dumps(told))
+    shutil.rmtree(path / "chunks" / "000001")
+    run(path)
+    assert json.loads(file.read_text()) == json.loads(whole)
+    told["attributes"]["flag_values"][1] = 7
+    file.write_text(json.dumps(told))
+    shutil.rmtree(path / "chunks" / "000001")
+    with pytest.raises(ValueError, match="result differs from chunk to chunk"):
+        run(path)
 
 
 def test_lanes_that_raise(tmp_path):

@@ -126,6 +126,11 @@ def marker_of(marker: str, label: str) -> Any:
 
 
 def log_axes(ax: Axes, floor: float | None = None) -> None:
+    # Where nothing is drawn, as of a run that ended at t = 0, there are no limits.
+    if not np.isfinite(ax.dataLim.minposx):
+        ax.set_xlim(0.1, 1.0)
+    if not np.isfinite(ax.dataLim.minposy):
+        ax.set_ylim(0.1, 1.0)
     ax.set_xscale("log")
     ax.set_yscale("log")
     if floor is not None:

@@ -19,7 +19,8 @@ def crossing_time(
 
     **Arguments:**
 
-    - `t`: n increasing times.
+    - `t`: n increasing times. (Where a run ended early and the last is repeated, the
+        first of these counts.)
     - `values`: the metric at these times.
     - `metric`: for its threshold, and which side is good.
 
@@ -39,6 +40,8 @@ def crossing_time(
     if not np.isfinite(v).all():
         return np.nan
     level = float(metric.threshold)
+    new = np.diff(t, prepend=-np.inf) != 0
+    t, v = t[new], v[new]
     good = is_good(v, metric)
     if not good[-1]:
         return np.nan

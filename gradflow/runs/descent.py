@@ -36,6 +36,7 @@ from .problem import as_metrics, check_problem
 from .progress import Bar, run_in_parts
 from .steps import Descend, descend, descend_part, Descended
 from .times import saved_steps
+from .until import as_criterion, Until, words_of
 
 
 def descent(
@@ -55,6 +56,7 @@ def descent(
     batch_size: int | None = None,
     key: PRNGKeyArray | None = None,
     metrics: dict[str, Callable | Metric] | None = None,
+    until: Until | None = None,
     throw: bool = True,
     progress: bool = False,
 ) -> Path:
@@ -112,6 +114,10 @@ def descent(
     - `key`: of the minibatches.
     - `metrics`: functions of the model, by name, that give a number or an array;
         `Metric` adds a threshold.
+    - `until`: end after the first step at which a criterion holds, as for `simulate`;
+        `path.stats.steps` is its number. It is computed after every step, of the model
+        and all samples, whatever the minibatch; what a flow's θ' is at that model is
+        the speed of `SteadyState`.
     - `throw`: raise if the descent overshoots: leaves the finite range, or ends at an
         F + λR larger by 1/√eps than it began; otherwise see `path.result`.
     - `progress`: show a progress bar (none while it is being traced).
@@ -128,8 +134,9 @@ def descent(
     wrong = check_arguments(learning_rate=learning_rate, init_scale=init_scale)
     if not callable(weight_decay):
         wrong = wrong | check_arguments(weight_decay=weight_decay)
+    watched = as_metrics(metrics)
     run = prepare_descent(
-        flow, model, as_metrics(metrics), weight_decay=weight_decay,
+        flow, model, watched, until, weight_decay=weight_decay,
         learning_rate=learning_rate, init_scale=init_scale, steps=steps,
         slow_time=slow_time, t1=t1, at=at, saves=saves, method=method,
         optimiser=optimiser, batch_size=batch_size, key=key,
@@ -140,7 +147,8 @@ def descent(
     arrays = jax.tree.leaves(eqx.filter((run, wrong), eqx.is_array))
     known = all(map(is_concrete, arrays))
     path = _descend_under_a_bar(run) if progress and known else descend(run)
-    path = path.told(why=f"{method} steps were asked for")
+    why = f"{method} steps were asked for"
+    path = path.to_its_end().told(why=why, until=words_of(until))
     path = named_wrong(path, wrong)
     return fail_unless_reached(path, path) if throw else path
 
@@ -158,6 +166,7 @@ def prepare_descent(
     flow: GradientFlow,
     model: PyTree,
     watched: dict[str, Metric],
+    until: Given = None,
     *,
     weight_decay: Given,
     learning_rate: Given,
@@ -210,4 +219,5 @@ def prepare_descent(
         optimiser=optax.sgd if optimiser is None else optimiser,
         batch_size=batch_size if samples is not None else None,
         key=key if samples is not None else None,
+        until=as_criterion(until, term, params, watched),
     )

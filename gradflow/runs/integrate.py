@@ -36,9 +36,18 @@ class Reached(eqx.Module):
     """Steps; those accepted, and rejected."""
     stopped: Bool[Array, ""]
     """Whether what it was to run `until` has come, or it was not to run at all."""
+    low: Scalar
+    high: Scalar
+    """What it runs `until` comes after the first of these times, and has come at the
+    second; which is infinite where that is not known yet."""
     first: Scalar
     """The length of the first step."""
     result: diffrax.RESULTS
+
+    @property
+    def landed(self) -> Bool[Array, ""]:
+        """Whether it has ended where what it runs `until` has come."""
+        return self.t >= self.high
 
 
 class Integration(eqx.Module):
@@ -51,7 +60,11 @@ class Integration(eqx.Module):
     args: PyTree
     max_steps: int | Int[Array, ""]
     until: Callable[[Scalar, PyTree], Bool[Array, ""]] | None = None
-    """A condition of t and y that ends it early."""
+    """A condition of t and y that ends it early, at the end of a step."""
+    within: Scalar | None = None
+    """The part of the time to which the end is to be that at which the condition comes:
+    by bisection, steps from where it is not there yet being tried again, shorter. With
+    `None` it is the end of whichever step is the first after which it is there."""
     land: bool = eqx.field(static=True, default=True)
     """Whether steps end on `ts`; else the solver interpolates."""
 
@@ -67,6 +80,7 @@ class Integration(eqx.Module):
         end = jnp.minimum(following, self._target(zero))
         begun = solver.init(self.term, zero, end, y0, self.args)
         there = self.ts <= 0
+        stopped = jnp.array(False) if self.until is None else self.until(zero, y0)
 
         def room(y: Array) -> Array:
             shown = jnp.reshape(there, (-1,) + (1,) * y.ndim)
@@ -80,7 +94,9 @@ class Integration(eqx.Module):
             controller=strong(state),
             saved=jax.tree.map(room, y0),
             counts=jnp.zeros(3, int),
-            stopped=self._stops(zero, y0),
+            stopped=stopped,
+            low=zero,
+            high=jnp.where(stopped, zero, jnp.inf),
             first=dt0,
             result=diffrax.RESULTS.successful,
         )
@@ -123,13 +139,49 @@ class Integration(eqx.Module):
             return self.ts[-1]
         return self.ts[jnp.minimum(jnp.sum(self.ts <= t), self.ts.size - 1)]
 
-    def _stops(self, t: Scalar, y: PyTree) -> Bool[Array, ""]:
-        return jnp.array(False) if self.until is None else self.until(t, y)
+    def _end(self, at: Reached) -> Scalar:
+        """Where the next step ends."""
+        end = jnp.minimum(at.next, self._target(at.t))
+        if self.within is None:
+            return end
+        near = at.high - at.low <= self._width(at, at.high)
+        between = jnp.where(near, at.high, 0.5 * (at.low + at.high))
+        return jnp.where(jnp.isfinite(at.high), between, end)
+
+    def _width(self, at: Reached, t: Scalar) -> Scalar:
+        """How exactly a time is to be known (in the first step not to a part of it, as
+        what comes at once has no time of its own)."""
+        assert self.within is not None
+        return self.within * jnp.maximum(t, at.first)
+
+    def _search(
+        self, at: Reached, end: Scalar, keep: Bool[Array, ""], y: PyTree
+    ) -> tuple[Bool[Array, ""], Bool[Array, ""], Scalar, Scalar]:
+        """After a step from `at` to y, at time `end`, that is to be kept or not:
+        whether it ends the run; whether it is to be tried again although it might be
+        kept; and between which times what it runs `until` comes.
+
+        All steps of a bisection begin at the same state, so that the last is one that
+        was tried before, and gives what it gave.
+        """
+        if self.until is None:
+            return jnp.array(False), jnp.array(False), at.low, at.high
+        until = self.until
+        holds = jax.lax.cond(keep, lambda: until(end, y), lambda: jnp.array(False))
+        if self.within is None:
+            return holds, jnp.array(False), at.low, at.high
+        stop = holds & (end - at.low <= self._width(at, end))
+        before = keep & ~holds & (end < at.high) & jnp.isfinite(at.high)
+        again = (holds & ~stop) | before
+        # A step that has failed says nothing: it begins anew.
+        low = jnp.where(keep, jnp.where(holds, at.low, end), at.t)
+        high = jnp.where(holds, end, jnp.where(before, at.high, jnp.inf))
+        return stop, again, low, high
 
     def _step(
         self, solver: diffrax.AbstractSolver, controller: Controller, at: Reached
     ) -> Reached:
-        end = jnp.minimum(at.next, self._target(at.t))
+        end = self._end(at)
         y, error, dense, state, result = solver.step(
             self.term, at.t, end, at.y, self.args, at.solver, False
         )
@@ -140,6 +192,8 @@ class Integration(eqx.Module):
             at.t, end, at.y, y, self.args, error, order, at.controller
         )  # fmt: skip
         keep = jnp.asarray(keep)
+        stop, again, low, high = self._search(at, end, keep, y)
+        keep = keep & ~again
         one = jnp.ones((), int)
         t = jnp.where(keep, end, at.t)
         target = self._target(t)
@@ -151,16 +205,22 @@ class Integration(eqx.Module):
 
         result = diffrax.RESULTS.where(keep, result, diffrax.RESULTS.successful)
         okay = diffrax.is_okay(result)
-        y1 = kept(y, at.y)
+        # A step that is tried again has not been, to the controller.
+        memory = jax.tree.map(
+            lambda a, b: jnp.where(again, b, a), memory, at.controller
+        )
+        verdict = diffrax.RESULTS.where(again, diffrax.RESULTS.successful, verdict)
         return Reached(
             t=t,
             next=following,
-            y=y1,
+            y=kept(y, at.y),
             solver=kept(state, at.solver),
             controller=memory,
             saved=self._saved(solver, at, end, keep, y, dense),
             counts=at.counts + jnp.stack([one, keep.astype(int), 1 - keep.astype(int)]),
-            stopped=self._stops(t, y1),
+            stopped=stop,
+            low=low,
+            high=high,
             first=at.first,
             result=diffrax.RESULTS.where(okay, verdict, result),
         )

@@ -39,8 +39,25 @@ class Scheduled(eqx.Module):
             # Optax counts in 32 bits, and so would divide in them.
             return jnp.asarray(self.schedule(step.astype(int)), self.times.dtype)
 
+    def time(self, steps: Int[Array, ""], numbers: Int[Array, " saves"]) -> Scalar:
+        """t after so many steps, `numbers` being those after which was saved: from the
+        last of these on."""
+        place = jnp.maximum(jnp.sum(numbers <= steps) - 1, 0)
+        known = numbers[place] <= steps
+        first = jnp.where(known, numbers[place], 0)
+        some = jnp.arange(_AT_ONCE, dtype=numbers.dtype)
+
+        def add(k: Array, t: Scalar) -> Scalar:
+            these = first + k * _AT_ONCE + some
+            return t + jnp.sum(jnp.where(these < steps, jax.vmap(self)(these), 0))
+
+        begun = jnp.where(known, self.times[place], 0)
+        blocks = -(-(steps - first) // _AT_ONCE)
+        return jax.lax.fori_loop(jnp.zeros_like(blocks), blocks, add, begun)
+
 
 _BLOCK = 2**16
+_AT_ONCE = 2**10  # rates that are added up together, for their sum to be exact
 
 
 def scheduled(schedule: Schedule, numbers: np.ndarray, dtype: DTypeLike) -> Scheduled:

@@ -8,17 +8,18 @@ from typing import Any
 import equinox as eqx
 import jax
 import numpy as np
-from jaxtyping import Array, Float, PyTree, Scalar
+from jaxtyping import Array, Bool, Float, PyTree, Scalar
 
 from .._checks import is_concrete, word
 from .._host import as_array, known, size, taken
 from .._typing import Given
 from ..metrics import Metric
-from ..results import among, in_words, is_known, RESULTS
+from ..results import among, in_words, is_known, is_success, RESULTS
 from .columns import one_dataset
 from .crossing import crossing_error, crossing_time, is_good
 from .stacked import stacked
 from .stats import Stats
+from .until import passing
 
 _PASSES = 20  # at most: each narrows the time down to a share of 1/8 or less
 
@@ -31,9 +32,11 @@ def landed_crossing_time(path: "Path", name: str, metric: Metric) -> float:
     saved time, through as many times as the path has (for which it is compiled
     already); and so on, from the last of these, until interpolating between them
     changes the time by less than a tenth of `rtol`. Where that fails it warns, and
-    interpolates.
+    interpolates. A run that ended at that threshold has landed on the time already.
     """
     t, values = (np.asarray(x, float) for x in (path.t, path.metrics[name]))
+    if path.stats.until == passing(name) and bool(path.met):
+        return float(t[-1])
     time = crossing_time(t, values, metric)
     if path.again is None or not time > 0:
         return time
@@ -79,8 +82,10 @@ class Path(eqx.Module):
     """A path θ(t) of a gradient flow, or of a descent, saved at n times.
 
     Every array has the n times as its first axis (after that of the lanes, inside a
-    `Sweep`). Where a run ended early, what comes after its end is NaN. `path[i]` is the
-    model at `path.t[i]`.
+    `Sweep`). Where a run failed, what comes after its end is NaN. Where it ended early
+    as asked, by `until`, its end is the last of its times; where the number of times
+    can't depend on that (under `jit` and `vmap`, in the arrays of a `Sweep`) the end is
+    repeated, time and all. `path[i]` is the model at `path.t[i]`.
     """
 
     t: Float[Array, "*lanes n"]
@@ -149,8 +154,31 @@ class Path(eqx.Module):
 
     @property
     def succeeded(self) -> Array:
-        """Whether the run reached its last time. (It may have `slid`: see `result`.)"""
-        return among(self.result, RESULTS.successful, RESULTS.slid)
+        """Whether the run reached its last time, or ended before as asked. (It may have
+        `slid`: see `result`.)"""
+        return is_success(self.result)
+
+    @property
+    def met(self) -> Array:
+        """Whether it ended because what it was to run `until` has come."""
+        return among(self.result, RESULTS.criterion_met)
+
+    def to_its_end(self) -> "Path":
+        """The path of one run without the times that repeat its end."""
+        if not is_concrete(self.t):
+            return self
+        t = np.asarray(self.t)
+        ends = np.flatnonzero(t == t[-1])
+        if ends.size < 2:
+            return self
+        rows = slice(1 + int(ends[0]))
+        names = ("t", "params", "metrics", "train_loss", "penalty")
+        along = {name: getattr(self, name) for name in names}
+
+        def cut(x):  # unless it is what stands for parameters that were not stored
+            return taken(x, rows) if hasattr(x, "shape") else x
+
+        return dataclasses.replace(self, **jax.tree.map(cut, along))
 
     @property
     def verdict(self) -> str:
@@ -188,9 +216,12 @@ class Path(eqx.Module):
         ]
         if not bool(self.succeeded):
             lines.append(f"  FAILED: {self.verdict}")
-        elif among(self.result, RESULTS.slid):
-            lines.append(f"  WARNING: {RESULTS[self.result]}")
-        elif float(self.weight_decay) > 0:
+        elif bool(slid(self)):
+            lines.append(f"  WARNING: {RESULTS[RESULTS.slid]}")
+        if self.stats.until and bool(self.succeeded):
+            come = f"met at t = {t:.6g}" if bool(self.met) else "not met"
+            lines.append(f"  criterion {come}: {self.stats.until}")
+        if bool(self.succeeded) and not bool(slid(self)) and self._drifts:
             state = "at rest" if bool(self.stationary) else "still drifting"
             lines.append(f"  {state}: ‖dθ/ds‖/‖θ‖ = {float(self.slow_speed):.2g}")
         floor = 100 * float(np.finfo(self.t.dtype).eps)
@@ -201,6 +232,11 @@ class Path(eqx.Module):
                 f"{float(least):.1g}: see gf.manifold.spectrum"
             )
         return "\n".join(lines)
+
+    @property
+    def _drifts(self) -> bool:
+        """Whether there is a drift, and its speed is known."""
+        return float(self.weight_decay) > 0 and len(self) > 1
 
     def __repr__(self) -> str:
         if not is_concrete(self.t) or self.t.ndim != 1 or not is_known(self.result):
@@ -233,10 +269,24 @@ class Path(eqx.Module):
 _SINGULAR = 1e-6
 
 
+def slid(paths: Any) -> Bool[Array, "*lanes"]:
+    """Whether a path, or each of many, slid along kinks of the loss, and is exact to
+    three digits only. The result says so, unless it is `criterion_met`."""
+    told, met = (
+        np.asarray(among(paths.result, one))
+        for one in (RESULTS.slid, RESULTS.criterion_met)
+    )
+    count = paths.stats.sliding
+    more = False if count is None else met & (np.asarray(count) > 0)
+    return as_array(told | more)
+
+
 def ended(path: Any) -> str:
     """How a path, or what is saved like one, ended, in one word."""
     if among(path.result, RESULTS.slid):
         return "slid"
+    if among(path.result, RESULTS.criterion_met):
+        return "criterion met"
     return "successful" if bool(path.succeeded) else "FAILED"
 
 
@@ -255,6 +305,8 @@ def trend(name: str, values: Array) -> str:
 def relative_speed(params: PyTree, times: Array) -> Scalar:
     """‖Δθ‖/(‖θ‖ Δt) over the last two of stacked parameters at these times."""
     leaves, times = jax.tree.leaves(params), known(times)
+    if times.size < 2:
+        return as_array(np.nan, times.dtype)
     last, before = ([known(taken(p, i)) for p in leaves] for i in (-1, -2))
     # Where θ is zero, or did not come that far, there is no speed.
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -42,6 +42,7 @@ from .problem import as_metrics, check_problem
 from .progress import Bar
 from .solve import Solve
 from .times import as_decay, check_decay, prepare
+from .until import as_criterion, Until, words_of
 from .windows import run_again, solve_through
 
 
@@ -61,6 +62,7 @@ def simulate(
     rtol: float | Scalar = 1e-6,
     atol: float | Scalar | None = None,
     max_steps: int = 100_000,
+    until: Until | None = None,
     adjoint: diffrax.AbstractAdjoint | None = None,
     throw: bool = True,
     progress: bool = False,
@@ -101,6 +103,15 @@ def simulate(
     - `atol`: absolute tolerance for each coordinate; by default 0.02 · `rtol` · rms(θ)
         of the θ at that time, so that it means the same in every unit.
     - `max_steps`: the budget of steps.
+    - `until`: end the run before that, at the first time at which a criterion holds:
+        the name of one of `metrics`, to pass its threshold (for the first time, not for
+        good); [`gradflow.SmallGradient`][] or [`gradflow.SteadyState`][]; or a function
+        of the model that gives a boolean of JAX's. It is looked at when the run starts
+        and after each step, so one that holds for a part of a step only is not seen
+        (close `ts` are more looks). Where it holds, steps to times before are tried,
+        until the first is known to 0.1 · `rtol` of it; and there the path ends, its
+        result `criterion_met`. One that never holds is no failure: the run ends as
+        without, and is printed as such.
     - `adjoint`: how the run is differentiated, with Diffrax's own solvers: one of its
         adjoints, by default `diffrax.RecursiveCheckpointAdjoint()`, for `jax.grad`;
         `diffrax.ForwardMode()` is for `jax.jvp`. KKT solvers and RKC2 have none: give
@@ -132,6 +143,7 @@ def simulate(
     decay = 1.0 if isinstance(lam, DecaySchedule) else weight_decay
     wrong = wrong | check_horizon(decay, slow_time, t1, ts, saves, dtype)
     check_problem(term, params, watched)
+    criterion = as_criterion(until, term, params, watched)
     rtol = resolvable(rtol, params)
 
     times, size = prepare(
@@ -142,8 +154,10 @@ def simulate(
     def run(choice: Choice) -> Path:
         given = (term, params, lam, times)
         known = as_flow_solver(choice.solver)
-        if not known.differentiable:
-            given = _underivable(given, known.name, adjoint)
+        if criterion is not None:
+            given = _underivable(given, adjoint, _UNTIL)
+        elif not known.differentiable:
+            given = _underivable(given, adjoint, _BY.format(known.name))
         one = Solve.of(
             *given,
             bare,
@@ -152,10 +166,12 @@ def simulate(
             atol=atol,
             max_steps=min(max_steps, TRIAL_STEPS) if choice.trial else max_steps,
             adjoint=adjoint,
+            until=criterion,
         )
         with Bar(known.name, shown=progress and concrete) as bar:
             path = solve_through(one, bar, kinked=kinked)
-        path = dataclasses.replace(path, watched=watched)
+        path = dataclasses.replace(path, watched=watched).to_its_end()
+        path = path.told(until=words_of(until))
         why = choice.why
         if is_concrete(path.t):
             again = functools.partial(run_again, one)
@@ -169,7 +185,9 @@ def simulate(
         if not isinstance(lam, DecaySchedule):
             lam = jnp.where(wrong, jnp.zeros_like(lam), lam)
     arrays = jax.tree.leaves(
-        eqx.filter((term, params, lam, times, bare, rtol, atol), eqx.is_array)
+        eqx.filter(
+            (term, params, lam, times, bare, rtol, atol, criterion), eqx.is_array
+        )
     )
     concrete = all(map(is_concrete, arrays))
     kinked = concrete and _kinked(term, params)
@@ -192,14 +210,16 @@ def _platform(path: Path) -> str:
 
 Values = TypeVar("Values")
 
+_BY = (
+    "adjoint: a run by {} has no derivative; give solver=diffrax.Tsit5(), and "
+    "adjoint=diffrax.ForwardMode() for jax.jvp; or take gradflow.manifold.limit_map, "
+    "which has one for jax.grad."
+)
+_UNTIL = "until: a run that a criterion ends has no derivative; give t1 or slow_time."
 
-def _underivable(values: Values, solver: str, adjoint: Given) -> Values:
-    """`values`; who differentiates what comes of them gets an error."""
-    told = (
-        f"adjoint: a run by {solver} has no derivative; give solver=diffrax.Tsit5(), "
-        "and adjoint=diffrax.ForwardMode() for jax.jvp; or take "
-        "gradflow.manifold.limit_map, which has one for jax.grad."
-    )
+
+def _underivable(values: Values, adjoint: Given, told: str) -> Values:
+    """`values`; who differentiates what comes of them gets an error, which is told."""
     if adjoint is not None:
         raise ValueError(told)
     arrays, rest = eqx.partition(values, eqx.is_array)

@@ -21,7 +21,7 @@ from ..flow.vector import on_vector
 from ..metrics import Metric
 from ..penalties import absolute_weights, AbstractProximal
 from ..precision import exact_products
-from ..results import RESULTS
+from ..results import is_success, RESULTS
 from ..solvers import (
     AbstractFlowSolver,
     AbstractKKT,
@@ -36,6 +36,7 @@ from .path import Path
 from .problem import check_values
 from .stats import Stats
 from .times import time_scale
+from .until import AbstractCriterion, Here
 
 
 class Tolerance(eqx.Module):
@@ -63,6 +64,8 @@ class Solve(eqx.Module):
     tolerance: Tolerance
     adjoint: diffrax.AbstractAdjoint | None
     """How it is differentiated, or that it is not."""
+    until: AbstractCriterion | None
+    """When it is to end before."""
 
     @classmethod
     def of(
@@ -78,6 +81,7 @@ class Solve(eqx.Module):
         atol: float | Scalar | None = None,
         max_steps: int,
         adjoint: diffrax.AbstractAdjoint | None = None,
+        until: AbstractCriterion | None = None,
     ) -> "Solve":
         """With numbers as arrays, and what is not given as usual."""
         tolerance = Tolerance(
@@ -97,6 +101,7 @@ class Solve(eqx.Module):
             solver=solver,
             tolerance=tolerance,
             adjoint=adjoint,
+            until=until,
         )
 
     @property
@@ -106,11 +111,17 @@ class Solve(eqx.Module):
 
     def again(self, params: PyTree, ts: Float[Array, " n"], start: float) -> "Solve":
         """The same run from other parameters, at time `start` of it, and through other
-        times since then."""
+        times since then, to the last of them."""
         decay, params = self.weight_decay, self.term.chart.state(params)
         if isinstance(decay, DecaySchedule):
             decay = decay.from_time(start)
-        return dataclasses.replace(self, params=params, weight_decay=decay, ts=ts)
+        return dataclasses.replace(
+            self, params=params, weight_decay=decay, ts=ts, until=None
+        )
+
+    def metric(self, name: str, model: PyTree, loss: Scalar) -> Scalar:
+        """The value of a metric at a model of that loss."""
+        return loss if name in self.same else self.watched[name](model)
 
 
 @exact_products
@@ -153,6 +164,10 @@ def _solve_on(
     return path, at, ended
 
 
+# To this part of `rtol` a run lands on the time at which what it runs `until` comes.
+LANDED = 0.1
+
+
 class _Steps(NamedTuple):
     """With what a run is made, of vectors."""
 
@@ -178,6 +193,12 @@ class _Steps(NamedTuple):
         return defined, 1e-3 * jnp.where(defined, scale, 1.0)
 
     def integration(self, run: Solve, first: Scalar) -> Integration:
+        until = run.until
+
+        def holds(t: Scalar, y: PyTree) -> Bool[Array, ""]:
+            assert until is not None
+            return until.holds(self.here(run, t, y))
+
         return Integration(
             self.followed.term,
             self.followed.solver,
@@ -185,13 +206,32 @@ class _Steps(NamedTuple):
             run.ts,
             run.weight_decay,
             run.tolerance.max_steps,
+            until=None if until is None else holds,
+            within=None if until is None else LANDED * run.tolerance.rtol,
+        )
+
+    def here(self, run: Solve, t: Scalar, y: PyTree) -> Here:
+        """A state, for a criterion to look at."""
+        solver, term = self.solver, self.followed.term
+        params = solver.params_of(y)
+
+        def metric(name: str) -> Scalar:
+            return run.metric(name, term.model(params), solver.loss_of(term, y))
+
+        return Here(
+            term=term,
+            params=params,
+            weight_decay=decay_at(run.weight_decay, t),
+            metric=metric,
+            gradient=lambda: solver.gradient_of(term, y),
         )
 
     def begin(self, run: Solve, end: Scalar) -> Reached:
         defined, first = self.start(run, end)
         integration = self.integration(run, first)
         at = integration.begin(self.followed.state, first)
-        return dataclasses.replace(at, stopped=~defined)
+        high = jnp.where(defined, at.high, jnp.inf)
+        return dataclasses.replace(at, stopped=at.stopped | ~defined, high=high)
 
     def go_on(
         self, run: Solve, at: Reached, steps: Int[Array, ""] | None = None
@@ -221,10 +261,10 @@ def _told(
     )
     decay, slow = run.weight_decay, None
     if isinstance(decay, DecaySchedule):
-        slow = decay.slow_time(run.ts)
-        decay = slow[-1] / run.ts[-1]
+        slow = decay.slow_time(out.ts)
+        decay = slow[-1] / out.ts[-1]
     path = Path(
-        t=run.ts,
+        t=out.ts,
         weight_decay=decay,
         clock=slow,
         params=models,
@@ -301,8 +341,10 @@ class _Integrated(NamedTuple):
 
     term: AbstractFlowTerm
     """Of vectors, as are all states."""
+    ts: Float[Array, " n"]
+    """The times to save at; those after the end are the end."""
     saved: PyTree
-    """States at the times to save."""
+    """States at these times."""
     end: PyTree
     t: Scalar
     """The state reached, and when."""
@@ -312,13 +354,24 @@ class _Integrated(NamedTuple):
     """Diffrax's, in gradflow's words."""
     defined: Bool[Array, ""]
     """Whether there was a start."""
+    landed: Bool[Array, ""]
+    """Whether it has ended where what it was to run `until` has come."""
 
 
 def _reached(run: Solve, steps: _Steps, at: Reached) -> _Integrated:
-    result = _translate(at.result, at.t < run.ts[-1])
+    landed, ts, saved = at.landed, run.ts, at.saved
+    if run.until is not None:
+        after = landed & (ts > at.t)
+
+        def put(rows: Array, y: Array) -> Array:
+            beyond = jnp.reshape(after, (-1,) + (1,) * y.ndim)
+            return jnp.where(beyond, y[None], rows)
+
+        ts, saved = jnp.where(after, at.t, ts), jax.tree.map(put, saved, at.y)
+    result = _translate(at.result, (at.t < run.ts[-1]) & ~landed)
     return _Integrated(
-        steps.followed.term, at.saved, at.y, at.t, at.counts, at.solver, result,
-        ~at.stopped,
+        steps.followed.term, ts, saved, at.y, at.t, at.counts, at.solver, result,
+        landed | ~at.stopped, landed,
     )  # fmt: skip
 
 
@@ -351,8 +404,8 @@ def _differentiably(run: Solve, steps: _Steps) -> _Integrated:
     counts = jnp.stack([solution.stats[f"num_{kind}steps"] for kind in kinds])
     result = _translate(solution.result, t < ts[-1])
     return _Integrated(
-        steps.followed.term, saved, end, t, counts, solution.solver_state, result,
-        defined,
+        steps.followed.term, run.ts, saved, end, t, counts, solution.solver_state,
+        result, defined, jnp.array(False),
     )  # fmt: skip
 
 
@@ -365,10 +418,7 @@ def _record(
         params = solver.params_of(y)
         model = out.term.model(params)
         loss = solver.loss_of(out.term, y)
-        seen = {
-            k: loss if k in run.same else metric(model)
-            for k, metric in run.watched.items()
-        }
+        seen = {name: run.metric(name, model, loss) for name in run.watched}
         # What was not reached is not finite.
         reached = _finite(params)
         values = (params, seen, loss, out.term.penalty(params))
@@ -410,7 +460,8 @@ def _verdict(
     work: dict[str, Array],
 ) -> RESULTS:
     """How a run ended. A failure has its true cause; then come the reservations on one
-    that reached its end: of the flow, and of the solver."""
+    that reached its end: of the flow, and of the solver. That it `slid` shows in
+    `work`, where it has landed, too."""
     term, result = out.term, out.result
     end = solver.params_of(out.end)
     speed = term.velocity(end, decay_at(run.weight_decay, out.t))
@@ -422,9 +473,11 @@ def _verdict(
     slid = (result == RESULTS.successful) & (work.get("sliding", 0) > 0)
     result = RESULTS.where(slid, RESULTS.slid, result)
     states = jax.vmap(run.term.chart.state)(models)
-    saved = Saved(run.term, states, run.ts, out.counts, run.tolerance.rtol)
+    saved = Saved(run.term, states, out.ts, out.counts, run.tolerance.rtol)
     reserved = solver.reservation(saved)
-    return RESULTS.where(result == RESULTS.successful, reserved, result)
+    result = RESULTS.where(result == RESULTS.successful, reserved, result)
+    met = out.landed & is_success(result)
+    return RESULTS.where(met, RESULTS.criterion_met, result)
 
 
 def _defined(term: FlowTerm, params: PyTree, weight_decay: Scalar) -> Bool[Array, ""]:

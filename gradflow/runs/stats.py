@@ -56,6 +56,8 @@ class Stats(eqx.Module):
     """Of a descent, the time t of one step; its mean, on a schedule."""
     why: Words = eqx.field(static=True, default="")
     """Why this solver."""
+    until: Words = eqx.field(static=True, default="")
+    """What was to end it early, if anything."""
     trial_steps: Number | None = None
     """The steps lost to a solver that was tried first, and failed."""
     iterations: Number | None = None
@@ -100,12 +102,10 @@ class Stats(eqx.Module):
 
     def lane(self, i: int | np.integer) -> "Stats":
         """Those of lane i, of those of many."""
-        solver, why = (
-            words if isinstance(words, str) else words[i]
-            for words in (self.solver, self.why)
-        )
+        words = {name: getattr(self, name) for name in ("solver", "why", "until")}
+        own = {k: v if isinstance(v, str) else v[i] for k, v in words.items()}
         numbers = jax.tree.map(lambda x: taken(x, i), self)
-        return dataclasses.replace(numbers, solver=solver, why=why)
+        return dataclasses.replace(numbers, **own)
 
     def with_work_of(self, *others: "Stats") -> "Stats":
         """With what other runs took added to it."""

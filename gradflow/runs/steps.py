@@ -28,6 +28,7 @@ from .parts import strong
 from .path import Path
 from .problem import check_values
 from .stats import Stats
+from .until import AbstractCriterion, Here
 
 
 class Descend(eqx.Module):
@@ -46,6 +47,8 @@ class Descend(eqx.Module):
     batch_size: int | None = eqx.field(static=True)
     key: PRNGKeyArray | None
     """Of the minibatches."""
+    until: AbstractCriterion | None = None
+    """When it is to end before."""
 
     @property
     def saves(self) -> int:
@@ -59,6 +62,8 @@ class _State(eqx.Module):
     params: PyTree
     optimiser: PyTree
     order: Int[Array, " n"] | None
+    met: Bool[Array, ""]
+    """Whether what it is to run `until` has come."""
     clocks: Float[Array, " 2"] | None
     """t and s, where the weight decay is on a schedule."""
 
@@ -110,7 +115,8 @@ def _descend(
 
     def more(done: Descended) -> Array:
         place = done.place
-        return (place < count) & (numbers[jnp.minimum(place, count - 1)] <= last)
+        near = numbers[jnp.minimum(place, count - 1)] <= last
+        return (place < count) & (near | done.state.met)
 
     def until_next_save(done: Descended) -> Descended:
         done = descent.until(done, numbers[done.place])
@@ -171,8 +177,38 @@ class _Descent(eqx.Module):
         if run.key is not None:
             order = epoch_order(self.term.loss, run.key, jnp.zeros((), int))
         params = run.params if self.rated is None else self.rated.place(run.params)
+        memory = self.optimiser.made.init(params)
         clocks = jnp.zeros(2) if callable(run.weight_decay) else None
-        return _State(params, self.optimiser.made.init(params), order, clocks)
+        return _State(params, memory, order, self.met(params, clocks), clocks)
+
+    def decay(self, clocks: Float[Array, " 2"] | None) -> Scalar:
+        """λ now."""
+        lam, params = self.run.weight_decay, jax.tree.leaves(self.run.params)
+        if not callable(lam):
+            return lam
+        assert clocks is not None
+        t, s = clocks.astype(params[0].dtype)
+        return lam(s) if isinstance(lam, InSlowTime) else decay_of(lam, t)
+
+    def met(self, params: PyTree, clocks: Float[Array, " 2"] | None) -> Bool[Array, ""]:
+        """Whether what it is to run `until` has come."""
+        run, until = self.run, self.run.until
+        if until is None:
+            return jnp.array(False)
+        term = run.term
+        state = term.chart.state(params)
+
+        def loss(p: PyTree) -> Scalar:
+            return term.loss(term.model(p))
+
+        here = Here(
+            term=term,
+            params=state,
+            weight_decay=self.decay(clocks),
+            metric=lambda name: run.watched[name](term.model(state)),
+            gradient=lambda: jax.grad(loss)(state),
+        )
+        return until.holds(here) & ~lost(params)
 
     def step(self, i: Array, state: _State) -> _State:
         """Step number i."""
@@ -182,16 +218,13 @@ class _Descent(eqx.Module):
         key, size = run.key, run.batch_size
         if key is not None and size is not None and order is not None:
             loss, order = minibatch(loss, order, key, i, size)
-        lam, clocks = run.weight_decay, state.clocks
-        if callable(lam):
-            assert clocks is not None
-            t, s = clocks.astype(h.dtype)
-            lam = lam(s) if isinstance(lam, InSlowTime) else decay_of(lam, t)
+        lam, clocks = self.decay(state.clocks), state.clocks
+        if clocks is not None:
             clocks = clocks + jnp.stack([h, h * lam]).astype(clocks.dtype)
         moved, memory = self.move(loss, state, h, lam)
         if self.sphere is not None:
             moved = self.sphere.place(moved)
-        return _State(moved, memory, order, clocks)
+        return _State(moved, memory, order, self.met(moved, clocks), clocks)
 
     def move(
         self, loss: Callable, state: _State, h: Scalar, lam: Scalar
@@ -231,24 +264,32 @@ class _Descent(eqx.Module):
         return moved, memory
 
     def until(self, done: Descended, end: Array) -> Descended:
-        """On to step number `end`, in blocks: what is lost after one ends it."""
+        """On to step number `end`, or until what it waits for has come; in blocks: what
+        is lost after one ends it."""
         block = jnp.maximum(1, self.run.numbers[-1] // 200)
 
         def one_step(i: Array, state: _State) -> _State:
             return self.step(i, state)
 
+        def steps_to(i: Array, stop: Array, state: _State) -> tuple[Array, _State]:
+            if self.run.until is None:
+                return stop, jax.lax.fori_loop(i, stop, one_step, state)
+            return jax.lax.while_loop(
+                lambda carry: (carry[0] < stop) & ~carry[1].met,
+                lambda carry: (carry[0] + 1, self.step(*carry)),
+                (i, state),
+            )
+
         def block_of_steps(carry: tuple) -> tuple:
             i, state = carry
             # Blocks end at the same steps wherever a part begins.
             stop = jnp.minimum((i // block + 1) * block, end)
-            stop = jnp.where(lost(state), end, stop)
-            state = jax.lax.fori_loop(
-                jnp.where(lost(state), stop, i), stop, one_step, state
-            )
-            return stop, state
+            nothing = lost(state.params)
+            stop = jnp.where(nothing, end, stop)
+            return steps_to(jnp.where(nothing, stop, i), stop, state)
 
         def unfinished(carry):
-            return carry[0] < end
+            return (carry[0] < end) & ~carry[1].met
 
         begin = done.steps, done.state
         i, state = jax.lax.while_loop(unfinished, block_of_steps, begin)
@@ -260,14 +301,14 @@ class _Descent(eqx.Module):
         model = term.model(params)
         seen = {name: metric(model) for name, metric in self.run.watched.items()}
         values = (params, seen, term.loss(model), term.penalty(params), state.clocks)
-        nothing = lost(state)
+        nothing = lost(params)
         return jax.tree.map(lambda x: jnp.where(nothing, jnp.nan, x), values)
 
 
-def lost(state: _State) -> Array:
+def lost(params: PyTree) -> Array:
     """Whether a descent has left the finite range, to which no step leads back. (Its
     norm, a sum of squares, would leave it before.)"""
-    finite = [jnp.all(jnp.isfinite(p)) for p in jax.tree.leaves(state.params)]
+    finite = [jnp.all(jnp.isfinite(p)) for p in jax.tree.leaves(params)]
     return ~jnp.all(jnp.stack(finite))
 
 
@@ -280,17 +321,24 @@ def _path(run: Descend, descent: _Descent, done: Descended) -> Path:
     # The parameters may grow, in any unit, but what is descended on may not.
     height = train_loss + decay * penalty
     most = jnp.abs(height[0]) / jnp.finfo(height.dtype).eps ** 0.5
-    up = lost(done.state) | ~(height[-1] - height[0] <= most)
+    up = lost(done.state.params) | ~(height[-1] - height[0] <= most)
     up = up | ~jnp.isfinite(train_loss[-1])
-    rate, numbers = run.learning_rate, run.numbers
+    rate, met = run.learning_rate, done.state.met
+    # What comes after its end is its end.
+    numbers = jnp.where(met, jnp.minimum(run.numbers, done.steps), run.numbers)
     name = getattr(run.optimiser, "__name__", "an Optax optimiser")
     words = run.method if run.optimiser is optax.sgd else f"{run.method} with {name}"
     if isinstance(rate, Scheduled):
         words += ", on a schedule"
         t = rate.times
-        mean = t[-1] / numbers[-1].astype(t.dtype)
+        if run.until is not None:
+            t = jnp.where(run.numbers > numbers, rate.time(done.steps, run.numbers), t)
+        steps = numbers[-1]
+        mean = t[-1] / jnp.maximum(steps, 1).astype(t.dtype)
+        mean = jnp.where(steps > 0, mean, rate(steps))
     else:
         t, mean = rate * numbers.astype(rate.dtype), rate
+    ended = RESULTS.where(met, RESULTS.criterion_met, RESULTS.successful)
     return Path(
         t=t,
         weight_decay=decay,
@@ -300,7 +348,7 @@ def _path(run: Descend, descent: _Descent, done: Descended) -> Path:
         metrics=seen,
         train_loss=train_loss,
         penalty=penalty,
-        result=RESULTS.where(up, RESULTS.overshot, RESULTS.successful),
+        result=RESULTS.where(up, RESULTS.overshot, ended),
         stats=Stats(f"descent ({words})", numbers[-1], learning_rate=mean),
         watched=run.watched,
     )

@@ -58,7 +58,7 @@ def solve_through(run: Solve, bar: Bar | None = None, *, kinked: bool = False) -
     if not _known(paths):
         return _in_one(run, bar)
     whole = len(paths) == 1 and len(paths[0]) == run.saves
-    return paths[0] if whole else _joined(paths, run.ts)
+    return paths[0] if whole else _joined(paths, run.saves)
 
 
 def _known(tree: PyTree) -> bool:
@@ -69,7 +69,8 @@ def _known(tree: PyTree) -> bool:
 def _in_one(run: Solve, bar: Bar) -> Path:
     """By one program: what is being traced, for a derivative maybe, where the solver
     has one."""
-    if run.adjoint is None and as_flow_solver(run.solver).differentiable:
+    derivable = as_flow_solver(run.solver).differentiable and run.until is None
+    if run.adjoint is None and derivable:
         usual = diffrax.RecursiveCheckpointAdjoint()
         run = dataclasses.replace(run, adjoint=usual)
     path = solve(run)
@@ -102,19 +103,18 @@ def _nothing(saved: PyTree) -> PyTree:
     return jax.tree.map(lambda x: as_array(np.full(x.shape, np.inf, x.dtype)), saved)
 
 
-def _joined(paths: list[Path], ts: Float[Array, " n"]) -> Path:
-    """One path of those through the windows. Its result, and what it took, are the
-    last one's."""
-    n = ts.shape[0]
+def _joined(paths: list[Path], n: int) -> Path:
+    """One path of those through the windows, of n times. Its result, and what it took,
+    are the last one's."""
 
     def join(*parts: Array) -> np.ndarray:
         known = [np.asarray(x) for x in parts]
         return (known[0] if len(known) == 1 else np.concatenate(known))[:n]
 
-    names = ("params", "metrics", "train_loss", "penalty", "clock")
+    names = ("t", "params", "metrics", "train_loss", "penalty", "clock")
     along = ({name: getattr(path, name) for name in names} for path in paths)
     joined = jax.device_put(jax.tree.map(join, *along))
-    return dataclasses.replace(paths[-1], t=ts, **joined)
+    return dataclasses.replace(paths[-1], **joined)
 
 
 def _warn_of_kinks(path: Path, t: float, end: float) -> None:

@@ -26,7 +26,7 @@ from ..results import RESULTS
 from .base import AbstractFlowSolver, Controller, Followed, Saved
 from .controllers import Landing
 from .kkt import AbstractKKT
-from .orthant import flat_problem, OnOrthant, unwrap
+from .orthant import OnOrthant, tracked_gradient, unwrap
 from .stages import ChordIteration
 
 # An event may be missed by this share of the tolerance of a step.
@@ -141,6 +141,10 @@ class ActiveSet(
     def loss_of(self, term: AbstractFlowTerm, y: Signed) -> Scalar:
         """F, through the multiplier; see `AbstractKKT.loss_of`."""
         return self.solver.loss_of(term, y.tracked)
+
+    def gradient_of(self, term: AbstractFlowTerm, y: Signed) -> PyTree:
+        """∇F, through the multiplier."""
+        return self.solver.gradient_of(term, y.tracked)
 
     def work(self, term: AbstractFlowTerm, state: _State) -> dict[str, Array]:
         """See `AbstractKKT.work`. There is no `conditioning`: J loses rank by what is
@@ -264,11 +268,10 @@ def _on_orthant(term: AbstractFlowTerm, sign: Float[Array, " d"]) -> TrackedFlow
 def _force(
     term: AbstractFlowTerm, y: Tracked, weight_decay: Scalar
 ) -> Float[Array, " d"]:
-    """∇(F + λS), by the multiplier: on the critical manifold ∇F is as small as λ."""
-    theta, loss = flat_problem(term, y.params)
-    _, pull = jax.vjp(loss.outputs, theta)
-    smooth = smooth_gradient(term.penalty, y.params)
-    return pull(y.multiplier)[0] + weight_decay * ravel_pytree(smooth)[0]
+    """∇(F + λS)."""
+    force, _ = ravel_pytree(tracked_gradient(term, y))
+    smooth, _ = ravel_pytree(smooth_gradient(term.penalty, y.params))
+    return force + weight_decay * smooth
 
 
 class _Cubic(eqx.Module):

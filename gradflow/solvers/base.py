@@ -5,6 +5,7 @@ from typing import ClassVar, NamedTuple, TYPE_CHECKING
 
 import diffrax
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree, Scalar
 
@@ -90,6 +91,10 @@ class AbstractFlowSolver(eqx.Module):
         """F in a state."""
 
     @abc.abstractmethod
+    def gradient_of(self, term: AbstractFlowTerm, y: PyTree) -> PyTree:
+        """∇F in a state."""
+
+    @abc.abstractmethod
     def tolerance_share(self, rtol: Scalar) -> Scalar | float:
         """The part of `rtol` that a step is given, so that the path is within it."""
 
@@ -147,6 +152,9 @@ class AbstractOnParams(AbstractFlowSolver):
 
     def loss_of(self, term: AbstractFlowTerm, y: PyTree) -> Scalar:
         return term.loss(term.model(y))
+
+    def gradient_of(self, term: AbstractFlowTerm, y: PyTree) -> PyTree:
+        return jax.grad(lambda p: term.loss(term.model(p)))(y)
 
 
 class AbstractPlain(AbstractOnParams):

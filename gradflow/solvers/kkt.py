@@ -41,7 +41,7 @@ from .kernel import (
 )
 from .lockstep import where_needed
 from .matrix_free import check_free, FreeMatrix, Nystrom
-from .orthant import flat_problem, only_holds, OnOrthant, unwrap
+from .orthant import flat_problem, only_holds, OnOrthant, tracked_gradient, unwrap
 from .stages import ChordIteration, Stages
 from .tableaus import end_slope, jump_rules, kencarp5, predictor, tableau_matrix
 
@@ -204,6 +204,10 @@ class AbstractKKT(
         where F itself is tiny."""
         theta, loss = flat_problem(term, y.params)
         return loss.outer_from(y.multiplier, loss.outputs(theta))
+
+    def gradient_of(self, term: AbstractFlowTerm, y: Tracked) -> PyTree:
+        """∇F, through the multiplier."""
+        return tracked_gradient(term, y)
 
     def tolerance_share(self, rtol: Scalar) -> Scalar | float:
         return 1.0

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from diffrax import AbstractTerm
 from jax.flatten_util import ravel_pytree
@@ -81,3 +82,10 @@ def flat_problem(
             " composite losses, or take RKC2."
         )
     return theta, FlatOpaqueLoss(loss.loss, loss.chart, loss.unravel)
+
+
+def tracked_gradient(term: AbstractFlowTerm, y: Tracked) -> PyTree:
+    """∇F, by the multiplier: on the critical manifold it is as small as λ."""
+    theta, loss = flat_problem(term, y.params)
+    _, pull = jax.vjp(loss.outputs, theta)
+    return loss.unravel(pull(y.multiplier)[0])

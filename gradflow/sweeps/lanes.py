@@ -115,6 +115,7 @@ class FlowLanes(AbstractLanes):
             run = Solve.of(
                 term, params, lam, ts, watched, choice.solver,
                 rtol=_shared_scalar(rtol, ts.dtype), atol=self.atol, max_steps=most,
+                until=self.problems.criterion(number),
             )  # fmt: skip
             return Lane(run, choice.why, again, self.cost(number))
 
@@ -176,7 +177,7 @@ class DescentLanes(AbstractLanes):
         problem = self.problems.of(number)
         span, method = _span(plan, problem), self.method or "subgradient"
         run = prepare_descent(
-            problem.flow, problem.model, watched,
+            problem.flow, problem.model, watched, self.problems.criterion(number),
             weight_decay=plan.value(number, "weight_decay"),
             learning_rate=plan.value(number, "learning_rate"),
             init_scale=plan.value(number, "init_scale"),

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
-from ..results import from_codes, RESULTS
+from ..results import from_codes, is_success, RESULTS
 from ..runs.path import Path
 from ..runs.stats import NUMBERS, Stats
 from .axes import Axes
@@ -82,7 +82,9 @@ def read_paths(
         train_loss=flat(results, "train_loss"),
         penalty=flat(results, "penalty"),
         result=_result(results),
-        stats=Stats(results.attrs["solver"], **numbers),
+        stats=Stats(
+            results.attrs["solver"], until=results.attrs.get("until", ""), **numbers
+        ),
         watched=of_problem.watched,
     )
 
@@ -239,8 +241,7 @@ class StoredPaths(eqx.Module):
 
     @property
     def succeeded(self) -> Bool[Array, " L"]:
-        result = self.result
-        return (result == RESULTS.successful) | (result == RESULTS.slid)
+        return is_success(self.result)
 
     @property
     def stats(self) -> Stats:

@@ -15,6 +15,7 @@ from ..flow.flow import GradientFlow, scaled
 from ..flow.term import FlowTerm
 from ..metrics import Metric, without_thresholds
 from ..runs.problem import as_metrics, check_problem, Shapes
+from ..runs.until import AbstractCriterion, as_criterion
 from ..tasks import Task
 from .plan import Plan, Problem
 from .stack import OfProblem
@@ -47,6 +48,7 @@ class Problems:
         self._problem: Last[Problem] = Last()
         self._start: Last[tuple[FlowTerm, PyTree]] = Last()
         self._watched: Last[tuple[dict[str, Metric], Shapes]] = Last()
+        self._criterion: Last[AbstractCriterion | None] = Last()
 
     @property
     def one(self) -> bool:
@@ -99,6 +101,19 @@ class Problems:
             return without_thresholds(problem.watched), shapes
 
         return self._watched.get(self.plan.owner(lane), make)
+
+    def criterion(self, lane: int) -> AbstractCriterion | None:
+        """What is to end the run of a lane early.
+
+        **Raises:** `ValueError` where it is none of this problem.
+        """
+
+        def make() -> AbstractCriterion | None:
+            problem, until = self.of(lane), self.plan.asked["until"]
+            term, params = problem.flow.term(problem.model)
+            return as_criterion(until, term, params, problem.watched)
+
+        return self._criterion.get(self.plan.owner(lane), make)
 
     def parts(self, lane: int) -> OfProblem:
         """What the path of a lane has from its problem."""

@@ -19,6 +19,7 @@ from ..runs.parts import FIRST, in_part
 from ..runs.path import Path
 from ..runs.solve import Solve, solve, solve_part
 from ..runs.steps import Descend, descend, descend_part
+from ..runs.until import words_of
 from ..runs.windows import solve_through
 from .checkpoints import Checkpoints
 from .lanes import Lane
@@ -205,7 +206,7 @@ class _Programs(NamedTuple):
             return []
         left: list[tuple[int, Lane]] = []
         for k, (i, lane, path) in enumerate(zip(places, lanes, paths, strict=True)):
-            path = path.told(why=lane.why)
+            path = path.told(why=lane.why, until=words_of(lane.run.until))
             if lane.trial_steps is not None:
                 path = path.told(trial_steps=lane.trial_steps)
             if lane.again is not None and bool(wants_another(path.result)):

@@ -15,7 +15,7 @@ from .._host import taken
 from .._typing import RealScalarLike
 from ..results import among, RESULTS
 from ..runs.columns import columns, described, xarray
-from ..runs.path import Path
+from ..runs.path import Path, slid
 from ..runs.solve import Solve
 from ..runs.stats import Stats, Words
 from ..runs.windows import run_again
@@ -31,7 +31,9 @@ class Sweep(eqx.Module):
     """The paths of L lanes, one for each combination of values of the axes.
 
     Lanes are numbered in C order of the dimensions: `sweep[i]` is the `Path` of lane i,
-    and so is `sweep[j, k]` by its position in each dimension. One that failed is marked
+    and so is `sweep[j, k]` by its position in each dimension. One that ended early, as
+    asked by `until`, has its end in all rows from there on, time and all; `sweep[i]`
+    has it once, and `padded(i)` as often as the arrays. One that failed is marked
     in `result`, and is NaN after its end; one that raised an error is NaN throughout,
     and `causes` has the words. The others are as if it had not been there.
 
@@ -130,6 +132,10 @@ class Sweep(eqx.Module):
 
     def __getitem__(self, index: int | np.integer | tuple[int, ...]) -> Path:
         """The path of one lane, by its number or its position in each dimension."""
+        return self.padded(index).to_its_end()
+
+    def padded(self, index: int | np.integer | tuple[int, ...]) -> Path:
+        """The same with as many times as there are in the arrays."""
         i = self.axes.lane(index)
         paths = self.paths
         if isinstance(paths, StoredPaths):
@@ -195,8 +201,17 @@ class Sweep(eqx.Module):
             product = " × ".join(f"{n} {short(dim)}" for dim, n in sizes)
             count = f"{product} = {len(self)} lanes"
         lines = [f"Sweep of {count}, {solver}{accuracy}"]
+        if self._until:
+            met = int(np.sum(among(self.result, RESULTS.criterion_met)))
+            lines.append(f"  criterion met in {met} of {len(self)}: {self._until}")
         many = len(self) > _SHOWN
         return "\n".join(lines + (self._summary() if many else self._table()))
+
+    @property
+    def _until(self) -> str:
+        """What was to end lanes early."""
+        until = self.stats.until
+        return until if isinstance(until, str) else " or ".join(sorted({*until} - {""}))
 
     def _table(self) -> list[str]:
         names = [name for name in self.axes.along if name != "weight_decay"]
@@ -242,10 +257,14 @@ class Sweep(eqx.Module):
         path = self[i]
         if not bool(path.succeeded):
             return f"  FAILED: {path.verdict}"
-        if among(path.result, RESULTS.slid):
+        mark = ""
+        if path.stats.until:
+            end = float(np.asarray(path.t)[-1])
+            mark = f"  met at t = {end:.4g}" if bool(path.met) else "  not met"
+        if bool(slid(path)):
             assert path.stats.sliding is not None
-            return f"  slid along kinks in {int(path.stats.sliding)} steps"
-        return ""
+            mark += f"  slid along kinks in {int(path.stats.sliding)} steps"
+        return mark
 
     def _summary(self) -> list[str]:
         good = np.asarray(self.succeeded)

@@ -292,6 +292,11 @@ class ZarrStore:
             return
         # Not byte by byte: another version of Zarr may write the same otherwise.
         old, new = (json.loads(f.read_text()) for f in (there, here))
+        # An earlier version knew fewer results; of those that it knew the numbers are
+        # what they were.
+        earlier = name == "result" and _flags_of(old) < _flags_of(new)
+        if earlier:
+            old["attributes"] = new["attributes"]
         differences = difference(old, new)
         if differences:
             why = ""
@@ -304,6 +309,9 @@ class ZarrStore:
                 f"store: {name} differs from chunk to chunk: {'; '.join(differences)}."
                 f"{why}"
             )
+        if earlier:
+            _flush(here)
+            os.replace(here, there)
 
     def _move(self, files: list[str]) -> None:
         """From aside into place, for good."""
@@ -424,6 +432,12 @@ _ATTRIBUTES = {
     "slow_time": lambda: {"long_name": "slow time s = lambda t"},
     "result": _result,
 }
+
+
+def _flags_of(array: dict[str, Any]) -> set[tuple[int, str]]:
+    """The results that the description of an array knows, with their numbers."""
+    told = array["attributes"]
+    return set(zip(told["flag_values"], told["flag_meanings"].split(), strict=True))
 
 
 def _files(folder: File) -> list[str]:

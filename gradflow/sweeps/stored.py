@@ -9,6 +9,7 @@ import numpy as np
 
 from ..results import CODES
 from ..runs.columns import columns
+from ..runs.until import words_of
 from .axes import Axes, lanes_of_block
 from .checkpoints import Checkpoints
 from .columns import parameter_columns
@@ -144,8 +145,10 @@ def _attributes(
         "parameters": parameters,
         "float64": jax.config.read("jax_enable_x64"),
     }
-    seeds = {"seeds": describe(axes.values["seed"])} if "seed" in axes.values else {}
-    return {"config": describe(config), **seeds, **about()}
+    more = {"seeds": describe(axes.values["seed"])} if "seed" in axes.values else {}
+    if until := words_of(plan.asked["until"]):
+        more["until"] = until
+    return {"config": describe(config), **more, **about()}
 
 
 def _write(

@@ -27,6 +27,7 @@ from ..metrics import Metric
 from ..precision import exact_products
 from ..runs.outcome import fail_unless_reached
 from ..runs.problem import as_metrics
+from ..runs.until import Until
 from .axes import make_axes, Numbers
 from .lanes import AbstractLanes, DescentLanes, FlowLanes
 from .options import as_store, Descent, Store
@@ -80,6 +81,7 @@ def sweep(
     solver: diffrax.AbstractSolver | None = None,
     atol: float | None = None,
     max_steps: int = 100_000,
+    until: Until | None = None,
     run: Descent | None = None,
     batch: Batch | None = None,
     store: str | os.PathLike | Store | None = None,
@@ -112,6 +114,9 @@ def sweep(
     - `slow_time`, `t1`, `ts`: give one; that of the `Task` by default. For descents
         `slow_time` or `t1`, unless `run` tells how many steps to take.
     - `metrics`: in addition to those that `problem` gives.
+    - `until`: what ends a lane early; see `simulate` and `descent`. Each lane has its
+        own end, which is repeated in the arrays of the sweep up to the number of times
+        of the others; `sweep[i]` is without that.
     - `run`: a [`gradflow.Descent`][] for descents; `rtol`, `ts`, `solver`, `atol` and
         `max_steps` are for flows alone.
     - `batch`: `"loop"` runs lane after lane, `"vmap"` as many in lockstep as fit into
@@ -154,7 +159,7 @@ def sweep(
         init_scale=init_scale, rtol=rtol, learning_rate=run and run.learning_rate,
         weight_decay=weight_decay, slow_time=slow_time, t1=t1, ts=ts,
         steps=run and run.steps, at=run and run.at, saves=saves, solver=solver,
-        atol=atol, max_steps=max_steps, method=run and run.method,
+        atol=atol, max_steps=max_steps, until=until, method=run and run.method,
         optimiser=run and run.optimiser, batch_size=run and run.batch_size,
         key=run and run.key,
     )  # fmt: skip

@@ -11,8 +11,7 @@ from jaxtyping import Array, Float, PyTree
 
 from .._checks import check_arguments, word
 from ..precision import exact_products
-from ..results import among, RESULTS
-from ..runs.path import landed_crossing_time
+from ..runs.path import landed_crossing_time, slid
 from ..runs.progress import Bar
 from ..sweeps.result import Sweep
 from .predicted_time import PredictedTime
@@ -34,7 +33,8 @@ def compare(
 
     **Arguments:**
 
-    - `sweep`: simulated with the same flow, model and metrics as
+    - `sweep`: simulated with the same flow, model and metrics as (a lane that ended
+        early, as asked, counts up to its end)
     - `theory`: the prediction.
     - `after`: ε; the drift alone is compared over s ≥ ε.
     - `progress`: show a progress bar, over the lanes.
@@ -107,7 +107,8 @@ class Errors(NamedTuple):
 def errors(sweep: Sweep, theory: TwoPhase, bar: Bar) -> Errors:
     """The errors of the predictions at all saved times of all lanes."""
     found = []
-    for i, path in enumerate(sweep):
+    for i in range(len(sweep)):
+        path = sweep.padded(i)
         # Compiled once: what is told of a path in words differs from lane to lane.
         lane = path.t, path.params, path.weight_decay
         found.append(jax.tree.map(np.asarray, _errors(theory, *lane)))
@@ -153,7 +154,7 @@ def rates(sweep: Sweep, theory: TwoPhase, found: Errors) -> dict[int, Order]:
     largest = float(curvature) / 20
     ratio = _ratio(theory, slow) * lams[:, None]
     # A lane that slid along kinks is exact to three digits only.
-    exact = {1: np.asarray(among(sweep.result, RESULTS.successful))}
+    exact = {1: np.asarray(sweep.succeeded) & ~np.asarray(slid(sweep.paths))}
     terms = {1: np.full_like(slow, np.nan)}
     if theory.second is not None and found.term is not None:
         exact[2] = _sup(ratio, regular) <= 0.1
