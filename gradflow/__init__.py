@@ -16,6 +16,11 @@ from .losses import (
     Loss as Loss,
     SquaredError as SquaredError,
 )
+from .margin_losses import (
+    Exponential as Exponential,
+    Hinge as Hinge,
+    SoftMargin as SoftMargin,
+)
 from .penalties import (
     AbstractPenalty as AbstractPenalty,
     ElasticNet as ElasticNet,

@@ -59,10 +59,11 @@ class Limit(eqx.Module):
     norm one: the direction of what they gained over the last decade of time. Else
     zero."""
     margin: Float[Array, ""]
-    """The least margin of `direction` over the samples of a cross-entropy, which for a
-    model homogeneous of degree L is the normalised one, minᵢ margin(θ)/‖θ‖ᴸ. It is
-    positive where the direction separates the data. Zero where there is a limit, NaN
-    for other losses."""
+    """The least margin of `direction` over the samples that count, of a loss of classes
+    (`CrossEntropy`, `Logistic`, `SoftMargin`, `Exponential`), which for a model
+    homogeneous of degree L is the normalised one, minᵢ margin(θ)/‖θ‖ᴸ. It is positive
+    where the direction separates the data. Zero where there is a limit, NaN for other
+    losses."""
 
     def __str__(self) -> str:
         if among(self.result, RESULTS.successful):

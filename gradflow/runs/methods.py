@@ -192,8 +192,10 @@ def projection(term: FlowTerm, params: PyTree) -> Projection:
         kind = type(term.loss).__name__
         raise ValueError(f"method: 'projected' needs a SquaredError, got {kind}.")
     theta, flat = flatten(term.loss, params, term.static)
-    inverse = jnp.linalg.pinv(flat.jacobian(theta))
-    return Projection(flat, term.loss.y.reshape(-1), inverse)
+    targets = term.loss.y.reshape(-1)
+    counts = term.loss.counted(jnp.ones_like(targets), 0.0)
+    inverse = jnp.linalg.pinv(counts[:, None] * flat.jacobian(theta))
+    return Projection(flat, targets, inverse)
 
 
 def check_projection(
@@ -219,5 +221,6 @@ def _miss(term: FlowTerm, params: PyTree) -> Scalar:
     project = projection(term, params)
     on = project(unravel(theta + away * (1 + jnp.max(jnp.abs(theta)))))
     left = project.flat.outputs(ravel_pytree(on)[0]) - project.targets
+    left = project.flat.loss.counted(left, 0.0)
     size = jnp.linalg.norm(project.targets)
     return jnp.linalg.norm(left) / jnp.where(size > 0, size, 1.0)
