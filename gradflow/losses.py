@@ -159,6 +159,11 @@ class AbstractByClasses(AbstractCompositeLoss):
         output that is a class by itself): positive where it is right. Infinite where a
         sample has no side, or the weight zero."""
 
+    @property
+    @abc.abstractmethod
+    def positive(self) -> bool:
+        """Whether F > 0 everywhere, so that a loss of zero is one that underflows."""
+
 
 class AbstractBySamples(AbstractSampled, AbstractByResiduals):
     """A loss that is a sum over samples, ℓ(z) = c Σᵢ wᵢ ρᵢ(z): c = 1/n, or 1 for the
@@ -439,6 +444,10 @@ class Logistic(AbstractTargetLoss, AbstractByClasses):
         margins = jnp.where((y == 0) | (y == 1), (2 * y - 1) * z, jnp.inf)
         return self.counted(margins, jnp.inf)
 
+    @property
+    def positive(self) -> bool:
+        return True
+
 
 class CrossEntropy(AbstractBySamples, AbstractByClasses):
     """F(model) = −meanᵢ log softmax(f(xᵢ))[labelᵢ], f(xᵢ) a vector of k logits; or, for
@@ -526,6 +535,10 @@ class CrossEntropy(AbstractBySamples, AbstractByClasses):
         least = jnp.min(jnp.where(q > 0, z, jnp.inf), axis=1)
         others = jnp.max(jnp.where(q > 0, -jnp.inf, z), axis=1)
         return self.counted(least - others, jnp.inf)
+
+    @property
+    def positive(self) -> bool:
+        return True
 
 
 class Loss(AbstractLoss):

@@ -95,6 +95,10 @@ class Exponential(AbstractMarginLoss):
         # is, and the slope by what the solver leaves of it.
         return self.each(z)
 
+    @property
+    def positive(self) -> bool:
+        return True
+
 
 class SoftMargin(AbstractMarginLoss):
     """F(model) = meanᵢ log(1 + exp(−yᵢ f(xᵢ))), or the sum: `Logistic` for yᵢ = ±1 in
@@ -137,6 +141,10 @@ class SoftMargin(AbstractMarginLoss):
     ) -> Float[Array, " m"]:
         return logistic_from(slopes, z, self._second)
 
+    @property
+    def positive(self) -> bool:
+        return True
+
 
 class Hinge(AbstractMarginLoss):
     """F(model) = meanᵢ ρ(max(0, 1 − yᵢ f(xᵢ))), or the sum: two classes, yᵢ = ±1, with
@@ -147,11 +155,11 @@ class Hinge(AbstractMarginLoss):
     δ → 0, which itself has a kink, and no gradient flow without sliding: it is refused.
 
     On separable data the minimisers are a region, {all yᵢf(xᵢ) ≥ 1}, on whose boundary
-    flows end. There ∇²F jumps to zero, sample by sample: that of the boundary is taken,
-    where a sample counts whose margin is 1 or less (to eps^⅔, to which points of M are
-    found). So rank, tangent space and spectrum at a limit are those of the face
-    {yᵢf(xᵢ) = 1 for the samples that brought it there}. Where samples leave or join
-    that face, the drift says `rank_lost`.
+    flows end. There ∇²F jumps to zero, sample by sample: a sample counts whose margin
+    is 1 or less (to eps^⅔, to which points of M are found). So rank, tangent space and
+    spectrum at a limit are those of the face {yᵢf(xᵢ) = 1 for the samples that brought
+    it there}. The drift moves on as samples join the face, and leave it; with ½‖θ‖² the
+    drift of a linear model ends at the support vector machine.
     """
 
     x: PyTree
@@ -198,6 +206,15 @@ class Hinge(AbstractMarginLoss):
         known = -self.y.reshape(-1) * slopes
         lack = 1 - self.y.reshape(-1) * z
         return _rho(jnp.where(known < self.delta, known, lack), self.delta)
+
+    @property
+    def positive(self) -> bool:
+        return False
+
+    def stiffness(self, jacobian: Float[Array, "m d"]) -> Float[Array, ""]:
+        """The largest curvature ‖Jᵀℓ''J‖ where all samples are within their margin."""
+        weights = 1.0 if self.weights is None else jnp.max(self.weights)
+        return self.scale * weights * jnp.linalg.norm(jacobian, 2) ** 2
 
 
 @jax.custom_jvp

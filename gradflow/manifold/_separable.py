@@ -1,7 +1,7 @@
 """Where there is no limit: the direction in which θ grows, and its margin."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from ..flow.flat import FlatLoss
 from ..losses import AbstractByClasses
@@ -17,6 +17,13 @@ def limit_direction(thetas: Float[Array, "decades d"]) -> Float[Array, " d"]:
     """
     gain = thetas[-1] - thetas[-2]
     return gain / jnp.linalg.norm(gain)
+
+
+def has_underflown(loss: FlatLoss, theta: Float[Array, " d"]) -> Bool[Array, ""]:
+    """Whether a loss that is positive everywhere is zero at θ: all margins are beyond
+    what numbers can tell, and nothing moves any more."""
+    positive = isinstance(loss.loss, AbstractByClasses) and loss.loss.positive
+    return (loss(theta) == 0) & positive
 
 
 def smallest_margin(loss: FlatLoss, theta: Float[Array, " d"]) -> Float[Array, ""]:

@@ -30,7 +30,7 @@ from ..solvers.controllers import Relative
 from ..solvers.kernel import fits
 from ._growth import FollowGrowth, timescale
 from ._normal import close
-from ._separable import limit_direction, smallest_margin
+from ._separable import has_underflown, limit_direction, smallest_margin
 from ._variational import tie
 from .choice import begin, first_form, Form
 from .forms import AbstractForm
@@ -250,6 +250,8 @@ def _settle(
     result = RESULTS.where(endless, RESULTS.no_minimiser, result)
     done = RESULTS.where(on_manifold, RESULTS.successful, RESULTS.not_critical)
     result = RESULTS.where(arrived, done, result)
+    unseen = has_underflown(loss, end)
+    result = RESULTS.where(unseen, RESULTS.not_converged, result)
     if not form.interpolating:
         saddle = arrived & measure(loss, w, form).negative
         result = RESULTS.where(saddle, RESULTS.saddle, result)

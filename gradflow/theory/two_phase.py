@@ -115,7 +115,7 @@ def _predicted(flow: GradientFlow, model: PyTree, asked: _Asked, bar: Bar) -> Tw
             raise RuntimeError(where + RESULTS[limit.result])
     at_limit = spectrum(flow.loss, limit.model, trainable=flow.trainable)
     if asked.order == 2:
-        check_second_order(at_limit, flow.penalty)
+        check_second_order(at_limit, flow)
     tau, until = _fast_scales(term, params, limit.time, at_limit.smallest_curvature)
     runs = _Runs(
         flow,
