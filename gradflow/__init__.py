@@ -29,6 +29,7 @@ from .penalties import (
     L2 as L2,
     Moreau as Moreau,
     Nuclear as Nuclear,
+    Quadratic as Quadratic,
     Schatten as Schatten,
     Sobolev as Sobolev,
 )

@@ -8,7 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, PyTree, Scalar
 
 from ._checks import as_data, is_concrete
 from ._logits import logistic, logistic_from
@@ -202,10 +202,10 @@ class Hinge(AbstractMarginLoss):
     def each_from(
         self, slopes: Float[Array, " m"], z: Float[Array, " m"]
     ) -> Float[Array, " m"]:
-        # ρ′ = min(a, δ), so that a is known from it unless it is δ.
-        known = -self.y.reshape(-1) * slopes
+        # ρ′ = a up to δ.
         lack = 1 - self.y.reshape(-1) * z
-        return _rho(jnp.where(known < self.delta, known, lack), self.delta)
+        known = -self.y.reshape(-1) * slopes
+        return _rho(jnp.where(lack < self.delta, known, lack), self.delta)
 
     @property
     def positive(self) -> bool:
@@ -218,7 +218,7 @@ class Hinge(AbstractMarginLoss):
 
 
 @jax.custom_jvp
-def _rho(a: Array, delta: float) -> Array:
+def _rho(a: Array, delta: float | Scalar) -> Array:
     """½a² up to δ, δ(a − ½δ) beyond, zero below 0."""
     inner = jnp.clip(a, 0, delta)
     return inner * (a - 0.5 * inner)
@@ -231,7 +231,7 @@ def _rho_jvp(primals, tangents):
 
 
 @jax.custom_jvp
-def _slope(a: Array, delta: float) -> Array:
+def _slope(a: Array, delta: float | Scalar) -> Array:
     """ρ′."""
     return jnp.clip(a, 0, delta)
 

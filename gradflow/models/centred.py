@@ -66,22 +66,20 @@ class Centred(eqx.Module):
     @property
     def initial(self) -> Any:
         """The model g with the parameters θ₀."""
-        rest = eqx.filter(self.model, eqx.is_inexact_array, inverse=True)
-        return eqx.combine(jax.tree.map(_number, self.start), rest)
+        now, rest = eqx.partition(self.model, eqx.is_inexact_array)
+        then = jax.tree.map(lambda p, b: _number(b).astype(p.dtype), now, self.start)
+        return eqx.combine(then, rest)
 
     def __call__(self, x: PyTree) -> Array:
         now, then = self.model(x), self.initial(x)
         return self.alpha.astype(now.dtype) * (now - then)
 
 
-_KINDS = {
-    jnp.dtype(f"float{bits}"): jnp.dtype(f"uint{bits}") for bits in (16, 32, 64)
-}
-
-
 def _bits(x: Array) -> Array:
-    x = jnp.asarray(x)
-    return jax.lax.bitcast_convert_type(x, _KINDS[x.dtype])
+    kind = jnp.asarray(x).dtype.name
+    if kind not in ("float32", "float64"):
+        raise ValueError(f"model: expected parameters of float32 or 64, got {kind}.")
+    return jax.lax.bitcast_convert_type(x, jnp.dtype(kind.replace("float", "uint")))
 
 
 def _number(bits: Array) -> Array:

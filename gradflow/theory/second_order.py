@@ -30,6 +30,7 @@ from ..manifold import Drift, Spectrum
 from ..manifold.diagnosis import third_derivative
 from ..manifold.forms import AbstractForm
 from ..margin_losses import Hinge
+from ..penalties import AbstractPenalty
 from ..runs.integrate import Integration
 from ..runs.interpolate import interpolate, place
 from ..runs.path import Path
@@ -88,8 +89,8 @@ def check_second_order(spectrum: Spectrum, flow: GradientFlow) -> None:
     penalty = flow.penalty
     if isinstance(flow.loss, Hinge):
         raise ValueError(
-            "order: the second takes ∇²F, which jumps where a sample of a Hinge reaches "
-            "its margin; give order=1."
+            "order: the second takes ∇²F, which jumps where samples of a Hinge reach "
+            "their margin; give order=1."
         )
     if not penalty.smooth:
         raise ValueError(
