@@ -189,7 +189,7 @@ def test_a_lazy_model_is_kernel_regression():
     for alpha in (1e2, 1e3, 1e4):
         model, loss = centred(alpha), gf.SquaredError(x, y)
         theta, unravel = jax.flatten_util.ravel_pytree(model.model)
-        jac = jax.jacrev(lambda th: jax.vmap(unravel(th))(x))(theta)
+        jac = jax.jacrev(lambda th, back=unravel: jax.vmap(back(th))(x))(theta)
         values, basis = np.linalg.eigh(np.asarray(jac @ jac.T) / 4)
         decay = 1 - np.exp(-values * ts[:, None])
         right = (decay * (basis.T @ np.asarray(y))) @ basis.T

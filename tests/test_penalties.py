@@ -125,7 +125,7 @@ def test_value_and_prox_solve_the_convex_program(name):
     )
     problem = cp.Problem(cp.Minimize(program(*variables) + distance / (2 * step)))
     best = problem.solve(solver="CLARABEL")
-    nearest = jax.jit(penalty.prox)(model, step)
+    nearest = jax.jit(lambda m, h: penalty.prox(m, h))(model, step)
     found = penalty(nearest) + np.sum((flat(nearest) - flat(model)) ** 2) / (2 * step)
     assert_allclose(found, best, rtol=1e-7)
     expected = np.concatenate([u.value.reshape(-1) for u in variables])
