@@ -285,9 +285,9 @@ class SquaredError(AbstractTargetLoss):
 
     x: PyTree
     y: Float[Array, "n ..."]
-    weights: Float[Array, " n"] | None
     reduction: Literal["mean", "sum"] = eqx.field(static=True)
     predict: Callable[[Any, PyTree], Array] = eqx.field(static=True)
+    weights: Float[Array, " n"] | None = None
 
     def __init__(
         self,
@@ -342,10 +342,10 @@ class Huber(AbstractTargetLoss):
 
     x: PyTree
     y: Float[Array, "n ..."]
-    weights: Float[Array, " n"] | None
     reduction: Literal["mean", "sum"] = eqx.field(static=True)
     predict: Callable[[Any, PyTree], Array] = eqx.field(static=True)
     delta: float
+    weights: Float[Array, " n"] | None = None
 
     def __init__(
         self,
@@ -398,9 +398,9 @@ class Logistic(AbstractTargetLoss, AbstractByClasses):
 
     x: PyTree
     y: Float[Array, "n ..."]
-    weights: Float[Array, " n"] | None
     reduction: Literal["mean", "sum"] = eqx.field(static=True)
     predict: Callable[[Any, PyTree], Array] = eqx.field(static=True)
+    weights: Float[Array, " n"] | None = None
 
     def __init__(
         self,
@@ -460,8 +460,8 @@ class CrossEntropy(AbstractBySamples, AbstractByClasses):
 
     x: PyTree
     labels: Int[Array, " n"] | Float[Array, "n k"]
-    weights: Float[Array, " n"] | None
     predict: Callable[[Any, PyTree], Array] = eqx.field(static=True)
+    weights: Float[Array, " n"] | None = None
 
     def __init__(
         self,

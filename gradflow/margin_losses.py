@@ -64,9 +64,9 @@ class Exponential(AbstractMarginLoss):
 
     x: PyTree
     y: Float[Array, "n ..."]
-    weights: Float[Array, " n"] | None
     reduction: Literal["mean", "sum"] = eqx.field(static=True)
     predict: Callable[[Any, PyTree], Array] = eqx.field(static=True)
+    weights: Float[Array, " n"] | None = None
 
     def __init__(
         self,
@@ -107,9 +107,9 @@ class SoftMargin(AbstractMarginLoss):
 
     x: PyTree
     y: Float[Array, "n ..."]
-    weights: Float[Array, " n"] | None
     reduction: Literal["mean", "sum"] = eqx.field(static=True)
     predict: Callable[[Any, PyTree], Array] = eqx.field(static=True)
+    weights: Float[Array, " n"] | None = None
 
     def __init__(
         self,
@@ -164,10 +164,10 @@ class Hinge(AbstractMarginLoss):
 
     x: PyTree
     y: Float[Array, "n ..."]
-    weights: Float[Array, " n"] | None
     reduction: Literal["mean", "sum"] = eqx.field(static=True)
     predict: Callable[[Any, PyTree], Array] = eqx.field(static=True)
     delta: float
+    weights: Float[Array, " n"] | None = None
 
     def __init__(
         self,

@@ -6,6 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, PyTree, Shaped
 
 
@@ -51,7 +52,7 @@ class Centred(eqx.Module):
             )
         number = alpha if isinstance(alpha, jax.Array) else np.asarray(alpha)
         real = number.ndim == 0 and number.dtype.kind in "fi"
-        known = real and not isinstance(number, jax.core.Tracer)
+        known = real and not isinstance(number, Tracer)
         if not real or known and not (np.isfinite(number) and number > 0):
             raise ValueError(f"alpha: expected one positive number, got {alpha!r}.")
         self.model = model

@@ -221,6 +221,7 @@ def _miss(term: FlowTerm, params: PyTree) -> Scalar:
     project = projection(term, params)
     on = project(unravel(theta + away * (1 + jnp.max(jnp.abs(theta)))))
     left = project.flat.outputs(ravel_pytree(on)[0]) - project.targets
-    left = project.flat.loss.counted(left, 0.0)
+    assert isinstance(term.loss, SquaredError)
+    left = term.loss.counted(left, 0.0)
     size = jnp.linalg.norm(project.targets)
     return jnp.linalg.norm(left) / jnp.where(size > 0, size, 1.0)
