@@ -387,7 +387,7 @@ def test_references_say_how_they_were_made():
 # where a sample is further than δ off (Huber, whose ℓ'' also jumps), or beyond its
 # margin (hinge), and where it does not count (a weight of zero).
 def sides(key):
-    return 2.0 * jr.bernoulli(key, 0.5, (5, 3)) - 1
+    return jnp.where(jr.bernoulli(key, 0.5, (5, 3)), 1.0, -1.0)
 
 
 LOSSES = {
