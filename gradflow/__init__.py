@@ -17,6 +17,11 @@ from .losses import (
     Loss as Loss,
     SquaredError as SquaredError,
 )
+from .margin_losses import (
+    Exponential as Exponential,
+    Hinge as Hinge,
+    SoftMargin as SoftMargin,
+)
 from .penalties import (
     AbstractPenalty as AbstractPenalty,
     ElasticNet as ElasticNet,
@@ -25,6 +30,7 @@ from .penalties import (
     L2 as L2,
     Moreau as Moreau,
     Nuclear as Nuclear,
+    Quadratic as Quadratic,
     Schatten as Schatten,
     Sobolev as Sobolev,
 )

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, get_origin, TypeGuard
 
 import diffrax
+import equinox as eqx
 import jax
 import jax.core
 import jax.numpy as jnp
@@ -178,13 +179,57 @@ def check_labels(labels: Array) -> None:
         raise ValueError(f"{expected} some < 0.")
 
 
+def check_probabilities(labels: Array) -> None:
+    """Raises unless they are rows of probabilities."""
+    expected = "labels: expected probabilities that add up to one in each row, got"
+    if not jnp.issubdtype(labels.dtype, jnp.floating):
+        raise ValueError(f"{expected} {labels.dtype}.")
+    if not is_concrete(labels):
+        return
+    rows = np.asarray(labels)
+    if not (np.isfinite(rows).all() and (rows >= 0).all()):
+        raise ValueError(f"{expected} some that are negative or not finite.")
+    total = rows.sum(axis=1)
+    worst = total[np.abs(total - 1).argmax()]
+    if not abs(worst - 1) <= 1e-5:
+        raise ValueError(f"{expected} a row with a sum of {worst:.6g}.")
+
+
+def as_weights(weights: Given, n: int, *, mean: bool) -> Array | None:
+    """Weights of n samples, of mean one where asked for; or `None`.
+
+    **Raises:** `ValueError` unless they are n finite numbers from 0 on, not all zero.
+    """
+    if weights is None:
+        return None
+    expected = f"weights: expected {n} finite numbers from 0 on, not all zero, got"
+    array = as_data(weights, "weights")
+    if not eqx.is_array(array) or array.shape != (n,):
+        raise ValueError(f"{expected} {word(weights)}.")
+    if jnp.issubdtype(array.dtype, jnp.complexfloating):
+        raise ValueError(f"{expected} {array.dtype}.")
+    if is_concrete(array):
+        values = np.asarray(array)
+        if not (np.isfinite(values).all() and (values >= 0).all() and values.any()):
+            raise ValueError(f"{expected} others.")
+    array = array if jnp.issubdtype(array.dtype, jnp.inexact) else array.astype(float)
+    return array / jnp.mean(array) if mean else array
+
+
 def check_logits(labels: Array, shape: tuple[int, ...]) -> None:
     """Raises unless logits of that shape have a column for each label."""
+    if labels.ndim == 2 and shape != labels.shape:
+        raise ValueError(
+            f"labels: the model's logits have shape {shape}, the probabilities "
+            f"{labels.shape}."
+        )
     if len(shape) != 2 or shape[0] != labels.shape[0]:
         raise ValueError(
             f"labels: the model's logits have shape {shape}, expected "
             f"({labels.shape[0]}, classes)."
         )
+    if labels.ndim == 2:
+        return
     # Of a NumPy array: in a traced function jnp would trace the comparison too.
     largest = np.asarray(labels).max() if is_concrete(labels) else 0
     if largest >= shape[1]:

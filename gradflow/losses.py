@@ -8,20 +8,24 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
+from jaxtyping import Array, Float, Int, PyTree, Scalar
 
 from ._checks import (
     as_data,
     as_level,
+    as_weights,
     check_callable,
     check_choice,
     check_finite,
     check_labels,
     check_logits,
     check_loss_data,
+    check_probabilities,
     is_concrete,
     word,
 )
+from ._logits import entropy, from_miss, logistic, logistic_from
+from ._typing import Given
 
 
 def predict_each(model: Callable, x: PyTree) -> Array:
@@ -146,14 +150,87 @@ def outer_from(
     return loss.outer(z)
 
 
-class AbstractTargetLoss(AbstractSampled, AbstractByResiduals):
-    """What losses against targets of the predictions' shape have in common:
-    ℓ(z) = c Σᵢ ρ(zᵢ, yᵢ), with c = 1/n, or 1 for the sum."""
+class AbstractByClasses(AbstractCompositeLoss):
+    """A composite loss of classes, which the outputs tell apart by a margin."""
+
+    @abc.abstractmethod
+    def margins(self, z: Float[Array, " m"]) -> Float[Array, " k"]:
+        """How far what the outputs say is on the right side, of each sample (or each
+        output that is a class by itself): positive where it is right. Infinite where a
+        sample has no side, or the weight zero."""
+
+    @property
+    @abc.abstractmethod
+    def positive(self) -> bool:
+        """Whether F > 0 everywhere, so that a loss of zero is one that underflows."""
+
+
+class AbstractBySamples(AbstractSampled, AbstractByResiduals):
+    """A loss that is a sum over samples, ℓ(z) = c Σᵢ wᵢ ρᵢ(z): c = 1/n, or 1 for the
+    sum, and weights wᵢ ≥ 0, one unless given. (Scaled to mean one, if c = 1/n: what
+    ℓ is then is Σᵢ wᵢρᵢ/Σᵢwᵢ for the weights as they were.)"""
 
     x: eqx.AbstractVar[PyTree]
+    weights: eqx.AbstractVar[Float[Array, " n"] | None]
+    predict: eqx.AbstractVar[Callable[[Any, PyTree], Array]]
+
+    @property
+    @abc.abstractmethod
+    def scale(self) -> float:
+        """c."""
+
+    @abc.abstractmethod
+    def each(self, z: Float[Array, " m"]) -> Float[Array, " k"]:
+        """ρ, of each sample, or of each of its outputs."""
+
+    @abc.abstractmethod
+    def each_from(
+        self, slopes: Float[Array, " m"], z: Float[Array, " m"]
+    ) -> Float[Array, " k"]:
+        """ρ, where its `slopes` ∂ρ/∂z are known better than z."""
+
+    @property
+    def samples(self) -> PyTree | None:
+        return self.x if self.predict is predict_each else None
+
+    def outer(self, z: Float[Array, " m"]) -> Scalar:
+        # (Where the weight is zero ρ and its derivatives might be infinite.)
+        return self._total(self.each(self.counted(z, 0.0)))
+
+    def outer_from(
+        self, residuals: Float[Array, " m"], z: Float[Array, " m"]
+    ) -> Scalar:
+        slopes = residuals / self.scale
+        if self.weights is not None:
+            weights = self.counted(self._spread(z), 1.0)
+            slopes = self.counted(slopes / weights, 0.0)
+        return self._total(self.each_from(slopes, z))
+
+    def counted(self, values: Float[Array, " k"], other: float) -> Float[Array, " k"]:
+        """`values`, of samples or of their outputs; `other` where the weight is
+        zero."""
+        if self.weights is None:
+            return values
+        return jnp.where(self._spread(values) > 0, values, other)
+
+    def _total(self, values: Float[Array, " k"]) -> Scalar:
+        """c Σ wᵢ · `values`."""
+        if self.weights is not None:
+            values = self.counted(self._spread(values) * values, 0.0)
+        return self.scale * jnp.sum(values)
+
+    def _spread(self, values: Float[Array, " k"]) -> Float[Array, " k"]:
+        """The weight of each of the `values`."""
+        assert self.weights is not None
+        weights = self.weights.astype(values.dtype)
+        return jnp.repeat(weights, values.size // weights.size)
+
+
+class AbstractTargetLoss(AbstractBySamples):
+    """What losses against targets of the predictions' shape have in common."""
+
     y: eqx.AbstractVar[Float[Array, "n ..."]]
     reduction: eqx.AbstractVar[Literal["mean", "sum"]]
-    predict: eqx.AbstractVar[Callable[[Any, PyTree], Array]]
 
     def outputs(self, model: PyTree) -> Float[Array, " m"]:
         z = predicted(self.predict, model, self.x)
@@ -165,19 +242,18 @@ class AbstractTargetLoss(AbstractSampled, AbstractByResiduals):
         return z.reshape(-1)
 
     @property
-    def samples(self) -> PyTree | None:
-        return self.x if self.predict is predict_each else None
-
-    @property
     def scale(self) -> float:
-        """c."""
         return 1.0 if self.reduction == "sum" else 1.0 / self.y.shape[0]
 
 
-def _checked_targets(
-    x: PyTree, y: Array, reduction: str, predict: Callable[[Any, PyTree], Array]
-) -> tuple[PyTree, Array]:
-    """`x` and `y` as arrays.
+def checked_targets(
+    x: PyTree,
+    y: Array,
+    weights: Array | None,
+    reduction: str,
+    predict: Callable[[Any, PyTree], Array],
+) -> tuple[PyTree, Array, Array | None]:
+    """`x`, `y` and `weights` as arrays.
 
     **Raises:** `ValueError` as `SquaredError`.
     """
@@ -186,25 +262,39 @@ def _checked_targets(
     check_callable(predict, "predict", "the model and x")
     check_loss_data(x, y, "y")
     check_finite(y, "y")
-    return x, y
+    return x, y, as_weights(weights, y.shape[0], mean=reduction == "mean")
+
+
+def check_delta(delta: Given) -> float:
+    """δ as a plain number.
+
+    **Raises:** `ValueError` unless it is one above zero, known before tracing.
+    """
+    level = as_level(delta, "delta")
+    if level is None or not level > 0:
+        raise ValueError(f"delta: expected a positive number, got {word(delta)}.")
+    return level
 
 
 class SquaredError(AbstractTargetLoss):
     """F(model) = ½ meanᵢ ‖f(xᵢ) − yᵢ‖², the mean over samples; or the sum.
 
-    With `reduction="mean"`, ℓ(z) = ‖z − y‖²/(2n); with `"sum"`, ℓ(z) = ½‖z − y‖².
+    With `reduction="mean"`, ℓ(z) = ‖z − y‖²/(2n); with `"sum"`, ℓ(z) = ½‖z − y‖². With
+    weights w, F = ½ Σᵢ wᵢ‖f(xᵢ) − yᵢ‖²/Σᵢwᵢ, or the sum alone.
     """
 
     x: PyTree
     y: Float[Array, "n ..."]
     reduction: Literal["mean", "sum"] = eqx.field(static=True)
     predict: Callable[[Any, PyTree], Array] = eqx.field(static=True)
+    weights: Float[Array, " n"] | None = None
 
     def __init__(
         self,
         x: PyTree,
         y: Array,
         *,
+        weights: Array | None = None,
         reduction: Literal["mean", "sum"] = "mean",
         predict: Callable[[Any, PyTree], Array] = predict_each,
     ):
@@ -212,29 +302,34 @@ class SquaredError(AbstractTargetLoss):
 
         - `x`: inputs, an array or a pytree of arrays with a leading axis of n samples.
         - `y`: targets, of the same shape as the predictions.
+        - `weights`: of the samples, n numbers wᵢ ≥ 0 that are not all zero. The mean is
+            Σwᵢℓᵢ/Σwᵢ, as scikit-learn's: a weight of two is that sample twice, and one
+            of zero leaves it out. With `reduction="sum"` it is Σwᵢℓᵢ.
         - `reduction`: `"mean"` or `"sum"` over the n samples (outputs of one sample are
             always summed).
         - `predict`: `predict(model, x)`, the predictions for all samples. The default
             is `jax.vmap(model)(x)`; with one that ignores it, `x` may be `None`.
 
         **Raises:** `ValueError` where `x` and `y` differ in length, are empty, or hold
-        a NaN or an infinity.
+        a NaN or an infinity; and where `weights` are no such numbers.
         """
-        self.x, self.y = _checked_targets(x, y, reduction, predict)
+        self.x, self.y, self.weights = checked_targets(
+            x, y, weights, reduction, predict
+        )
         self.reduction, self.predict = reduction, predict
 
     @property
-    def outer_curvature(self) -> float:
-        return self.scale
+    def outer_curvature(self) -> float | None:
+        return self.scale if self.weights is None else None
 
-    def outer(self, z: Float[Array, " m"]) -> Scalar:
+    def each(self, z: Float[Array, " m"]) -> Float[Array, " m"]:
         r = z - self.y.reshape(-1)
-        return 0.5 * self.scale * jnp.sum(r * r)
+        return 0.5 * r * r
 
-    def outer_from(
-        self, residuals: Float[Array, " m"], z: Float[Array, " m"]
-    ) -> Scalar:
-        return 0.5 / self.scale * jnp.sum(residuals * residuals)
+    def each_from(
+        self, slopes: Float[Array, " m"], z: Float[Array, " m"]
+    ) -> Float[Array, " m"]:
+        return 0.5 * slopes * slopes
 
 
 class Huber(AbstractTargetLoss):
@@ -250,6 +345,7 @@ class Huber(AbstractTargetLoss):
     reduction: Literal["mean", "sum"] = eqx.field(static=True)
     predict: Callable[[Any, PyTree], Array] = eqx.field(static=True)
     delta: float
+    weights: Float[Array, " n"] | None = None
 
     def __init__(
         self,
@@ -257,6 +353,7 @@ class Huber(AbstractTargetLoss):
         y: Array,
         *,
         delta: float = 1.0,
+        weights: Array | None = None,
         reduction: Literal["mean", "sum"] = "mean",
         predict: Callable[[Any, PyTree], Array] = predict_each,
     ):
@@ -266,35 +363,34 @@ class Huber(AbstractTargetLoss):
 
         **Raises:** `ValueError` as `SquaredError`, and unless δ is such a number.
         """
-        self.x, self.y = _checked_targets(x, y, reduction, predict)
+        self.x, self.y, self.weights = checked_targets(
+            x, y, weights, reduction, predict
+        )
         self.reduction, self.predict = reduction, predict
-        level = as_level(delta, "delta")
-        if level is None or not level > 0:
-            raise ValueError(f"delta: expected a positive number, got {word(delta)}.")
-        self.delta = level
+        self.delta = check_delta(delta)
 
     @property
     def outer_curvature(self) -> None:
         return None
 
-    def outer(self, z: Float[Array, " m"]) -> Scalar:
+    def each(self, z: Float[Array, " m"]) -> Float[Array, " m"]:
         return self._of_differences(z - self.y.reshape(-1))
 
-    def _of_differences(self, r: Float[Array, " m"]) -> Scalar:
+    def _of_differences(self, r: Float[Array, " m"]) -> Float[Array, " m"]:
         inner = jnp.clip(r, -self.delta, self.delta)
-        return self.scale * jnp.sum(inner * (r - 0.5 * inner))
+        return inner * (r - 0.5 * inner)
 
-    def outer_from(
-        self, residuals: Float[Array, " m"], z: Float[Array, " m"]
-    ) -> Scalar:
+    def each_from(
+        self, slopes: Float[Array, " m"], z: Float[Array, " m"]
+    ) -> Float[Array, " m"]:
         r = z - self.y.reshape(-1)
-        quadratic = jnp.abs(r) < self.delta
-        return self._of_differences(jnp.where(quadratic, residuals / self.scale, r))
+        return self._of_differences(jnp.where(jnp.abs(r) < self.delta, slopes, r))
 
 
-class Logistic(AbstractTargetLoss):
+class Logistic(AbstractTargetLoss, AbstractByClasses):
     """F(model) = meanᵢ log(1 + exp f(xᵢ)) − yᵢ f(xᵢ), or the sum: two classes, one
     logit f(xᵢ), and targets y between 0 and 1 (the probability of the second class).
+    For targets −1 and 1 it is `SoftMargin`.
 
     On separable data this loss has no minimiser: without weight decay ‖θ‖ grows like
     log t.
@@ -304,12 +400,14 @@ class Logistic(AbstractTargetLoss):
     y: Float[Array, "n ..."]
     reduction: Literal["mean", "sum"] = eqx.field(static=True)
     predict: Callable[[Any, PyTree], Array] = eqx.field(static=True)
+    weights: Float[Array, " n"] | None = None
 
     def __init__(
         self,
         x: PyTree,
         y: Array,
         *,
+        weights: Array | None = None,
         reduction: Literal["mean", "sum"] = "mean",
         predict: Callable[[Any, PyTree], Array] = predict_each,
     ):
@@ -324,147 +422,79 @@ class Logistic(AbstractTargetLoss):
             if not ((targets >= 0) & (targets <= 1)).all():
                 raise ValueError("y: expected numbers from 0 to 1.")
         y = y if jnp.issubdtype(y.dtype, jnp.inexact) else y.astype(float)
-        self.x, self.y = _checked_targets(x, y, reduction, predict)
+        self.x, self.y, self.weights = checked_targets(
+            x, y, weights, reduction, predict
+        )
         self.reduction, self.predict = reduction, predict
 
     @property
     def outer_curvature(self) -> None:
         return None
 
-    def outer(self, z: Float[Array, " m"]) -> Scalar:
-        return self.scale * jnp.sum(_logistic(z, self.y.reshape(-1)))
+    def each(self, z: Float[Array, " m"]) -> Float[Array, " m"]:
+        return logistic(z, self.y.reshape(-1))
 
-    def outer_from(
-        self, residuals: Float[Array, " m"], z: Float[Array, " m"]
-    ) -> Scalar:
-        # Where y is 0 or 1 it is −log(1 − |p − y|), with p − y = n·residual.
+    def each_from(
+        self, slopes: Float[Array, " m"], z: Float[Array, " m"]
+    ) -> Float[Array, " m"]:
+        return logistic_from(slopes, z, self.y.reshape(-1))
+
+    def margins(self, z: Float[Array, " m"]) -> Float[Array, " m"]:
         y = self.y.reshape(-1)
-        miss = jnp.where(y == 1, -residuals, residuals) / self.scale
-        hard = (y == 0) | (y == 1)
-        each = _from_miss(jnp.where(hard, miss, 0), _logistic(z, y))
-        return self.scale * jnp.sum(each)
+        margins = jnp.where((y == 0) | (y == 1), (2 * y - 1) * z, jnp.inf)
+        return self.counted(margins, jnp.inf)
+
+    @property
+    def positive(self) -> bool:
+        return True
 
 
-# An error p − 1 of a class that is all but certain cannot be told from zero; the sum of
-# the other probabilities can. So the losses below have derivatives of their own, right
-# to all digits, whatever the logits: of the first, the second and the third order.
-
-
-@jax.custom_jvp
-def _sigmoid(z: Array) -> Array:
-    """1/(1 + e⁻ᶻ)."""
-    return jax.nn.sigmoid(z)
-
-
-@_sigmoid.defjvp
-def _sigmoid_jvp(primals, tangents):
-    (z,), (dz,) = primals, tangents
-    p = _sigmoid(z)
-    return p, p * _sigmoid(-z) * dz
-
-
-@jax.custom_jvp
-def _logistic(z: Array, y: Array) -> Array:
-    """log(1 + eᶻ) − yz, for 0 ≤ y ≤ 1, each."""
-    return y * jax.nn.softplus(-z) + (1 - y) * jax.nn.softplus(z)
-
-
-@_logistic.defjvp
-def _logistic_jvp(primals, tangents):
-    (z, y), (dz, dy) = primals, tangents
-    # p − y. Near z = 0 it may be far smaller than p and y are, too.
-    far = (1 - y) * _sigmoid(z) - y * _sigmoid(-z)
-    near = 0.5 * jnp.tanh(0.5 * z) + (0.5 - y)
-    slope = jnp.where(jnp.abs(z) < 1, near, far)
-    return _logistic(z, y), slope * dz - z * dy
-
-
-@jax.custom_jvp
-def _softmax(z: Float[Array, "n k"]) -> Float[Array, "n k"]:
-    return jax.nn.softmax(z)
-
-
-@_softmax.defjvp
-def _softmax_jvp(primals, tangents):
-    (z,), (dz,) = primals, tangents
-    p = _softmax(z)
-    return p, _softmax_change(p, dz)
-
-
-def _softmax_change(p: Float[Array, "n k"], v: Float[Array, "n k"]) -> Array:
-    """(diag p − ppᵀ)v, of each sample. Only differences of v count: those to its value
-    at the largest p leave nothing there that cancels."""
-    first = jnp.argmax(p, axis=1, keepdims=True) == jnp.arange(p.shape[1])[None]
-    v = v - jnp.sum(jnp.where(first, v, 0), axis=1, keepdims=True)
-    return p * (v - jnp.sum(p * v, axis=1, keepdims=True))
-
-
-@jax.custom_jvp
-def _misses(z: Float[Array, "n k"], own: Bool[Array, "n k"]) -> Float[Array, "n k"]:
-    """softmax(z) − 1 at the label, where `own`, and softmax(z) elsewhere."""
-    others = jnp.where(own, 0, _softmax(z))
-    return jnp.where(own, -jnp.sum(others, axis=1, keepdims=True), others)
-
-
-@_misses.defjvp
-def _misses_jvp(primals, tangents):
-    (z, own), (dz, _) = primals, tangents
-    return _misses(z, own), _softmax_change(_softmax(z), dz)
-
-
-@jax.custom_jvp
-def _entropy(z: Float[Array, "n k"], own: Bool[Array, "n k"]) -> Float[Array, " n"]:
-    """log Σⱼ exp(zⱼ − z at the label), of each sample."""
-    label = jnp.sum(jnp.where(own, z, 0), axis=1)
-    others = jax.nn.logsumexp(jnp.where(own, -jnp.inf, z), axis=1)
-    return jax.nn.softplus(others - label)
-
-
-@_entropy.defjvp
-def _entropy_jvp(primals, tangents):
-    (z, own), (dz, _) = primals, tangents
-    return _entropy(z, own), jnp.sum(_misses(z, own) * dz, axis=1)
-
-
-def _from_miss(miss: Float[Array, " n"], plain: Float[Array, " n"]) -> Array:
-    """−log(1 − miss) where the miss of a right class is known, else `plain`."""
-    known = (miss > 0) & (miss < 0.5)
-    return jnp.where(known, -jnp.log1p(-jnp.where(known, miss, 0)), plain)
-
-
-class CrossEntropy(AbstractSampled, AbstractByResiduals):
-    """F(model) = −meanᵢ log softmax(f(xᵢ))[labelᵢ], f(xᵢ) a vector of k logits.
+class CrossEntropy(AbstractBySamples, AbstractByClasses):
+    """F(model) = −meanᵢ log softmax(f(xᵢ))[labelᵢ], f(xᵢ) a vector of k logits; or, for
+    soft labels qᵢ, probabilities of the k classes, −meanᵢ Σⱼ qᵢⱼ log softmax(f(xᵢ))ⱼ.
 
     On separable data this loss has no minimiser: without weight decay ‖θ‖ grows like
-    log t.
+    log t. With soft labels, none of which is 0 or 1, it has: softmax(f(xᵢ)) = qᵢ where
+    the model can, and there F is the mean entropy of the labels.
     """
 
     x: PyTree
-    labels: Int[Array, " n"]
+    labels: Int[Array, " n"] | Float[Array, "n k"]
     predict: Callable[[Any, PyTree], Array] = eqx.field(static=True)
+    weights: Float[Array, " n"] | None = None
 
     def __init__(
         self,
         x: PyTree,
-        labels: Int[Array, " n"],
+        labels: Int[Array, " n"] | Float[Array, "n k"],
         *,
+        weights: Array | None = None,
         predict: Callable[[Any, PyTree], Array] = predict_each,
     ):
         """**Arguments:**
 
         - `x`: inputs, an array or a pytree of arrays with a leading axis of n samples.
-        - `labels`: integers from 0 to k − 1.
+        - `labels`: integers from 0 to k − 1; or n rows of k probabilities that add up
+            to one (to 1e-5; they are then divided by what they do add up to).
+        - `weights`: of the samples, as for `SquaredError`.
         - `predict`: `predict(model, x)`, the logits for all samples, shape (n, k). The
             default is `jax.vmap(model)(x)`.
 
-        **Raises:** `ValueError` where `labels` are no vector of integers, are negative,
-        or do not match `x` in length.
+        **Raises:** `ValueError` where `labels` are neither a vector of such integers
+        nor such probabilities, or do not match `x` in length; and as `SquaredError` of
+        `weights`.
         """
-        self.x, self.labels = as_data(x, "x"), as_data(labels, "labels")
+        self.x, labels = as_data(x, "x"), as_data(labels, "labels")
         self.predict = predict
         check_callable(predict, "predict", "the model and x")
-        check_loss_data(self.x, self.labels, "labels")
-        check_labels(self.labels)
+        check_loss_data(self.x, labels, "labels")
+        if labels.ndim == 2:
+            check_probabilities(labels)
+            labels = labels / jnp.sum(labels, axis=1, keepdims=True)
+        else:
+            check_labels(labels)
+        self.labels = labels
+        self.weights = as_weights(weights, labels.shape[0], mean=True)
 
     def outputs(self, model: PyTree) -> Float[Array, " m"]:
         z = predicted(self.predict, model, self.x)
@@ -472,28 +502,43 @@ class CrossEntropy(AbstractSampled, AbstractByResiduals):
         return z.reshape(-1)
 
     @property
-    def samples(self) -> PyTree | None:
-        return self.x if self.predict is predict_each else None
-
-    @property
     def outer_curvature(self) -> None:
         return None
 
-    def _own(self, z: Float[Array, " m"]) -> tuple[Array, Array]:
-        """z as (n, k), and where the labels are in it."""
+    @property
+    def scale(self) -> float:
+        return 1.0 / self.labels.shape[0]
+
+    def _rows(self, z: Float[Array, " m"]) -> tuple[Array, Array]:
+        """z as (n, k), and the probabilities of the labels."""
         z = z.reshape(self.labels.shape[0], -1)
-        return z, jnp.arange(z.shape[1])[None] == self.labels.astype(int)[:, None]
+        if self.labels.ndim == 2:
+            return z, self.labels
+        own = jnp.arange(z.shape[1])[None] == self.labels.astype(int)[:, None]
+        return z, own.astype(z.dtype)
 
-    def outer(self, z: Float[Array, " m"]) -> Scalar:
-        return jnp.mean(_entropy(*self._own(z)))
+    def each(self, z: Float[Array, " m"]) -> Float[Array, " n"]:
+        return entropy(*self._rows(z))
 
-    def outer_from(
-        self, residuals: Float[Array, " m"], z: Float[Array, " m"]
-    ) -> Scalar:
-        # The residual at the label is (p − 1)/n.
-        r, own = self._own(residuals)
-        miss = -self.labels.shape[0] * jnp.sum(jnp.where(own, r, 0), axis=1)
-        return jnp.mean(_from_miss(miss, _entropy(*self._own(z))))
+    def each_from(
+        self, slopes: Float[Array, " m"], z: Float[Array, " m"]
+    ) -> Float[Array, " n"]:
+        # The slope at a label that is certain is p − 1.
+        r, q = self._rows(slopes)
+        miss = -jnp.sum(jnp.where(q == 1, r, 0), axis=1)
+        return from_miss(miss, self.each(z))
+
+    def margins(self, z: Float[Array, " m"]) -> Float[Array, " n"]:
+        """Of what a label may be (of one class, or several), above all that it is
+        not."""
+        z, q = self._rows(z)
+        least = jnp.min(jnp.where(q > 0, z, jnp.inf), axis=1)
+        others = jnp.max(jnp.where(q > 0, -jnp.inf, z), axis=1)
+        return self.counted(least - others, jnp.inf)
+
+    @property
+    def positive(self) -> bool:
+        return True
 
 
 class Loss(AbstractLoss):

@@ -235,7 +235,24 @@ for make in (gf.SquaredError, gf.Huber, gf.Logistic):
     case("x", lambda x, make=make: make(x, y), "abcd", [None, "a", 1, 2])
     case("reduction", functools.partial(make, x, y), "max", 3, ["sum"])
     case("predict", functools.partial(make, x, y), 3, "model")
+sides = jnp.array([1.0, -1, 1, 1])
+for make in (gf.Exponential, gf.SoftMargin, gf.Hinge):
+    case("y", lambda y, make=make: make(x, y), ["a"] * 4, 1j * sides, sides[:0],
+         0.5 * (1 + sides), sides > 0, 2 * sides)
+    case("x", lambda x, make=make: make(x, sides), "abcd", [None, "a", 1, 2])
+    case("reduction", functools.partial(make, x, sides), "max", 3, ["sum"])
+    case("predict", functools.partial(make, x, sides), 3, "model")
 case("delta", functools.partial(gf.Huber, x, y), 0.0, "1", [1.0], np.nan, None)
+case("delta", functools.partial(gf.Hinge, x, sides), 0, 0.0, "1", [1.0], np.nan, None)
+for make in (gf.SquaredError, gf.Hinge, gf.CrossEntropy):
+    given = jnp.arange(4) if make is gf.CrossEntropy else sides
+    case("weights", functools.partial(make, x, given), "abcd", 1.0, jnp.ones(3),
+         jnp.ones((4, 1)), jnp.zeros(4), -sides, sides * jnp.inf, 1j * sides)
+case("labels", functools.partial(gf.CrossEntropy, x), jnp.ones((4, 2)),
+     -jnp.eye(4), jnp.eye(4) * jnp.nan)
+case("alpha", functools.partial(gf.models.Centred, gf.models.LinearModel(jnp.ones(2))),
+     0.0, -1.0, "1", jnp.ones(2), np.nan, None, 1j)
+case("weights", gf.Quadratic, -1.0, "1", [1.0, np.nan], 1j)
 for make in (gf.CrossEntropy, gf.Accuracy):
     case("labels", lambda labels, make=make: make(x, labels), jnp.ones((4, 1), int),
          jnp.eye(4, dtype=int), y, ["a"] * 4, jnp.arange(4) - 1, 3)

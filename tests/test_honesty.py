@@ -169,10 +169,19 @@ def test_float32_takes_the_tolerance_that_it_resolves():
 # The train loss: through the multiplier
 
 
+def _sides(key):
+    return jnp.where(jr.bernoulli(key, 0.5, (6,)), 1.0, -1.0)
+
+
 LOSSES = {
     "squared error": lambda x, key: gf.SquaredError(x, jr.normal(key, (6,))),
     "Huber": lambda x, key: gf.Huber(x, 3 * jr.normal(key, (6,))),
     "logistic": lambda x, key: gf.Logistic(x, jr.bernoulli(key, 0.5, (6,))),
+    "exponential": lambda x, key: gf.Exponential(x, _sides(key)),
+    "hinge": lambda x, key: gf.Hinge(x, _sides(key)),
+    "weighted": lambda x, key: gf.SquaredError(
+        x, jr.normal(key, (6,)), weights=jnp.array([1.0, 2, 0, 0.1, 5, 1])
+    ),
 }
 
 

@@ -3,6 +3,7 @@
 import json
 import threading
 
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -81,3 +82,12 @@ def test_what_two_threads_describe_at_a_time():
     found = in_threads(lambda: describe(shared), lambda: describe([shared]))
     assert found[0] == {"type": "Norm", "p": {"p": 3, "q": "Meets"}}
     assert found[1] == [found[0]]
+
+
+def test_what_a_later_version_added_and_is_not_used_tells_nothing():
+    x, y = np.ones((3, 2)), np.zeros(3)
+    x, y = jnp.asarray(x), jnp.asarray(y)
+    now = described(gf.SquaredError(x, y))
+    before = {key: value for key, value in now.items() if key != "weights"}
+    assert before != now and not difference(before, now)
+    assert difference(before, described(gf.SquaredError(x, y, weights=y + 1)))

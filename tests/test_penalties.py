@@ -1,6 +1,7 @@
 """Penalties against convex programs, and their derivatives against differences."""
 
 import cvxpy as cp
+import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -46,9 +47,23 @@ def net(seed, kinks=False):
     return Net(W, V, b)
 
 
+CENTRE = net(11)
+QUADRATIC = gf.Quadratic(
+    weights=Net(jnp.array(0.5), jnp.zeros(()), jnp.array([1.0, 2.0, 0.0])),
+    centre=CENTRE,
+)
+
 # Each penalty, beside the same in cvxpy.
 SUMS = {
     "l2": (gf.L2(), lambda W, V, b: sum(cp.sum_squares(x) / 2 for x in (W, V, b))),
+    "quadratic": (
+        QUADRATIC,
+        lambda W, V, b: (
+            0.25 * cp.sum_squares(W - np.asarray(CENTRE.W))
+            + 0.5 * cp.square(b[0] - float(CENTRE.b[0]))
+            + cp.square(b[1] - float(CENTRE.b[1]))
+        ),
+    ),
     "l1": (gf.L1(), lambda W, V, b: sum(cp.norm1(cp.vec(x)) for x in (W, V, b))),
     "l1 of V": (gf.L1(where=lambda m: m.V), lambda W, V, b: cp.norm1(cp.vec(V))),
     "elastic": (
@@ -110,7 +125,7 @@ def test_value_and_prox_solve_the_convex_program(name):
     )
     problem = cp.Problem(cp.Minimize(program(*variables) + distance / (2 * step)))
     best = problem.solve(solver="CLARABEL")
-    nearest = jax.jit(penalty.prox)(model, step)
+    nearest = jax.jit(lambda m, h: penalty.prox(m, h))(model, step)
     found = penalty(nearest) + np.sum((flat(nearest) - flat(model)) ** 2) / (2 * step)
     assert_allclose(found, best, rtol=1e-7)
     expected = np.concatenate([u.value.reshape(-1) for u in variables])
@@ -500,3 +515,73 @@ def test_the_curvature_of_a_strong_sobolev_penalty():
         flow, net, weight_decay=10.0, t1=100.0, rtol=1e-3, solver=gf.KKT4(), saves=9
     )
     assert path.stats.steps < 200
+
+
+def test_quadratic_is_l2_unless_told():
+    model, penalty = net(8), gf.Quadratic()
+    assert_allclose(penalty(model), gf.L2()(model), rtol=1e-13)
+    assert jnp.ndim(penalty.curvature(model)) == 0
+    whole = penalty + 2.0 * QUADRATIC
+    assert_allclose(
+        np.diag(flat(whole.curvature(model))), hessian(whole, model), atol=1e-12
+    )
+    for wrong, words in (
+        (lambda: gf.Quadratic(weights=-1.0), "^weights: expected finite"),
+        (lambda: gf.Quadratic(weights=jnp.array([1.0, jnp.inf])), "^weights"),
+        (lambda: gf.Quadratic(weights=jnp.ones(3))(model), "^weights"),
+        (lambda: gf.Quadratic(weights=(1.0, 2.0))(model), "^weights"),
+        (lambda: gf.Quadratic(centre=jnp.ones(3))(model), "^centre"),
+        (lambda: gf.Quadratic(centre=LinearModel(jnp.ones(3)))(model), "^centre"),
+        (lambda: gf.Quadratic(centre=LinearModel(jnp.ones(3) / 0)), "^centre"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            wrong()
+
+
+@pytest.mark.slow
+def test_quadratic_on_linear_regression():
+    """A path, by exponentials of XᵀX/n + λW; and the drift on M, where w = w₀ + Ta and
+    a' = −TᵀW(w − c), T an orthonormal basis of ker X. By either solver of it."""
+    rng = np.random.default_rng(0)
+    x, y, lam = rng.normal(size=(3, 6)), rng.normal(size=3), 1e-2
+    weights, c, start = rng.uniform(0, 3, 6), rng.normal(size=6), np.ones(6)
+    penalty = gf.Quadratic(
+        weights=LinearModel(jnp.asarray(weights)), centre=LinearModel(jnp.asarray(c))
+    )
+    flow = gf.GradientFlow(
+        gf.SquaredError(jnp.asarray(x), jnp.asarray(y)), penalty=penalty
+    )
+
+    def solution(a, b, from_, ts):
+        values, basis = np.linalg.eigh(a)
+        end = np.linalg.solve(a, b)
+        return (
+            end + (np.exp(-np.outer(ts, values)) * (basis.T @ (from_ - end))) @ basis.T
+        )
+
+    path = gf.simulate(
+        flow,
+        LinearModel(jnp.asarray(start)),
+        weight_decay=lam,
+        slow_time=3.0,
+        rtol=1e-9,
+    )
+    right = solution(
+        x.T @ x / 3 + lam * np.diag(weights), x.T @ y / 3 + lam * weights * c, start,
+        np.asarray(path.t),
+    )  # fmt: skip
+    assert_allclose(path.params.weights, right, atol=1e-7)
+    size = 0.5 * (weights * (right[-1] - c) ** 2).sum()
+    assert_allclose(path.penalty[-1], size, rtol=1e-7)
+
+    w0 = start - np.linalg.pinv(x) @ (x @ start - y)
+    t = np.linalg.svd(x)[2][3:].T
+    for solver in (None, diffrax.Dopri8()):
+        drift = gf.manifold.riemannian_flow(
+            flow, LinearModel(jnp.asarray(w0)), slow_time=3.0, solver=solver
+        )
+        a = solution(
+            t.T @ (weights[:, None] * t), -t.T @ (weights * (w0 - c)), np.zeros(3),
+            np.asarray(drift.s),
+        )  # fmt: skip
+        assert_allclose(drift.params.weights, w0 + a @ t.T, atol=1e-7)

@@ -383,12 +383,27 @@ def test_references_say_how_they_were_made():
         assert (DATA / f"radau_{name}.npz").stat().st_size < 1e6
 
 
-# ℓ'' is singular and no multiple of I: along equal shifts of the logits (softmax), and
-# where a sample is further than δ off (Huber, whose ℓ'' also jumps).
+# ℓ'' is singular and no multiple of I: along equal shifts of the logits (softmax),
+# where a sample is further than δ off (Huber, whose ℓ'' also jumps), or beyond its
+# margin (hinge), and where it does not count (a weight of zero).
+def sides(key):
+    return jnp.where(jr.bernoulli(key, 0.5, (5, 3)), 1.0, -1.0)
+
+
 LOSSES = {
     "cross-entropy": lambda x, key: gf.CrossEntropy(x, jr.randint(key, (5,), 0, 3)),
     "logistic": lambda x, key: gf.Logistic(x, jr.bernoulli(key, 0.5, (5, 3))),
     "Huber": lambda x, key: gf.Huber(x, 3 * jr.normal(key, (5, 3)), delta=0.5),
+    "exponential": lambda x, key: gf.Exponential(x, sides(key)),
+    "soft margin": lambda x, key: gf.SoftMargin(x, sides(key), reduction="sum"),
+    "hinge": lambda x, key: gf.Hinge(x, sides(key)),
+    "smooth hinge": lambda x, key: gf.Hinge(x, sides(key), delta=0.5),
+    "weighted": lambda x, key: gf.SquaredError(
+        x, jr.normal(key, (5, 3)), weights=jnp.array([1.0, 0, 3, 0.1, 1])
+    ),
+    "soft labels": lambda x, key: gf.CrossEntropy(
+        x, jax.nn.softmax(jr.normal(key, (5, 3)), axis=1)
+    ),
     "opaque": lambda x, key: gf.Loss(gf.SquaredError(x, jr.normal(key, (5, 3)))),
 }
 
@@ -402,7 +417,8 @@ def test_other_losses(name):
     task = SimpleNamespace(model=model, loss=loss, flow=gf.GradientFlow(loss))
     ts = np.geomspace(0.1, 5 / decay, 12)
     reference, _ = radau_path(task, decay, ts)
-    most = 20 if name in ("logistic", "Huber") else 5
+    hard = ("logistic", "Huber", "soft margin", "exponential", "hinge", "smooth hinge")
+    most = 20 if name in hard else 5
     assert error_of(task, decay, ts, reference, 1e-6) < most * 1e-6
 
 

@@ -154,6 +154,49 @@ def test_a_gradient():
     np.testing.assert_allclose(more[-1].w, weights(float(path.t[-1]) + 50), rtol=1e-6)
 
 
+def test_where_parameters_have_rates():
+    """‖∇F‖ and ‖θ'‖ are those of θ. From w = 3: w' = −g(1 + λ)w."""
+    loss = gf.SquaredError(jnp.array([[1.0]]), jnp.array([0.0]))
+    flow, model = gf.GradientFlow(loss, rates=4.0), Linear(jnp.array([3.0]))
+    rate = 4 * (1 + 0.5)
+    for until, left in (
+        (gf.SmallGradient(0.1), 0.1),
+        (gf.SteadyState(0.1), 0.1 / rate),
+        (gf.SteadyState(0.3), 0.3 / rate),
+    ):
+        path = gf.simulate(
+            flow, model, weight_decay=0.5, t1=9.0, until=until, solver=gf.KKT4()
+        )
+        assert float(path.t[-1]) == pytest.approx(np.log(3 / left) / rate, rel=1e-5)
+    still = gf.SteadyState(rate / 0.5 * (1 + 1e-9), slow=True)
+    path = gf.simulate(
+        flow, model, weight_decay=0.5, t1=9.0, until=still, solver=gf.KKT4()
+    )
+    assert float(path.t[-1]) == 0
+    path = gf.descent(
+        flow, model, weight_decay=0.5, learning_rate=0.01, steps=900,
+        until=gf.SteadyState(0.1),
+    )  # fmt: skip
+    steps = np.ceil(np.log(0.1 / rate / 3) / np.log(1 - 0.01 * rate))
+    assert int(path.stats.steps) == steps
+
+
+def test_where_the_weight_decay_changes():
+    """λ is that of the time: w' = −(1 + λ)w, λ = 1/(1 + t)."""
+    loss = gf.SquaredError(jnp.array([[1.0]]), jnp.array([0.0]))
+    flow, model = gf.GradientFlow(loss), Linear(jnp.array([3.0]))
+    size = lambda t: 3 * np.exp(-t) / (1 + t)
+    speed = lambda t: (1 + 1 / (1 + t)) * size(t)
+    path = gf.simulate(
+        flow, model, weight_decay=lambda t: 1 / (1 + t), t1=9.0, solver=gf.KKT4(),
+        until=gf.SteadyState(0.1),
+    )  # fmt: skip
+    end = brentq(lambda t: speed(t) - 0.1, 0, 9)
+    assert float(path.t[-1]) == pytest.approx(end, rel=1e-5)
+    assert float(path.slow_time[-1]) == pytest.approx(np.log1p(end), rel=1e-5)
+    assert np.isfinite(path.slow_time).all()
+
+
 def test_a_metric():
     path = run("test")
     exact = root(lambda t, lam: weights(t, lam)[0], 1.2)

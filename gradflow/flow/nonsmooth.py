@@ -9,6 +9,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 from jaxtyping import Array, Float, PyTree
 
 from ..losses import CrossEntropy, Huber, Logistic, SquaredError
+from ..margin_losses import AbstractMarginLoss
 from .flat import AbstractFlatLoss, flatten_on
 from .term import AbstractFlowTerm
 
@@ -17,7 +18,7 @@ def may_have_kinks(loss: AbstractFlatLoss, theta: Float[Array, " d"]) -> bool:
     """Whether something in the outputs of the model (or in the loss, if it is none of
     gradflow's own) may have kinks, such as a ReLU, a maximum, an order, or a comparison
     of numbers. Nothing is computed; it is traced once."""
-    own = isinstance(loss.loss, SquaredError | Huber | Logistic | CrossEntropy)
+    own = isinstance(loss.loss, _OWN)
     return _kinked(jax.make_jaxpr(loss.outputs if own else loss.__call__)(theta))
 
 
@@ -65,6 +66,7 @@ def _function(one: JaxprEqn) -> str | None:
     return getattr(about, "func_name", one.params.get("name"))
 
 
+_OWN = SquaredError | Huber | Logistic | CrossEntropy | AbstractMarginLoss
 _KINKS = frozenset(
     "abs argmax argmin ceil clamp cummax cummin floor ge gt le lt max min reduce_max "
     "reduce_min reduce_window_max rem round sign sort top_k".split()

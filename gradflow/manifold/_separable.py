@@ -1,10 +1,10 @@
 """Where there is no limit: the direction in which θ grows, and its margin."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from ..flow.flat import FlatLoss
-from ..losses import AbstractLoss, CrossEntropy, Logistic
+from ..losses import AbstractByClasses
 
 
 def limit_direction(thetas: Float[Array, "decades d"]) -> Float[Array, " d"]:
@@ -19,23 +19,16 @@ def limit_direction(thetas: Float[Array, "decades d"]) -> Float[Array, " d"]:
     return gain / jnp.linalg.norm(gain)
 
 
+def has_underflown(loss: FlatLoss, theta: Float[Array, " d"]) -> Bool[Array, ""]:
+    """Whether a loss that is positive everywhere is zero at θ: all margins are beyond
+    what numbers can tell, and nothing moves any more."""
+    positive = isinstance(loss.loss, AbstractByClasses) and loss.loss.positive
+    return (loss(theta) == 0) & positive
+
+
 def smallest_margin(loss: FlatLoss, theta: Float[Array, " d"]) -> Float[Array, ""]:
-    """minᵢ of the margins of the network with parameters θ; NaN for other losses than
-    cross-entropies."""
-    margins = _margins(loss.loss, theta, loss)
-    return jnp.asarray(jnp.nan, theta.dtype) if margins is None else jnp.min(margins)
-
-
-def _margins(
-    loss: AbstractLoss, theta: Float[Array, " d"], flat: FlatLoss
-) -> Float[Array, " n"] | None:
-    """How far each sample's logit is on the right side: of its label above the largest
-    other one, or of a single logit from zero."""
-    if isinstance(loss, Logistic):
-        return (2 * loss.y.reshape(-1) - 1) * flat.outputs(theta)
-    if isinstance(loss, CrossEntropy):
-        logits = flat.outputs(theta).reshape(loss.labels.shape[0], -1)
-        own = jnp.arange(logits.shape[1])[None] == loss.labels[:, None]
-        others = jnp.max(jnp.where(own, -jnp.inf, logits), axis=1)
-        return jnp.sum(jnp.where(own, logits, 0), axis=1) - others
-    return None
+    """minᵢ of the margins of the network with parameters θ; NaN where the loss knows no
+    classes."""
+    if not isinstance(loss.loss, AbstractByClasses):
+        return jnp.asarray(jnp.nan, theta.dtype)
+    return jnp.min(loss.loss.margins(loss.outputs(theta)))

@@ -13,6 +13,7 @@ from ..flow.flat import flatten_on
 from ..flow.flow import flow_of, GradientFlow
 from ..flow.term import AbstractChart, FlowTerm
 from ..losses import AbstractCompositeLoss, AbstractLoss
+from ..margin_losses import Hinge
 from ..runs.problem import check_problem
 from ._matrix_free import frobenius
 from ._normal import close, outer_root, weighted_jacobian
@@ -54,7 +55,8 @@ def first_form(
 ) -> AbstractForm:
     """The form asked for; with `"auto"`, off M or where nothing is known yet but
     shapes: the Jacobian form for a composite loss that has no more outputs than there
-    are parameters, so that interpolation is to be expected.
+    are parameters, so that interpolation is to be expected; or for a hinge, which asks
+    of each output no more than to be on one side.
 
     **Raises:** `ValueError` for a Jacobian form of a loss that is not composite.
     """
@@ -67,7 +69,7 @@ def first_form(
         )
     if form == "auto" and composite:
         d = sum(p.size for p in jax.tree.leaves(params))
-        likely = count_outputs(loss, params, static) <= d
+        likely = isinstance(loss, Hinge) or count_outputs(loss, params, static) <= d
         return JacobianForm() if likely else HessianForm()
     return JacobianForm() if form == "jacobian" else HessianForm()
 
@@ -97,9 +99,12 @@ def _interpolates(
     form = JacobianForm()
     if form.fits(loss, params, chart.static):
         a, rho = weighted_jacobian(flat, theta)
-        size = jnp.linalg.norm(a)
+        size, seen = jnp.linalg.norm(a), a.T @ rho
     else:
         _, rho = outer_root(flat, theta)
-        size = frobenius(form.operator(flat, theta), theta)
+        op = form.operator(flat, theta)
+        size, seen = frobenius(op, theta), op.transpose(rho)
+    # (Where ℓ'' is zero on a sample ρ leaves it out.)
+    unseen = jnp.linalg.norm(flat.gradient(theta) - seen)
     bound = close(theta.dtype) * size * jnp.linalg.norm(theta)
-    return jnp.linalg.norm(rho) <= bound
+    return (jnp.linalg.norm(rho) <= bound) & (unseen <= bound * size)

@@ -122,7 +122,8 @@ def _normal(
 
     Where the curvature κ is negative the flow leaves, unless it is at rest to rounding:
     that of θ, moved along the eigenvector, and what e^{|κ|t} has made of it in the
-    `time` t since the start.
+    `time` t since the start. And it leaves where most of the force is along directions
+    without curvature.
     """
     eigenvalues, vectors = HessianForm().decomposition(loss, theta)
     if rank is None:
@@ -141,9 +142,11 @@ def _normal(
     terms = jnp.abs(eigenvalues[0]) * (jnp.abs(vectors).T @ jnp.abs(theta)) * grown
     noise = ROUNDINGS * jnp.finfo(theta.dtype).eps * (terms + force)
     moving = jnp.abs(along) > noise
+    unseen = jnp.linalg.norm(jnp.where(kept | ~moving, 0, along))
+    drawn = unseen > jnp.linalg.norm(jnp.where(kept, along, 0))
     return NormalSpace(
         vectors * jnp.sqrt(weight)[None, :],
         -(vectors @ (inverse * along)),
         force / (jnp.linalg.norm(eigenvalues) + tiny),
-        jnp.any(kept & (eigenvalues < 0) & moving),
+        jnp.any(kept & (eigenvalues < 0) & moving) | drawn,
     )

@@ -46,12 +46,12 @@ class JacobianForm(AbstractForm):
         """
         a, rho = weighted_jacobian(loss, theta)
         m, d = a.shape
-        # The Frobenius norm, at least ‖A‖; the constant lets A = 0 through.
-        scale = jnp.linalg.norm(a) + jnp.finfo(a.dtype).tiny
+        scale = _size(a)
         eye = _ridge(a.dtype) * scale * jnp.eye(m, dtype=a.dtype)
         q, r = jnp.linalg.qr(jnp.concatenate([a.T, eye]))
         back = jax.scipy.linalg.solve_triangular(r, rho, trans=1)
-        return NormalSpace(q[:d], -(q[:d] @ back), jnp.linalg.norm(rho) / scale)
+        force = _force(loss, theta, a, rho)
+        return NormalSpace(q[:d], -(q[:d] @ back), force)
 
     def exact_normal(
         self,
@@ -68,7 +68,7 @@ class JacobianForm(AbstractForm):
         Singular values below the gap may be those of directions that are yet to grow,
         such as 2u of u² at a tiny u: the force Aᵀρ along them, far below that along
         others, is no rounding if it is more than that of its terms, coordinate by
-        coordinate.
+        coordinate. So is the force of samples on which ℓ'' is zero.
         """
         a, rho = weighted_jacobian(loss, theta)
         left, values, rows = jnp.linalg.svd(a, full_matrices=False)
@@ -77,13 +77,12 @@ class JacobianForm(AbstractForm):
         kept = jnp.arange(values.size) < rank
         basis = jnp.where(kept, rows.T, 0)
         inverse = jnp.where(kept, 1 / jnp.where(kept, values, 1), 0)
-        scale = jnp.linalg.norm(values) + jnp.finfo(a.dtype).tiny
         step = -(basis @ (inverse * (left.T @ rho)))
-        gradient = a.T @ rho
+        gradient = loss.gradient(theta)
         hidden = jnp.abs(gradient - basis @ (basis.T @ gradient))
         terms = jnp.abs(a).T @ jnp.abs(rho) / close(a.dtype) + jnp.linalg.norm(gradient)
         leaving = jnp.any(hidden > ROUNDINGS * jnp.finfo(a.dtype).eps * terms)
-        return NormalSpace(basis, step, jnp.linalg.norm(rho) / scale, leaving)
+        return NormalSpace(basis, step, _force(loss, theta, a, rho), leaving)
 
     def values(
         self, loss: FlatLoss, theta: Float[Array, " d"]
@@ -171,6 +170,25 @@ class JacobianForm(AbstractForm):
     def fits(self, loss: AbstractLoss, params: PyTree, static: PyTree) -> bool:
         d = sum(p.size for p in jax.tree.leaves(params))
         return count_outputs(loss, params, static) * d <= _DENSE
+
+
+def _size(a: Float[Array, "m d"]) -> Float[Array, ""]:
+    """The Frobenius norm, at least ‖A‖; one where A = 0."""
+    size = jnp.linalg.norm(a)
+    return jnp.where(size > 0, size, 1)
+
+
+def _force(
+    loss: FlatLoss,
+    theta: Float[Array, " d"],
+    a: Float[Array, "m d"],
+    rho: Float[Array, " m"],
+) -> Float[Array, ""]:
+    """‖ρ‖/‖A‖, as a length; and, over ‖A‖², the force of what ρ leaves out: samples on
+    which ℓ'' is zero and ∇ℓ is not."""
+    size = _size(a)
+    unseen = jnp.linalg.norm(loss.gradient(theta) - a.T @ rho)
+    return jnp.linalg.norm(rho) / size + unseen / size**2
 
 
 def count_outputs(loss: AbstractLoss, params: PyTree, static: PyTree) -> int:

@@ -30,7 +30,7 @@ from ..solvers.controllers import Relative
 from ..solvers.kernel import fits
 from ._growth import FollowGrowth, timescale
 from ._normal import close
-from ._separable import limit_direction, smallest_margin
+from ._separable import has_underflown, limit_direction, smallest_margin
 from ._variational import tie
 from .choice import begin, first_form, Form
 from .forms import AbstractForm
@@ -61,10 +61,11 @@ class Limit(eqx.Module):
     norm one: the direction of what they gained over the last decade of time. Else
     zero."""
     margin: Float[Array, ""]
-    """The least margin of `direction` over the samples of a cross-entropy, which for a
-    model homogeneous of degree L is the normalised one, minᵢ margin(θ)/‖θ‖ᴸ. It is
-    positive where the direction separates the data. Zero where there is a limit, NaN
-    for other losses."""
+    """The least margin of `direction` over the samples that count, of a loss of classes
+    (`CrossEntropy`, `Logistic`, `SoftMargin`, `Exponential`), which for a model
+    homogeneous of degree L is the normalised one, minᵢ margin(θ)/‖θ‖ᴸ. It is positive
+    where the direction separates the data. Zero where there is a limit, NaN for other
+    losses."""
 
     def __str__(self) -> str:
         if among(self.result, RESULTS.successful):
@@ -261,6 +262,8 @@ def _settle(
     result = RESULTS.where(endless, RESULTS.no_minimiser, result)
     done = RESULTS.where(on_manifold, RESULTS.successful, RESULTS.not_critical)
     result = RESULTS.where(arrived, done, result)
+    unseen = has_underflown(loss, end)
+    result = RESULTS.where(unseen, RESULTS.not_converged, result)
     if not form.interpolating:
         saddle = arrived & measure(loss, w, form).negative
         result = RESULTS.where(saddle, RESULTS.saddle, result)

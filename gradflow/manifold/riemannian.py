@@ -15,6 +15,7 @@ from .._norms import norm
 from ..flow.flat import FlatLoss, flatten_on
 from ..flow.flow import check_free, GradientFlow
 from ..flow.term import FlowTerm
+from ..margin_losses import Hinge
 from ..metrics import Metric, without_thresholds
 from ..precision import exact_products
 from ..results import among, only_if_successful, RESULTS
@@ -27,7 +28,7 @@ from ..runs.times import drift_times
 from ..runs.windows import solve_through
 from ..solvers import AbstractKKT, KKT5
 from ..solvers.controllers import Relative
-from ._normal import weighted_jacobian
+from ._normal import numerical_rank, weighted_jacobian
 from .choice import Form
 from .drift import Drift
 from .forms import AbstractForm
@@ -65,7 +66,9 @@ def riemannian_flow(
     a flow with `rates` G, P orthogonal in the metric G⁻¹.
 
     In the Jacobian form the default is the flow itself, by KKT5, at a weight decay of
-    1e-14 times the largest curvature: w° to O(λ/η), at the price of any other path.
+    1e-14 times the largest curvature: w° to O(λ/η), at the price of any other path. (Of
+    a `Hinge`, 1e-8 times that with all samples: samples join and leave the face of M
+    that the path is on, which rounding is not to decide.)
     With another `solver` the equation above is integrated: P comes from the QR
     decomposition of Jᵀ, with a ridge of eps^⅔‖J‖ (4e-11 in float64) that lets the path
     run on where J loses rank, or from the eigenvectors of ∇²F in the Hessian form; and
@@ -189,7 +192,11 @@ def _vanishing_flow(
     largest curvature; and the times t of these slow times."""
     w, loss = flatten_on(term.loss, params, term.chart)
     found = measure(loss, w, JacobianForm())
-    lam = _vanishing(times.dtype) / 10 * found.curvatures[0]
+    if isinstance(term.loss, Hinge):
+        stiffness = term.loss.stiffness(loss.jacobian(w))
+        lam = float(jnp.finfo(times.dtype).eps) ** 0.5 * stiffness
+    else:
+        lam = _vanishing(times.dtype) / 10 * found.curvatures[0]
     return found.rank, lam, times / lam
 
 
@@ -198,7 +205,9 @@ def _told(
     run: DriftRun, path: PyTree, result: RESULTS, rank: Int[Array, ""]
 ) -> tuple[Float[Array, " n"], RESULTS]:
     """η along the path, and the result of the drift from that of the flow."""
-    smallest, largest, moved, size = _curvature_along(run.term, path, rank)
+    # Where samples join and leave the face that the path is on, rank changes too.
+    known = None if isinstance(run.term.loss, Hinge) else rank
+    smallest, largest, moved, size = _curvature_along(run.term, path, known)
     # The largest along the path: at a point where all of J vanishes no value is small
     # beside another.
     lost = jnp.any(smallest < _vanishing(run.times.dtype) * jnp.max(largest))
@@ -213,17 +222,19 @@ def _told(
 
 
 def _curvature_along(
-    term: FlowTerm, params: PyTree, rank: Int[Array, ""]
+    term: FlowTerm, params: PyTree, known: Int[Array, ""] | None
 ) -> tuple[Float[Array, " n"], ...]:
-    """Along a stack of parameters: the `rank`-th and the largest eigenvalue of AAᵀ, the
-    distance ‖A⁺r‖ from M by the first `rank` of them, and ‖w‖. Rounding blurs an
-    eigenvalue below eps of the largest, where rank has long been lost."""
+    """Along a stack of points: the `known`-th eigenvalue of AAᵀ (that of the numerical
+    rank unless given) and the largest, the distance ‖A⁺r‖ from M by those up to it, and
+    ‖w‖. Rounding blurs an eigenvalue below eps of the largest, where rank has long been
+    lost."""
 
     def at(p):
         w, loss = flatten_on(term.loss, term.chart.state(p), term.chart)
         a, r = weighted_jacobian(loss, w)
         values, vectors = jnp.linalg.eigh(a @ a.T)
         values, vectors = jnp.maximum(values[::-1], 0), vectors[:, ::-1]
+        rank = numerical_rank(values, w.size).rank if known is None else known
         smallest = jnp.where(rank > 0, values[jnp.maximum(rank - 1, 0)], jnp.inf)
         counts = (jnp.arange(values.size) < rank) & (values > 0)
         along = jnp.where(counts, vectors.T @ r, 0)

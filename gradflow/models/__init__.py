@@ -1,5 +1,6 @@
 """The models that the papers train: small, and written as a reader would."""
 
+from .centred import Centred as Centred
 from .deep_linear import DeepLinear as DeepLinear
 from .diagonal import (
     DiagonalNetwork as DiagonalNetwork,

@@ -29,3 +29,4 @@ from .leafwise import (
 )
 from .matrix import Nuclear as Nuclear, Schatten as Schatten
 from .moreau import Moreau as Moreau
+from .quadratic import Quadratic as Quadratic

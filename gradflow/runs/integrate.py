@@ -116,8 +116,8 @@ class Integration(eqx.Module):
         def step(at: Reached) -> Reached:
             # One that has ended, and waits in lockstep for others, steps nowhere: the
             # solver sees that.
-            end = jnp.where(going(at), at.next, at.t)
-            at = eqx.tree_at(lambda at: at.next, at, end)
+            following = jnp.where(going(at), at.next, at.t)
+            at = eqx.tree_at(lambda at: at.next, at, following)
             return self._step(solver, controller, at)
 
         return jax.lax.while_loop(going, step, at)

@@ -217,8 +217,10 @@ def projection(term: FlowTerm, params: PyTree) -> Projection:
         kind = type(term.loss).__name__
         raise ValueError(f"method: 'projected' needs a SquaredError, got {kind}.")
     theta, flat = flatten_on(term.loss, params, term.chart)
-    inverse = jnp.linalg.pinv(flat.jacobian(theta))
-    return Projection(flat, term.loss.y.reshape(-1), inverse)
+    targets = term.loss.y.reshape(-1)
+    counts = term.loss.counted(jnp.ones_like(targets), 0.0)
+    inverse = jnp.linalg.pinv(counts[:, None] * flat.jacobian(theta))
+    return Projection(flat, targets, inverse)
 
 
 def check_projection(
@@ -245,5 +247,7 @@ def _miss(term: FlowTerm, params: PyTree) -> Scalar:
     on = project(unravel(theta + away * (1 + jnp.max(jnp.abs(theta)))))
     on, _ = ravel_pytree(term.chart.state(on))
     left = project.flat.outputs(on) - project.targets
+    assert isinstance(term.loss, SquaredError)
+    left = term.loss.counted(left, 0.0)
     size = jnp.linalg.norm(project.targets)
     return jnp.linalg.norm(left) / jnp.where(size > 0, size, 1.0)

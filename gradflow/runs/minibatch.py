@@ -9,15 +9,14 @@ import jax.random as jr
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree, Scalar
 
 from .._checks import is_key, word
-from ..losses import AbstractLoss, AbstractTargetLoss, CrossEntropy
+from ..losses import AbstractBySamples, AbstractLoss, AbstractTargetLoss, CrossEntropy
 
 
-def _data(loss: AbstractLoss) -> tuple[PyTree, PyTree]:
-    """Inputs, and targets or labels."""
-    if isinstance(loss, CrossEntropy):
-        return loss.x, loss.labels
-    assert isinstance(loss, AbstractTargetLoss)
-    return loss.x, loss.y
+def _data(loss: AbstractLoss) -> tuple[PyTree, ...]:
+    """Inputs, targets or labels, and weights where there are some."""
+    assert isinstance(loss, AbstractTargetLoss | CrossEntropy)
+    y = loss.labels if isinstance(loss, CrossEntropy) else loss.y
+    return (loss.x, y) if loss.weights is None else (loss.x, y, loss.weights)
 
 
 def check_batches(
@@ -35,10 +34,10 @@ def check_batches(
         raise ValueError(
             f"key: expected one, to draw minibatches with, got {word(key)}."
         )
-    if not isinstance(loss, AbstractTargetLoss | CrossEntropy):
+    if not isinstance(loss, AbstractBySamples):
         kind = type(loss).__name__
         raise ValueError(f"batch_size: {kind} has no samples known to draw from.")
-    x, y = _data(loss)
+    x, y, *_ = _data(loss)
     if not jax.tree.leaves(x):
         raise ValueError("batch_size: the loss has no inputs x to draw from.")
     whole = isinstance(batch_size, int) and not isinstance(batch_size, bool)

@@ -110,12 +110,12 @@ class Path(eqx.Module):
     """The solver, its tolerance, and the steps it took."""
     watched: dict[str, Metric]
     """The metrics themselves, with their thresholds."""
-    again: Callable[[PyTree, Array, float], "Path"] | None = eqx.field(
+    again: Callable[..., "Path"] | None = eqx.field(
         default=None, metadata={"saved": False}
     )
-    """Runs the same flow from given parameters through given times, from 0 on, which
-    count from a time of this path; `None` for a descent, for paths made under `jit`,
-    and where results were read from disk."""
+    """`again(params, ts, start=0.0)` runs the same flow from given parameters through
+    given times, from 0 on, which count from the time `start` of this path; `None` for a
+    descent, for paths made under `jit`, and where results were read from disk."""
     clock: Float[Array, "*lanes n"] | None = None
     """s at each time, where λ is on a schedule."""
 

@@ -320,16 +320,19 @@ def _controller(run: Solve, solver: AbstractFlowSolver, first: Scalar) -> Contro
     share = solver.tolerance_share(rtol)
     if curvature_jumps(run.term) and not solver.sees_jumps:
         share = share * _ACROSS
+    # (Of a start at zero the first step is a guess by the last time, and may be far too
+    # long: nothing is too short then.)
+    size = rms(start)
     relative = Relative(
         share * rtol,
         None if atol is None else share * atol,
-        dtmin=1e-9 * first,
+        dtmin=jnp.where(size > 0, 1e-9, 0.0) * first,
         # One lucky error estimate is not to carry the solver across the fast phase.
         factormax=6.0,
         parts_of=solver.coordinates,
         growth=not solver.sees_growth,
         # Along kinks all of θ may reach zero in finite time.
-        least=0.0 if run.term.penalty.smooth else SHARE * rtol * rms(start),
+        least=0.0 if run.term.penalty.smooth else SHARE * rtol * size,
         kinked=loss_may_have_kinks(run.term, run.params),
         roots=chart.roots,
     )

@@ -78,7 +78,9 @@ def _in_one(run: Solve, bar: Bar) -> Path:
     return path
 
 
-def run_again(run: Solve, params: PyTree, ts: Float[Array, " n"], start: float) -> Path:
+def run_again(
+    run: Solve, params: PyTree, ts: Float[Array, " n"], start: float = 0.0
+) -> Path:
     """An earlier run, from elsewhere and through other times; see `Solve.again`."""
     return solve_through(run.again(params, ts, start))
 

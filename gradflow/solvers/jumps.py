@@ -1,4 +1,4 @@
-"""Where the curvature of a loss jumps, as that of Huber's does."""
+"""Where the curvature of a loss jumps, as that of Huber's and of a hinge does."""
 
 import jax
 import jax.numpy as jnp
@@ -8,13 +8,15 @@ from .._norms import norm
 from ..flow.flat import AbstractFlatLoss
 from ..flow.term import AbstractFlowTerm
 from ..losses import Huber
+from ..margin_losses import Hinge
 from ..penalties import Moreau
 
 
 def curvature_jumps(term: AbstractFlowTerm) -> bool:
     """Whether ∇²F or ∇²R has jumps, of which the flow crosses many."""
     parts = (part for _, part in term.penalty.terms())
-    return isinstance(term.loss, Huber) or any(isinstance(p, Moreau) for p in parts)
+    jumps = isinstance(term.loss, Huber | Hinge)
+    return jumps or any(isinstance(p, Moreau) for p in parts)
 
 
 JUMPED = 2.0  # by which errors at a jump of the curvature may exceed what is seen

@@ -173,8 +173,8 @@ def difference(there: object, here: object, name: str = "") -> list[str]:
                 f"{name}.{key}" if name else key,
             )
         ]
-    # An option that was not there yet is one that is not given.
-    if (there, here) in (("nothing", None), (None, "nothing")):
+    # What a later version has added, and is not used, tells nothing.
+    if all(x is None or x == "nothing" for x in (there, here)):
         return []
     # As JSON: NaN is no NaN otherwise.
     if json.dumps(there, sort_keys=True) == json.dumps(here, sort_keys=True):

@@ -324,7 +324,7 @@ def _run_again(
     why: Words,
     params: PyTree,
     ts: Float[Array, " n"],
-    start: float,
+    start: float = 0.0,
 ) -> Path:
     """Lane i from elsewhere, by the solver that was chosen for the reason `why`."""
     lane = lanes.lane(i)

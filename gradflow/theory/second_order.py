@@ -24,10 +24,12 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from .._host import as_array, taken
 from ..flow.flat import FlatLoss, flatten_on
+from ..flow.flow import GradientFlow
 from ..flow.term import AbstractChart, FlowTerm
 from ..manifold import Drift, Spectrum
 from ..manifold.diagnosis import third_derivative
 from ..manifold.forms import AbstractForm
+from ..margin_losses import Hinge
 from ..penalties import AbstractPenalty
 from ..runs.integrate import Integration
 from ..runs.interpolate import interpolate, place
@@ -83,7 +85,13 @@ class SecondOrder(eqx.Module):
         return text
 
 
-def check_second_order(spectrum: Spectrum, penalty: AbstractPenalty) -> None:
+def check_second_order(spectrum: Spectrum, flow: GradientFlow) -> None:
+    penalty = flow.penalty
+    if isinstance(flow.loss, Hinge):
+        raise ValueError(
+            "order: the second takes ∇²F, which jumps where samples of a Hinge reach "
+            "their margin; give order=1."
+        )
     if not penalty.smooth:
         raise ValueError(
             f"order: the second takes ∇²R, which {type(penalty).__name__} has not "

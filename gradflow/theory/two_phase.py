@@ -117,7 +117,7 @@ def _predicted(flow: GradientFlow, model: PyTree, asked: _Asked, bar: Bar) -> Tw
             raise RuntimeError(where + RESULTS[limit.result])
     at_limit = spectrum(flow, limit.model)
     if asked.order == 2:
-        check_second_order(at_limit, flow.penalty)
+        check_second_order(at_limit, flow)
     tau, until = _fast_scales(term, params, limit.time, at_limit.smallest_curvature)
     runs = _Runs(
         flow,
