@@ -22,6 +22,7 @@ from .methods import (
     Scheduled,
 )
 from .minibatch import epoch_order, minibatch
+from .noise import Noise
 from .parts import strong
 from .path import Path
 from .problem import check_values
@@ -44,6 +45,7 @@ class Descend(eqx.Module):
     batch_size: int | None = eqx.field(static=True)
     key: PRNGKeyArray | None
     """Of the minibatches."""
+    noise: Noise | None = None
 
     @property
     def saves(self) -> int:
@@ -162,16 +164,20 @@ class _Descent(eqx.Module):
         run, order, loss = self.run, state.order, self.term.loss
         rate = run.learning_rate
         h = rate(i) if isinstance(rate, Scheduled) else rate
-        key, size = run.key, run.batch_size
+        key, size, noise = run.key, run.batch_size, run.noise
+        if noise is not None:
+            loss = noise.loss(loss, self.term.model(state.params), i)
         if key is not None and size is not None and order is not None:
             loss, order = minibatch(loss, order, key, i, size)
-        moved, memory = self.move(loss, state, h)
+        moved, memory = self.move(loss, state, h, i)
         if self.sphere is not None:
             moved = self.sphere.place(moved)
         return _State(moved, memory, order)
 
-    def move(self, loss: Callable, state: _State, h: Scalar) -> tuple[PyTree, PyTree]:
-        """The parameters after a step of size h, and the optimiser's memory."""
+    def move(
+        self, loss: Callable, state: _State, h: Scalar, i: Array
+    ) -> tuple[PyTree, PyTree]:
+        """The parameters after step number i, of size h, and the optimiser's memory."""
         run, term = self.run, self.term
         params, penalty, lam = state.params, term.penalty, run.weight_decay
 
@@ -190,6 +196,7 @@ class _Descent(eqx.Module):
 
         def force(p: PyTree) -> PyTree:
             slope = jax.grad(lambda p: loss(term.model(p)))(p)
+            slope = slope if run.noise is None else run.noise.slope(slope, i)
             return along(slope, lam, penalty.gradient(p)) if both else slope
 
         update, memory = self.optimiser.update(value, force, state.optimiser, params)
@@ -245,7 +252,9 @@ def _path(run: Descend, descent: _Descent, done: Descended) -> Path:
     models, seen, train_loss, penalty = done.saved
     # The parameters may grow, in any unit, but what is descended on may not.
     height = train_loss + run.weight_decay * penalty
-    most = jnp.abs(height[0]) / jnp.finfo(height.dtype).eps ** 0.5
+    # (From a minimum noise leads up, at once as far as it will lead in order.)
+    start = height[:1] if run.noise is None else height[:2]
+    most = jnp.max(jnp.abs(start)) / jnp.finfo(height.dtype).eps ** 0.5
     up = lost(done.state) | ~(height[-1] - height[0] <= most)
     up = up | ~jnp.isfinite(train_loss[-1])
     rate, numbers = run.learning_rate, run.numbers
