@@ -95,6 +95,8 @@ wide = Linear(jnp.ones(5))
 plain = gf.GradientFlow(gf.SquaredError(x, y))
 chosen = lambda pick: run(gf.GradientFlow(entropy.loss, trainable=pick), logits)
 bad = dict(
+    label_noise=(-0.1, "0.1", 1j),
+    gradient_noise=(-0.1, "0.1", 1j),
     weight_decay=(-0.1, None, "0.1", 1j, np.nan, True, lambda t: t),
     init_scale=(0.0, "1", [1.0]),
     rtol=(0.0, 1.0, [1e-6, 1e-8], "1e-6", 1j),
@@ -114,7 +116,8 @@ def case(name, call, *values, as_is=False, **fixed):
         cases.append((name, str(value), functools.partial(call, **options)))
 
 for name, values in bad.items():
-    case(name, run, *values)
+    noisy = name.endswith("_noise")
+    case(name, *((step, *values) if noisy else (run, *values)))
 for call, names in (
     (many, ("init_scale", "atol", "max_steps", "saves", "solver", "metrics")),
     (step, ("weight_decay", "init_scale", "saves", "metrics")),

@@ -425,7 +425,10 @@ BAD = {
     "decay": (dict(steps=3, weight_decay=-1.0), "weight_decay: expected a finite"),
     "method": (dict(steps=3, method="mirror"), "method: expected one of 'subgradient'"),
     "key": (dict(steps=3, batch_size=2), "key: expected one"),
-    "no batches": (dict(steps=3, key=jr.key(0)), "key: it is for minibatches"),
+    "no batches": (
+        dict(steps=3, key=jr.key(0)),
+        "key: it is for minibatches and noise",
+    ),
     "batch": (dict(steps=3, batch_size=9, key=jr.key(0)), "from 1 to 3, got 9"),
     "schedule": (dict(t1=1.0, learning_rate=RATES), "t1: give steps or at where"),
     "no schedule": (

@@ -15,6 +15,7 @@ from jaxtyping import Array, Int, PRNGKeyArray, PyTree, Scalar
 from .._checks import (
     check_arguments,
     check_choice,
+    check_given,
     check_one,
     is_concrete,
 )
@@ -30,6 +31,7 @@ from .methods import (
     scheduled,
 )
 from .minibatch import check_batches
+from .noise import as_noise
 from .outcome import fail_unless_reached, named_wrong
 from .path import Path
 from .problem import as_metrics, check_problem
@@ -54,6 +56,8 @@ def descent(
     method: Method = "subgradient",
     optimiser: Optimiser | None = None,
     batch_size: int | None = None,
+    label_noise: float | Scalar | None = None,
+    gradient_noise: float | Scalar | None = None,
     key: PRNGKeyArray | None = None,
     metrics: dict[str, Callable | Metric] | None = None,
     until: Until | None = None,
@@ -111,7 +115,17 @@ def descent(
         minibatch, where there is one.
     - `batch_size`: of minibatches, drawn anew each epoch without replacement (the last
         one of an epoch is filled up with its first samples). All samples unless given.
-    - `key`: of the minibatches.
+    - `label_noise`: each step has labels of its own. Of `SquaredError` and `Huber` they
+        are y + σξ, ξ of standard normal numbers; of `CrossEntropy` each is with
+        probability σ another one, any with the same chance, and of `Logistic` 1 − y.
+        (Where the model fits the data this moves it along the manifold, towards
+        smaller tr ∇²F: Blanc et al., arXiv 1904.09080.)
+    - `gradient_noise`: σ; a step takes G + σξ instead of G, ξ of standard normal
+        numbers. In time t that is a diffusion of variance hσ² in a unit of time, which
+        vanishes with h; σ = (2T/h)^½ is the Langevin equation of temperature T,
+        dθ = −∇F dt + (2T)^½ dW. (With minibatches it comes on top of theirs.)
+    - `key`: of the minibatches and of all noise. What is drawn in a step depends on it
+        and on the number of the step alone.
     - `metrics`: functions of the model, by name, that give a number or an array;
         `Metric` adds a threshold.
     - `until`: end after the first step at which a criterion holds, as for `simulate`;
@@ -131,7 +145,9 @@ def descent(
     check_flow(flow)
     check_one(weight_decay, "weight_decay")
     check_one(learning_rate, "learning_rate")
-    wrong = check_arguments(learning_rate=learning_rate, init_scale=init_scale)
+    wrong = check_arguments(
+        learning_rate=learning_rate, init_scale=init_scale
+    ) | check_given(label_noise=label_noise, gradient_noise=gradient_noise)
     if not callable(weight_decay):
         wrong = wrong | check_arguments(weight_decay=weight_decay)
     watched = as_metrics(metrics)
@@ -139,7 +155,8 @@ def descent(
         flow, model, watched, until, weight_decay=weight_decay,
         learning_rate=learning_rate, init_scale=init_scale, steps=steps,
         slow_time=slow_time, t1=t1, at=at, saves=saves, method=method,
-        optimiser=optimiser, batch_size=batch_size, key=key,
+        optimiser=optimiser, batch_size=batch_size, label_noise=label_noise,
+        gradient_noise=gradient_noise, key=key,
     )  # fmt: skip
     if wrong is not False:  # then nothing is run
         none = jnp.where(wrong, 0, run.numbers)
@@ -180,6 +197,8 @@ def prepare_descent(
     optimiser: Given,
     batch_size: Given,
     key: PRNGKeyArray | None,
+    label_noise: Given = None,
+    gradient_noise: Given = None,
 ) -> Descend:
     """What is asked, checked."""
     check_choice(method, "method", get_args(Method))
@@ -198,10 +217,18 @@ def prepare_descent(
         if flow.hold_norm:
             raise ValueError("method: 'projected' cannot hold the norm as well.")
         check_projection(term, params, optimiser, batch_size)
+        if not (label_noise is None and gradient_noise is None):
+            raise ValueError("method: 'projected' has no gradient that could be noisy.")
     samples = check_batches(term.loss, batch_size, key)
+    dtype = jax.tree.leaves(params)[0].dtype
+    noise = as_noise(term.loss, key, label_noise, gradient_noise, dtype)
+    if key is not None and samples is None and noise is None:
+        raise ValueError(
+            "key: it is for minibatches and noise; give batch_size, label_noise or "
+            "gradient_noise too."
+        )
     numbers = saved_steps(steps, slow_time, t1, at, saves, weight_decay, learning_rate)
 
-    dtype = jax.tree.leaves(params)[0].dtype
     if callable(learning_rate):
         learning_rate = scheduled(learning_rate, numbers, dtype)
     else:
@@ -220,4 +247,5 @@ def prepare_descent(
         batch_size=batch_size if samples is not None else None,
         key=key if samples is not None else None,
         until=as_criterion(until, term, params, watched),
+        noise=noise,
     )

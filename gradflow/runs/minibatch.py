@@ -27,8 +27,6 @@ def check_batches(
     **Raises:** `ValueError` where they make no sense.
     """
     if batch_size is None:
-        if key is not None:
-            raise ValueError("key: it is for minibatches; give batch_size too.")
         return None
     if not (is_key(key) or getattr(key, "dtype", None) == jnp.uint32):
         raise ValueError(

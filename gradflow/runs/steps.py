@@ -24,6 +24,7 @@ from .methods import (
     Scheduled,
 )
 from .minibatch import epoch_order, minibatch
+from .noise import Noise
 from .parts import strong
 from .path import Path
 from .problem import check_values
@@ -49,6 +50,7 @@ class Descend(eqx.Module):
     """Of the minibatches."""
     until: AbstractCriterion | None = None
     """When it is to end before."""
+    noise: Noise | None = None
 
     @property
     def saves(self) -> int:
@@ -215,21 +217,23 @@ class _Descent(eqx.Module):
         run, order, loss = self.run, state.order, self.term.loss
         rate = run.learning_rate
         h = rate(i) if isinstance(rate, Scheduled) else rate
-        key, size = run.key, run.batch_size
+        key, size, noise = run.key, run.batch_size, run.noise
+        if noise is not None:
+            loss = noise.loss(loss, self.term.model(state.params), i)
         if key is not None and size is not None and order is not None:
             loss, order = minibatch(loss, order, key, i, size)
         lam, clocks = self.decay(state.clocks), state.clocks
         if clocks is not None:
             clocks = clocks + jnp.stack([h, h * lam]).astype(clocks.dtype)
-        moved, memory = self.move(loss, state, h, lam)
+        moved, memory = self.move(loss, state, h, lam, i)
         if self.sphere is not None:
             moved = self.sphere.place(moved)
         return _State(moved, memory, order, self.met(moved, clocks), clocks)
 
     def move(
-        self, loss: Callable, state: _State, h: Scalar, lam: Scalar
+        self, loss: Callable, state: _State, h: Scalar, lam: Scalar, i: Array
     ) -> tuple[PyTree, PyTree]:
-        """The parameters after a step of size h, and the optimiser's memory."""
+        """The parameters after step number i, of size h, and the optimiser's memory."""
         run, term = self.run, self.term
         params, penalty = state.params, term.penalty
 
@@ -253,6 +257,7 @@ class _Descent(eqx.Module):
 
         def force(p: PyTree) -> PyTree:
             slope = jax.grad(lambda p: loss(term.model(p)))(p)
+            slope = slope if run.noise is None else run.noise.slope(slope, i)
             return along(slope, lam, penalty.gradient(p)) if both else slope
 
         update, memory = self.optimiser.update(value, force, state.optimiser, params)
@@ -320,7 +325,9 @@ def _path(run: Descend, descent: _Descent, done: Descended) -> Path:
         decay = slow[-1] / passed[-1]
     # The parameters may grow, in any unit, but what is descended on may not.
     height = train_loss + decay * penalty
-    most = jnp.abs(height[0]) / jnp.finfo(height.dtype).eps ** 0.5
+    # (From a minimum noise leads up, at once as far as it will lead in order.)
+    start = height[:1] if run.noise is None else height[:2]
+    most = jnp.max(jnp.abs(start)) / jnp.finfo(height.dtype).eps ** 0.5
     up = lost(done.state.params) | ~(height[-1] - height[0] <= most)
     up = up | ~jnp.isfinite(train_loss[-1])
     rate, met = run.learning_rate, done.state.met

@@ -170,6 +170,8 @@ class DescentLanes(AbstractLanes):
     method: Method | None
     optimiser: Optimiser | None
     batch_size: int | None
+    label_noise: float | None
+    gradient_noise: float | None
     key: PRNGKeyArray | None
 
     def lane(self, number: int) -> Lane:
@@ -183,7 +185,8 @@ class DescentLanes(AbstractLanes):
             init_scale=plan.value(number, "init_scale"),
             steps=span.steps, slow_time=span.slow_time, t1=span.t1, at=span.at,
             saves=plan.saves, method=method, optimiser=self.optimiser,
-            batch_size=self.batch_size, key=self.key,
+            batch_size=self.batch_size, label_noise=self.label_noise,
+            gradient_noise=self.gradient_noise, key=self.key,
         )  # fmt: skip
         why = f"{method} steps were asked for"
         lane = Lane(run, why, cost=self.cost(number))

@@ -44,8 +44,12 @@ class Descent(eqx.Module):
     """One of Optax's, `optax.sgd` unless given."""
     batch_size: int | None = None
     """Of minibatches; all samples unless given."""
+    label_noise: float | None = None
+    """σ, or the probability that a label is another; none unless given."""
+    gradient_noise: float | None = None
+    """σ of each number in the gradient; none unless given."""
     key: PRNGKeyArray | None = None
-    """Of the minibatches."""
+    """Of the minibatches and the noise, which are the same in all lanes."""
 
     def __check_init__(self) -> None:
         rate = self.learning_rate
@@ -69,6 +73,7 @@ class Descent(eqx.Module):
             check_optimiser(self.optimiser)
         if self.batch_size is not None:
             check_integer(self.batch_size, "batch_size")
+        check_given(label_noise=self.label_noise, gradient_noise=self.gradient_noise)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -161,7 +161,8 @@ def sweep(
         steps=run and run.steps, at=run and run.at, saves=saves, solver=solver,
         atol=atol, max_steps=max_steps, until=until, method=run and run.method,
         optimiser=run and run.optimiser, batch_size=run and run.batch_size,
-        key=run and run.key,
+        label_noise=run and run.label_noise,
+        gradient_noise=run and run.gradient_noise, key=run and run.key,
     )  # fmt: skip
     check_choice(batch, "batch", ("loop", "vmap", None))
     kept = as_store(store)
@@ -221,7 +222,10 @@ def make_lanes(
         options = (asked[k] for k in ("solver", "atol", "max_steps"))
         return FlowLanes(plan, Problems(plan, mixed=False), *options)
     # A loss that is computed in double precision for weights in single is no obstacle.
-    options = (asked[k] for k in ("method", "optimiser", "batch_size", "key"))
+    names = (
+        "method", "optimiser", "batch_size", "label_noise", "gradient_noise", "key",
+    )  # fmt: skip
+    options = (asked[name] for name in names)
     return DescentLanes(plan, Problems(plan, mixed=True), *options)
 
 
