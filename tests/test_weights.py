@@ -300,11 +300,9 @@ def test_smoothed_labels_have_a_minimiser():
     assert_allclose(loss(found.model), -(q * jnp.log(q)).sum(axis=1).mean())
     # Two of three logits count for each sample.
     assert int(gf.manifold.spectrum(loss, found.model).rank) == 10
+    # With a weight decay F ends above that by O(λ²).
     path = gf.simulate(gf.GradientFlow(loss), model, weight_decay=1e-5, slow_time=0.5)
-    drift = gf.manifold.riemannian_flow(
-        gf.GradientFlow(loss), found.model, slow_time=0.5
-    )
-    assert_allclose(path.params.inner[-1], drift.params.inner[-1], atol=1e-3)
+    assert_allclose(path.train_loss[-1], loss(found.model), rtol=1e-6)
 
 
 def test_margins_of_what_labels_may_be():
