@@ -4,6 +4,7 @@ import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 import pytest
 from numpy.testing import assert_allclose
 
@@ -49,6 +50,30 @@ def test_forward():
 def test_reverse():
     run = lambda *at: end(*at, solver=diffrax.Tsit5())
     assert_allclose(jax.grad(run, argnums=(0, 1))(*AT), RIGHT, rtol=1e-7)
+
+
+@pytest.mark.slow
+def test_times_to_save_that_depend_on_the_run():
+    """They begin at the time scale of the start. Through the lengths of some thousand
+    steps at the limit of stability the derivative was 1e22."""
+    task = gf.tasks.diagonal_network(jr.key(0), samples=6, dim=12)
+
+    def norm(lam, alpha, t1, **options):
+        path = gf.simulate(
+            task.flow, gf.scaled(task.model, alpha), weight_decay=lam, rtol=1e-8,
+            solver=diffrax.Tsit5(), **(options or {"t1": t1}),
+        )  # fmt: skip
+        return path.penalty[-1]
+
+    found = jax.grad(norm, argnums=(0, 1, 2))(0.01, 1.0, 30.0)
+    given = lambda *at: norm(*at, 30.0, ts=jnp.array([0.0, 30.0]))
+    assert_allclose(found[:2], jax.grad(given, argnums=(0, 1))(0.01, 1.0), rtol=1e-6)
+    end = gf.simulate(task.flow, task.model, weight_decay=0.01, t1=30.0, rtol=1e-9)
+    params, speed = end[-1], task.flow.velocity(end[-1], 0.01)
+    rise = sum(jax.tree.leaves(jax.tree.map(jnp.vdot, params, speed)))
+    assert_allclose(found[2], rise, rtol=1e-4)
+    later = jax.grad(lambda lam: norm(lam, 1.0, None, slow_time=0.3))(0.01)
+    assert_allclose(later, found[0] - 30.0 / 0.01 * found[2], rtol=1e-5)
 
 
 @pytest.mark.parametrize("solver", [gf.KKT4(), gf.RKC2(), None])

@@ -1,6 +1,7 @@
 """θ' integrated, and the verdict on the run."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -379,9 +380,11 @@ def _reached(run: Solve, steps: _Steps, at: Reached) -> _Integrated:
 
 
 def _differentiably(run: Solve, steps: _Steps) -> _Integrated:
-    """By Diffrax's own loop, which has derivatives."""
+    """By Diffrax's own loop, which has derivatives. Where steps end has none: times to
+    save depend on the start, and through the lengths of thousands of steps that grows
+    to 1e22. What is saved at a time changes with it by θ'."""
     defined, first = steps.start(run, run.ts[-1])
-    ts = jnp.where(defined, run.ts, 0.0)
+    ts, first = jax.lax.stop_gradient((jnp.where(defined, run.ts, 0.0), first))
     controller = _controller(run, steps.solver, first)
     solution = diffrax.diffeqsolve(
         steps.followed.term,
@@ -401,6 +404,7 @@ def _differentiably(run: Solve, steps: _Steps) -> _Integrated:
         adjoint=run.adjoint,  # pyright: ignore[reportArgumentType]
     )
     saved, ends = solution.ys  # pyright: ignore[reportGeneralTypeIssues]
+    saved = jax.vmap(functools.partial(_moved, run, steps))(saved, run.ts, ts)
     _, reached = solution.ts  # pyright: ignore[reportGeneralTypeIssues]
     t, end = reached[0], jax.tree.map(lambda y: y[0], ends)
     kinds = ("", "accepted_", "rejected_")
@@ -410,6 +414,12 @@ def _differentiably(run: Solve, steps: _Steps) -> _Integrated:
         steps.followed.term, run.ts, saved, end, t, counts, solution.solver_state,
         result, defined, jnp.array(False),
     )  # fmt: skip
+
+
+def _moved(run: Solve, steps: _Steps, y: PyTree, t: Scalar, fixed: Scalar) -> PyTree:
+    """A state at a time, with its derivative in that."""
+    speed = steps.followed.term.vf(fixed, y, run.weight_decay)
+    return jax.tree.map(lambda y, v: y + v * (t - fixed), y, speed)
 
 
 def _record(
