@@ -62,7 +62,9 @@ def test_change_solves_the_stage_equations(loss, kind):
     curvature = matrix if kind == "whole" else None
     effort = jnp.asarray(WHOLE if kind == "whole" else RENEWED)
     _, none = no_kernel(flat, theta, mu)
-    found = StageMatrix.of(flat, kernel, curvature, alpha, c, effort, none)
+    found = StageMatrix.of(
+        flat, kernel, curvature, alpha, c, effort, none, jnp.array(True)
+    )
     z, push, pull = flat.linearize(theta)
     dy, dmu, _ = found.change(lack, off, z, push, pull)
     jac = flat.jacobian(theta)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
 from numpy.testing import assert_allclose
 
 import gradflow as gf
@@ -303,6 +304,14 @@ def test_smoothed_labels_have_a_minimiser():
     # With a weight decay F ends above that by O(λ²).
     path = gf.simulate(gf.GradientFlow(loss), model, weight_decay=1e-5, slow_time=0.5)
     assert_allclose(path.train_loss[-1], loss(found.model), rtol=1e-6)
+    # Whose limit is the drift.
+    flow, off = gf.GradientFlow(loss), []
+    drift = gf.manifold.riemannian_flow(flow, found.model, slow_time=0.5)
+    for lam in (1e-4, 1e-5):
+        run = gf.simulate(flow, found.model, weight_decay=lam, slow_time=0.5, rtol=1e-8)
+        apart = ravel_pytree(run[-1])[0] - ravel_pytree(drift[-1])[0]
+        off.append(jnp.linalg.norm(apart))
+    assert off[1] < 1e-2 and 9 < off[0] / off[1] < 11
 
 
 def test_margins_of_what_labels_may_be():

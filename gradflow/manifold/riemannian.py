@@ -15,6 +15,7 @@ from .._norms import norm
 from ..flow.flat import FlatLoss, flatten_on
 from ..flow.flow import check_free, GradientFlow
 from ..flow.term import FlowTerm
+from ..losses import CrossEntropy
 from ..margin_losses import Hinge
 from ..metrics import Metric, without_thresholds
 from ..precision import exact_products
@@ -68,7 +69,8 @@ def riemannian_flow(
     In the Jacobian form the default is the flow itself, by KKT5, at a weight decay of
     1e-14 times the largest curvature: w° to O(λ/η), at the price of any other path. (Of
     a `Hinge`, 1e-8 times that with all samples: samples join and leave the face of M
-    that the path is on, which rounding is not to decide.)
+    that the path is on, which rounding is not to decide. And 1e-8 times it of a
+    `CrossEntropy`, of soft labels, which leaves one logit of each sample free.)
     With another `solver` the equation above is integrated: P comes from the QR
     decomposition of Jᵀ, with a ridge of eps^⅔‖J‖ (4e-11 in float64) that lets the path
     run on where J loses rank, or from the eigenvectors of ∇²F in the Hessian form; and
@@ -169,7 +171,7 @@ def _vanishing_decay(run: DriftRun, bar: Bar) -> Drift:
         max_steps=run.max_steps,
     )
     path = solve_through(one, bar)
-    smallest, result = _told(run, path.params, path.result, rank)
+    smallest, result = _told(run, path.params, path.result, rank, lam)
     return Drift(
         s=run.times,
         params=path.params,
@@ -192,9 +194,13 @@ def _vanishing_flow(
     largest curvature; and the times t of these slow times."""
     w, loss = flatten_on(term.loss, params, term.chart)
     found = measure(loss, w, JacobianForm())
+    coarse = float(jnp.finfo(times.dtype).eps) ** 0.5
     if isinstance(term.loss, Hinge):
-        stiffness = term.loss.stiffness(loss.jacobian(w))
-        lam = float(jnp.finfo(times.dtype).eps) ** 0.5 * stiffness
+        lam = coarse * term.loss.stiffness(loss.jacobian(w))
+    elif isinstance(term.loss, CrossEntropy):
+        # ℓ'' is singular: to add to all logits of a sample changes nothing. What λ does
+        # not hold there rounding would move, and θ with it.
+        lam = coarse * found.curvatures[0]
     else:
         lam = _vanishing(times.dtype) / 10 * found.curvatures[0]
     return found.rank, lam, times / lam
@@ -202,7 +208,11 @@ def _vanishing_flow(
 
 @eqx.filter_jit
 def _told(
-    run: DriftRun, path: PyTree, result: RESULTS, rank: Int[Array, ""]
+    run: DriftRun,
+    path: PyTree,
+    result: RESULTS,
+    rank: Int[Array, ""],
+    lam: Float[Array, ""],
 ) -> tuple[Float[Array, " n"], RESULTS]:
     """η along the path, and the result of the drift from that of the flow."""
     # Where samples join and leave the face that the path is on, rank changes too.
@@ -212,7 +222,13 @@ def _told(
     # beside another.
     lost = jnp.any(smallest < _vanishing(run.times.dtype) * jnp.max(largest))
     # Where the path is off M, as at a cusp, it is no longer the flow on M either.
-    lost = lost | jnp.any(moved > 1000 * run.rtol * size)
+    off = 1000 * run.rtol * size
+    if isinstance(run.term.loss, CrossEntropy):
+        # A weight decay of this size holds it off M by (∇²F)⁺λ∇R.
+        place, penalty = run.term.chart.state, run.term.penalty
+        pull = jax.vmap(lambda p: norm(penalty.gradient(place(p))))(path)
+        off = off + lam * pull / jnp.where(smallest > 0, smallest, 1)
+    lost = lost | jnp.any(moved > off)
     # Of two reservations the loss of rank comes first: near it, where the iteration is
     # slow, smooth losses too can seem to slide.
     lost = lost & among(result, RESULTS.successful, RESULTS.slid)

@@ -172,7 +172,7 @@ class Path(eqx.Module):
         if ends.size < 2:
             return self
         rows = slice(1 + int(ends[0]))
-        names = ("t", "params", "metrics", "train_loss", "penalty")
+        names = ("t", "params", "metrics", "train_loss", "penalty", "clock")
         along = {name: getattr(self, name) for name in names}
 
         def cut(x):  # unless it is what stands for parameters that were not stored

@@ -120,7 +120,7 @@ class Solve(eqx.Module):
             self, params=params, weight_decay=decay, ts=ts, until=None
         )
 
-    def metric(self, name: str, model: PyTree, loss: Scalar) -> Scalar:
+    def metric(self, name: str, model: PyTree, loss: Scalar) -> Float[Array, "..."]:
         """The value of a metric at a model of that loss."""
         return loss if name in self.same else self.watched[name](model)
 

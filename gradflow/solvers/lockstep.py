@@ -31,7 +31,7 @@ def where_needed(
 
     def one(arrays: PyTree) -> list[Array]:
         made, _ = eqx.combine(arrays, rest)
-        return jax.tree.leaves(made())
+        return [jnp.asarray(x) for x in jax.tree.leaves(made())]
 
     def kept(arrays: PyTree) -> list[Array]:
         return jax.tree.leaves(arrays[1])
