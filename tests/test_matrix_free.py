@@ -96,7 +96,14 @@ def matrices(loss, rank, *, uneven=False):
     return flat, theta, both
 
 
-@pytest.mark.parametrize("loss", [gf.SquaredError, gf.Logistic, gf.CrossEntropy])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        gf.SquaredError,
+        pytest.param(gf.Logistic, marks=pytest.mark.slow),
+        pytest.param(gf.CrossEntropy, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("uneven", [False, True])
 def test_solves_the_stage_equations(loss, uneven):
     """A δθ + c Jᵀδμ = lack and δμ − ℓ''J δθ = off, as one system of d + m, to what is

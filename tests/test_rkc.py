@@ -552,6 +552,7 @@ def test_radau_stored(decay):
     assert int(path.stats.evaluations) < 1200 * (1e-2 / decay) ** 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed, lam, t1", [(0, 1e-2, 100.0), (1, 1e-3, 100.0)])
 def test_kinks_that_are_many(seed, lam, t1):
     """A ReLU net of 20 neurons and 30 samples crosses one of 600 kinks in most steps,

@@ -149,6 +149,7 @@ def test_sliding():
     assert_allclose(w[held[-1] + 1 :], again.y[0], atol=2e-5)
 
 
+@pytest.mark.slow
 def test_lanes_of_schedules():
     """Modules with numbers in them, under `vmap`."""
     many = jax.vmap(
@@ -171,6 +172,7 @@ def test_crossing_time():
     assert_allclose(path.crossing_time("test"), 20 * (2 - 1), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_theory_follows_the_clock():
     """The first order needs s(t) alone."""
     theory = gf.two_phase(FLOW, MODEL, slow_time=5.0)

@@ -87,7 +87,9 @@ def test_change_solves_the_stage_equations(loss, kind):
         )
 
 
-@pytest.mark.parametrize("loss", [gf.SquaredError, gf.Logistic])
+@pytest.mark.parametrize(
+    "loss", [gf.SquaredError, pytest.param(gf.Logistic, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("solver", [gf.KKT4(), gf.KKT5()])
 def test_follows_the_flow(loss, solver):
     """Against the same loss taken as opaque, whose Hessian is exact."""
@@ -104,6 +106,7 @@ def test_follows_the_flow(loss, solver):
     assert int(path.stats.rejected) <= 0.2 * int(path.stats.steps)
 
 
+@pytest.mark.slow
 def test_kinks_and_uneven_penalties():
     flow, model = network(40)
     lasso = gf.GradientFlow(flow.loss, penalty=gf.penalties.L1())
