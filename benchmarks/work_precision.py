@@ -311,10 +311,12 @@ def run(config: Config) -> tuple[list[Row], list[report.Check]]:
                 bench = Bench(problem, method, known[method], references, config.budget)
                 rows += bench.run(bar)
             made = Made(first, gaps, origin(*start))
-            report.write_csv(rows, config.out / "work_precision.csv")
+            written = config.out / "work_precision.csv"
+            report.write_csv(rows, written)
             text = json.dumps(made._asdict(), indent=1, ensure_ascii=False) + "\n"
             (config.out / "work_precision.json").write_text(text, encoding="utf-8")
-            found = write_report(rows, made, config.out)
+            # (As it reads what is written: digits are lost there.)
+            found = write_report(report.read_csv(written), made, config.out)
     return rows, found
 
 

@@ -97,7 +97,7 @@ chosen = lambda pick: run(gf.GradientFlow(entropy.loss, trainable=pick), logits)
 bad = dict(
     label_noise=(-0.1, "0.1", 1j),
     gradient_noise=(-0.1, "0.1", 1j),
-    weight_decay=(-0.1, None, "0.1", 1j, np.nan, True, lambda t: t),
+    weight_decay=(-0.1, None, "0.1", 1j, np.nan, True),
     init_scale=(0.0, "1", [1.0]),
     rtol=(0.0, 1.0, [1e-6, 1e-8], "1e-6", 1j),
     atol=(-1.0, np.inf, "0", [1e-9]),

@@ -290,8 +290,8 @@ def test_a_crossing_that_cannot_be_landed_on_is_told():
     flow, model, watch, exact, _ = decaying()
     path = gf.simulate(flow, model, weight_decay=0.02, t1=1e3, metrics=watch, saves=17)
 
-    def again(params, ts):
-        piece = path.again(params, ts)
+    def again(params, ts, start):
+        piece = path.again(params, ts, start)
         lost = jax.tree.map(lambda v: v.at[-1].set(jnp.nan), piece.metrics)
         return dataclasses.replace(piece, metrics=lost, result=gf.RESULTS.stalled)
 

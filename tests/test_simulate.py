@@ -310,7 +310,7 @@ cases = {{
     "loss function": lambda: run(gf.GradientFlow(lambda m: m.w[0])),
     "x length": lambda: given(gf.SquaredError(x, y[:2])),
     "y shape": lambda: given(gf.SquaredError(x, jnp.ones((4, 2)), predict=predict)),
-    "metrics": lambda: run(metrics=dict(test=lambda m: m.w)),
+    "metrics": lambda: run(metrics=dict(test=gf.Metric(lambda m: m.w, 1.0))),
     "rtol 0": lambda: run(rtol=0.0),
     "ts equal": lambda: run(**none, ts=jnp.array([0.0, 1.0, 1.0])),
     "ts falling": lambda: run(**none, ts=jnp.array([0.0, 2.0, 1.0])),

@@ -339,7 +339,7 @@ def test_on_many_devices(tmp_path):
     loops, lockstep = json.loads(out.stdout)
     for (made, told, off), sizes in ((loops, [4, 8, 16]), (lockstep, [6, 12, 22])):
         assert sorted(set(made)) == sizes and told == 2
-        # Of each sweep one, and what was under way meanwhile.
-        assert all(made.count(size) <= 4 for size in sizes[1:])
+        # Of each sweep one, what was under way meanwhile, and one more by itself.
+        assert all(made.count(size) <= 6 for size in sizes[1:])
         assert off[0] <= 1e-12 and off[1] <= 1e-9
     assert loops[2][0] == 0

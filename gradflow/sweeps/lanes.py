@@ -207,7 +207,8 @@ class DescentLanes(AbstractLanes):
         run = lane.run
         d, unit = _numbers_of(run.params)
         saved = (4 * d + 3 * _watched(run)) * run.saves
-        return (saved + 8 * d + _passing(run)) * unit + _bytes_of_data(lane)
+        passing = int(0.8 * _passing(run))
+        return (saved + 8 * d + passing) * unit + _bytes_of_data(lane)
 
 
 def _bytes_of_flow(run: Solve | Descend) -> int:
@@ -231,9 +232,9 @@ def _bytes_of_flow(run: Solve | Descend) -> int:
     elif d < m:
         factors = 4 if getattr(loss, "outer_curvature", None) is not None else 6
         kernel = 6 * d**2 + factors * m * d
-    if d <= FEW:  # a Hessian, all columns at once
+    if d <= FEW:  # a Hessian, all columns at once, of an eighth of the lanes or fewer
         kernel += 2 * d**2
-        kernel += int(0.4 * d * numbers(lambda p: loss(term.model(p)), params))
+        kernel += int(0.05 * d * numbers(lambda p: loss(term.model(p)), params))
     saved = (4 * state + 2 * d + 2 * _watched(run)) * run.saves
     return (saved + 30 * state + kernel + _passing(run)) * unit
 
