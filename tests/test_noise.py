@@ -11,6 +11,7 @@ from helpers import Linear
 
 import gradflow as gf
 from gradflow.runs.descent import prepare_descent
+from gradflow.runs.noise import Noise
 from gradflow.runs.steps import descend, descend_part
 
 KEY = jr.key(3)
@@ -136,3 +137,13 @@ def test_under_vmap():
 def test_what_noise_is_not(name, options):
     with pytest.raises(ValueError, match=f"^{name}: [^\n]*$"):
         run(**options)
+
+
+def test_narrow_labels_do_not_overflow():
+    """A flipped label is another one, any with the same chance."""
+    labels = jnp.tile(jnp.arange(100, dtype=jnp.int8), 20)
+    x, model = jnp.zeros((2000, 1)), eqx.nn.Linear(1, 100, key=jr.key(0))
+    noise = Noise(jr.key(1), jnp.asarray(1.0), None)
+    drawn = noise.loss(gf.CrossEntropy(x, labels), model, jnp.asarray(0)).labels
+    assert drawn.dtype == jnp.int8 and (drawn != labels).all()
+    assert np.abs(np.bincount(drawn, minlength=100) - 20).max() < 25

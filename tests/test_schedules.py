@@ -164,6 +164,57 @@ def test_lanes_of_schedules():
         assert_allclose((w[:, 0] - w[:, 1]) / 2, 2 * np.exp(-slow), rtol=5e-6)
 
 
+@pytest.mark.slow
+def test_sliding_from_no_weight_decay():
+    """A coordinate has the sign that it has while nothing pulls it."""
+    loss = gf.SquaredError(jnp.eye(2), jnp.array([1.0, -1.0]), reduction="sum")
+    flow = gf.GradientFlow(loss, penalty=gf.L1())
+    warm = lambda t: 0.1 * jnp.minimum(t, 1.0)
+    ts = np.array([0.0, 1e-3, 0.01, 0.1, 0.3, 1.0, 3.0])
+    path = gf.simulate(
+        flow, Linear(-0.5 * jnp.ones(2)), weight_decay=warm, ts=jnp.asarray(ts)
+    )
+    true = solve_ivp(
+        lambda t, y: np.array([1.0, -1.0]) - y - float(warm(t)) * np.sign(y),
+        (0, 3), [-0.5, -0.5], "LSODA", ts, rtol=1e-9, atol=1e-11, max_step=0.01,
+    )  # fmt: skip
+    assert_allclose(path.params.w, true.y.T, atol=1e-4)
+    # From the minimum: θ₁ = 1 − ∫ e^{−(t − τ)}λ(τ) dτ = 1 − 0.1(t − 1 + e^{−t}), t ≤ 1.
+    rest = gf.simulate(flow, Linear(loss.y), weight_decay=warm, ts=jnp.asarray(ts))
+    w, early = rest.params.w, ts <= 1
+    assert_allclose(
+        w[early, 0], 1 - 0.1 * (ts[early] - 1 + np.exp(-ts[early])), atol=1e-5
+    )
+    assert_allclose(w[:, 1], -w[:, 0], atol=1e-6)
+
+
+@pytest.mark.slow
+def test_what_comes_and_goes():
+    """A pulse between saved times is in the clock too; and there is a clock where a run
+    ends at its start, or begins in the middle."""
+    pulse = lambda t: jnp.where((t >= 500) & (t < 501), 1.0, 0.0)
+    ts = jnp.array([0.0, 500.0, 500.5, 501.0, 1000.0])
+    path = gf.simulate(FLOW, MODEL, weight_decay=pulse, ts=ts, solver=gf.KKT4())
+    assert_allclose(path.slow_time, [0, 0, 0.5, 1, 1], atol=1e-3)
+    often = lambda t: 0.1 * (jnp.floor(1e3 * t) % 2)
+    with pytest.raises(ValueError, match="weight_decay: the schedule changes too"):
+        gf.simulate(FLOW, MODEL, weight_decay=often, ts=TS)
+    at_once = lambda model: jnp.array(True)
+    path = gf.simulate(FLOW, MODEL, weight_decay=DECAY, ts=TS, until=at_once)
+    assert float(path.weight_decay) == 0.1 and bool(path.met)
+    path = gf.descent(
+        FLOW, MODEL, weight_decay=DECAY, learning_rate=0.1, steps=9, until=at_once
+    )
+    assert float(path.weight_decay) == 0.1 and bool(path.met)
+    decay = gf.InSlowTime(lambda s: 0.1 / (1 + s))
+    path = gf.simulate(FLOW, MODEL, weight_decay=decay, slow_time=2.0, saves=9)
+    piece = path.again(
+        jax.tree.map(lambda p: p[5], path.params), path.t[5:] - path.t[5],
+        float(path.t[5]),
+    )  # fmt: skip
+    assert_allclose(piece.slow_time, path.slow_time[5:] - path.slow_time[5], atol=1e-8)
+
+
 def test_crossing_time():
     """The flow that is run again between two saved times knows what time it is."""
     metric = gf.Metric(lambda m: m.w[0] - m.w[1], threshold=1.0)
@@ -227,5 +278,18 @@ def test_what_makes_no_sense():
         run(weight_decay=gf.InSlowTime(falls), t1=1.0)
     with pytest.raises(ValueError, match="weight_decay: expected a schedule of positi"):
         run(weight_decay=gf.InSlowTime(lambda s: 0.1 - s), slow_time=1.0)
+    for schedule in (falls, gf.InSlowTime(lambda s: s - 0.1)):
+        with pytest.raises(ValueError, match="weight_decay: expected a schedule"):
+            gf.descent(FLOW, MODEL, weight_decay=schedule, learning_rate=0.5, steps=90)
     with pytest.raises(ValueError, match="slow_time: give steps or at where weight_de"):
         gf.descent(FLOW, MODEL, weight_decay=falls, learning_rate=0.1, slow_time=1.0)
+
+
+def test_steps_of_no_length_are_steps():
+    """A step size that has fallen to zero makes equal times of different models."""
+    path = gf.descent(
+        FLOW, MODEL, weight_decay=0.01, at=[0, 10, 20, 30, 40],
+        learning_rate=lambda k: jnp.where(k < 20, 0.01, 0.0), optimiser=optax.adam(0.01),
+    )  # fmt: skip
+    assert_allclose(path.t, [0, 0.1, 0.2, 0.2, 0.2])
+    assert (jnp.abs(jnp.diff(path.params.w, axis=0)) > 1e-3).all()

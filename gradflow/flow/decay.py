@@ -59,11 +59,19 @@ class DecaySchedule(eqx.Module):
     def slow_time(self, ts: Float[Array, " n"]) -> Float[Array, " n"]:
         """s = ∫λ dt, from the start of the run on, at increasing times."""
         if self.clock is not None:
-            return jax.vmap(self._slow)(ts + self.since)
+            begun = self._slow(self.since)
+            return jax.vmap(self._slow)(ts + self.since) - begun
         now = jnp.zeros_like(self.since)
-        out = _integrate(lambda t, _: self(t), now, ts[-1], diffrax.SaveAt(ts=ts))
+        out = _integrate(
+            lambda t, _: self(t), now, ts[-1], diffrax.SaveAt(ts=ts), land=ts
+        )
         assert out.ys is not None
-        return out.ys
+        return jnp.where(diffrax.is_successful(out.result), out.ys, jnp.nan)
+
+    def mean(self, ts: Float[Array, " n"], slow: Float[Array, " n"]) -> Scalar:
+        """The mean of λ over the run; that at its start, where it has no length."""
+        end = ts[-1]
+        return jnp.where(end > 0, slow[-1] / jnp.where(end > 0, end, 1), self(0 * end))
 
 
 Decay = float | Scalar | DecaySchedule
@@ -98,9 +106,15 @@ def _integrate(
     zero: Scalar,
     end: Scalar,
     saveat: diffrax.SaveAt,
+    land: Float[Array, " n"] | None = None,
 ) -> diffrax.Solution:
-    """y' = rate(x, y) from y(0) = 0, to ten digits (in double precision)."""
-    number = jnp.finfo(zero.dtype)
+    """y' = rate(x, y) from y(0) = 0, to ten digits (in double precision); with steps
+    that end at the points to `land` on."""
+    # (Where λ jumps no step is too short to see it, but for what a time can resolve.)
+    tol = max(1e-10, 10 * float(jnp.finfo(zero.dtype).eps))
+    controller = diffrax.PIDController(rtol=tol, atol=tol)
+    if land is not None:
+        controller = diffrax.ClipStepSizeController(controller, step_ts=land)
     return diffrax.diffeqsolve(
         diffrax.ODETerm(lambda x, y, _: rate(x, y)),
         diffrax.Dopri8(),
@@ -109,10 +123,8 @@ def _integrate(
         dt0=1e-6 * end,
         y0=zero,
         saveat=saveat,
-        stepsize_controller=diffrax.PIDController(
-            rtol=max(1e-10, 10 * float(number.eps)), atol=float(number.tiny) ** 0.5
-        ),
-        max_steps=_MOST_STEPS,
+        stepsize_controller=controller,
+        max_steps=_MOST_STEPS if land is None else 16 * _MOST_STEPS,
         throw=False,
     )
 

@@ -20,7 +20,7 @@ from .._checks import (
     is_concrete,
 )
 from .._typing import Given, Schedule
-from ..flow.decay import InSlowTime
+from ..flow.decay import DecaySchedule, InSlowTime
 from ..flow.flow import check_flow, GradientFlow, scaled
 from ..metrics import Metric
 from .methods import (
@@ -37,7 +37,7 @@ from .path import Path
 from .problem import as_metrics, check_problem
 from .progress import Bar, run_in_parts
 from .steps import Descend, descend, descend_part, Descended
-from .times import saved_steps
+from .times import check_decay, saved_steps
 from .until import as_criterion, Until, words_of
 
 
@@ -231,8 +231,15 @@ def prepare_descent(
 
     if callable(learning_rate):
         learning_rate = scheduled(learning_rate, numbers, dtype)
+        times = learning_rate.times
     else:
         learning_rate = jnp.asarray(learning_rate, dtype)
+        times = learning_rate * jnp.asarray(numbers).astype(dtype)
+    if callable(weight_decay):
+        schedule = weight_decay
+        if isinstance(weight_decay, InSlowTime):  # of which the first s alone is known
+            schedule, times = weight_decay.schedule, jnp.zeros(2, dtype)
+        check_decay(DecaySchedule(schedule, jnp.zeros((), dtype)), times)
     return Descend(
         term=term,
         params=params,

@@ -38,13 +38,14 @@ class Noise(eqx.Module):
             return loss
         key = self._key(0, step)
         if isinstance(loss, CrossEntropy):
-            labels = loss.labels
+            labels = loss.labels.astype(int)  # narrow ones would overflow
             outputs = eqx.filter_eval_shape(loss.outputs, model)
             classes = outputs.size // labels.shape[0]
             flipped, other = jr.split(key)
             off = jr.randint(other, labels.shape, 1, max(classes, 2), labels.dtype)
             wrong = jr.bernoulli(flipped, self.label, labels.shape)
             drawn = jnp.where(wrong, (labels + off) % classes, labels)
+            drawn = drawn.astype(loss.labels.dtype)
             return eqx.tree_at(lambda one: one.labels, loss, drawn)
         assert isinstance(loss, AbstractTargetLoss)
         y = loss.y

@@ -35,7 +35,12 @@ def landed_crossing_time(path: "Path", name: str, metric: Metric) -> float:
     interpolates. A run that ended at that threshold has landed on the time already.
     """
     t, values = (np.asarray(x, float) for x in (path.t, path.metrics[name]))
-    if path.stats.until == passing(name) and bool(path.met):
+    own = path.watched.get(name)
+    same = own is not None and (own.threshold, own.higher_is_better) == (
+        metric.threshold,
+        metric.higher_is_better,
+    )
+    if same and path.stats.until == passing(name) and bool(path.met):
         return float(t[-1])
     time = crossing_time(t, values, metric)
     if path.again is None or not time > 0:
@@ -165,7 +170,7 @@ class Path(eqx.Module):
 
     def to_its_end(self) -> "Path":
         """The path of one run without the times that repeat its end."""
-        if not is_concrete(self.t):
+        if not is_concrete(self.t) or not bool(self.met):
             return self
         t = np.asarray(self.t)
         ends = np.flatnonzero(t == t[-1])

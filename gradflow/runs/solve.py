@@ -263,7 +263,7 @@ def _told(
     decay, slow = run.weight_decay, None
     if isinstance(decay, DecaySchedule):
         slow = decay.slow_time(out.ts)
-        decay = slow[-1] / out.ts[-1]
+        decay = decay.mean(out.ts, slow)
     path = Path(
         t=out.ts,
         weight_decay=decay,

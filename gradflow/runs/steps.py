@@ -224,7 +224,11 @@ class _Descent(eqx.Module):
             loss, order = minibatch(loss, order, key, i, size)
         lam, clocks = self.decay(state.clocks), state.clocks
         if clocks is not None:
-            clocks = clocks + jnp.stack([h, h * lam]).astype(clocks.dtype)
+            s = clocks[1] + (h * lam).astype(clocks.dtype)
+            t = clocks[0] + h.astype(clocks.dtype)
+            if not isinstance(rate, Scheduled):  # without the rounding of a sum
+                t = (i + 1).astype(clocks.dtype) * h.astype(clocks.dtype)
+            clocks = jnp.stack([t, s])
         moved, memory = self.move(loss, state, h, lam, i)
         if self.sphere is not None:
             moved = self.sphere.place(moved)
@@ -322,7 +326,9 @@ def _path(run: Descend, descent: _Descent, done: Descended) -> Path:
     decay, slow = run.weight_decay, None
     if callable(decay):
         passed, slow = clocks.T.astype(train_loss.dtype)
-        decay = slow[-1] / passed[-1]
+        # (Of a descent that ends at its start there is no mean.)
+        mean = slow[-1] / jnp.where(passed[-1] > 0, passed[-1], 1)
+        decay = jnp.where(passed[-1] > 0, mean, descent.decay(jnp.zeros(2)))
     # The parameters may grow, in any unit, but what is descended on may not.
     height = train_loss + decay * penalty
     # (From a minimum noise leads up, at once as far as it will lead in order.)

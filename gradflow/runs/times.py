@@ -211,12 +211,13 @@ def _in_slow_time(
 
 
 def check_decay(weight_decay: Decay, ts: Float[Array, " n"]) -> Wrong:
-    """Raises unless a schedule gives numbers from 0 on at all times to save."""
+    """Raises unless a schedule gives numbers from 0 on at all times to save, and ∫λ dt
+    can be told."""
     if not isinstance(weight_decay, DecaySchedule):
         return False
-    values = _decays(weight_decay, ts)
+    values, slow = _decays(weight_decay, ts)
     if not is_concrete(values):
-        return ~jnp.all(jnp.isfinite(values) & (values >= 0))
+        return ~jnp.all(jnp.isfinite(values + slow) & (values >= 0))
     values = np.asarray(values)
     wrong = ~(np.isfinite(values) & (values >= 0))
     if wrong.any():
@@ -225,12 +226,19 @@ def check_decay(weight_decay: Decay, ts: Float[Array, " n"]) -> Wrong:
             "weight_decay: expected a schedule of finite numbers, 0 or more, got "
             f"{values[i]:.3g} at t = {float(np.asarray(ts)[i]):.3g}."
         )
+    if not np.isfinite(np.asarray(slow)).all():
+        raise ValueError(
+            "weight_decay: the schedule changes too often for ∫λ dt to be followed; "
+            "give t1 an earlier time, or a smoother one."
+        )
     return False
 
 
 @eqx.filter_jit
-def _decays(weight_decay: DecaySchedule, ts: Float[Array, " n"]) -> Array:
-    return jax.vmap(weight_decay)(ts)
+def _decays(
+    weight_decay: DecaySchedule, ts: Float[Array, " n"]
+) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
+    return jax.vmap(weight_decay)(ts), weight_decay.slow_time(ts)
 
 
 def _save_times(

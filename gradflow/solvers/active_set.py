@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, PyTree, Scalar
 
 from .._norms import rms
 from .._typing import BoolScalarLike, RealScalarLike
-from ..flow.decay import decay_at
+from ..flow.decay import decay_at, DecaySchedule
 from ..flow.term import AbstractChart, AbstractFlowTerm, Tracked, TrackedFlowTerm
 from ..losses import AbstractLoss
 from ..penalties import absolute_weights, AbstractPenalty, smooth_gradient
@@ -117,7 +117,7 @@ class ActiveSet(
         leaving = jnp.abs(force) > weight_decay * weights
         at_zero = jnp.where(leaving, -jnp.sign(force), 0.0)
         sign = jnp.where(theta == 0, at_zero, jnp.sign(theta))
-        sign = jnp.where(weight_decay * weights > 0, sign, 1.0)
+        sign = jnp.where(weight_decay * weights > 0, sign, _free_sign(theta, weights))
         state = Signed(tracked, sign, jnp.ones((), theta.dtype))
         return Followed(self, out, state)
 
@@ -180,6 +180,12 @@ class ActiveSet(
         made_jump: BoolScalarLike,
     ) -> tuple[Signed, Signed, dict, _State, diffrax.RESULTS]:
         term, params = unwrap(terms, y0.tracked)
+        if isinstance(args, DecaySchedule):
+            # Where nothing has pulled, a coordinate may have passed through zero.
+            theta, weights = ravel_pytree(params)[0], _weights(term, params)
+            idle = decay_at(args, t0) * weights == 0
+            sign = jnp.where(idle, _free_sign(theta, weights), y0.sign)
+            y0 = eqx.tree_at(lambda y: y.sign, y0, sign)
         y1, error, dense, inner, result = self.solver.step(
             _on_orthant(term, y0.sign),
             t0,
@@ -259,6 +265,13 @@ class ActiveSet(
 
 def _weights(term: AbstractFlowTerm, params: PyTree) -> Float[Array, " d"]:
     return ravel_pytree(absolute_weights(term.penalty, params))[0]
+
+
+def _free_sign(
+    theta: Float[Array, " d"], weights: Float[Array, " d"]
+) -> Float[Array, " d"]:
+    """The sign of what nothing pulls, now or at all."""
+    return jnp.where((weights > 0) & (theta != 0), jnp.sign(theta), 1.0)
 
 
 def _on_orthant(term: AbstractFlowTerm, sign: Float[Array, " d"]) -> TrackedFlowTerm:
