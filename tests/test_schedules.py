@@ -287,9 +287,10 @@ def test_what_makes_no_sense():
 
 def test_steps_of_no_length_are_steps():
     """A step size that has fallen to zero makes equal times of different models."""
+    rate = lambda k: jnp.where(k < 20, 0.01, 0.0)
     path = gf.descent(
-        FLOW, MODEL, weight_decay=0.01, at=[0, 10, 20, 30, 40],
-        learning_rate=lambda k: jnp.where(k < 20, 0.01, 0.0), optimiser=optax.adam(0.01),
+        FLOW, MODEL, weight_decay=0.01, at=[0, 10, 20, 30, 40], learning_rate=rate,
+        optimiser=optax.adam(0.01),
     )  # fmt: skip
     assert_allclose(path.t, [0, 0.1, 0.2, 0.2, 0.2])
     assert (jnp.abs(jnp.diff(path.params.w, axis=0)) > 1e-3).all()
