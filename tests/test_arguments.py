@@ -130,6 +130,7 @@ for call, names in (
         values = [v for v in bad[name] if call is not many or not isinstance(v, list)]
         case(name, call, *(values if name == "metrics" else values[:3]))
 case("weight_decay", many, -0.1, [0.1, -0.1], "0.1", [[0.1]], None, ["a", "b"])
+case("weight_decay", many, lambda t: 0.1)
 case("t1", run, *t1)
 case("t1", many, *t1[:3])
 case("t1", step, *t1[:3], steps=None)

@@ -45,8 +45,9 @@ def task():
     return gf.tasks.diagonal_network(jr.key(0), samples=10, dim=20)
 
 
-def check(made, loop, lockstep):
-    """What lanes in lockstep make, beside what they make one by one."""
+def excess(made, loop, lockstep):
+    """How many times as much lanes in lockstep make as they make one by one, which
+    comes to the same."""
     found = []
     for run in (loop, lockstep):
         made.update(kernels=0, factors=0)
@@ -54,12 +55,11 @@ def check(made, loop, lockstep):
         jax.effects_barrier()
         found.append((out, dict(made)))
     (alone, own), (together, joint) = found
-    for what in own:
-        assert 0 < own[what] and joint[what] <= 1.25 * own[what], (what, own, joint)
     for one, other in zip(
         jax.tree.leaves(alone), jax.tree.leaves(together), strict=True
     ):
         assert_allclose(one, other, rtol=1e-9, atol=1e-10)
+    return max(joint[what] / own[what] for what in own)
 
 
 @pytest.mark.slow
@@ -76,7 +76,7 @@ def test_kernels_and_factors_of_lanes_in_lockstep(made, task, solver):
             progress=False,
         ).paths.params  # fmt: skip
 
-    check(made, lambda: run("loop"), lambda: run("vmap"))
+    assert excess(made, lambda: run("loop"), lambda: run("vmap")) <= 1.25
 
 
 @pytest.mark.slow
@@ -96,7 +96,7 @@ def test_limits_in_lockstep(made, task):
             *(limit(jax.tree.map(operator.itemgetter(i), models)) for i in range(6)),
         )
 
-    check(made, one_by_one, lambda: jax.vmap(limit)(models))
+    assert excess(made, one_by_one, lambda: jax.vmap(limit)(models)) <= 1.25
 
 
 @pytest.mark.slow
@@ -111,7 +111,7 @@ def test_lanes_that_slide_in_lockstep(made):
             saves=5, solver=gf.KKT4(), batch=batch, progress=False,
         ).paths.params  # fmt: skip
 
-    check(made, lambda: run("loop"), lambda: run("vmap"))
+    assert excess(made, lambda: run("loop"), lambda: run("vmap")) <= 1.25
 
 
 @pytest.mark.parametrize("lanes", [3, 40])

@@ -17,8 +17,9 @@ _MOST_STEPS = 4096  # of the clocks
 class InSlowTime(eqx.Module):
     """A schedule of the weight decay in slow time: λ = schedule(s), ds = λ dt.
 
-    Give it as `weight_decay` of [`gradflow.simulate`][], with a `slow_time`. λ must be
-    positive throughout.
+    Give it as `weight_decay` of [`gradflow.simulate`][], with a `slow_time`, or of
+    [`gradflow.descent`][], with `steps`. s is slow time, without a unit, and λ in units
+    of 1/t; it must be positive throughout.
     """
 
     schedule: Schedule
@@ -96,8 +97,11 @@ def of_slow_time(
         diffrax.SaveAt(t1=True),
     )
     assert to.ys is not None
-    end = jnp.where(diffrax.is_successful(to.result), to.ys[0], jnp.inf)
-    clock = _integrate(lambda _, s: schedule(s), zero, end, diffrax.SaveAt(dense=True))
+    clock = _integrate(
+        lambda _, s: schedule(s), zero, to.ys[0], diffrax.SaveAt(dense=True)
+    )
+    there = diffrax.is_successful(to.result) & diffrax.is_successful(clock.result)
+    end = jnp.where(there, to.ys[0], jnp.inf)
     return DecaySchedule(schedule.schedule, zero, clock), end
 
 

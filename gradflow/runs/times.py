@@ -198,7 +198,7 @@ def as_decay(
     if is_concrete(end) and not np.isfinite(end):
         raise ValueError(
             "weight_decay: expected a schedule of positive numbers up to s = "
-            f"{float(slow_time):.3g}."
+            f"{float(slow_time):.3g}, with no more than some dozen jumps."
         )
     return decay, None, end
 

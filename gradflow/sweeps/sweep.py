@@ -107,6 +107,7 @@ def sweep(
         number that is part of a penalty or a loss is best made an array,
         `jnp.asarray(c) * gf.L1()`: for each plain number a program is compiled.)
     - `weight_decay`, `init_scale`, `rtol`: a number, or a vector: an axis of that name.
+        (No schedule: those are for `simulate`.)
         `rtol` is 1e-6 unless given. Descents have their `learning_rate`.
     - `axes`: values for `problem`, by name: seeds, sample sizes, penalty weights, …
     - `zipped`: groups of names of axes that run together, along the dimension of the
@@ -208,6 +209,11 @@ def make_lanes(
     rest = {name: value for name, value in arguments.items() if name not in runs}
     if runs["weight_decay"] is None:
         raise ValueError("weight_decay: expected a number or a vector, got None.")
+    if callable(runs["weight_decay"]):
+        raise ValueError(
+            "weight_decay: a sweep takes numbers; a schedule is for gradflow.simulate, "
+            "and many of them for a jax.vmap of that."
+        )
     vectors = {k: v for k, v in runs.items() if v is not None and np.ndim(v) > 0}
     for name, v in vectors.items():
         if np.ndim(v) > 1:
