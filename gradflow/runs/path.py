@@ -170,7 +170,8 @@ class Path(eqx.Module):
 
     def to_its_end(self) -> "Path":
         """The path of one run without the times that repeat its end."""
-        if not is_concrete(self.t) or not bool(self.met):
+        known = is_concrete(self.t) and is_known(self.result)
+        if not known or not bool(self.met):
             return self
         t = np.asarray(self.t)
         ends = np.flatnonzero(t == t[-1])
