@@ -22,6 +22,7 @@ from .margin_losses import (
     Hinge as Hinge,
     SoftMargin as SoftMargin,
 )
+from .population import PopulationError as PopulationError
 from .penalties import (
     AbstractPenalty as AbstractPenalty,
     ElasticNet as ElasticNet,

@@ -23,7 +23,7 @@ FLOORS = [
     "_checks",
     "_host",
     "losses results penalties data",
-    "margin_losses",
+    "margin_losses population",
     "flow",
     "metrics",
     "tasks solvers",

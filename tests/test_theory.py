@@ -176,6 +176,12 @@ def test_fit_rate():
     rate = fit_rate(lams, errors, largest=1e-2, floor=1e-8)
     assert rate.used.tolist() == [False, True, True, True, True, False]
     assert abs(rate.exponent - 1.5) < 1e-12 and rate.stderr < 1e-12
+    assert str(rate) == "1.500 ± 0.000 over 4 λ from 1.0e-05 to 1.0e-02"
+    # A line through two points leaves nothing to tell its error from.
+    two = fit_rate(lams, errors, largest=2e-3, floor=1e-6)
+    assert abs(two.exponent - 1.5) < 1e-12 and np.isnan(two.stderr)
+    said = "1.500 over 2 λ from 1.0e-04 to 1.0e-03, too few to tell its error"
+    assert str(two) == said
     none = fit_rate(lams, errors, largest=1e-7, floor=0.0)
     assert np.isnan(none.exponent) and "no rate" in str(none)
 

@@ -135,9 +135,7 @@ def accuracy(name: str, report: gf.Report, quick: bool = False) -> list[Row]:
     may be two, and it is not judged."""
     rate = report.orders[2].rate
     span, enough = decades(report.weight_decay[rate.used]), rate.used.sum() > 2
-    bar = f" ± {rate.stderr:.3f}" if enough else ""
-    told = f"{rate.exponent:.3f}{bar} over {rate.why}"
-    told = told if np.isfinite(rate.exponent) else f"no rate: {rate.why}"
+    told = str(rate)
     if quick and not enough:
         told += f": not judged, by {rate.used.sum()} of {rate.used.size} λ"
     i = int(np.argmin(np.abs(np.log(report.weight_decay / 1e-3))))

@@ -9,14 +9,19 @@ from jaxtyping import Array, Float
 
 from ._checks import check_ndim
 
-_ACTIVATIONS = {"tanh": jnp.tanh, "relu": jax.nn.relu}
+_ACTIVATIONS = {
+    "tanh": jnp.tanh,
+    "erf": lambda u: jax.lax.erf(u * 0.5**0.5),
+    "relu": jax.nn.relu,
+}
 
 
 class TwoLayer(eqx.Module):
-    """f(x) = Σⱼ aⱼ φ(⟨wⱼ, x⟩ + bⱼ), φ = tanh or the ReLU.
+    """f(x) = Σⱼ aⱼ φ(⟨wⱼ, x⟩ + bⱼ), φ = tanh, erf(·/√2) or the ReLU.
 
-    tanh is smooth, as the theory asks. The ReLU is not: the flow slides along the kinks
-    where a neuron's preactivation is zero at a data point.
+    tanh and erf are smooth, as the theory asks; of erf there are closed forms where
+    inputs are Gaussian, see [`gradflow.PopulationError`][]. The ReLU is not: the flow
+    slides along the kinks where a neuron's preactivation is zero at a data point.
 
     **Arguments:**
 
@@ -24,7 +29,7 @@ class TwoLayer(eqx.Module):
         takes scalars too.
     - `bias`: b, of shape (h,), or `None` for a network without.
     - `outer`: a, of shape (h,) for a scalar output, (k, h) for k outputs.
-    - `activation`: `"tanh"` or `"relu"`.
+    - `activation`: `"tanh"`, `"erf"` or `"relu"`.
 
     **Raises:** `ValueError` where the shapes do not fit, or for another activation.
     """
@@ -32,7 +37,7 @@ class TwoLayer(eqx.Module):
     inner: Float[Array, "*batch h d"]
     bias: Float[Array, "*batch h"] | None
     outer: Float[Array, "*batch_k h"]
-    activation: Literal["tanh", "relu"] = eqx.field(static=True, default="tanh")
+    activation: Literal["tanh", "erf", "relu"] = eqx.field(static=True, default="tanh")
 
     def __check_init__(self):
         check_ndim(self.inner, "inner", 2)
@@ -50,7 +55,8 @@ class TwoLayer(eqx.Module):
             )
         if self.activation not in _ACTIVATIONS:
             raise ValueError(
-                f"activation: expected 'tanh' or 'relu', got {self.activation!r}."
+                "activation: expected 'tanh', 'erf' or 'relu', got "
+                f"{self.activation!r}."
             )
 
     @property

@@ -29,6 +29,8 @@ class Rate(eqx.Module):
     def __str__(self) -> str:
         if not np.isfinite(self.exponent):
             return f"no rate: {self.why}"
+        if not np.isfinite(self.stderr):
+            return f"{self.exponent:.3f} over {self.why}, too few to tell its error"
         return f"{self.exponent:.3f} ± {self.stderr:.3f} over {self.why}"
 
 
