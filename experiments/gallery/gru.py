@@ -1,8 +1,7 @@
 """A recurrent network of one's own, with three weight decays, and SciPy beside it.
 
-A gated recurrent unit (Cho et al., arXiv 1406.1078) of Equinox reads six bits one after
-another and is to tell whether the first and the last differ. For long there is nothing
-to be seen, then all is learned at once; or never, under the strongest weight decay.
+A gated recurrent unit (Cho et al., arXiv 1406.1078) reads six bits, and is to tell
+whether the first and the last differ: for long nothing is seen, then all is learned.
 """
 
 from pathlib import Path
@@ -53,16 +52,14 @@ def by_scipy(loss, model, lam, ts):
 
 
 def main(out=Path("results/gallery")):
-    x = 2.0 * np.array(list(np.ndindex(*[2] * LENGTH))) - 1  # all there are
-    x = jr.permutation(jr.key(0), x)
+    every = 2.0 * np.array(list(np.ndindex(*[2] * LENGTH))) - 1
+    x = jr.permutation(jr.key(0), every)
     differ = jnp.where(x[:, 0] != x[:, -1], 1, -1)
     loss = gf.SoftMargin(x[:TRAINED], differ[:TRAINED])
     right = lambda m: jnp.mean(differ[TRAINED:] * jax.vmap(m)(x[TRAINED:]) > 0)
     model = Reader(jr.key(0))
-    sweep = gf.sweep(
-        gf.GradientFlow(loss), model, weight_decay=LAMBDAS, slow_time=5.0,
-        metrics={"test": right},
-    )  # fmt: skip
+    run = dict(weight_decay=LAMBDAS, slow_time=5.0, metrics={"test": right})
+    sweep = gf.sweep(gf.GradientFlow(loss), model, **run)
     fig, (one, two) = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
     for path in sweep:
         lam = float(path.weight_decay)

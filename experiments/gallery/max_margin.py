@@ -2,8 +2,8 @@
 
 f(x) = Σⱼ ±max(0, ⟨wⱼ, x⟩)² is homogeneous of degree two, and the exponential loss has
 no minimiser. Of a wide network θ/‖θ‖ tends to the largest margin of all ways to share
-a mass of one among neurons (Chizat and Bach, arXiv 2002.04486): a linear program, on a
-grid. What is missing falls as 1/ln t: one per cent at t = 1e16.
+a mass of one among neurons (Chizat and Bach, arXiv 2002.04486): a linear program.
+What is missing falls as 1/ln t: one per cent at t = 1e16.
 """
 
 from pathlib import Path
@@ -55,7 +55,6 @@ def main(out=Path("results/gallery")):
         weight_decay=0.0, t1=1e300, saves=200,
         metrics={"margin": lambda m: jnp.min(y * jax.vmap(m)(x)) / mass(m)},
     )  # fmt: skip
-
     best, f = largest(np.asarray(x), np.asarray(y))
     share = np.asarray(path.metrics["margin"]) / best
     np.testing.assert_allclose(np.interp(1e16, path.t, share), 1, atol=0.02)
@@ -66,8 +65,7 @@ def main(out=Path("results/gallery")):
     fig, (one, two) = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
     one.plot(np.log10(path.t[1:]), share[1:])
     one.axhline(1, color="k", linestyle="dotted")
-    one.set(xlabel="log₁₀ t", ylabel="normalised margin / the largest")
-    one.set_ylim(0.9, 1.01)
+    one.set(xlabel="log₁₀ t", ylabel="margin / the largest", ylim=(0.9, 1.01))
     two.plot(GRID, found, label="the network")
     two.plot(GRID, f, "k:", label="linear program")
     two.plot(angle, y * best, "o", label="data: ± the largest margin")
