@@ -86,3 +86,4 @@ def test_laws_and_spreads():
     assert rows.spread([1.0, 1.21]) == pytest.approx(0.1)
     assert rows.rank_correlation([1, 2, 3], [2, 4, 9]) == pytest.approx(1)
     assert np.isnan(rows.rank_correlation([1, 2, 3], [5, 5, 5]))
+    assert rows.rank_correlation(xr.DataArray([1, 2, 3]), [3, 2, 1]) == pytest.approx(-1)
