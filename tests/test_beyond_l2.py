@@ -7,7 +7,7 @@ import pytest
 from numpy.testing import assert_allclose
 
 pytest.importorskip("tyro")
-pytest.importorskip("xarray")
+xr = pytest.importorskip("xarray")
 import oracles  # noqa: E402
 
 from experiments.beyond_l2 import STUDY  # noqa: E402
@@ -86,3 +86,5 @@ def test_laws_and_spreads():
     assert rows.spread([1.0, 1.21]) == pytest.approx(0.1)
     assert rows.rank_correlation([1, 2, 3], [2, 4, 9]) == pytest.approx(1)
     assert np.isnan(rows.rank_correlation([1, 2, 3], [5, 5, 5]))
+    labelled = xr.DataArray([1, 2, 3])
+    assert rows.rank_correlation(labelled, [3, 2, 1]) == pytest.approx(-1)

@@ -17,7 +17,10 @@ from .samples import SAMPLES
 
 @dataclasses.dataclass(frozen=True)
 class D1(Sparse):
-    """Figures 9, 17 and 18: a = A₁ ⊙ ⋯ ⊙ A_L by gradient descent alone."""
+    """Figures 9, 17 and 18: a = A₁ ⊙ ⋯ ⊙ A_L by gradient descent alone.
+
+    No files. Time: six minutes of a core; quick, half a minute.
+    """
 
     samples: tuple[int, ...] = SAMPLES
     depths: tuple[int, ...] = (1, 2, 3, 4)

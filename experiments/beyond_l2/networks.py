@@ -92,6 +92,9 @@ class NL1(Regression):
 
     All of it: --penalties l1 l2 nuclear --alphas 1e-4 5.5e-4 1e-3 5.5e-3 1e-2 5.5e-2
     --betas 1e-7 1e-6 1e-5 1e-4 1e-3 1e-2 1e-1 --steps 1000000.
+
+    No files. Time: quick, two and a half minutes of a core; it goes on where it was
+    interrupted.
     """
 
     penalties: tuple[str, ...] = ("l1", "l2")
@@ -113,6 +116,8 @@ class NL2(Regression):
 
     All of it: --alphas 1e-4 1e-3 1e-2 --betas 1e-7 1e-6 1e-5 1e-4 1e-3 1e-2 1e-1
     --steps 100000.
+
+    No files. Time: quick, two minutes of a core; it goes on where it was interrupted.
     """
 
     penalties: tuple[str, ...] = ("sobolev",)

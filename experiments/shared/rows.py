@@ -121,6 +121,7 @@ def spread(values: Sequence[float] | np.ndarray) -> float:
 
 def rank_correlation(x: Any, y: Any) -> float:
     """Spearman's; NaN where one of them is constant."""
+    x, y = np.asarray(x), np.asarray(y)  # xarray's own have no `ptp`
     if np.ptp(x) == 0 or np.ptp(y) == 0:
         return np.nan
     return float(spearmanr(x, y)[0])  # pyright: ignore[reportArgumentType]
