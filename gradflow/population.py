@@ -70,8 +70,8 @@ def _products(weights: Float[Array, "h d"]) -> Float[Array, "h h"]:
     overlaps = weights @ weights.T
     sizes = jnp.diagonal(overlaps)
     one, two = sizes[:, None], sizes[None, :]
-    # (1 + v²)(1 + w²) − ⟨v, w⟩², without the loss of digits where v and w are aligned
-    # and large: it is 1 or more, so that all derivatives of the angle are finite.
+    # (1 + v²)(1 + w²) − ⟨v, w⟩² is 1 + v² + w² or more, and so kept against rounding
+    # where v and w are aligned and large: all derivatives of the angle are finite.
     spanned = one * two - overlaps**2
     spanned += jax.lax.stop_gradient(jnp.maximum(-spanned, 0))
     angle = jnp.arctan2(overlaps, jnp.sqrt(1 + one + two + spanned))
