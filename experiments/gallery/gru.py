@@ -1,7 +1,7 @@
 """A recurrent network of one's own, with three weight decays, and SciPy beside it.
 
-A gated recurrent unit (Cho et al., arXiv 1406.1078) reads six bits: do the first and the
-last differ? For long nothing is seen, then all is learned; under much decay, never.
+A gated recurrent unit (Cho et al., arXiv 1406.1078) reads six bits: do the first and
+the last differ? Nothing is seen for long, then all is learned; under much decay never.
 """
 
 from pathlib import Path
