@@ -132,6 +132,9 @@ class ActiveSet(
     def params_of(self, y: Signed) -> PyTree:
         return y.params
 
+    def points(self, y: Signed) -> tuple[PyTree, ...]:
+        return (y.params,)
+
     def tolerance_share(self, rtol: Scalar) -> Scalar | float:
         return self.solver.tolerance_share(rtol)
 

@@ -1,6 +1,7 @@
 """What a run of the flow asks of a solver, beside Diffrax's steps."""
 
 import abc
+from collections.abc import Callable
 from typing import ClassVar, NamedTuple, TYPE_CHECKING
 
 import diffrax
@@ -31,6 +32,10 @@ class Followed(NamedTuple):
     term: AbstractFlowTerm
     state: PyTree
     """The initial state: the parameters, and what the solver carries beside them."""
+    since: Scalar | float = 0.0
+    """The time at which that is the state."""
+    before: Callable[[Scalar], PyTree] | None = None
+    """The states before that time, of a run that begins earlier."""
 
 
 class Saved(NamedTuple):
@@ -85,6 +90,10 @@ class AbstractFlowSolver(eqx.Module):
     @abc.abstractmethod
     def params_of(self, y: PyTree) -> PyTree:
         """The parameters in a state."""
+
+    @abc.abstractmethod
+    def points(self, y: PyTree) -> tuple[PyTree, ...]:
+        """The parameters in a state over which is averaged what is recorded of it."""
 
     @abc.abstractmethod
     def loss_of(self, term: AbstractFlowTerm, y: PyTree) -> Scalar:
@@ -149,6 +158,9 @@ class AbstractOnParams(AbstractFlowSolver):
 
     def params_of(self, y: PyTree) -> PyTree:
         return y
+
+    def points(self, y: PyTree) -> tuple[PyTree, ...]:
+        return (y,)
 
     def loss_of(self, term: AbstractFlowTerm, y: PyTree) -> Scalar:
         return term.loss(term.model(y))

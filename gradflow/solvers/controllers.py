@@ -370,3 +370,27 @@ class Landing(AbstractWrapped):
         shortened = t0 + jnp.abs(part) * (t1 - t0)
         next_t1 = jnp.where(part < 1, shortened, next_t1)
         return keep, next_t0, next_t1, jump, (inner, tries), result
+
+
+class Alongside(AbstractWrapped):
+    """For an `Alternating` state, of whose centre alone the tolerance is: the errors of
+    its direction, and a tenth of that of ln ρ, are to be within `rtol` too."""
+
+    controller: diffrax.AbstractAdaptiveStepSizeController
+
+    def __init__(self, controller: diffrax.AbstractAdaptiveStepSizeController):
+        self.controller = controller
+
+    def init(self, *args):
+        return self.controller.init(*args)
+
+    def adapt_step_size(
+        self, t0, t1, y0, y1_candidate, args, y_error, error_order, controller_state
+    ):
+        turned = norm(y_error.direction)
+        more = jnp.maximum(turned, 0.1 * jnp.abs(y_error.log_size))
+        centre = y_error.centre + more * y0.centre
+        y_error = eqx.tree_at(lambda y: y.centre, y_error, centre)
+        return self.controller.adapt_step_size(
+            t0, t1, y0, y1_candidate, args, y_error, error_order, controller_state
+        )

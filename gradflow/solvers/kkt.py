@@ -199,6 +199,9 @@ class AbstractKKT(
     def params_of(self, y: Tracked) -> PyTree:
         return y.params
 
+    def points(self, y: Tracked) -> tuple[PyTree, ...]:
+        return (y.params,)
+
     def loss_of(self, term: AbstractFlowTerm, y: Tracked) -> Scalar:
         """F, through the multiplier: its relative error is that of the parameters, even
         where F itself is tiny."""
