@@ -62,6 +62,8 @@ class Alternating(eqx.Module):
     """u, of length one but for errors of the solver."""
     log_size: Float[Array, " *times"]
     """ln ρ."""
+    deviation: Float[Array, " *times"]
+    """About how far w is from that of the descent, relative to ‖w‖."""
 
     @property
     def ends(self) -> tuple[Float[Array, " d"], Float[Array, " d"]]:
@@ -92,26 +94,29 @@ class FiniteStepTerm(AbstractFlowTerm):
     """The direction that rounding gives."""
 
     def vf(self, t: RealScalarLike, y: Alternating, args: PyTree) -> Alternating:
-        h, decay = self.learning_rate, decay_at(args, t)
+        h, decay, w = self.learning_rate, decay_at(args, t), y.centre
         speed, push = jax.linearize(lambda y: self._to_first_order(y, decay), y)
-        change = push(speed)
-        eps = 0.5 * jnp.finfo(y.centre.dtype).eps
-        tiny = jnp.finfo(y.centre.dtype).tiny
-        floor = jnp.log(eps * rms(y.centre) + tiny)
+        bend = jax.tree.map(lambda change: 0.5 * h * change, push(speed))
+        tiny = jnp.finfo(w.dtype).tiny
+        floor = jnp.log(0.5 * jnp.finfo(w.dtype).eps * rms(w) + tiny)
         rounding = 0.5 * jnp.exp(2 * (floor - y.log_size)) / h
         u = unit(y.direction)
         along = jnp.vdot(self.kick, u)
         aside = jnp.sign(along) * (self.kick - along * u)
+        missed = norm(bend.centre) ** 2 / (norm(speed.centre) * norm(w) + tiny)
         return Alternating(
-            speed.centre - 0.5 * h * change.centre,
+            speed.centre - bend.centre,
             speed.direction + _KICK * rounding * aside,
-            speed.log_size - 0.5 * h * change.log_size + rounding,
+            speed.log_size - bend.log_size + rounding,
+            missed,
         )
 
     def _to_first_order(self, y: Alternating, decay: Scalar) -> Alternating:
+        """Without the terms with ½h, and without rounding."""
         h, u = self.learning_rate, unit(y.direction)
-        least = jnp.finfo(u.dtype).eps ** (1 / 3) * norm(
-            jax.lax.stop_gradient(y.centre)
+        size = norm(jax.lax.stop_gradient(y.centre))
+        least = (
+            jnp.finfo(u.dtype).eps ** (1 / 3) * size + jnp.finfo(u.dtype).tiny ** 0.5
         )
         rho = jnp.sqrt(jnp.exp(2 * y.log_size) + least**2)
         ends = jnp.stack([y.centre + rho * u, y.centre - rho * u])
@@ -120,7 +125,8 @@ class FiniteStepTerm(AbstractFlowTerm):
         q = jnp.vdot(u, mean)
         factor = h * q - 1
         turn = (mean - q * u) / jnp.maximum(factor, _TURNS)
-        return Alternating(-0.5 * (there + back), turn, _log(factor) / h)
+        still = jnp.zeros_like(y.deviation)
+        return Alternating(-0.5 * (there + back), turn, _log(factor) / h, still)
 
 
 def _log(factor: Scalar) -> Scalar:
@@ -145,7 +151,7 @@ class Begun(NamedTuple):
         part = at - k.astype(at.dtype)
         centre = (1 - part) * self.steps[k] + part * self.steps[k + 1]
         none = jnp.full_like(self.state.log_size, -jnp.inf)
-        return Alternating(centre, self.term.kick, none)
+        return Alternating(centre, self.term.kick, none, jnp.zeros_like(none))
 
 
 def begin_steps(
@@ -170,5 +176,6 @@ def begin_steps(
     size = norm(x)
     tiny = jnp.finfo(theta.dtype).tiny
     direction = jnp.where(size > tiny, x / jnp.maximum(size, tiny), kick)
-    state = Alternating(centre, direction, jnp.log(jnp.maximum(size, tiny)))
+    log_size = jnp.log(jnp.maximum(size, tiny))
+    state = Alternating(centre, direction, log_size, jnp.zeros_like(size))
     return Begun(out, steps[: FIRST_STEPS + 1], state)

@@ -191,9 +191,8 @@ def simulate(
             given = _underivable(given, adjoint, NO_DERIVATIVE)
         elif not known.differentiable:
             given = _underivable(given, adjoint, _BY.format(known.name))
-        *given, rate = given
         one = Solve.of(
-            *given,
+            *given[:4],
             bare,
             choice.solver,
             rtol=rtol,
@@ -201,7 +200,7 @@ def simulate(
             max_steps=min(max_steps, TRIAL_STEPS) if choice.trial else max_steps,
             adjoint=adjoint,
             until=criterion,
-            learning_rate=rate,
+            learning_rate=given[4],
         )
         with Bar(known.name, shown=progress and concrete) as bar:
             path = solve_through(one, bar, kinked=kinked)

@@ -55,6 +55,9 @@ class Stats(eqx.Module):
     learning_rate: Number | None = None
     """Of a descent, also where its flow is solved, the time t of one step; its mean, on
     a schedule."""
+    deviation: Number | None = None
+    """Where the flow of a descent is solved, how far it is from the descent at the end,
+    relative to ‖θ‖: an estimate."""
     why: Words = eqx.field(static=True, default="")
     """Why this solver."""
     until: Words = eqx.field(static=True, default="")

@@ -149,10 +149,12 @@ class ActiveSet(
         """∇F, through the multiplier."""
         return self.solver.gradient_of(term, y.tracked)
 
-    def work(self, term: AbstractFlowTerm, state: _State) -> dict[str, Array]:
+    def work(
+        self, term: AbstractFlowTerm, state: _State, end: Signed
+    ) -> dict[str, Array]:
         """See `AbstractKKT.work`. There is no `conditioning`: J loses rank by what is
         held at zero."""
-        work = self.solver.work(term, state.inner)
+        work = self.solver.work(term, state.inner, end.tracked)
         return {k: v for k, v in work.items() if k != "conditioning"}
 
     def init(

@@ -108,9 +108,12 @@ class AbstractFlowSolver(eqx.Module):
         """The part of `rtol` that a step is given, so that the path is within it."""
 
     @abc.abstractmethod
-    def work(self, term: AbstractFlowTerm, state: PyTree) -> dict[str, Array]:
+    def work(
+        self, term: AbstractFlowTerm, state: PyTree, end: PyTree
+    ) -> dict[str, Array]:
         """What the accepted steps took beside their number, from the final state of
-        the solver; of these `sliding` are steps along kinks of the loss."""
+        the solver, and the one that is integrated; of these `sliding` are steps along
+        kinks of the loss."""
 
     @abc.abstractmethod
     def reservation(self, saved: Saved) -> RESULTS:
@@ -186,7 +189,9 @@ class AbstractPlain(AbstractOnParams):
     def tolerance_share(self, rtol: Scalar) -> Scalar | float:
         return 1.0
 
-    def work(self, term: AbstractFlowTerm, state: PyTree) -> dict[str, Array]:
+    def work(
+        self, term: AbstractFlowTerm, state: PyTree, end: PyTree
+    ) -> dict[str, Array]:
         return {}
 
 

@@ -1,7 +1,7 @@
 """Step-size controllers: the tolerance, and what ends a step early."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import diffrax
 import equinox as eqx
@@ -387,10 +387,9 @@ class Alongside(AbstractWrapped):
     def adapt_step_size(
         self, t0, t1, y0, y1_candidate, args, y_error, error_order, controller_state
     ):
-        turned = norm(y_error.direction)
-        more = jnp.maximum(turned, 0.1 * jnp.abs(y_error.log_size))
-        centre = y_error.centre + more * y0.centre
-        y_error = eqx.tree_at(lambda y: y.centre, y_error, centre)
+        error: Any = y_error
+        more = jnp.maximum(norm(error.direction), 0.1 * jnp.abs(error.log_size))
+        error = eqx.tree_at(lambda y: y.centre, error, error.centre + more * y0.centre)
         return self.controller.adapt_step_size(
-            t0, t1, y0, y1_candidate, args, y_error, error_order, controller_state
+            t0, t1, y0, y1_candidate, args, error, error_order, controller_state
         )

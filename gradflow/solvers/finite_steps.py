@@ -2,7 +2,6 @@
 
 from typing import ClassVar
 
-import jax.numpy as jnp
 from jaxtyping import Array, PyTree, Scalar
 
 from ..flow.finite_steps import Alternating, begin_steps, FIRST_STEPS
@@ -65,9 +64,11 @@ class FiniteSteps(AbstractFlowSolver):
     def tolerance_share(self, rtol: Scalar) -> Scalar | float:
         return self.solver.tolerance_share(rtol)
 
-    def work(self, term: AbstractFlowTerm, state: PyTree) -> dict[str, Array]:
-        rate = jnp.asarray(self.learning_rate)
-        return self.solver.work(term, state) | {"learning_rate": rate}
+    def work(
+        self, term: AbstractFlowTerm, state: PyTree, end: Alternating
+    ) -> dict[str, Array]:
+        told = {"learning_rate": self.learning_rate, "deviation": end.deviation}
+        return self.solver.work(term, state, end.centre) | told
 
     def reservation(self, saved: Saved) -> RESULTS:
         return self.solver.reservation(saved)
