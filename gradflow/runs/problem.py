@@ -160,6 +160,7 @@ NO_DERIVATIVE = (
 
 def check_steps(
     flow: GradientFlow,
+    model: PyTree,
     learning_rate: Given,
     weight_decay: Given,
     solver: diffrax.AbstractSolver | None,
@@ -193,15 +194,16 @@ def check_steps(
         )
     if adjoint is not None:
         raise ValueError(NO_DERIVATIVE)
+    dtype = jax.tree.leaves(flow.partition(model)[0])[0].dtype
+    if dtype != jnp.float64:
+        raise ValueError(
+            f"model: a learning_rate needs parameters in float64, got {dtype}: the "
+            "oscillation grows from far below what that resolves."
+        )
 
 
 def check_end(ts: Float[Array, " n"], learning_rate: float | Scalar) -> None:
-    """Raises for a descent too short to become a flow, or in too few digits."""
-    if ts.dtype != jnp.float64:
-        raise ValueError(
-            f"model: a learning_rate needs parameters in float64, got {ts.dtype}: from "
-            "far below their rounding it is that the oscillation grows."
-        )
+    """Raises for a descent that ends before it is a flow."""
     if not (is_concrete(ts) and is_concrete(learning_rate)):
         return
     first = FIRST_STEPS * float(learning_rate)

@@ -158,7 +158,7 @@ def simulate(
         init_scale=init_scale, rtol=rtol, max_steps=max_steps
     ) | check_given(atol=atol, solver=solver)
     if learning_rate is not None:
-        check_steps(flow, learning_rate, weight_decay, solver, adjoint)
+        check_steps(flow, model, learning_rate, weight_decay, solver, adjoint)
         wrong = wrong | check_arguments(learning_rate=learning_rate)
     if not callable(weight_decay):
         wrong = wrong | check_arguments(weight_decay=weight_decay)
@@ -218,6 +218,8 @@ def simulate(
         times = jnp.where(wrong, jnp.zeros_like(times), times)
         if not isinstance(lam, DecaySchedule):
             lam = jnp.where(wrong, jnp.zeros_like(lam), lam)
+        if learning_rate is not None:
+            learning_rate = jnp.where(wrong, 1.0, learning_rate)
     arrays = jax.tree.leaves(
         eqx.filter(
             (term, params, lam, times, bare, rtol, atol, criterion, learning_rate),
