@@ -171,6 +171,20 @@ def field():
     return at
 
 
+def test_first_steps_are_split_into_what_is_smooth_and_what_alternates():
+    """Of a quadratic that is (1 − hq)^k, q = 1/10 and 19/10, h = 1."""
+    curvature = jnp.array([0.1, 1.9, 0.1, 1.9])
+    flow = gf.GradientFlow(gf.Loss(lambda m: 0.5 * jnp.sum(curvature * m.w**2)))
+    term, theta = on_vector(*flow.term(Valley(jnp.array([1.0, 1.0, -2.0, 3.0]))))
+    state = begin_steps(term, theta, jnp.zeros(()), jnp.ones(())).state
+    w = 0.9**16 * np.array([1.0, 0.0, -2.0, 0.0])
+    x = 0.9**16 * np.array([0.0, 1.0, 0.0, 3.0])
+    assert_allclose(state.centre, w, atol=2e-4 * np.linalg.norm(x))
+    away = np.exp(state.log_size) * state.direction
+    assert_allclose(away, x, atol=2e-4 * np.linalg.norm(x))
+    assert_allclose(jnp.linalg.norm(state.direction), 1.0)
+
+
 def test_without_oscillation_it_is_the_modified_equation(field):
     """−∇(G + ¼h‖∇G‖²)."""
 
