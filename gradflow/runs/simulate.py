@@ -89,13 +89,13 @@ def simulate(
     of order h and the sources. Parameters are w, and what is recorded is the mean over
     both points, as over two steps. Below the edge, ρ = 0, that is the modified equation
     θ' = −∇(G + ¼h‖∇G‖²), G = F + λR. The first 16 steps are taken as they are. Then w
-    is that of the descent but for O(h²), as long as it changes little in a step: to
-    1e-3 over some thousand steps at the edge in the tests, the sharpness to 2 % of 2/h.
-    When ρ rises anew from rounding depends on the logarithm of that. Not for descent
-    that is not alternating but chaotic, with steps far beyond 2/L. A gradient of the
-    flow takes some six of F, and a step of the solver is mostly longer than h only in
-    the drift: to have the descent alone, [`gradflow.descent`][] is quicker for less
-    than some 10⁴ steps.
+    is that of the descent but for O(h²), as long as it changes little in a step: in the
+    tests to 1e-3 over a thousand steps at the edge, the sharpness there to 2 % of 2/h.
+    `path.stats.deviation` is an estimate of the error, and from 0.05 on the run has
+    failed, as `coarse`: so it is where steps far beyond 2/L lead to chaos. Where ρ
+    rises from rounding, the descent itself is not the same on every machine. θ' takes
+    some six gradients of F: for less than some 10⁵ steps [`gradflow.descent`][] is
+    quicker. F is to be smooth: at kinks, as of ReLU, steps of the solver are short.
 
     **Arguments:**
 
