@@ -36,6 +36,12 @@ class RESULTS(diffrax.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
         "can be wrong by far more than `rtol`. Give `solver` a KKT solver, or RKC2; or "
         "`rtol` below λ/L, the ratio of weight decay and curvature."
     )
+    coarse = (
+        "The run reached its end, but the steps of the descent are too long for a flow "
+        "to follow: too much changes from one to the next, and the path may be off by "
+        "more than 5 % of θ (`stats.deviation` is an estimate). Lower `learning_rate`, "
+        "or take `gradflow.descent`."
+    )
     stalled = (
         "The solver could make no step, however small: next to the last time reached "
         "the loss has a kink, is not finite, or bends more sharply than rounding "
@@ -133,6 +139,7 @@ CODES = {
     "undefined_start": 30,
     "wrong_argument": 31,
     "criterion_met": 32,
+    "coarse": 33,
 }
 """The number of each result in datasets and stores. A number never changes its meaning:
 the next result takes the next one."""

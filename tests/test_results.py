@@ -16,7 +16,8 @@ from gradflow.results import CODES, codes, flags, from_codes, is_known
 NUMBERS = """0 successful, 14 out_of_steps, 15 slid, 16 unstable, 17 stalled,
 18 diverged, 19 overshot, 20 not_converged, 21 no_minimiser, 22 not_critical, 23 saddle,
 24 ambiguous_rank, 25 unresolved, 26 second_order_lost, 27 singular_point,
-28 rank_lost, 29 raised, 30 undefined_start, 31 wrong_argument, 32 criterion_met"""
+28 rank_lost, 29 raised, 30 undefined_start, 31 wrong_argument, 32 criterion_met,
+33 coarse"""
 
 
 def test_numbers_are_what_they_were():

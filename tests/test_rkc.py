@@ -425,8 +425,8 @@ def test_restart_and_counts():
     half = run(0.0, 2.0, jnp.ones(2), start)
     resumed = run(2.0, 4.0, half.ys[0], half.solver_state)
     assert_allclose(resumed.ys, whole.ys, rtol=1e-12)
-    work = solver.work(term, resumed.solver_state)
-    assert work == solver.work(term, whole.solver_state)
+    work = solver.work(term, resumed.solver_state, None)
+    assert work == solver.work(term, whole.solver_state, None)
     assert work["evaluations"] == whole.solver_state.evaluations
 
 

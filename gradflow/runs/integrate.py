@@ -51,7 +51,7 @@ class Reached(eqx.Module):
 
 
 class Integration(eqx.Module):
-    """y' = f(y) from t = 0 through the increasing times `ts`."""
+    """y' = f(y) from t = 0, or later, through the increasing times `ts`."""
 
     term: diffrax.AbstractTerm
     solver: diffrax.AbstractSolver
@@ -67,27 +67,29 @@ class Integration(eqx.Module):
     `None` it is the end of whichever step is the first after which it is there."""
     land: bool = eqx.field(static=True, default=True)
     """Whether steps end on `ts`; else the solver interpolates."""
+    since: Scalar | float = 0.0
+    """The time at which it starts."""
 
     def begin(self, y0: PyTree, dt0: Scalar) -> Reached:
         """At its start, with a first step of `dt0`."""
         solver, controller = self._ready()
-        zero = jnp.zeros_like(self.ts[0])
+        start = jnp.asarray(self.since, self.ts.dtype)
         order = solver.error_order(self.term)
         following, state = controller.init(
-            self.term, zero, self.ts[-1], y0, dt0, self.args, solver.func, order
+            self.term, start, self.ts[-1], y0, dt0, self.args, solver.func, order
         )
         following = jnp.asarray(following)
-        end = jnp.minimum(following, self._target(zero))
-        begun = solver.init(self.term, zero, end, y0, self.args)
-        there = self.ts <= 0
-        stopped = jnp.array(False) if self.until is None else self.until(zero, y0)
+        end = jnp.minimum(following, self._target(start))
+        begun = solver.init(self.term, start, end, y0, self.args)
+        there = self.ts <= start
+        stopped = jnp.array(False) if self.until is None else self.until(start, y0)
 
         def room(y: Array) -> Array:
             shown = jnp.reshape(there, (-1,) + (1,) * y.ndim)
             return jnp.where(shown, y, jnp.full((), jnp.inf, y.dtype))
 
         return Reached(
-            t=zero,
+            t=start,
             next=following,
             y=y0,
             solver=strong(begun),
@@ -95,8 +97,8 @@ class Integration(eqx.Module):
             saved=jax.tree.map(room, y0),
             counts=jnp.zeros(3, int),
             stopped=stopped,
-            low=zero,
-            high=jnp.where(stopped, zero, jnp.inf),
+            low=start,
+            high=jnp.where(stopped, start, jnp.inf),
             first=dt0,
             result=diffrax.RESULTS.successful,
         )

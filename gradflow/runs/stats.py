@@ -53,7 +53,11 @@ class Stats(eqx.Module):
     atol: Number | None = None
     """The one added to it, in the units of θ."""
     learning_rate: Number | None = None
-    """Of a descent, the time t of one step; its mean, on a schedule."""
+    """Of a descent, also where its flow is solved, the time t of one step; its mean, on
+    a schedule."""
+    deviation: Number | None = None
+    """Where the flow of a descent is solved, how far it is from the descent at the end,
+    relative to ‖θ‖: an estimate."""
     why: Words = eqx.field(static=True, default="")
     """Why this solver."""
     until: Words = eqx.field(static=True, default="")
@@ -93,12 +97,15 @@ class Stats(eqx.Module):
         return getattr(self, name)
 
     def __str__(self) -> str:
+        of = ""
         if self.learning_rate is not None:
             rate = float(self.learning_rate)
+            of = f" for descent in steps of {rate:.3g}"
+        if of and self.rtol is None:
             return f"{self.solver}, {int(self.steps)} steps of {rate:.3g}"
         rtol = "" if self.rtol is None else f", rtol {float(self.rtol):.1g}"
         rejected = "" if self.rejected is None else f", {int(self.rejected)} rejected"
-        return f"{self.solver}{rtol}: {int(self.steps)} steps{rejected}"
+        return f"{self.solver}{of}{rtol}: {int(self.steps)} steps{rejected}"
 
     def lane(self, i: int | np.integer) -> "Stats":
         """Those of lane i, of those of many."""

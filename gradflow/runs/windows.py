@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PyTree
 
 from .._checks import is_concrete
 from .._host import as_array
-from ..solvers import as_flow_solver
+from ..solvers import AbstractFlowSolver
 from .integrate import Reached
 from .parts import FIRST
 from .path import Path
@@ -40,7 +40,7 @@ def solve_through(run: Solve, bar: Bar | None = None, *, kinked: bool = False) -
         _warn_of_kinks(path, float(at.t), end)
 
     windows = [
-        dataclasses.replace(run, ts=as_array(w)) for w in _windows(ts, run.solver)
+        dataclasses.replace(run, ts=as_array(w)) for w in _windows(ts, run.flow_solver)
     ]
     at, paths = begin(windows[0], as_array(ts[-1])), []
     for window in windows:
@@ -69,7 +69,7 @@ def _known(tree: PyTree) -> bool:
 def _in_one(run: Solve, bar: Bar) -> Path:
     """By one program: what is being traced, for a derivative maybe, where the solver
     has one."""
-    derivable = as_flow_solver(run.solver).differentiable and run.until is None
+    derivable = run.flow_solver.differentiable and run.until is None
     if run.adjoint is None and derivable:
         usual = diffrax.RecursiveCheckpointAdjoint()
         run = dataclasses.replace(run, adjoint=usual)
@@ -86,13 +86,13 @@ def run_again(
 
 
 def _windows(
-    ts: Float[np.ndarray, " n"], solver: diffrax.AbstractSolver
+    ts: Float[np.ndarray, " n"], solver: AbstractFlowSolver
 ) -> list[Float[np.ndarray, " w"]]:
     """The times, at most `WINDOW` at once. The last window is filled up with the last
     time: to `WINDOW`, or if it is the only one to the next number 2ᵏ + 1, for the
     metrics are evaluated at each."""
     # Others are judged by all their times together.
-    if as_flow_solver(solver).differentiable:
+    if solver.differentiable:
         return [ts]
     size = min(WINDOW, 1 + 2 ** max(int(ts.size - 2).bit_length(), 1))
     count = -(-ts.size // size)

@@ -21,4 +21,5 @@ from .choose import (
 from .kkt import AbstractKKT as AbstractKKT, KKT4 as KKT4, KKT5 as KKT5
 from .curvature import hessian_norm as hessian_norm
 from .jumps import curvature_jumps as curvature_jumps
+from .finite_steps import FiniteSteps as FiniteSteps
 from .rkc import RKC2 as RKC2

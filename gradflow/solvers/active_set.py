@@ -132,6 +132,9 @@ class ActiveSet(
     def params_of(self, y: Signed) -> PyTree:
         return y.params
 
+    def points(self, y: Signed) -> tuple[PyTree, ...]:
+        return (y.params,)
+
     def tolerance_share(self, rtol: Scalar) -> Scalar | float:
         return self.solver.tolerance_share(rtol)
 
@@ -146,10 +149,12 @@ class ActiveSet(
         """∇F, through the multiplier."""
         return self.solver.gradient_of(term, y.tracked)
 
-    def work(self, term: AbstractFlowTerm, state: _State) -> dict[str, Array]:
+    def work(
+        self, term: AbstractFlowTerm, state: _State, end: Signed
+    ) -> dict[str, Array]:
         """See `AbstractKKT.work`. There is no `conditioning`: J loses rank by what is
         held at zero."""
-        work = self.solver.work(term, state.inner)
+        work = self.solver.work(term, state.inner, end.tracked)
         return {k: v for k, v in work.items() if k != "conditioning"}
 
     def init(

@@ -1,6 +1,7 @@
 """What a run of the flow asks of a solver, beside Diffrax's steps."""
 
 import abc
+from collections.abc import Callable
 from typing import ClassVar, NamedTuple, TYPE_CHECKING
 
 import diffrax
@@ -31,6 +32,10 @@ class Followed(NamedTuple):
     term: AbstractFlowTerm
     state: PyTree
     """The initial state: the parameters, and what the solver carries beside them."""
+    since: Scalar | float = 0.0
+    """The time at which that is the state."""
+    before: Callable[[Scalar], PyTree] | None = None
+    """The states before that time, of a run that begins earlier."""
 
 
 class Saved(NamedTuple):
@@ -87,6 +92,10 @@ class AbstractFlowSolver(eqx.Module):
         """The parameters in a state."""
 
     @abc.abstractmethod
+    def points(self, y: PyTree) -> tuple[PyTree, ...]:
+        """The parameters in a state over which is averaged what is recorded of it."""
+
+    @abc.abstractmethod
     def loss_of(self, term: AbstractFlowTerm, y: PyTree) -> Scalar:
         """F in a state."""
 
@@ -99,9 +108,12 @@ class AbstractFlowSolver(eqx.Module):
         """The part of `rtol` that a step is given, so that the path is within it."""
 
     @abc.abstractmethod
-    def work(self, term: AbstractFlowTerm, state: PyTree) -> dict[str, Array]:
+    def work(
+        self, term: AbstractFlowTerm, state: PyTree, end: PyTree
+    ) -> dict[str, Array]:
         """What the accepted steps took beside their number, from the final state of
-        the solver; of these `sliding` are steps along kinks of the loss."""
+        the solver, and the one that is integrated; of these `sliding` are steps along
+        kinks of the loss."""
 
     @abc.abstractmethod
     def reservation(self, saved: Saved) -> RESULTS:
@@ -150,6 +162,9 @@ class AbstractOnParams(AbstractFlowSolver):
     def params_of(self, y: PyTree) -> PyTree:
         return y
 
+    def points(self, y: PyTree) -> tuple[PyTree, ...]:
+        return (y,)
+
     def loss_of(self, term: AbstractFlowTerm, y: PyTree) -> Scalar:
         return term.loss(term.model(y))
 
@@ -174,7 +189,9 @@ class AbstractPlain(AbstractOnParams):
     def tolerance_share(self, rtol: Scalar) -> Scalar | float:
         return 1.0
 
-    def work(self, term: AbstractFlowTerm, state: PyTree) -> dict[str, Array]:
+    def work(
+        self, term: AbstractFlowTerm, state: PyTree, end: PyTree
+    ) -> dict[str, Array]:
         return {}
 
 

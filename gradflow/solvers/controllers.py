@@ -1,7 +1,7 @@
 """Step-size controllers: the tolerance, and what ends a step early."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import diffrax
 import equinox as eqx
@@ -370,3 +370,26 @@ class Landing(AbstractWrapped):
         shortened = t0 + jnp.abs(part) * (t1 - t0)
         next_t1 = jnp.where(part < 1, shortened, next_t1)
         return keep, next_t0, next_t1, jump, (inner, tries), result
+
+
+class Alongside(AbstractWrapped):
+    """For an `Alternating` state, of whose centre alone the tolerance is: the errors of
+    its direction, and a tenth of that of ln ρ, are to be within `rtol` too."""
+
+    controller: diffrax.AbstractAdaptiveStepSizeController
+
+    def __init__(self, controller: diffrax.AbstractAdaptiveStepSizeController):
+        self.controller = controller
+
+    def init(self, *args):
+        return self.controller.init(*args)
+
+    def adapt_step_size(
+        self, t0, t1, y0, y1_candidate, args, y_error, error_order, controller_state
+    ):
+        error: Any = y_error
+        more = jnp.maximum(norm(error.direction), 0.1 * jnp.abs(error.log_size))
+        error = eqx.tree_at(lambda y: y.centre, error, error.centre + more * y0.centre)
+        return self.controller.adapt_step_size(
+            t0, t1, y0, y1_candidate, args, error, error_order, controller_state
+        )

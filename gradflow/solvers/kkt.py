@@ -199,6 +199,9 @@ class AbstractKKT(
     def params_of(self, y: Tracked) -> PyTree:
         return y.params
 
+    def points(self, y: Tracked) -> tuple[PyTree, ...]:
+        return (y.params,)
+
     def loss_of(self, term: AbstractFlowTerm, y: Tracked) -> Scalar:
         """F, through the multiplier: its relative error is that of the parameters, even
         where F itself is tiny."""
@@ -215,7 +218,9 @@ class AbstractKKT(
     def reservation(self, saved: Saved) -> RESULTS:
         return RESULTS.successful
 
-    def work(self, term: AbstractFlowTerm, state: _State) -> dict[str, Array]:
+    def work(
+        self, term: AbstractFlowTerm, state: _State, end: Tracked
+    ) -> dict[str, Array]:
         """What the accepted steps took, from the final state
         (`SaveAt(solver_state=True)`): `iterations`, each at the cost of the outputs,
         one Jacobian-vector and two vector-Jacobian products (one of the latter only,

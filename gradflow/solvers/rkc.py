@@ -118,7 +118,7 @@ class RKC2(AbstractOnParams, diffrax.AbstractAdaptiveSolver[_State]):
     def reservation(self, saved: Saved) -> RESULTS:
         return RESULTS.successful
 
-    def work(self, term: AbstractTerm, state: _State) -> dict[str, Array]:
+    def work(self, term: AbstractTerm, state: _State, end: PyTree) -> dict[str, Array]:
         """What the accepted steps took, from the final state
         (`SaveAt(solver_state=True)`): `evaluations` of the velocity, and `products` of
         its Jacobian with a vector. (Diffrax forgets what a rejected step has done.)"""
