@@ -24,29 +24,26 @@ from .until import passing
 _PASSES = 20  # at most: each narrows the time down to a share of 1/8 or less
 
 
-def landed_crossing_time(path: "Path", name: str, metric: Metric) -> float:
+def landed_crossing_time(
+    path: "Path", name: str, metric: Metric, *, within: float = 0.1
+) -> float:
     """`crossing_time` of metric `name` of a path, with the threshold of `metric`: to
     the tolerance of the run, where the path can be run again.
 
     From the last saved model that is on the bad side the flow is run again to the next
     saved time, through as many times as the path has (for which it is compiled
     already); and so on, from the last of these, until interpolating between them
-    changes the time by less than a tenth of `rtol`. Where that fails it warns, and
+    changes the time by less than `within` of `rtol`. Where that fails it warns, and
     interpolates. A run that ended at that threshold has landed on the time already.
     """
     t, values = (np.asarray(x, float) for x in (path.t, path.metrics[name]))
-    own = path.watched.get(name)
-    same = own is not None and (own.threshold, own.higher_is_better) == (
-        metric.threshold,
-        metric.higher_is_better,
-    )
-    if same and path.stats.until == passing(name) and bool(path.met):
+    if _ended_at(path, name, metric):
         return float(t[-1])
     time = crossing_time(t, values, metric)
     if path.again is None or not time > 0:
         return time
     assert path.stats.rtol is not None  # it is a flow, if it can be run again
-    enough = 0.1 * float(path.stats.rtol)
+    enough = within * float(path.stats.rtol)
     params, count = path.params, max(len(t), 9)
     for _ in range(_PASSES):
         # The cubic's error falls as the third power of the spacing, or faster.
@@ -75,6 +72,34 @@ def landed_crossing_time(path: "Path", name: str, metric: Metric) -> float:
             return float(start if good.all() else start + width)
         time = crossing_time(t, values, metric)
     return time
+
+
+def _ended_at(path: "Path", name: str, metric: Metric) -> bool:
+    """Whether the run ended because metric `name` passed the threshold of `metric`."""
+    own = path.watched.get(name)
+    same = own is not None and (own.threshold, own.higher_is_better) == (
+        metric.threshold,
+        metric.higher_is_better,
+    )
+    return same and path.stats.until == passing(name) and bool(path.met)
+
+
+def crossing_time_error(path: "Path", name: str, metric: Metric) -> float:
+    """How far off `landed_crossing_time` is, by that of a finer run; NaN where one of
+    them has none. (`path` can be run again.)"""
+    again, time = path.again, landed_crossing_time(path, name, metric)
+    assert again is not None
+    if not np.isfinite(time):
+        return np.nan
+    if _ended_at(path, name, metric):
+        finer = again()  # until then
+        exact = float(np.asarray(finer.t)[-1]) if bool(finer.met) else np.nan
+    else:
+        exact = landed_crossing_time(again(None, path.t), name, metric, within=_WITHIN)
+    return abs(time - exact)
+
+
+_WITHIN = 0.01  # of its tolerance, to which the time of a finer run is landed on
 
 
 def check_path(path: Given) -> None:
@@ -119,8 +144,11 @@ class Path(eqx.Module):
         default=None, metadata={"saved": False}
     )
     """`again(params, ts, start=0.0)` runs the same flow from given parameters through
-    given times, from 0 on, which count from the time `start` of this path; `None` for a
-    descent, for paths made under `jit`, and where results were read from disk."""
+    given times, from 0 on, which count from the time `start` of this path.
+    `again(None, ts)` runs it from its own start, to up to three more digits, through
+    the given times and one more before each; `again()` so until it ends, with what it
+    was to run `until`. `None` for a descent, for paths made under `jit`, and where
+    results were read from disk."""
     clock: Float[Array, "*lanes n"] | None = None
     """s at each time, where λ is on a schedule."""
 
@@ -197,6 +225,64 @@ class Path(eqx.Module):
         can't be, see `again`, it is interpolated: `gradflow.crossing_time`, to about
         `gradflow.crossing_error`.)"""
         return landed_crossing_time(self, name, self.watched[name])
+
+    def error(self, name: str) -> Float[np.ndarray, "n ..."]:
+        """The error of what was recorded, m(θ) − m(θ*) with θ* the exact path, at each
+        of the saved times; estimated, by a finer run: all is made once more from the
+        start, to an `rtol` up to a thousand times smaller, with at least two steps
+        between saved times. Its size is the error bar.
+
+        That takes TODO. It is made once, for all names. An error that changes sign is known to
+        less than itself next to where it is zero; and none of it is what both runs
+        would have in common, as steps over something that neither has seen.
+
+        **Arguments:** `name`: of a metric; or `"train_loss"`, `"penalty"`.
+
+        **Returns:** an array like what was recorded, on the host.
+
+        **Raises:** `ValueError` for another name, for a path that can't be run again
+        (see `again`), for one that failed, and for one to an `rtol` of which
+        less can't be told in the precision of its parameters; `RuntimeError` where the
+        finer run fails.
+
+        The linearised flow backwards in time, ψ' = (∇²F + λ∇²R)ψ from ψ(T) = ∇m, tells
+        what becomes of the errors of all steps at once. But these have to be known: by
+        a finer run of each piece, which is dearer, and no better, than one from the
+        start; the estimates by which steps are controlled were TODO.
+        """
+        own = {"train_loss": self.train_loss, "penalty": self.penalty}
+        recorded = (own | self.metrics).get(name)
+        if recorded is None:
+            names = [*self.metrics, *own]
+            raise ValueError(f"name: expected one of {names}, got {name!r}.")
+        self._check_again()
+        assert self.again is not None
+        finer = self.again(None, self.t)
+        exact = finer.metrics.get(name)
+        exact = getattr(finer, name) if exact is None else exact
+        return np.asarray(recorded) - np.asarray(exact)[1::2]
+
+    def crossing_error(self, name: str) -> float:
+        """How far `crossing_time` of metric `name` is off, a time: it is measured on a
+        finer run, too; see `error`. NaN where either has no crossing.
+
+        **Raises:** as `error`.
+        """
+        if name not in self.watched:
+            names = list(self.watched)
+            raise ValueError(f"name: expected one of {names}, got {name!r}.")
+        self._check_again()
+        return crossing_time_error(self, name, self.watched[name])
+
+    def _check_again(self) -> None:
+        """Raises unless it can be compared with a finer run."""
+        if self.again is None:
+            raise ValueError(
+                "error: this path can't be run again, for that is kept of flows run by "
+                "simulate or sweep in this process alone, not under jit."
+            )
+        if not bool(self.succeeded):
+            raise ValueError(f"error: expected a path that did not fail: {self.verdict}")
 
     @property
     def slow_speed(self) -> Scalar:

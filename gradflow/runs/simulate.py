@@ -36,6 +36,7 @@ from ..solvers import (
     second_choice,
     TRIAL_STEPS,
 )
+from .again import Again
 from .outcome import fail_unless_reached, given_up, named_wrong, wants_another
 from .path import Path
 from .problem import as_metrics, check_problem
@@ -43,7 +44,7 @@ from .progress import Bar
 from .solve import Solve
 from .times import as_decay, check_decay, prepare
 from .until import as_criterion, Until, words_of
-from .windows import run_again, solve_through
+from .windows import solve_through
 
 
 @exact_products
@@ -174,8 +175,7 @@ def simulate(
         path = path.told(until=words_of(until))
         why = choice.why
         if is_concrete(path.t):
-            again = functools.partial(run_again, one)
-            path = dataclasses.replace(path, again=again)
+            path = dataclasses.replace(path, again=Again(lambda: one))
             if size is not None:
                 why += cpu_advice(size, choice.solver, _platform(path))
         return path.told(why=why)

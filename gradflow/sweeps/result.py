@@ -14,11 +14,11 @@ from jaxtyping import Array, Bool, Float, PyTree
 from .._host import taken
 from .._typing import RealScalarLike
 from ..results import among, RESULTS
+from ..runs.again import Again
 from ..runs.columns import columns, described, xarray
 from ..runs.path import Path, slid
 from ..runs.solve import Solve
 from ..runs.stats import Stats, Words
-from ..runs.windows import run_again
 from .axes import Axes, short
 from .lanes import AbstractLanes, FlowLanes
 from .on_disk import StoredPaths, StoredProblems
@@ -148,7 +148,7 @@ class Sweep(eqx.Module):
         static, watched = self.owned[i] if self.owned else (paths.static, paths.watched)
         again = None
         if isinstance(self.lanes, FlowLanes):
-            again = functools.partial(_run_again, self.lanes, i, stats.why)
+            again = Again(functools.partial(_run, self.lanes, i, stats.why))
         return dataclasses.replace(
             lane,
             params=paths.params.lanes[i] if ragged else lane.params,
@@ -318,20 +318,13 @@ def _dataset(sweep: Sweep) -> Any:
     return described(out)
 
 
-def _run_again(
-    lanes: FlowLanes,
-    i: int,
-    why: Words,
-    params: PyTree,
-    ts: Float[Array, " n"],
-    start: float = 0.0,
-) -> Path:
-    """Lane i from elsewhere, by the solver that was chosen for the reason `why`."""
+def _run(lanes: FlowLanes, i: int, why: Words) -> Solve:
+    """Lane i, by the solver that was chosen for the reason `why`."""
     lane = lanes.lane(i)
     if lane.again is not None and lane.why != why:
         lane = lane.again
     assert isinstance(lane.run, Solve)
-    return run_again(lane.run, params, ts, start)
+    return lane.run
 
 
 def _cell(value: object) -> str:
