@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from jaxtyping import Array, Float, PyTree
@@ -23,10 +24,10 @@ _BUDGET = 100
 class Again:
     """Makes a run again; see `Path.again`."""
 
-    def __init__(self, run: Callable[[], Solve], like: int | None = None):
+    def __init__(self, run: Solve | Callable[[], Solve], like: int | None = None):
         """**Arguments:**
 
-        - `run`: gives the run.
+        - `run`: the run, or what gives it.
         - `like`: the number of times for which there are programs, if not that of those
             that are to be run through.
         """
@@ -39,7 +40,7 @@ class Again:
         ts: Float[Array, " n"] | None = None,
         start: float = 0.0,
     ) -> Path:
-        run = self._run()
+        run = self._run if isinstance(self._run, Solve) else self._run()
         if params is not None:
             assert ts is not None
             return solve_through(run.again(params, ts, start), like=self._like)
@@ -59,7 +60,7 @@ def _finer(run: Solve, ts: Float[Array, " n"] | None) -> Path:
     if bool(among(path.result, RESULTS.out_of_steps)):
         finer = finer.with_steps(_BUDGET * run.tolerance.max_steps)
         path = solve_through(finer, like=like)
-    path = dataclasses.replace(path, again=Again(lambda: finer, like)).to_its_end()
+    path = dataclasses.replace(path, again=Again(finer, like)).to_its_end()
     if not bool(path.succeeded):
         raise RuntimeError(
             f"error: the run was made again to rtol = {float(finer.tolerance.rtol):.1g}"
@@ -81,7 +82,8 @@ def _factor(run: Solve) -> float:
     **Raises:** `ValueError` where numbers don't have the digits.
     """
     rtol, floor = float(run.tolerance.rtol), finest(run.params)
-    factor = min(_STEPS ** run.solver.error_order(run.term), _MOST, rtol / floor)
+    order: Any = run.solver.error_order(run.term)
+    factor = min(_STEPS**order, _MOST, rtol / floor)
     if factor < _LEAST:
         raise ValueError(
             f"error: a run to much less than rtol = {rtol:.1g} would be beyond the "

@@ -84,11 +84,31 @@ def _ended_at(path: "Path", name: str, metric: Metric) -> bool:
     return same and path.stats.until == passing(name) and bool(path.met)
 
 
-def crossing_time_error(path: "Path", name: str, metric: Metric) -> float:
-    """How far off `landed_crossing_time` is, by that of a finer run; NaN where one of
-    them has none. (`path` can be run again.)"""
-    again, time = path.again, landed_crossing_time(path, name, metric)
-    assert again is not None
+NOT_AGAIN = (
+    "error: there is none for what can't be run again; a flow can be that simulate or "
+    "sweep ran in this process, with its results in memory, and not under jit."
+)
+
+
+def again_of(path: "Path") -> Callable[..., "Path"]:
+    """What runs a path again, for its errors.
+
+    **Raises:** `ValueError` where there is none, or nothing to compare.
+    """
+    if path.again is None:
+        raise ValueError(NOT_AGAIN)
+    if not bool(path.succeeded):
+        raise ValueError(f"error: expected a path that did not fail: {path.verdict}")
+    return path.again
+
+
+def crossing_time_error(path: "Path", name: str, metric: Metric, time: float) -> float:
+    """How far off the `time` of `landed_crossing_time` is, by that of a finer run; NaN
+    where one of them is.
+
+    **Raises:** as `Path.error`.
+    """
+    again = again_of(path)
     if not np.isfinite(time):
         return np.nan
     if _ended_at(path, name, metric):
@@ -255,9 +275,7 @@ class Path(eqx.Module):
         if recorded is None:
             names = [*self.metrics, *own]
             raise ValueError(f"name: expected one of {names}, got {name!r}.")
-        self._check_again()
-        assert self.again is not None
-        finer = self.again(None, self.t)
+        finer = again_of(self)(None, self.t)
         exact = finer.metrics.get(name)
         exact = getattr(finer, name) if exact is None else exact
         return np.asarray(recorded) - np.asarray(exact)[1::2]
@@ -271,18 +289,9 @@ class Path(eqx.Module):
         if name not in self.watched:
             names = list(self.watched)
             raise ValueError(f"name: expected one of {names}, got {name!r}.")
-        self._check_again()
-        return crossing_time_error(self, name, self.watched[name])
-
-    def _check_again(self) -> None:
-        """Raises unless it can be compared with a finer run."""
-        if self.again is None:
-            raise ValueError(
-                "error: this path can't be run again, for that is kept of flows run by "
-                "simulate or sweep in this process alone, not under jit."
-            )
-        if not bool(self.succeeded):
-            raise ValueError(f"error: expected a path that did not fail: {self.verdict}")
+        again_of(self)
+        metric, time = self.watched[name], self.crossing_time(name)
+        return crossing_time_error(self, name, metric, time)
 
     @property
     def slow_speed(self) -> Scalar:

@@ -1,7 +1,6 @@
 """One path of the gradient flow."""
 
 import dataclasses
-import functools
 import sys
 from collections.abc import Callable
 from typing import TypeVar
@@ -175,7 +174,7 @@ def simulate(
         path = path.told(until=words_of(until))
         why = choice.why
         if is_concrete(path.t):
-            path = dataclasses.replace(path, again=Again(lambda: one))
+            path = dataclasses.replace(path, again=Again(one))
             if size is not None:
                 why += cpu_advice(size, choice.solver, _platform(path))
         return path.told(why=why)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -9,14 +10,15 @@ from typing import Any
 import equinox as eqx
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float
 
 from .._host import taken
 from .._typing import RealScalarLike
+from ..metrics import Metric
 from ..results import among, RESULTS
 from ..runs.again import Again
 from ..runs.columns import columns, described, xarray
-from ..runs.path import Path, slid
+from ..runs.path import crossing_time_error, NOT_AGAIN, Path, slid
 from ..runs.solve import Solve
 from ..runs.stats import Stats, Words
 from .axes import Axes, short
@@ -171,6 +173,21 @@ class Sweep(eqx.Module):
         times = [path.crossing_time(name) for path in lanes]
         return np.array(times).reshape(self.shape)
 
+    def crossing_error(self, name: str) -> Float[np.ndarray, "..."]:
+        """How far `crossing_time` is off, in the shape of the dimensions: see
+        `Path.crossing_error`. Each lane is run once more for it, to more digits; NaN
+        for one that failed, or fails in that, of which a warning tells.
+
+        **Raises:** `ValueError` where lanes can't be run again, as after reading them
+        from disk.
+        """
+        check_again(self)
+        errors = [
+            lane_error(path, name, path.watched[name], path.crossing_time(name))
+            for path in self
+        ]
+        return np.array(errors).reshape(self.shape)
+
     def to_xarray(self) -> Any:
         """An `xarray.Dataset` with a dimension for each of `dims`, and `time`.
 
@@ -316,6 +333,26 @@ def _dataset(sweep: Sweep) -> Any:
     out = xarray().Dataset(variables, coords=sweep.axes.coords)
     out.attrs.update(sweep.fixed)
     return described(out)
+
+
+def check_again(sweep: Sweep) -> None:
+    """Raises unless its lanes can be run again."""
+    stored = isinstance(sweep.paths, StoredPaths)
+    if stored or not isinstance(sweep.lanes, FlowLanes):
+        raise ValueError(NOT_AGAIN)
+
+
+def lane_error(path: Path, name: str, metric: Metric, time: float) -> float:
+    """`crossing_time_error` of one of many paths, of which none is to stop the others:
+    NaN where it failed, or where the finer run does."""
+    if not bool(path.succeeded):
+        return np.nan
+    try:
+        return crossing_time_error(path, name, metric, time)
+    except RuntimeError as failure:
+        told = f"crossing_error: of {name} at λ = {float(path.weight_decay):.3g} it is "
+        warnings.warn(f"{told}not known; {failure}", stacklevel=3)
+        return np.nan
 
 
 def _run(lanes: FlowLanes, i: int, why: Words) -> Solve:
