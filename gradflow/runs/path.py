@@ -24,29 +24,26 @@ from .until import passing
 _PASSES = 20  # at most: each narrows the time down to a share of 1/8 or less
 
 
-def landed_crossing_time(path: "Path", name: str, metric: Metric) -> float:
+def landed_crossing_time(
+    path: "Path", name: str, metric: Metric, *, within: float = 0.1
+) -> float:
     """`crossing_time` of metric `name` of a path, with the threshold of `metric`: to
     the tolerance of the run, where the path can be run again.
 
     From the last saved model that is on the bad side the flow is run again to the next
     saved time, through as many times as the path has (for which it is compiled
     already); and so on, from the last of these, until interpolating between them
-    changes the time by less than a tenth of `rtol`. Where that fails it warns, and
+    changes the time by less than `within` of `rtol`. Where that fails it warns, and
     interpolates. A run that ended at that threshold has landed on the time already.
     """
     t, values = (np.asarray(x, float) for x in (path.t, path.metrics[name]))
-    own = path.watched.get(name)
-    same = own is not None and (own.threshold, own.higher_is_better) == (
-        metric.threshold,
-        metric.higher_is_better,
-    )
-    if same and path.stats.until == passing(name) and bool(path.met):
+    if _ended_at(path, name, metric):
         return float(t[-1])
     time = crossing_time(t, values, metric)
     if path.again is None or not time > 0:
         return time
     assert path.stats.rtol is not None  # it is a flow, if it can be run again
-    enough = 0.1 * float(path.stats.rtol)
+    enough = within * float(path.stats.rtol)
     params, count = path.params, max(len(t), 9)
     for _ in range(_PASSES):
         # The cubic's error falls as the third power of the spacing, or faster.
@@ -75,6 +72,54 @@ def landed_crossing_time(path: "Path", name: str, metric: Metric) -> float:
             return float(start if good.all() else start + width)
         time = crossing_time(t, values, metric)
     return time
+
+
+def _ended_at(path: "Path", name: str, metric: Metric) -> bool:
+    """Whether the run ended because metric `name` passed the threshold of `metric`."""
+    own = path.watched.get(name)
+    same = own is not None and (own.threshold, own.higher_is_better) == (
+        metric.threshold,
+        metric.higher_is_better,
+    )
+    return same and path.stats.until == passing(name) and bool(path.met)
+
+
+NOT_AGAIN = (
+    "error: there is none for what can't be run again; a flow can be that simulate or "
+    "sweep ran in this process, with its results in memory, and not under jit."
+)
+
+
+def again_of(path: "Path") -> Callable[..., "Path"]:
+    """What runs a path again, for its errors.
+
+    **Raises:** `ValueError` where there is none, or nothing to compare.
+    """
+    if path.again is None:
+        raise ValueError(NOT_AGAIN)
+    if not bool(path.succeeded):
+        raise ValueError(f"error: expected a path that did not fail: {path.verdict}")
+    return path.again
+
+
+def crossing_time_error(path: "Path", name: str, metric: Metric, time: float) -> float:
+    """How far off the `time` of `landed_crossing_time` is, by that of a finer run; NaN
+    where one of them is.
+
+    **Raises:** as `Path.error`.
+    """
+    again = again_of(path)
+    if not np.isfinite(time):
+        return np.nan
+    if _ended_at(path, name, metric):
+        finer = again()  # until then
+        exact = float(np.asarray(finer.t)[-1]) if bool(finer.met) else np.nan
+    else:
+        exact = landed_crossing_time(again(None, path.t), name, metric, within=_WITHIN)
+    return abs(time - exact)
+
+
+_WITHIN = 0.01  # of its tolerance, to which the time of a finer run is landed on
 
 
 def check_path(path: Given) -> None:
@@ -119,8 +164,11 @@ class Path(eqx.Module):
         default=None, metadata={"saved": False}
     )
     """`again(params, ts, start=0.0)` runs the same flow from given parameters through
-    given times, from 0 on, which count from the time `start` of this path; `None` for a
-    descent, for paths made under `jit`, and where results were read from disk."""
+    given times, from 0 on, which count from the time `start` of this path.
+    `again(None, ts)` runs it from its own start, to up to three more digits, through
+    the given times and one more before each; `again()` so until it ends, with what it
+    was to run `until`. `None` for a descent, for paths made under `jit`, and where
+    results were read from disk."""
     clock: Float[Array, "*lanes n"] | None = None
     """s at each time, where λ is on a schedule."""
 
@@ -197,6 +245,62 @@ class Path(eqx.Module):
         can't be, see `again`, it is interpolated: `gradflow.crossing_time`, to about
         `gradflow.crossing_error`.)"""
         return landed_crossing_time(self, name, self.watched[name])
+
+    def error(self, name: str) -> Float[np.ndarray, "n ..."]:
+        """The error of what was recorded, m(θ(t)) − m(θ*(t)) with θ* the exact path, at
+        each of the saved times. Its size is the error bar.
+
+        It is an estimate, by a finer run in the place of the exact one: from the same
+        start, by the same solver, to a hundredth of `rtol`, with two steps or more from
+        each saved time to the next. That takes two to three times the steps of the run
+        (RKC2 seven to eleven times), and with gradflow's solvers no new program. It is
+        made once, for all names.
+
+        In 289 runs, by four solvers of five problems to rtol from 1e-7 to 1e-3, it was
+        within [½, 2] of the true error of a test loss in 99.3 % at the end, and at all
+        saved times. What is known least is an error that happens to be a hundredth of
+        its usual size, as where it changes sign; and nothing is known of one that both
+        runs have in common, as over a pulse of λ that no step of either has seen.
+
+        **Arguments:** `name`: of a metric; or `"train_loss"`, `"penalty"`.
+
+        **Returns:** an array like what was recorded, on the host.
+
+        **Raises:** `ValueError` for another name, for a path that failed or can't be
+        run again (see `again`), and where no `rtol` is small enough that is not beyond
+        the digits of the parameters; `RuntimeError` if the finer run fails.
+
+        What becomes of the errors of single steps the linearised flow tells, backwards
+        in time: ψ' = (∇²F + λ∇²R)ψ from ψ(T) = ∇m, ΣₖψₖᵀΔₖ (Cao, Petzold, SIAM J. Sci.
+        Comput. 26, 2004). It has no use here. By the estimates that control the steps,
+        made for their size alone, that was off by up to 400 times (within [½, 2] in 7
+        of 24 runs). With Δₖ from finer runs of each piece it was right, as often as
+        the difference of two runs is, and dearer than that.
+        """
+        own = {"train_loss": self.train_loss, "penalty": self.penalty}
+        recorded = (own | self.metrics).get(name)
+        if recorded is None:
+            names = [*self.metrics, *own]
+            raise ValueError(f"name: expected one of {names}, got {name!r}.")
+        finer = again_of(self)(None, self.t)
+        exact = finer.metrics.get(name)
+        exact = getattr(finer, name) if exact is None else exact
+        return np.asarray(recorded) - np.asarray(exact)[1::2]
+
+    def crossing_error(self, name: str) -> float:
+        """How far `crossing_time` of metric `name` is off, a time: it is measured on
+        the finer run of `error` as well, whatever the metric, which may jump. NaN where
+        either has no crossing. (In 266 of those runs it was within [½, 2] of the true
+        error in 99.6 %.)
+
+        **Raises:** as `error`.
+        """
+        if name not in self.watched:
+            names = list(self.watched)
+            raise ValueError(f"name: expected one of {names}, got {name!r}.")
+        again_of(self)
+        metric, time = self.watched[name], self.crossing_time(name)
+        return crossing_time_error(self, name, metric, time)
 
     @property
     def slow_speed(self) -> Scalar:

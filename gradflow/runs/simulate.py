@@ -1,7 +1,6 @@
 """One path of the gradient flow."""
 
 import dataclasses
-import functools
 import sys
 from collections.abc import Callable
 from typing import TypeVar
@@ -37,6 +36,7 @@ from ..solvers import (
     second_choice,
     TRIAL_STEPS,
 )
+from .again import Again
 from .outcome import fail_unless_reached, given_up, named_wrong, wants_another
 from .path import Path
 from .problem import as_metrics, check_end, check_problem, check_steps, NO_DERIVATIVE
@@ -44,7 +44,7 @@ from .progress import Bar
 from .solve import Solve
 from .times import as_decay, check_decay, prepare
 from .until import as_criterion, Until, words_of
-from .windows import run_again, solve_through
+from .windows import solve_through
 
 
 @exact_products
@@ -208,8 +208,7 @@ def simulate(
         path = path.told(until=words_of(until))
         why = choice.why
         if is_concrete(path.t) and learning_rate is None:
-            again = functools.partial(run_again, one)
-            path = dataclasses.replace(path, again=again)
+            path = dataclasses.replace(path, again=Again(one))
             if size is not None:
                 why += cpu_advice(size, choice.solver, _platform(path))
         return path.told(why=why)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
-from .._host import as_array, platform as host_platform, taken
+from .._host import as_array, known, platform as host_platform, taken
 from .._norms import as_vector, norms, rms
 from ..flow.decay import decay_at, DecaySchedule
 from ..flow.flat import in_blocks
@@ -47,6 +47,14 @@ class Tolerance(eqx.Module):
     rtol: Scalar
     atol: Scalar | None
     max_steps: int = eqx.field(static=True)
+
+    def over(self, factor: float) -> "Tolerance":
+        """A `factor` smaller."""
+        rtol, atol = (
+            None if x is None else as_array(known(x) / factor, x.dtype)
+            for x in (self.rtol, self.atol)
+        )
+        return dataclasses.replace(self, rtol=rtol, atol=atol)
 
 
 class Solve(eqx.Module):
@@ -134,6 +142,17 @@ class Solve(eqx.Module):
         if self.learning_rate is None:
             return solver
         return FiniteSteps(solver, self.learning_rate)
+
+    def finer(self, factor: float, ts: Float[Array, " n"]) -> "Solve":
+        """The same run through other times, to the last of them, to a tolerance a
+        `factor` smaller."""
+        tolerance = self.tolerance.over(factor)
+        return dataclasses.replace(self, ts=ts, tolerance=tolerance, until=None)
+
+    def with_steps(self, most: int) -> "Solve":
+        """The same with another budget of steps."""
+        budget = dataclasses.replace(self.tolerance, max_steps=most)
+        return dataclasses.replace(self, tolerance=budget)
 
     def metric(
         self, name: str, models: tuple[PyTree, ...], loss: Scalar

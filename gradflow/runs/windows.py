@@ -22,10 +22,17 @@ from .solve import begin, Solve, solve, solve_part
 WINDOW = 65
 
 
-def solve_through(run: Solve, bar: Bar | None = None, *, kinked: bool = False) -> Path:
-    """`solve`, by programs that hardly depend on how many times there are; under a
-    `bar`, if it is to be shown; and where there may be kinks, with word after some
-    steps of whether they make these short. What is being traced is one program."""
+def solve_through(
+    run: Solve,
+    bar: Bar | None = None,
+    *,
+    kinked: bool = False,
+    like: int | None = None,
+) -> Path:
+    """`solve`, by programs that hardly depend on how many times there are, those of a
+    run `like` it through so many; under a `bar`, if it is to be shown; and where there
+    may be kinks, with word after some steps of whether they make these short. What is
+    being traced is one program."""
     bar = Bar("", shown=False) if bar is None else bar
     if run.adjoint is not None or not _known(run):
         return _in_one(run, bar)
@@ -40,7 +47,8 @@ def solve_through(run: Solve, bar: Bar | None = None, *, kinked: bool = False) -
         _warn_of_kinks(path, float(at.t), end)
 
     windows = [
-        dataclasses.replace(run, ts=as_array(w)) for w in _windows(ts, run.flow_solver)
+        dataclasses.replace(run, ts=as_array(w))
+        for w in _windows(ts, run.flow_solver, like or run.saves)
     ]
     at, paths = begin(windows[0], as_array(ts[-1])), []
     for window in windows:
@@ -78,23 +86,16 @@ def _in_one(run: Solve, bar: Bar) -> Path:
     return path
 
 
-def run_again(
-    run: Solve, params: PyTree, ts: Float[Array, " n"], start: float = 0.0
-) -> Path:
-    """An earlier run, from elsewhere and through other times; see `Solve.again`."""
-    return solve_through(run.again(params, ts, start))
-
-
 def _windows(
-    ts: Float[np.ndarray, " n"], solver: AbstractFlowSolver
+    ts: Float[np.ndarray, " n"], solver: AbstractFlowSolver, like: int
 ) -> list[Float[np.ndarray, " w"]]:
     """The times, at most `WINDOW` at once. The last window is filled up with the last
-    time: to `WINDOW`, or if it is the only one to the next number 2ᵏ + 1, for the
-    metrics are evaluated at each."""
+    time: to `WINDOW`, or if the `like` many of a run are fewer to the next number
+    2ᵏ + 1, for the metrics are evaluated at each."""
     # Others are judged by all their times together.
     if solver.differentiable:
         return [ts]
-    size = min(WINDOW, 1 + 2 ** max(int(ts.size - 2).bit_length(), 1))
+    size = min(WINDOW, 1 + 2 ** max(int(like - 2).bit_length(), 1))
     count = -(-ts.size // size)
     filled = np.append(ts, np.full(count * size - ts.size, ts[-1]))
     return list(filled.reshape(count, size))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -9,16 +10,17 @@ from typing import Any
 import equinox as eqx
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float
 
 from .._host import taken
 from .._typing import RealScalarLike
+from ..metrics import Metric
 from ..results import among, RESULTS
+from ..runs.again import Again
 from ..runs.columns import columns, described, xarray
-from ..runs.path import Path, slid
+from ..runs.path import crossing_time_error, NOT_AGAIN, Path, slid
 from ..runs.solve import Solve
 from ..runs.stats import Stats, Words
-from ..runs.windows import run_again
 from .axes import Axes, short
 from .lanes import AbstractLanes, FlowLanes
 from .on_disk import StoredPaths, StoredProblems
@@ -148,7 +150,7 @@ class Sweep(eqx.Module):
         static, watched = self.owned[i] if self.owned else (paths.static, paths.watched)
         again = None
         if isinstance(self.lanes, FlowLanes):
-            again = functools.partial(_run_again, self.lanes, i, stats.why)
+            again = Again(functools.partial(_run, self.lanes, i, stats.why))
         return dataclasses.replace(
             lane,
             params=paths.params.lanes[i] if ragged else lane.params,
@@ -170,6 +172,21 @@ class Sweep(eqx.Module):
             lanes = dataclasses.replace(self, paths=numbers)
         times = [path.crossing_time(name) for path in lanes]
         return np.array(times).reshape(self.shape)
+
+    def crossing_error(self, name: str) -> Float[np.ndarray, "..."]:
+        """How far `crossing_time` is off, in the shape of the dimensions: see
+        `Path.crossing_error`. Each lane is run once more for it, to more digits; NaN
+        for one that failed, or fails in that, of which a warning tells.
+
+        **Raises:** `ValueError` where lanes can't be run again, as after reading them
+        from disk.
+        """
+        check_again(self)
+        errors = [
+            lane_error(path, name, path.watched[name], path.crossing_time(name))
+            for path in self
+        ]
+        return np.array(errors).reshape(self.shape)
 
     def to_xarray(self) -> Any:
         """An `xarray.Dataset` with a dimension for each of `dims`, and `time`.
@@ -318,20 +335,33 @@ def _dataset(sweep: Sweep) -> Any:
     return described(out)
 
 
-def _run_again(
-    lanes: FlowLanes,
-    i: int,
-    why: Words,
-    params: PyTree,
-    ts: Float[Array, " n"],
-    start: float = 0.0,
-) -> Path:
-    """Lane i from elsewhere, by the solver that was chosen for the reason `why`."""
+def check_again(sweep: Sweep) -> None:
+    """Raises unless its lanes can be run again."""
+    stored = isinstance(sweep.paths, StoredPaths)
+    if stored or not isinstance(sweep.lanes, FlowLanes):
+        raise ValueError(NOT_AGAIN)
+
+
+def lane_error(path: Path, name: str, metric: Metric, time: float) -> float:
+    """`crossing_time_error` of one of many paths, of which none is to stop the others:
+    NaN where it failed, or where the finer run does."""
+    if not bool(path.succeeded):
+        return np.nan
+    try:
+        return crossing_time_error(path, name, metric, time)
+    except RuntimeError as failure:
+        told = f"crossing_error: of {name} at λ = {float(path.weight_decay):.3g} it is "
+        warnings.warn(f"{told}not known; {failure}", stacklevel=3)
+        return np.nan
+
+
+def _run(lanes: FlowLanes, i: int, why: Words) -> Solve:
+    """Lane i, by the solver that was chosen for the reason `why`."""
     lane = lanes.lane(i)
     if lane.again is not None and lane.why != why:
         lane = lane.again
     assert isinstance(lane.run, Solve)
-    return run_again(lane.run, params, ts, start)
+    return lane.run
 
 
 def _cell(value: object) -> str:

@@ -11,9 +11,9 @@ from jaxtyping import Array, Float, PyTree
 
 from .._checks import check_arguments, word
 from ..precision import exact_products
-from ..runs.path import landed_crossing_time, slid
+from ..runs.path import landed_crossing_time, Path, slid
 from ..runs.progress import Bar
-from ..sweeps.result import Sweep
+from ..sweeps.result import check_again, lane_error, Sweep
 from .predicted_time import PredictedTime
 from .prediction import Predicted, TwoPhase
 from .report import Curves, DriftAlone, Order, Rate, Report, Times
@@ -21,7 +21,12 @@ from .report import Curves, DriftAlone, Order, Rate, Report, Times
 
 @exact_products
 def compare(
-    sweep: Sweep, theory: TwoPhase, *, after: float = 0.1, progress: bool = False
+    sweep: Sweep,
+    theory: TwoPhase,
+    *,
+    after: float = 0.1,
+    error_bars: bool = False,
+    progress: bool = False,
 ) -> Report:
     """Measures the two-phase prediction against the simulated paths.
 
@@ -37,11 +42,14 @@ def compare(
         early, as asked, counts up to its end)
     - `theory`: the prediction.
     - `after`: ε; the drift alone is compared over s ≥ ε.
+    - `error_bars`: whether to estimate the errors of the measured times: each lane is
+        run once more for it, to more digits (see `gradflow.Path.crossing_error`).
     - `progress`: show a progress bar, over the lanes.
 
     **Returns:** a `Report`.
 
-    **Raises:** `ValueError` where the two do not belong together.
+    **Raises:** `ValueError` where the two do not belong together, or where there are to
+    be `error_bars` of lanes that can't be run again.
     """
     if not isinstance(sweep, Sweep):
         raise ValueError(f"sweep: expected a gradflow.Sweep, got {word(sweep)}.")
@@ -49,6 +57,8 @@ def compare(
         raise ValueError(f"theory: expected a gradflow.TwoPhase, got {word(theory)}.")
     check_arguments(after=after)
     check_same_model(sweep, theory)
+    if error_bars:
+        check_again(sweep)
     lams = np.asarray(sweep.weight_decay)
     with Bar("compare", shown=progress) as bar:
         found = errors(sweep, theory, bar)
@@ -56,6 +66,7 @@ def compare(
         for i, lam in enumerate(lams):
             predicted.append(theory.predicted(lam))
             bar.tell(0.5 + 0.5 * (i + 1) / lams.size, f"λ = {lam:.3g}")
+        measured = measure(sweep, theory, error_bars)
     slow = np.asarray(sweep.slow_time)
     late = (slow >= after) & (slow <= _end(theory, slow.dtype))
     return Report(
@@ -63,8 +74,8 @@ def compare(
         theory=theory,
         orders=rates(sweep, theory, found),
         drift=DriftAlone(found.drift, _sup(found.drift, late), after),
-        memorised=times(sweep, theory, "train", predicted),
-        grokked=times(sweep, theory, "test", predicted),
+        memorised=times(sweep, theory, "train", predicted, measured["train"]),
+        grokked=times(sweep, theory, "test", predicted, measured["test"]),
         curves=Curves(
             np.stack([each.t for each in predicted]),
             {
@@ -174,26 +185,47 @@ def rates(sweep: Sweep, theory: TwoPhase, found: Errors) -> dict[int, Order]:
     return out
 
 
+Measured = list[tuple[float, float | None]]
+
+
+def measure(sweep: Sweep, theory: TwoPhase, error_bars: bool) -> dict[str, Measured]:
+    """When "train" and "test" pass their thresholds for good on each lane, and how far
+    off that is, if asked for. NaN where there is no such metric."""
+    watched, unknown = theory.drift.watched, np.nan if error_bars else None
+
+    def of(path: Path, name: str) -> tuple[float, float | None]:
+        if name not in path.metrics or name not in watched:
+            return np.nan, unknown
+        time = landed_crossing_time(path, name, watched[name])
+        if not error_bars:
+            return time, None
+        return time, lane_error(path, name, watched[name], time)
+
+    names = ("train", "test")  # one finer run serves both
+    each = [{name: of(path, name) for name in names} for path in sweep]
+    return {name: [lane[name] for lane in each] for name in names}
+
+
 def times(
-    sweep: Sweep, theory: TwoPhase, name: str, predicted: list[Predicted]
+    sweep: Sweep,
+    theory: TwoPhase,
+    name: str,
+    predicted: list[Predicted],
+    measured: Measured,
 ) -> Times:
     """When the metric `name` passes its threshold for good: as measured on each lane,
-    and from what is predicted for it. NaN where there is no such metric."""
+    and from what is predicted for it."""
     watched = theory.drift.watched
-    measured = [
-        landed_crossing_time(path, name, watched[name])
-        if name in path.metrics and name in watched
-        else np.nan
-        for path in sweep
-    ]
+    errors = [error for _, error in measured]
     told = [PredictedTime(np.nan, np.nan, 1, "")] * len(measured)
     if name in watched:
         lanes = zip(np.asarray(sweep.weight_decay), predicted, strict=True)
         told = [theory.time_from(lam, name, each) for lam, each in lanes]
     return Times(
-        np.array(measured),
+        np.array([time for time, _ in measured]),
         np.array([each.time for each in told]),
         np.array([each.error for each in told]),
+        None if None in errors else np.array(errors),
     )
 
 

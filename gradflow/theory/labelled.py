@@ -72,5 +72,8 @@ def of_report(report: Any) -> Any:
         out[name] = of_lanes(times.measured, TIME["t"])
         out[f"{name}_predicted"] = of_lanes(times.predicted, TIME["t"])
         out[f"{name}_error"] = of_lanes(times.error, TIME["t"])
+        if times.measured_error is not None:
+            bar = of_lanes(times.measured_error, TIME["t"])
+            out[f"{name}_measured_error"] = bar
     out.attrs |= {"after": report.drift.after, "regular_until": report.regular_until}
     return out.assign_coords(order=list(report.orders))

@@ -71,6 +71,13 @@ class Times(eqx.Module):
     """NaN where it is not within `valid_until`, too."""
     error: Float[np.ndarray, " L"]
     """The estimated error of `predicted`, a time; NaN at order 1."""
+    measured_error: Float[np.ndarray, " L"] | None = None
+    """That of `measured`; `None` unless `compare` was asked for `error_bars`."""
+
+    def words(self, i: int) -> str:
+        """What was measured on lane i, and its error where that is estimated."""
+        time, error = _time(self.measured[i]), self.measured_error
+        return time if error is None else f"{time} {_number(error[i])}"
 
 
 class Curves(eqx.Module):
@@ -168,14 +175,15 @@ class Report(eqx.Module):
 
     def _times(self, lanes: list[int]) -> list[str]:
         memorised, grokked = self.memorised, self.grokked
+        bar = "" if grokked.measured_error is None else f" {'±':>9}"
         lines = [
-            f"  {'λ':>9} {'memorised':>10} {'grokked':>10} {'predicted':>10} "
-            f"{'± about':>9} {'delay':>10}"
+            f"  {'λ':>9} {'memorised':>10}{bar} {'grokked':>10}{bar} "
+            f"{'predicted':>10} {'± about':>9} {'delay':>10}"
         ]
         lines += [
-            f"  {self.weight_decay[i]:9.2e} {_time(memorised.measured[i])} "
-            f"{_time(grokked.measured[i])} {_time(grokked.predicted[i])} "
-            f"{_number(grokked.error[i])} {_time(self.delay[i])}"
+            f"  {self.weight_decay[i]:9.2e} {memorised.words(i)} {grokked.words(i)} "
+            f"{_time(grokked.predicted[i])} {_number(grokked.error[i])} "
+            f"{_time(self.delay[i])}"
             for i in lanes
         ]
         unpredicted = ~np.isfinite(grokked.predicted)
@@ -204,7 +212,8 @@ class Report(eqx.Module):
         Along `order`: `error` (along `time` too), `sup_all`, `sup`, `next_term`, all
         relative to ‖Φ(θ₀)‖, and `rate`, `rate_stderr`, `rate_used`; of the drift alone
         `drift_error` and `drift_sup`. Times t: `memorised`, `grokked`, `delay`, and of
-        the first two `…_predicted` and `…_error`. `valid_until` is a slow time s.
+        the first two `…_predicted` and `…_error`, and where they are known
+        `…_measured_error`. `valid_until` is a slow time s.
         Along `predicted_time`: `predicted_t` and `predicted_metric_NAME`. The fields
         say what they are; `theory.to_xarray()` gives the theory.
         """
