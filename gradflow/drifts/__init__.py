@@ -2,4 +2,6 @@
 amount to on the critical manifold, and how strong each is."""
 
 from .trace import Trace as Trace
-from .optimisers import Effective as Effective, label_noise as label_noise
+from .diagonal import RootDiagonal as RootDiagonal
+from .finite_step import LogTrace as LogTrace
+from .largest import LargestCurvature as LargestCurvature
