@@ -115,7 +115,7 @@ class CurvatureAt(eqx.Module):
         return jax.vmap(self.product)(eye)
 
     def rows(self) -> tuple[PyTree, Callable, int]:
-        """Where A is a sum over samples, Σᵢ Jᵢᵀ Bᵢ Jᵢ: what to go through, a function of
+        """Where A is a sum over samples, Σᵢ JᵢᵀBᵢJᵢ: what to go through, a function of
         each that gives Jᵢ and BᵢJᵢ, and how many numbers that takes."""
         x = samples(self.loss.composite)
         z = self.loss.outputs(self.theta)

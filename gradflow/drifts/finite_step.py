@@ -16,8 +16,8 @@ _LARGEST = 3000  # rows of a matrix that is factorised
 
 
 class LogTrace(AbstractPenalty):
-    """R(θ) = −(2/h) tr log(I − ½h ∇²F(θ)) = tr ∇²F + ¼h tr (∇²F)² + …, infinite where the
-    step h is 2/λ₁, beyond which descent is unstable: there it is NaN.
+    """R(θ) = −(2/h) tr log(I − ½h ∇²F(θ)) = tr ∇²F + ¼h tr (∇²F)² + …, for
+    steps h < 2/λ₁, the largest with which descent is stable; NaN beyond.
 
     Of a composite loss ∇²F is Jᵀℓ''J unless asked otherwise, see
     [`gradflow.drifts.Trace`][]: the same on the manifold of perfect fits. By one
@@ -66,10 +66,10 @@ class LogTrace(AbstractPenalty):
     def __call__(self, params: PyTree) -> Scalar:
         at = self.curvature_of.at(params)
         h = as_array(self.learning_rate).astype(at.theta.dtype)
-        if self.by_outputs:
+        weight = at.loss.outer_curvature
+        if self.by_outputs and weight is not None:
             # det(I − XY) = det(I − YX)
-            kernel = at.loss.tangent_kernel(at.theta, at.scale**2)
-            matrix = at.loss.outer_curvature * kernel
+            matrix = weight * at.loss.tangent_kernel(at.theta, at.scale**2)
         else:
             matrix = at.matrix()
         eye = jnp.eye(matrix.shape[0], dtype=matrix.dtype)

@@ -54,8 +54,8 @@ class Trace(AbstractPenalty):
 
         - `loss`: F, or a flow of it. With the `rates` G of a flow R is tr √G ∇²F √G.
         - `model`: the model; all but its parameters is kept.
-        - `relative`: η relative to the parameters, R = Σᵢ θᵢ² ∂ᵢ²F, as where connections
-            are dropped at random.
+        - `relative`: η relative to the parameters, R = Σᵢ θᵢ² ∂ᵢ²F, as where
+            connections are dropped at random.
         - `form`: `"jacobian"`, for Jᵀℓ''J in place of ∇²F, `"hessian"` for ∇²F itself;
             `"auto"` is the first for a composite loss.
         - `probes`: k, how many random vectors; exact unless given.
@@ -76,7 +76,9 @@ class Trace(AbstractPenalty):
             check_integer(probes, "probes")
         legacy = getattr(key, "dtype", None) == jnp.uint32
         if (probes is not None) != (is_key(key) or legacy):
-            kind = "none without probes" if probes is None else "one to draw probes with"
+            kind = (
+                "none without probes" if probes is None else "one to draw probes with"
+            )
             raise ValueError(f"key: expected {kind}, got {word(key)}.")
 
     def __call__(self, params: PyTree) -> Scalar:
