@@ -192,11 +192,12 @@ def adam(
     """The drift of Adam with `label_noise`: R = tr Diag(∇²F)^½ and λ = ½h√c, with rates
     G = 1/(√(c∂ᵢ²F) + ε) and the c of [`gradflow.drifts.label_noise`][].
 
-    The squares that Adam averages become v = c Diag(H) on M, slowly enough to be no
-    noise and fast beside the drift (β₂ near 1). Steps are then those of rates
+    The squares that Adam averages become v = c Diag(H) on M, and steps those of rates
     G = 1/(√v + ε), which drift by −¼hc G⟨G, ∇H⟩ = −½h√c G∇R, R = Σᵢ φ(∂ᵢ²F) as in
     [`gradflow.drifts.RootDiagonal`][]: to first order in h, whatever β₁ (Li, Wen, Lyu,
-    arXiv 2511.02773).
+    arXiv 2511.02773). For that v has to follow the drift, through many times 1/(1 − β₂)
+    steps, and hardly fluctuate: what its fluctuations add is small with 1 − β₂, not
+    with h, and at 1 − β₂ = 0.01 it may be a good part of the drift.
 
     Adam's G changes along M. A flow has one G: that at `model`, which is best a point
     of M, such as the limit map. So the path is right as far as ∂ᵢ²F stay what they are
