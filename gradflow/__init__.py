@@ -49,6 +49,7 @@ from . import data as data
 from . import metrics as metrics
 from . import models as models
 from . import tasks as tasks
+from . import drifts as drifts
 from . import manifold as manifold
 from .sweeps.result import Sweep as Sweep
 from .sweeps.options import Descent as Descent, Store as Store

@@ -25,7 +25,7 @@ FLOORS = [
     "losses results penalties data",
     "margin_losses population",
     "flow",
-    "metrics",
+    "metrics drifts",
     "tasks solvers",
     "runs",
     "manifold sweeps",

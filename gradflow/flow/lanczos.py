@@ -68,6 +68,19 @@ class Lanczos(eqx.Module):
     def ritz(self) -> tuple[Float[Array, " most"], Float[Array, " most"]]:
         """The eigenvalues of QₖᵀHQₖ, ascending, and how near each is to one of H at
         least. The first are for steps that were not taken yet, below all others."""
+        values, vectors = self._decomposed()
+        done = jnp.arange(self.most) < self.steps
+        rows = jnp.arange(self.basis.shape[0]) >= self.steps
+        outside = jnp.where(rows[:, None] & done[None, :], self.coefficients, 0)
+        return values, jnp.linalg.norm(outside @ vectors, axis=0)
+
+    def first(self) -> Float[Array, " n"]:
+        """The vector that belongs to the largest of these values, of length one."""
+        _, vectors = self._decomposed()
+        return unit(self.basis[: self.most].T @ vectors[:, -1])
+
+    def _decomposed(self) -> tuple[Float[Array, " most"], Float[Array, "most most"]]:
+        """The eigenvalues and eigenvectors of QₖᵀHQₖ."""
         done = jnp.arange(self.most) < self.steps
         block = self.basis.shape[0] - self.most
         t = self.coefficients[: self.most]
@@ -75,9 +88,7 @@ class Lanczos(eqx.Module):
         # No column is larger than `scale`, so ‖T‖ is at most √(2b + 1) of that.
         t = t - jnp.diag(jnp.where(done, 0, 2 * (block + 1) * self.scale))
         values, vectors = jnp.linalg.eigh(t)
-        rows = jnp.arange(self.basis.shape[0]) >= self.steps
-        outside = jnp.where(rows[:, None] & done[None, :], self.coefficients, 0)
-        return values, jnp.linalg.norm(outside @ vectors, axis=0)
+        return values, vectors
 
 
 def random(i: int, n: int, dtype: DTypeLike) -> Float[Array, " n"]:
