@@ -1,15 +1,16 @@
 """How a computation ended: every cause with its remedy, and its number in a store."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import diffrax
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, PyTree
 
-from ._checks import is_concrete
+from ._checks import is_concrete, Wrong
 from ._host import as_array, numpy_of
 
 
@@ -214,6 +215,21 @@ def unless_failed(out: Out, result: RESULTS, okay: Bool[Array, "*lanes"]) -> Out
     if failed.size:
         raise RuntimeError(_MESSAGES[int(failed[0])])
     return out
+
+
+def named_wrong(
+    out: Out, wrong: Wrong, values: Callable[[Out], tuple[PyTree, ...]]
+) -> Out:
+    """`out`, with the result and without the `values` of what was not run, where
+    `wrong` says so."""
+    if wrong is False:
+        return out
+    found, rest = eqx.partition(values(out), eqx.is_inexact_array)
+    none = jax.tree.map(lambda x: jnp.where(wrong, jnp.nan, x), found)
+    result = RESULTS.where(wrong, RESULTS.wrong_argument, out.result)
+    return eqx.tree_at(
+        lambda o: (*values(o), o.result), out, (*eqx.combine(none, rest), result)
+    )
 
 
 def flags() -> dict[str, Any]:

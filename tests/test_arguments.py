@@ -403,6 +403,31 @@ def test_any_traced_argument_of_a_run(name):
     assert run(right).result == gf.RESULTS.successful
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["retract", "limit_map", "riemannian_flow"])
+def test_any_traced_argument_on_the_manifold(name):
+    """Of several at once, the others are as they are."""
+    loss = gf.SquaredError(jnp.ones((1, 2)), jnp.ones(1))
+    model, on = Linear(jnp.array([1.0, 0.5])), Linear(jnp.array([1.0, 0.0]))
+    drift = dict(slow_time=1.0, ts=jnp.array([0.0, 1.0]), throw=False)
+
+    def run(rtol):
+        if name == "retract":
+            return gf.manifold.retract(loss, model, rtol=rtol, throw=False)
+        if name == "limit_map":
+            return gf.manifold.limit_map(loss, model, rtol=rtol, throw=False)
+        flow = gf.GradientFlow(loss)
+        return gf.manifold.riemannian_flow(flow, on, rtol=rtol, **drift)
+
+    out = eqx.filter_jit(eqx.filter_vmap(run))(jnp.array([1e-6, -1e-6, jnp.nan]))
+    names = "successful", "wrong_argument", "wrong_argument"
+    assert codes(out.result).tolist() == [CODES[name] for name in names]
+    found = out.params.w[:, -1] if name == "riemannian_flow" else out.model.w
+    end = [0.5 + 0.5 / np.e, 0.5 - 0.5 / np.e] if name == "riemannian_flow" else None
+    np.testing.assert_allclose(found[0], end or [0.75, 0.25], rtol=1e-6)
+    assert np.isnan(found[1:]).all()
+
+
 def test_a_traced_descent():
     loss = gf.SquaredError(jnp.eye(2), jnp.array([1.0, 2.0]))
     flow, model = gf.GradientFlow(loss), Linear(jnp.ones(2))

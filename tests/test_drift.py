@@ -81,20 +81,18 @@ def test_forms_of_the_drift_agree(tanh_net):
 @pytest.mark.slow
 def test_drift_passes_through_a_loss_of_rank():
     """With one nonzero coefficient wanted and 6 samples, all coordinates but one die:
-    σ_min falls to 1e-6 of its start by s = 20, and the end has the least ℓ1 norm."""
-    loss, model = diagonal_problem(jr.key(2), samples=12, features=20, nonzero=1)
+    σ_min falls to 1e-5 of its start by s = 12, and the end has the least ℓ1 norm."""
+    loss, model = diagonal_problem(jr.key(2), samples=6, features=10, nonzero=1)
     start = manifold.limit_map(loss, model).model
-    ts = jnp.array([0.0, 5.0, 10.0, 20.0])
-    drift = manifold.riemannian_flow(
-        gf.GradientFlow(loss), start, slow_time=20.0, ts=ts, throw=False,
-        max_steps=400_000,  # some 90 000 of them, by rounding more or less
-    )  # fmt: skip
+    ts = jnp.array([0.0, 3.0, 6.0, 12.0])
+    flow = gf.GradientFlow(loss)
+    drift = manifold.riemannian_flow(flow, start, slow_time=12.0, ts=ts, throw=False)
     assert drift.smallest_curvature[-1] < 1e-9 * drift.smallest_curvature[0]
     product = jnp.outer(jnp.exp(-2 * ts), start.u * start.v)
     u, v = drift.params.u, drift.params.v
     np.testing.assert_allclose(u * v, product, atol=1e-8)
     beta = u[-1] ** 2 - v[-1] ** 2
-    np.testing.assert_allclose(beta, jnp.zeros(20).at[0].set(1.0), atol=1e-6)
+    np.testing.assert_allclose(beta, jnp.zeros(10).at[0].set(1.0), atol=1e-6)
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
 from .._checks import check_arguments, check_given, finest, is_concrete, resolvable
 from .._host import as_array, known
@@ -19,7 +19,7 @@ from ..flow.term import FlowTerm
 from ..flow.vector import on_vector
 from ..losses import AbstractCompositeLoss, AbstractLoss
 from ..precision import exact_products
-from ..results import among, only_if_successful, RESULTS
+from ..results import among, named_wrong, only_if_successful, RESULTS
 from ..runs.integrate import Integration, Reached
 from ..runs.parts import ALL
 from ..runs.progress import Bar, run_in_parts
@@ -87,10 +87,10 @@ def limit_map(
     model: PyTree,
     *,
     form: Form = "auto",
-    rtol: float | None = None,
-    atol: float | None = None,
-    residual_tol: float | None = None,
-    t_max: float | None = None,
+    rtol: float | Scalar | None = None,
+    atol: float | Scalar | None = None,
+    residual_tol: float | Scalar | None = None,
+    t_max: float | Scalar | None = None,
     solver: diffrax.AbstractSolver | None = None,
     max_steps: int = 100_000,
     throw: bool = True,
@@ -148,8 +148,7 @@ def limit_map(
     Source: Li, Wang, Arora, arXiv 2110.06914, definition 4.1 and lemma 4.3; Boursier,
     Pesme, Dragomir, arXiv 2505.20172.
     """
-    check_arguments(max_steps=max_steps)
-    check_given(
+    wrong = check_arguments(max_steps=max_steps) | check_given(
         rtol=rtol, atol=atol, residual_tol=residual_tol, t_max=t_max, solver=solver
     )
     term, params = begin(loss, model, trainable)
@@ -174,6 +173,7 @@ def limit_map(
     end = _state_of(out.model, term, trainable)
     end = tie(params, end, term, first, out.time, out.result)
     out = eqx.tree_at(lambda o: o.model, out, term.model(end))
+    out = named_wrong(out, wrong, lambda o: (o.model, o.residual))
     if throw:
         out = only_if_successful(out, out.result)
     return out
@@ -208,10 +208,10 @@ def default_solver(
 class Search(eqx.Module):
     """How the limit is looked for: see `limit_map`."""
 
-    rtol: float
-    atol: float | None
-    residual_tol: float | None
-    t_max: float | None
+    rtol: float | Scalar
+    atol: float | Scalar | None
+    residual_tol: float | Scalar | None
+    t_max: float | Scalar | None
     solver: diffrax.AbstractSolver
     max_steps: int
 
@@ -356,7 +356,10 @@ def _distance(
 
 
 def _finish(
-    loss: FlatLoss, theta: Float[Array, " d"], form: AbstractForm, rtol: float | None
+    loss: FlatLoss,
+    theta: Float[Array, " d"],
+    form: AbstractForm,
+    rtol: float | Scalar | None,
 ) -> tuple[Float[Array, " d"], Float[Array, ""], Bool[Array, ""]]:
     """The nearest point of M, its residual, and whether it is on M, and as near as it
     seemed to be: else it is not the limit."""

@@ -4,7 +4,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
 from .._checks import check_arguments, check_given
 from .._host import known
@@ -13,7 +13,7 @@ from ..flow.flow import GradientFlow
 from ..flow.term import AbstractChart
 from ..losses import AbstractLoss
 from ..precision import exact_products
-from ..results import among, is_known, only_if_successful, RESULTS
+from ..results import among, is_known, named_wrong, only_if_successful, RESULTS
 from .choice import begin, first_form, Form
 from .forms import AbstractForm
 from .hessian_form import HessianForm
@@ -39,7 +39,7 @@ def retract(
     model: PyTree,
     *,
     form: Form = "auto",
-    rtol: float | None = None,
+    rtol: float | Scalar | None = None,
     max_steps: int = 64,
     throw: bool = True,
     trainable: PyTree = eqx.is_inexact_array,
@@ -72,10 +72,10 @@ def retract(
     **Raises:** `ValueError` for a Jacobian form of a loss that is not composite; a
     runtime error where `throw` and M is not reached.
     """
-    check_arguments(max_steps=max_steps)
-    check_given(rtol=rtol)
+    wrong = check_arguments(max_steps=max_steps) | check_given(rtol=rtol)
     term, params = begin(loss, model, trainable)
     _, out = retract_in_form(term.loss, params, term.chart, form, rtol, max_steps)
+    out = named_wrong(out, wrong, lambda o: (o.model, o.residual))
     if throw:
         out = only_if_successful(out, out.result)
     return out
@@ -86,7 +86,7 @@ def retract_in_form(
     params: PyTree,
     chart: AbstractChart,
     form: Form,
-    rtol: float | None = None,
+    rtol: float | Scalar | None = None,
     max_steps: int = 64,
 ) -> tuple[AbstractForm, Retraction]:
     """The retraction, and the form that served: `"auto"` tries the likely one first."""
@@ -104,7 +104,7 @@ def _retract(
     params: PyTree,
     chart: AbstractChart,
     form: AbstractForm,
-    rtol: float | None,
+    rtol: float | Scalar | None,
     max_steps: int,
 ) -> Retraction:
     theta, flat = flatten_on(loss, params, chart)
@@ -117,7 +117,7 @@ def nearest(
     loss: FlatLoss,
     theta: Float[Array, " d"],
     form: AbstractForm,
-    rtol: float | None = None,
+    rtol: float | Scalar | None = None,
     max_steps: int = 64,
 ) -> tuple[Float[Array, " d"], Float[Array, ""], Int[Array, ""], Bool[Array, ""]]:
     """`retract` for a vector: the point, residual, steps, and whether it is on M."""

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
 from .._checks import check_arguments, check_given, is_concrete, resolvable
 from .._norms import norm
@@ -19,8 +19,9 @@ from ..losses import CrossEntropy
 from ..margin_losses import Hinge
 from ..metrics import Metric, without_thresholds
 from ..precision import exact_products
-from ..results import among, only_if_successful, RESULTS
+from ..results import among, named_wrong, only_if_successful, RESULTS
 from ..runs.integrate import Integration, Reached
+from ..runs.outcome import recorded
 from ..runs.problem import as_metrics, check_problem
 from ..runs.progress import Bar
 from ..runs.solve import Solve
@@ -52,12 +53,12 @@ def riemannian_flow(
     flow: GradientFlow,
     model: PyTree,
     *,
-    slow_time: float,
+    slow_time: float | Scalar,
     ts: Float[Array, " n"] | None = None,
     metrics: dict[str, Callable | Metric] | None = None,
     form: Form = "auto",
-    rtol: float = 1e-9,
-    atol: float | None = None,
+    rtol: float | Scalar = 1e-9,
+    atol: float | Scalar | None = None,
     solver: diffrax.AbstractSolver | None = None,
     max_steps: int = 100_000,
     throw: bool = True,
@@ -110,8 +111,9 @@ def riemannian_flow(
     Source: equation 6 of Boursier, Pesme, Dragomir, arXiv 2505.20172.
     """
     check_free(flow)
-    check_arguments(slow_time=slow_time, rtol=rtol, max_steps=max_steps)
-    check_given(atol=atol, solver=solver)
+    wrong = check_arguments(
+        slow_time=slow_time, rtol=rtol, max_steps=max_steps
+    ) | check_given(atol=atol, solver=solver)
     if isinstance(solver, AbstractKKT):
         raise ValueError(
             "solver: KKT solvers are for the flow of a loss, not for the equation of "
@@ -122,6 +124,8 @@ def riemannian_flow(
     check_problem(term, params, watched)
     rtol = resolvable(rtol, params)
     times = drift_times(ts, slow_time, params)
+    if wrong is not False:  # then nothing is run
+        times = jnp.where(wrong, jnp.zeros_like(times), times)
     served, start = retract_in_form(term.loss, params, term.chart, form)
     _, params = flow.term(start.model)
     run = DriftRun(term, params, start.result, times, watched, rtol, atol, max_steps)
@@ -130,6 +134,7 @@ def riemannian_flow(
             out = _vanishing_decay(run, bar)
         else:
             out = _drift(run, served, diffrax.Dopri8() if solver is None else solver)
+    out = named_wrong(out, wrong, lambda d: (*recorded(d), d.smallest_curvature))
     if throw:
         out = only_if_successful(out, out.result)
     return out
@@ -146,8 +151,8 @@ class DriftRun(eqx.Module):
     times: Float[Array, " n"]
     """The slow times s to save at."""
     watched: dict[str, Metric]
-    rtol: float
-    atol: float | None
+    rtol: float | Scalar
+    atol: float | Scalar | None
     max_steps: int
 
 
@@ -328,7 +333,7 @@ def _integrate(
 
 
 def _horizon(
-    loss: FlatLoss, w: Float[Array, " d"], spectrum: Spectrum, rtol: float
+    loss: FlatLoss, w: Float[Array, " d"], spectrum: Spectrum, rtol: float | Scalar
 ) -> tuple[Float[Array, ""], Bool[Array, ""]]:
     """The smallest normal curvature, and whether it is too small to tell the rank."""
     rank = spectrum.rank

@@ -32,7 +32,7 @@ from .methods import (
 )
 from .minibatch import check_batches
 from .noise import as_noise
-from .outcome import fail_unless_reached, named_wrong
+from .outcome import fail_unless_reached, recorded
 from .path import Path
 from .problem import as_metrics, check_problem
 from .progress import Bar, run_in_parts
@@ -166,7 +166,7 @@ def descent(
     path = _descend_under_a_bar(run) if progress and known else descend(run)
     why = f"{method} steps were asked for"
     path = path.to_its_end().told(why=why, until=words_of(until))
-    path = named_wrong(path, wrong)
+    path = named_wrong(path, wrong, recorded)
     return fail_unless_reached(path, path) if throw else path
 
 

@@ -1,12 +1,8 @@
 """What follows from the verdict on a run: another solver, or an error."""
 
 import diffrax
-import equinox as eqx
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from .._checks import Wrong
 from .._host import as_array, numpy_of
 from ..results import among, is_known, RESULTS, unless_failed
 from .path import Path
@@ -35,15 +31,6 @@ def fail_unless_reached(out: PyTree, path: Path) -> PyTree:
     return unless_failed(out, path.result, path.succeeded)
 
 
-def named_wrong(path: Path, wrong: Wrong) -> Path:
-    """`path`, with the result and without the values of one that was not run, where
-    `wrong` says so."""
-    if wrong is False:
-        return path
-
-    def values(p):
-        return (p.params, p.metrics, p.train_loss, p.penalty)
-
-    none = jax.tree.map(lambda x: jnp.where(wrong, jnp.nan, x), values(path))
-    result = RESULTS.where(wrong, RESULTS.wrong_argument, path.result)
-    return eqx.tree_at(lambda p: (*values(p), p.result), path, (*none, result))
+def recorded(run: PyTree) -> tuple[PyTree, ...]:
+    """What a path, or a drift, has of each saved time."""
+    return run.params, run.metrics, run.train_loss, run.penalty

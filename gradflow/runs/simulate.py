@@ -27,6 +27,7 @@ from ..flow.nonsmooth import loss_may_have_kinks
 from ..flow.term import FlowTerm
 from ..metrics import Metric, without_thresholds
 from ..precision import exact_products
+from ..results import named_wrong
 from ..solvers import (
     as_choice,
     as_flow_solver,
@@ -37,7 +38,7 @@ from ..solvers import (
     TRIAL_STEPS,
 )
 from .again import Again
-from .outcome import fail_unless_reached, given_up, named_wrong, wants_another
+from .outcome import fail_unless_reached, given_up, recorded, wants_another
 from .path import Path
 from .problem import as_metrics, check_end, check_problem, check_steps, NO_DERIVATIVE
 from .progress import Bar
@@ -237,7 +238,7 @@ def simulate(
         if progress:
             tqdm.write(given_up(path, then.solver), file=sys.stderr)
         path = run(then).told(trial_steps=path.stats.steps)
-    path = named_wrong(path, wrong)
+    path = named_wrong(path, wrong, recorded)
     return fail_unless_reached(path, path) if throw else path
 
 

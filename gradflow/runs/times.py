@@ -253,7 +253,7 @@ def _save_times(
 
 
 def drift_times(
-    ts: Float[Array, " n"] | None, slow_time: float, params: PyTree
+    ts: Float[Array, " n"] | None, slow_time: float | Scalar, params: PyTree
 ) -> Float[Array, " n"]:
     """The slow times at which a drift is saved: those given, or 257 from 0 to
     `slow_time`, evenly in log(1 + s)."""
