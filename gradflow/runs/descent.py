@@ -23,6 +23,7 @@ from .._typing import Given, Schedule
 from ..flow.decay import DecaySchedule, InSlowTime
 from ..flow.flow import check_flow, GradientFlow, scaled
 from ..metrics import Metric
+from ..results import named_wrong
 from .methods import (
     check_optimiser,
     check_projection,
