@@ -17,6 +17,7 @@ import gradflow as gf
 from gradflow import tasks
 from gradflow.models import LinearModel
 from gradflow.runs.refine import refined
+from gradflow.solvers.base import as_flow_solver, Saved
 from gradflow.tasks._linear_regression import LinearTruth
 from gradflow.theory import two_phase as theory
 from gradflow.theory.second_order import second_order
@@ -57,6 +58,19 @@ def test_explicit_solver_where_curvature_falls_along_the_path():
     # (It was over 20 rtol before errors that grow were expected to grow on.)
     assert sup_error(flat_paths(path), exact) > 10 * 2e-2
     assert path.result == gf.RESULTS.unstable
+
+
+@pytest.mark.parametrize(
+    ("rejected", "rtol", "result"),
+    [(800, 1e-3, "unstable"), (600, 1e-3, "successful"), (800, 5e-5, "successful")],
+)
+def test_explicit_solver_that_jitters_about_a_valley(rejected, rtol, result):
+    """Of 2000 steps; what is saved lies beside the valley, where L is small."""
+    term, params = gf.GradientFlow(gf.Loss(lambda w: 0.5 * w[0] ** 2)).term(jnp.ones(1))
+    counts = jnp.array([2000, 2000 - rejected, rejected])
+    saved = Saved(term, params[None], jnp.ones(1), counts, jnp.asarray(rtol))
+    told = as_flow_solver(diffrax.Tsit5()).reservation(saved)
+    assert told == getattr(gf.RESULTS, result)
 
 
 @pytest.mark.slow

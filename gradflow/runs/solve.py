@@ -346,8 +346,9 @@ def _flow_solver(run: Solve) -> AbstractFlowSolver:
     return ActiveSet(solver)
 
 
-# What a solver is told that does not see the jumps of the curvature.
-_ACROSS = 0.3
+# What a solver is told that does not see the jumps of the curvature. (With 0.3 Tsit5 was
+# off by 6.2 rtol in one of 300 random problems.)
+_ACROSS = 0.2
 
 
 def _controller(run: Solve, solver: AbstractFlowSolver, first: Scalar) -> Controller:
