@@ -346,7 +346,7 @@ def _flow_solver(run: Solve) -> AbstractFlowSolver:
     return ActiveSet(solver)
 
 
-# What a solver is told that does not see the jumps of the curvature. (With 0.3 Tsit5 was
+# What a solver is told that does not see the jumps of the curvature. (By 0.3 Tsit5 was
 # off by 6.2 rtol in one of 300 random problems.)
 _ACROSS = 0.2
 
