@@ -3,6 +3,7 @@ that are named, and keeps what came out: `python docs/execute.py [--all] [NAME .
 
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import jupytext
@@ -29,7 +30,8 @@ def run(script: Path) -> None:
     notebook = jupytext.read(script)
     setup = jupytext.reads(f"# %%{SETUP}", fmt="py:percent").cells[0]
     notebook.cells.insert(0, setup)
-    NotebookClient(notebook, timeout=600, kernel_name="python3").execute(cwd=script.parent)
+    client = NotebookClient(notebook, timeout=600, kernel_name="python3")
+    client.execute(cwd=tempfile.gettempdir())  # beside no page that hides a module
     notebook.cells.pop(0)
     for cell in notebook.cells:
         if cell.cell_type == "code":
@@ -39,7 +41,9 @@ def run(script: Path) -> None:
 
 def _noise(output: NotebookNode) -> bool:
     """Progress and warnings, which are no part of a page."""
-    return output.output_type == "stream" and output.name == "stderr"
+    if output.output_type == "stream":
+        return output.name == "stderr"
+    return "application/vnd.jupyter.widget-view+json" in output.get("data", {})
 
 
 def keep(script: Path, notebook: NotebookNode) -> None:

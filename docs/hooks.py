@@ -4,6 +4,7 @@ code, formulas, and links from a name in the text to its reference."""
 import ast
 import re
 import sys
+from html import unescape
 from pathlib import Path
 
 from latex2mathml.converter import convert
@@ -20,9 +21,12 @@ ROOT = Path(__file__).parents[1]
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the pages that are scripts, with their outputs; those made from the code; and
-    the figures of the experiments."""
-    add = lambda uri, content: files.append(File.generated(config, uri, content=content))
+    """Adds the pages that are scripts, with their outputs; those made from the code;
+    and the figures of the experiments."""
+
+    def add(uri: str, content: str | bytes) -> None:
+        files.append(File.generated(config, uri, content=content))
+
     for script in executed.scripts():
         stale = executed.stale(script)
         if stale:
@@ -92,7 +96,7 @@ _CODE = re.compile(
 
 def _formula(found: re.Match) -> str:
     how = "block" if found[1] == "div" else "inline"
-    return convert(found[2], display=how)
+    return convert(unescape(found[2]), display=how)
 
 
 def _linked(found: re.Match) -> str:

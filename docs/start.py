@@ -52,7 +52,7 @@ print(path)
 # computes anything of all of them.
 
 # %%
-path.plot();
+path.plot()
 
 # %% [markdown]
 # ## What theory says
@@ -82,7 +82,7 @@ report = gf.compare(sweep, theory)
 print(report)
 
 # %%
-report.plot();
+report.plot()
 
 # %% [markdown]
 # Next: [the concepts](concepts.md) behind these words, or

@@ -6,8 +6,9 @@ import subprocess
 import sys
 import types
 
-import gradflow as gf
 import pytest
+
+import gradflow as gf
 
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "docs"))

@@ -36,15 +36,43 @@ flow = gf.GradientFlow(loss)
 print(gf.simulate(flow, model, weight_decay=1e-3, t1=100.0))
 
 # %% [markdown]
-# - **Dropout** makes a flow random: call the model with `inference=True`
-#   (`eqx.nn.inference_mode(model)`).
-# - **BatchNorm and other state**: freeze it in inference mode, or fold it into the model.
-# - **Tied weights**: `eqx.nn.Shared`, or one array used twice in `__call__`.
+# Dropout, and layers with a state such as batch normalisation, make no flow while they
+# train: put the model into inference mode, and hand the state on.
+
+
+# %%
+class Normed(eqx.Module):
+    first: eqx.nn.Linear
+    norm: eqx.nn.BatchNorm
+    drop: eqx.nn.Dropout
+    last: eqx.nn.Linear
+
+    def __init__(self, key):
+        one, two = jr.split(key)
+        self.first = eqx.nn.Linear(10, 6, key=one)
+        self.norm = eqx.nn.BatchNorm(6, axis_name="batch", mode="ema")
+        self.drop = eqx.nn.Dropout(0.5)
+        self.last = eqx.nn.Linear(6, "scalar", key=two)
+
+    def __call__(self, x, state):
+        h, state = self.norm(self.first(x), state)
+        return self.last(self.drop(jnp.tanh(h))), state
+
+
+normed, state = eqx.nn.make_with_state(Normed)(jr.key(3))
+outputs = lambda model, x: jax.vmap(lambda one: model(one, state)[0])(x)
+still = eqx.nn.inference_mode(normed)
+frozen = gf.SquaredError(x.reshape(20, 10), loss.y, predict=outputs)
+print(gf.simulate(gf.GradientFlow(frozen), still, weight_decay=1e-3, t1=10.0))
+
+# %% [markdown]
+# Tied weights: `eqx.nn.Shared`, or one array used twice in `__call__`.
 #
 # ## A composite loss
 #
 # F(θ) = Σ ℓ(zᵢ(θ)), ℓ convex: tell the outputs z and ℓ, and the stiff solvers and the
 # theory know the rest.
+
 
 # %%
 class LogCosh(gf.AbstractCompositeLoss):

@@ -12,7 +12,7 @@ import gradflow as gf
 
 gf.enable_float64()
 
-x = jr.normal(jr.key(0), (10, 30))
+x = jr.normal(jr.key(0), (15, 30))
 beta = jnp.zeros(30).at[:3].set(jnp.array([1.0, -1.0, 0.5]))
 loss = gf.SquaredError(x, x @ beta)
 model = gf.models.LinearModel(jnp.zeros(30))

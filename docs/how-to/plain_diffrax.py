@@ -31,7 +31,9 @@ print(solution.stats["num_steps"], solution.result)
 # %%
 import tempfile
 
-path = gf.simulate(gf.GradientFlow(task.loss), task.model, weight_decay=1e-3, slow_time=1.0)
+path = gf.simulate(
+    gf.GradientFlow(task.loss), task.model, weight_decay=1e-3, slow_time=1.0
+)
 name = tempfile.mkdtemp() + "/run.npz"
 gf.save(name, path)
 again = gf.load(name)

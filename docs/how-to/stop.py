@@ -23,7 +23,7 @@ print(path)
 
 # %%
 small = gf.simulate(
-    flow, task.model, until=lambda model: jnp.sum(jnp.abs(model.beta)) > 3.0, **run
+    flow, task.model, until=lambda model: jnp.sum(jnp.abs(model.beta)) > 10.0, **run
 )
 print(f"{small.verdict} t = {float(small.t[-1]):.4g}")
 
