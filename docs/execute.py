@@ -1,7 +1,11 @@
-"""Runs the pages that are scripts, those that have changed or all (`--all`), or those
-that are named, and keeps what came out: `python docs/execute.py [--all] [NAME ...]`."""
+"""Runs the pages that are scripts and the programs of the gallery, those that have
+changed or all (`--all`), or those that are named, and keeps what came out:
+`python docs/execute.py [--all] [NAME ...]`."""
 
+import os
+import resource
 import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -39,6 +43,34 @@ def run(script: Path) -> None:
     keep(script, notebook)
 
 
+def run_program(program: Path) -> None:
+    """Runs a program of the gallery as a reader would; its figure is beside."""
+    name = f"experiments.gallery.{program.stem}"
+    root = str(executed.DOCS.parent)
+    env = os.environ | {"PYTHONPATH": root, "MPLBACKEND": "Agg", "TQDM_DISABLE": "1"}
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", name]
+        done = subprocess.run(
+            command, cwd=folder, env=env, check=True, stdout=subprocess.PIPE, text=True
+        )
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        out = _emptied(executed.place(program))
+        figure = Path(folder) / "results" / "gallery" / f"{program.stem}.png"
+        shutil.copy(figure, out)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    told = done.stdout.strip().replace("\n", "\n    ")
+    told = f"It prints\n\n    {told}\n\n" if told else ""
+    text = f"{executed.header(program)}\n{told}It takes {seconds:.0f} s of a core."
+    (out / "page.md").write_text(f"{text}\n", encoding="utf-8")
+
+
+def _emptied(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
 def _noise(output: NotebookNode) -> bool:
     """Progress and warnings, which are no part of a page."""
     if output.output_type == "stream":
@@ -47,9 +79,7 @@ def _noise(output: NotebookNode) -> bool:
 
 
 def keep(script: Path, notebook: NotebookNode) -> None:
-    out = executed.place(script)
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
+    out = _emptied(executed.place(script))
     page, resources = MarkdownExporter().from_notebook_node(notebook)
     for number, (name, data) in enumerate(sorted(resources["outputs"].items())):
         own = f"{script.stem}_{number}.png"  # beside those of other pages
@@ -64,13 +94,13 @@ def main() -> None:
     names = [name for name in sys.argv[1:] if name != "--all"]
     some = [
         script
-        for script in executed.scripts()
+        for script in executed.scripts() + executed.programs()
         if script.stem in names
         or (not names and ("--all" in sys.argv or executed.stale(script)))
     ]
     for script in (bar := tqdm(some, unit="page")):
         bar.set_postfix_str(script.stem)
-        run(script)
+        (run_program if script in executed.programs() else run)(script)
 
 
 if __name__ == "__main__":

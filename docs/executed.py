@@ -3,6 +3,8 @@
 A page is a percent script, `# %%` before each cell, `# %% [markdown]` before text. What
 it printed and drew is kept beside its source's hash in `executed/`, so that the site is
 built without running anything; a hash that is not that of the source fails the build.
+The programs of the gallery are kept alike: what they printed and drew, and how long that
+took.
 """
 
 import hashlib
@@ -11,12 +13,18 @@ from pathlib import Path
 
 DOCS = Path(__file__).parent
 OUT = DOCS / "executed"
-_OWN = {"hooks.py", "executed.py", "execute.py"}
+GALLERY = DOCS.parent / "experiments" / "gallery"
+_OWN = {"hooks.py", "executed.py", "execute.py", "generated.py"}
 
 
 def scripts() -> list[Path]:
     """All pages that are scripts."""
     return sorted(p for p in DOCS.rglob("*.py") if p.name not in _OWN)
+
+
+def programs() -> list[Path]:
+    """All programs of the gallery."""
+    return sorted(GALLERY.glob("[!_]*.py"))
 
 
 def key(script: Path) -> str:
@@ -25,7 +33,8 @@ def key(script: Path) -> str:
 
 def place(script: Path) -> Path:
     """The folder of what came out."""
-    return OUT / script.relative_to(DOCS).with_suffix("")
+    root = DOCS if script.is_relative_to(DOCS) else GALLERY.parent
+    return OUT / script.relative_to(root).with_suffix("")
 
 
 def stale(script: Path) -> str:

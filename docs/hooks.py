@@ -1,7 +1,6 @@
 """What the pages are made with beside Markdown: outputs of scripts, pages made from the
 code, formulas, and links from a name in the text to its reference."""
 
-import ast
 import re
 import sys
 from html import unescape
@@ -16,6 +15,7 @@ from mkdocs.structure.pages import Page
 sys.path.insert(0, str(Path(__file__).parent))
 
 import executed  # noqa: E402
+import generated  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 
@@ -27,58 +27,28 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     def add(uri: str, content: str | bytes) -> None:
         files.append(File.generated(config, uri, content=content))
 
-    for script in executed.scripts():
+    for script in executed.scripts() + executed.programs():
         stale = executed.stale(script)
         if stale:
             raise PluginError(f"{script}: {stale}; run python docs/execute.py")
-        page = script.relative_to(executed.DOCS).with_suffix(".md")
-        add(page.as_posix(), executed.text(script))
+        folder = executed.place(script).relative_to(executed.OUT).parent
+        if script in executed.scripts():
+            page = (folder / script.stem).with_suffix(".md")
+            add(page.as_posix(), executed.text(script))
         for figure in executed.figures(script):
-            add((page.parent / figure.name).as_posix(), figure.read_bytes())
-    for figure in (ROOT / "experiments" / "figures").glob("*.png"):
-        add(f"figures/{figure.name}", figure.read_bytes())
-    for figure in (ROOT / "benchmarks" / "results").glob("*.png"):
-        add(f"figures/{figure.name}", figure.read_bytes())
-    add("what-can-go-wrong.md", results())
-    for name, text in gallery().items():
+            add((folder / figure.name).as_posix(), figure.read_bytes())
+    for kept in ("experiments/figures", "benchmarks/results"):
+        for figure in (ROOT / kept).glob("*.png"):
+            add(f"figures/{figure.name}", figure.read_bytes())
+    for name, text in (generated.gallery() | generated.studies()).items():
         add(f"gallery/{name}.md", text)
     return files
 
 
-def results() -> str:
-    """The page of `RESULTS`: every message is one a user has seen."""
-    from gradflow.results import CODES, RESULTS
-
-    lines = [
-        "# What can go wrong",
-        "",
-        "Every run says how it ended: `path.result`, or `sweep.result` with one for "
-        "each lane. What is printed, or raised, is the cause and a remedy; with "
-        "`throw=False` nothing is raised. A store keeps the number.",
-        "",
-    ]
-    for name, code in CODES.items():
-        message = RESULTS[getattr(RESULTS, name)] or "The run reached its end."
-        lines += [f"## `{name}` ({code})", "", message, ""]
-    return "\n".join(lines)
-
-
-def gallery() -> dict[str, str]:
-    """The pages of the gallery, from its files: title, words, figure, code."""
-    pages = {}
-    for path in sorted((ROOT / "experiments" / "gallery").glob("[!_]*.py")):
-        code = path.read_text(encoding="utf-8")
-        words = (ast.get_docstring(ast.parse(code)) or "").splitlines()
-        body = code.split('"""', 2)[2].strip()
-        figure = ""
-        if (ROOT / "experiments" / "figures" / f"gallery_{path.stem}.png").exists():
-            figure = f"![{words[0]}](../figures/gallery_{path.stem}.png)\n\n"
-        pages[path.stem] = (
-            f"# {words[0].rstrip('.')}\n\n" + "\n".join(words[1:]).strip() + "\n\n"
-            f"{figure}```sh\npython -m experiments.gallery.{path.stem}\n```\n\n"
-            f"```python\n{body}\n```\n"
-        )
-    return pages
+def on_page_markdown(
+    markdown: str, page: Page, config: MkDocsConfig, files: Files
+) -> str:
+    return generated.filled(markdown)
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
