@@ -1,11 +1,13 @@
 # %% [markdown]
-# # Your own loss, metric or task
+# # Your own loss, penalty, metric, solver, task
 #
-# ## Models with more than arrays
+# Models need nothing: any Equinox module will do, and [layers with a
+# state](layers.md) have a page of their own.
 #
-# `gf.SquaredError(x, y)` calls the model on each sample, `jax.vmap(model)(x)`. Where
-# that is not how yours is called, `predict` says how: a function of the model and all
-# inputs.
+# ## A loss
+#
+# If it is ℓ(z(θ)), outputs z on all data and a convex ℓ of them, say so: the stiff solvers
+# and the theory use that structure. `outputs` gives one vector of m numbers.
 
 # %%
 import equinox as eqx
@@ -17,64 +19,7 @@ import gradflow as gf
 
 gf.enable_float64()
 
-cell = eqx.nn.GRUCell(2, 8, key=jr.key(0))
 
-
-class Recurrent(eqx.Module):
-    cell: eqx.nn.GRUCell
-    out: jax.Array
-
-    def __call__(self, sequence):
-        step = lambda h, x: (self.cell(x, h), None)
-        return jax.lax.scan(step, jnp.zeros(8), sequence)[0] @ self.out
-
-
-model = Recurrent(cell, jr.normal(jr.key(1), (8,)))
-x = jr.normal(jr.key(2), (20, 5, 2))
-loss = gf.SquaredError(x, jnp.sin(x[:, 0, 0] + x[:, -1, 1]))
-flow = gf.GradientFlow(loss)
-print(gf.simulate(flow, model, weight_decay=1e-3, t1=100.0))
-
-# %% [markdown]
-# Dropout, and layers with a state such as batch normalisation, make no flow while they
-# train: put the model into inference mode, and hand the state on.
-
-
-# %%
-class Normed(eqx.Module):
-    first: eqx.nn.Linear
-    norm: eqx.nn.BatchNorm
-    drop: eqx.nn.Dropout
-    last: eqx.nn.Linear
-
-    def __init__(self, key):
-        one, two = jr.split(key)
-        self.first = eqx.nn.Linear(10, 6, key=one)
-        self.norm = eqx.nn.BatchNorm(6, axis_name="batch", mode="ema")
-        self.drop = eqx.nn.Dropout(0.5)
-        self.last = eqx.nn.Linear(6, "scalar", key=two)
-
-    def __call__(self, x, state):
-        h, state = self.norm(self.first(x), state)
-        return self.last(self.drop(jnp.tanh(h))), state
-
-
-normed, state = eqx.nn.make_with_state(Normed)(jr.key(3))
-outputs = lambda model, x: jax.vmap(lambda one: model(one, state)[0])(x)
-still = eqx.nn.inference_mode(normed)
-frozen = gf.SquaredError(x.reshape(20, 10), loss.y, predict=outputs)
-print(gf.simulate(gf.GradientFlow(frozen), still, weight_decay=1e-3, t1=10.0))
-
-# %% [markdown]
-# Tied weights: `eqx.nn.Shared`, or one array used twice in `__call__`.
-#
-# ## A composite loss
-#
-# F(θ) = Σ ℓ(zᵢ(θ)), ℓ convex: tell the outputs z and ℓ, and the stiff solvers and the
-# theory know the rest.
-
-
-# %%
 class LogCosh(gf.AbstractCompositeLoss):
     """mean log cosh(f(x) − y)."""
 
@@ -92,33 +37,90 @@ class LogCosh(gf.AbstractCompositeLoss):
         return None  # ℓ'' is no multiple of the identity
 
 
-other = gf.GradientFlow(LogCosh(x, loss.y))
-print(gf.simulate(other, model, weight_decay=1e-3, t1=100.0))
+x = jr.normal(jr.key(0), (12, 3))
+y = jnp.tanh(x @ jnp.array([1.0, -2.0, 0.5]))
+model = eqx.nn.MLP(3, "scalar", 16, 1, jnp.tanh, key=jr.key(1))
+flow = gf.GradientFlow(LogCosh(x, y))
+print(gf.simulate(flow, model, weight_decay=1e-3, slow_time=1.0))
 
 # %% [markdown]
-# Any other scalar function of the model is `gf.Loss(fn)`: up to 5000 parameters its
-# Hessian is formed, beyond that an explicit solver is taken.
-#
-# ## Metrics
-#
-# A function of the model that gives a number or an array; `gf.Metric` adds a threshold.
-# `gf.metrics` has accuracy, margin, norms, singular values, effective rank, sharpness.
+# Any other scalar function of the model is `gf.Loss(fn)`, at a price: up to 5000
+# parameters its Hessian is formed, beyond that an explicit solver is taken. So a
+# physics-informed loss is better written by its residuals; the
+# [gallery](../gallery/physics_informed.md) has one.
 
 # %%
-watch = {
-    "test": gf.Metric(loss, threshold=1e-3),
-    "spectrum": gf.metrics.SingularValues(where=lambda m: m.cell.weight_hh),
-}
-path = gf.simulate(flow, model, weight_decay=1e-3, t1=100.0, metrics=watch)
-print(path.metrics["spectrum"].shape)
+opaque = gf.Loss(lambda model: jnp.mean(jnp.abs(jax.vmap(model)(x) - y) ** 3))
+path = gf.simulate(gf.GradientFlow(opaque), model, weight_decay=1e-2, slow_time=1.0)
+print(path)
 
 # %% [markdown]
+# ## A penalty
+#
+# One that is smooth has a value and a gradient, of the parameters: a pytree like the
+# model, with `None` for what is not trained. A stiff one tells its curvature, as an
+# `AbstractCurved`. More in [another penalty](penalties.md).
+
+
+# %%
+class Quartic(gf.AbstractPenalty):
+    """¼ Σ θ⁴."""
+
+    def __call__(self, params):
+        return sum(jnp.sum(p**4) for p in jax.tree.leaves(params)) / 4
+
+    def gradient(self, params):
+        return jax.tree.map(lambda p: p**3, params)
+
+
+flow = gf.GradientFlow(gf.SquaredError(x, y), penalty=Quartic())
+print(gf.simulate(flow, model, weight_decay=1e-3, slow_time=1.0))
+
+# %% [markdown]
+# ## A metric
+#
+# A function of the model that gives a number or an array; `gf.Metric` adds a threshold,
+# from which come memorisation and grokking times. `gf.metrics` has accuracy, margin, norms,
+# singular values, effective rank and sharpness.
+
+# %%
+x_test = jr.normal(jr.key(2), (200, 3))
+y_test = jnp.tanh(x_test @ jnp.array([1.0, -2.0, 0.5]))
+watch = {
+    "test": gf.Metric(gf.SquaredError(x_test, y_test), threshold=0.05),
+    "first layer": lambda m: jnp.linalg.norm(m.layers[0].weight, axis=1),
+}
+flow = gf.GradientFlow(gf.SquaredError(x, y))
+path = gf.simulate(flow, model, weight_decay=1e-3, slow_time=1.0, metrics=watch)
+print(path.metrics["first layer"].shape, f"{path.crossing_time('test'):.4g}")
+
+# %% [markdown]
+# Make the function once: one that is made anew in each call, such as a lambda in a loop, is
+# a new program in each call.
+#
 # ## A task
 #
-# A `gf.tasks.Task` is data, an initial model, a loss, metrics and what is known of the
-# truth, in one; `gf.sweep` takes a function that gives one. Yours is
-# `gf.tasks.Task(loss=..., model=..., metrics=..., truth=...)`.
-#
+# A task is all of it together, and what is known of the truth. `gf.sweep` takes a function
+# that gives one; or one that gives a flow and a model, or these and metrics.
+
+
+# %%
+def task(seed, width=16):
+    model = eqx.nn.MLP(3, "scalar", width, 1, jnp.tanh, key=jr.key(seed))
+    loss = gf.SquaredError(x, y)
+    metrics = {"train": gf.Metric(loss, threshold=1e-3), "test": watch["test"]}
+    return gf.tasks.Task(
+        name="mine", model=model, loss=loss, metrics=metrics, truth=None,
+        codimension=12, slow_time=1.0,
+    )  # fmt: skip
+
+
+sweep = gf.sweep(task, axes={"seed": range(2)}, weight_decay=jnp.array([1e-2, 1e-3]))
+print(sweep.crossing_time("test"))
+
+# %% [markdown]
 # ## A solver
 #
-# Any solver of Diffrax's may be given as `solver=`. See [plain Diffrax](plain_diffrax.md).
+# Any solver of Diffrax's may be given as `solver=`; see [plain Diffrax](plain_diffrax.md).
+# One that answers for itself, with its own verdict and counts: [how to add a
+# solver](../inside/solver.md).

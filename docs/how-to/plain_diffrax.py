@@ -23,18 +23,46 @@ solution = diffrax.diffeqsolve(
 print(solution.stats["num_steps"], solution.result)
 
 # %% [markdown]
-# # Files
+# `term.model(y)` is the model at a state y. With `rates`, or a norm that is held, states
+# are other coordinates of the parameters, and that call is what leads back.
 #
-# `gf.save` and `gf.load` keep any result in one file without pickle, with the same bits;
-# `to_xarray()` gives labelled arrays.
+# What you give up: the tolerance relative to the current ‖θ‖, the verdict of the solver on
+# itself, saved times that are landed on (Diffrax interpolates, and leaves the manifold
+# between its steps), the train loss through the multiplier, and the choice of a solver.
+#
+# ## A solver of Diffrax's in gradflow
+#
+# Any can be given as `solver=`, and then runs in gradflow's own loop.
 
 # %%
-import tempfile
-
 path = gf.simulate(
-    gf.GradientFlow(task.loss), task.model, weight_decay=1e-3, slow_time=1.0
-)
-name = tempfile.mkdtemp() + "/run.npz"
-gf.save(name, path)
-again = gf.load(name)
-print(again)
+    gf.GradientFlow(task.loss), task.model, weight_decay=1e-1, slow_time=1.0,
+    solver=diffrax.Dopri8(),
+)  # fmt: skip
+print(path)
+
+# %% [markdown]
+# ## Derivatives of a path
+#
+# They lead through Diffrax's own solvers: `jax.grad` by default with checkpoints,
+# `adjoint=diffrax.ForwardMode()` for `jax.jvp`.
+
+# %%
+import jax
+
+
+def end_loss(decay):
+    path = gf.simulate(
+        gf.GradientFlow(task.loss), task.model, weight_decay=decay, t1=5.0,
+        solver=diffrax.Tsit5(), rtol=1e-8, saves=3,
+    )  # fmt: skip
+    return path.train_loss[-1]
+
+
+slope = jax.grad(end_loss)(1e-1)
+difference = (end_loss(1.01e-1) - end_loss(0.99e-1)) / 2e-3
+print(f"dF/dλ = {float(slope):.6f}, by a difference {float(difference):.6f}")
+
+# %% [markdown]
+# The limit map has a derivative of its own, by the implicit function theorem, whatever
+# solver found the limit: `jax.grad` of `gf.manifold.limit_map`.

@@ -43,14 +43,15 @@ path = gf.simulate(flow, task.model, weight_decay=schedule, t1=2000.0)
 print(f"s = ∫λ dt = {float(path.slow_time[-1]):.4f}")
 
 # %% [markdown]
-# ## Frozen parts, and a rate for each layer
+# The function is compiled for: make it once. An Equinox module that holds its numbers as
+# arrays serves many schedules with one program.
 #
-# `gf.GradientFlow(loss, trainable=...)` takes an Equinox filter: what it does not choose
-# stays as it is. `rates=` are factors of the velocity, a pytree like the parameters, or
-# one that is a prefix of it: θ' = −G(∇F + λ∇R).
+# A schedule that is told in slow time, here λ halved at every unit of s:
 
 # %%
-rates = gf.models.DifferenceNetwork(jnp.array(1.0), jnp.array(0.1))
-slow = gf.GradientFlow(task.loss, rates=rates)
-path = gf.simulate(slow, task.model, weight_decay=1e-3, slow_time=5.0)
-print(path.stats.solver, path.stats.steps)
+halved = gf.InSlowTime(lambda s: 1e-2 * 0.5**s)
+path = gf.simulate(flow, task.model, weight_decay=halved, slow_time=3.0)
+print(f"t = {float(path.t[-1]):.5g} at s = {float(path.slow_time[-1]):.4g}")
+
+# %% [markdown]
+# Theory takes it too: `theory.predict(path.t, slow_time=path.slow_time)`, at order 1.
