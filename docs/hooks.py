@@ -53,9 +53,11 @@ def on_page_markdown(
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     html = _FORMULA.sub(_formula, html)
+    html = _FIGURE.sub(r'<a href="\2">\1</a>', html)
     return _CODE.sub(_linked, html)
 
 
+_FIGURE = re.compile(r'(<img [^>]*src="([^"]+\.png)"[^>]*>)')  # to be looked at alone
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.S)
 # Code that is text: none that is a heading, a listing or a link already.
 _CODE = re.compile(

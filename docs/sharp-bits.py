@@ -97,7 +97,7 @@ print(limit.direction.weights)
 # is printed in place of the number:
 
 # %%
-task = gf.tasks.diagonal_network(jr.key(0), dim=20, samples=6)
+task = gf.tasks.diagonal_network(jr.key(0))
 theory = gf.two_phase(
     gf.GradientFlow(task.loss), task.model, slow_time=4.0, metrics=task.metrics
 )
@@ -138,9 +138,9 @@ for decay in (1.0, 1e-4):
 #
 # ## Dropout, batches, momentum
 #
-# A flow is deterministic and full-batch: put the model into inference mode ([how](
-# how-to/layers.md)). `gf.descent` takes minibatches, noise and any Optax optimiser, on the
-# same clocks.
+# A flow is deterministic and full-batch: put the model into inference mode, as in [state,
+# dropout, tied weights](how-to/layers.md). `gf.descent` takes minibatches, noise and any
+# Optax optimiser, on the same clocks.
 #
 # ## Times that repeat
 #

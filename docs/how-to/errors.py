@@ -15,7 +15,7 @@ import gradflow as gf
 
 gf.enable_float64()
 
-task = gf.tasks.diagonal_network(jr.key(0), dim=40, samples=12)
+task = gf.tasks.diagonal_network(jr.key(0))
 flow = gf.GradientFlow(task.loss)
 path = gf.simulate(
     flow, task.model, weight_decay=1e-3, slow_time=4.0, rtol=1e-4, metrics=task.metrics
