@@ -14,7 +14,6 @@ import executed
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-RECORDED = ("two_phase", "theory_limits", "phase_diagram")
 
 
 def filled(page: str) -> str:
@@ -24,9 +23,8 @@ def filled(page: str) -> str:
 
 
 def made(name: str) -> str:
-    if name in RECORDED:
-        return verdicts(name)
     return {
+        "two_phase": lambda: verdicts("two_phase"),
         "results": results,
         "gallery": gallery_table,
         "work_precision": work_precision,
