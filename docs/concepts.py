@@ -75,7 +75,9 @@ print(gf.manifold.spectrum(loss, limit.model))
 
 # %%
 drift = gf.manifold.riemannian_flow(flow, limit.model, slow_time=3.0)
-run = lambda decay: gf.simulate(flow, start, weight_decay=decay, slow_time=3.0, saves=200)
+run = lambda decay: gf.simulate(
+    flow, start, weight_decay=decay, slow_time=3.0, saves=200
+)
 paths = {decay: run(decay) for decay in (0.3, 0.1, 0.01)}
 
 u = np.linspace(0.35, 2.8, 200)

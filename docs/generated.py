@@ -93,7 +93,9 @@ def section(title: str) -> str:
     found = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", text, re.M | re.S)
     assert found, title
     body = re.sub(r"<!-- .*? -->\n?", "", found[1]).strip()
-    return re.sub(r"^###", "##", body.replace("](figures/", "](../figures/"), flags=re.M)
+    return re.sub(
+        r"^###", "##", body.replace("](figures/", "](../figures/"), flags=re.M
+    )
 
 
 STUDIES = {
@@ -182,7 +184,9 @@ def stiff_cases() -> str:
 def networks() -> str:
     rows = []
     for row in _json("networks"):
-        stats = row.get("stats", {"steps": round(row["steps"])} if "steps" in row else {})
+        stats = row.get(
+            "stats", {"steps": round(row["steps"])} if "steps" in row else {}
+        )
         took = ", ".join(f"{count} {name}" for name, count in stats.items())
         about = "≈ " if row.get("extrapolated") else ""
         by = row.get("solver", "gradient descent")

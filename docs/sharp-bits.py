@@ -11,7 +11,6 @@
 import warnings
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.random as jr
 
@@ -102,7 +101,9 @@ theory = gf.two_phase(
     gf.GradientFlow(task.loss), task.model, slow_time=4.0, metrics=task.metrics
 )
 for decay in (1.0, 1e-4):
-    print(f"λ = {decay:g}: {theory.grokking_time(decay)}; valid to s = {theory.valid_until(decay):.3g}")
+    print(
+        f"λ = {decay:g}: {theory.grokking_time(decay)}; valid to s = {theory.valid_until(decay):.3g}"
+    )
 
 # %% [markdown]
 # A smaller λ, or a shorter slow time, is often all that it takes. So is a larger start: one

@@ -27,7 +27,10 @@ only_last = eqx.tree_at(
 flow = gf.GradientFlow(loss, trainable=only_last)
 path = gf.simulate(flow, model, weight_decay=1e-3, slow_time=2.0)
 print(path)
-print("first layer as it was:", bool(jnp.all(path[-1].layers[0].weight == model.layers[0].weight)))
+print(
+    "first layer as it was:",
+    bool(jnp.all(path[-1].layers[0].weight == model.layers[0].weight)),
+)
 
 # %% [markdown]
 # A penalty on some of the parameters only, all of which are trained, is another thing:
@@ -42,14 +45,24 @@ print("first layer as it was:", bool(jnp.all(path[-1].layers[0].weight == model.
 
 # %%
 ones = lambda params: jax.tree.map(lambda _: 1.0, params)
-slow_first = lambda params: eqx.tree_at(lambda p: p.layers[0].weight, ones(params), 0.01)
-by_width = lambda params: jax.tree.map(lambda p: 1 / p.shape[-1] if p.ndim else 1.0, params)
+slow_first = lambda params: eqx.tree_at(
+    lambda p: p.layers[0].weight, ones(params), 0.01
+)
+by_width = lambda params: jax.tree.map(
+    lambda p: 1 / p.shape[-1] if p.ndim else 1.0, params
+)
 
-for name, rates in {"one rate": None, "slow first layer": slow_first, "by width": by_width}.items():
+for name, rates in {
+    "one rate": None,
+    "slow first layer": slow_first,
+    "by width": by_width,
+}.items():
     flow = gf.GradientFlow(loss, rates=rates)
     path = gf.simulate(flow, model, weight_decay=1e-3, slow_time=2.0)
     moved = jnp.linalg.norm(path[-1].layers[0].weight - model.layers[0].weight)
-    print(f"{name:16}: first layer moved by {float(moved):.3f}, {path.stats.steps} steps")
+    print(
+        f"{name:16}: first layer moved by {float(moved):.3f}, {path.stats.steps} steps"
+    )
 
 # %% [markdown]
 # Such a flow is the plain one of φ = G^{−½}θ, so all that is known of plain flows holds in

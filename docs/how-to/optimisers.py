@@ -16,7 +16,6 @@
 # `simulate` and all that takes a flow and a weight decay take them.
 
 # %%
-import jax
 import jax.numpy as jnp
 import jax.random as jr
 import matplotlib.pyplot as plt
@@ -54,7 +53,9 @@ def noisy(key):
 
 runs = [noisy(key) for key in jr.split(jr.key(1), 8)]
 t = runs[0][0]
-plt.plot(decay * t, np.mean([value for _, value in runs], axis=0), label="descent, mean of 8")
+plt.plot(
+    decay * t, np.mean([value for _, value in runs], axis=0), label="descent, mean of 8"
+)
 plt.plot(drift.s, drift.metrics["trace"], "k--", label="drift")
 plt.xlabel("slow time s = λt, t = h × steps")
 plt.ylabel("tr ∇²F")

@@ -74,14 +74,19 @@ print(path.stats.why)
 # %%
 import numpy as np
 
-from gradflow.solvers import Size, choose_solver
+from gradflow.solvers import choose_solver, Size
 
 stiffness, outputs = np.geomspace(1, 1e9, 60), np.geomspace(10, 1e5, 60).astype(int)
 names = ["Tsit5", "RKC2", "KKT4"]
 
 
 def chosen(x, m):
-    size = Size(jnp.asarray(x), parameters=int(10 * m), outputs=int(m), gradient=60.0 * float(m) ** 2)
+    size = Size(
+        jnp.asarray(x),
+        parameters=int(10 * m),
+        outputs=int(m),
+        gradient=60.0 * float(m) ** 2,
+    )
     return names.index(type(choose_solver(size, rtol=1e-4).solver).__name__)
 
 
