@@ -59,6 +59,11 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
 
 _FIGURE = re.compile(r'(<img [^>]*src="([^"]+\.png)"[^>]*>)')  # to be looked at alone
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.S)
+_ONE = r"<m[in]>[^<]*</m[in]>"
+_PRIME = re.compile(
+    rf"<msu(?:p|bsup)>(?P<base>{_ONE})(?P<sub>(?:{_ONE})?)"
+    r"<mi>(?P<prime>&#x0203[234];)</mi></msu(?:p|bsup)>"
+)
 # Code that is text: none that is a heading, a listing or a link already.
 _CODE = re.compile(
     r"<(h\d|pre|a|autoref)\b.*?</\1>|<code>(?:gf\.|gradflow\.)?([\w.]+)(?:\(\))?</code>",
@@ -68,7 +73,14 @@ _CODE = re.compile(
 
 def _formula(found: re.Match) -> str:
     how = "block" if found[1] == "div" else "inline"
-    return convert(unescape(found[2]), display=how)
+    return _PRIME.sub(_primed, convert(unescape(found[2]), display=how))
+
+
+def _primed(found: re.Match) -> str:
+    """A prime is raised already: as a superscript it would be raised, and small, twice."""
+    sub, prime = found["sub"], found["prime"]
+    base = f"<msub>{found['base']}{sub}</msub>" if sub else found["base"]
+    return f'<mrow>{base}<mo lspace="0" rspace="0">{prime}</mo></mrow>'
 
 
 def _linked(found: re.Match) -> str:
