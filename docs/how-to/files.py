@@ -31,8 +31,8 @@ print("the same bits:", bool((again.metrics["test"] == path.metrics["test"]).all
 #
 # ## Labelled arrays
 #
-# `to_xarray()` gives an `xarray.Dataset`, with the units as coordinates, for whatever reads
-# NetCDF or Zarr (`pip install ".[store]"` brings both).
+# `to_xarray()` gives an `xarray.Dataset`, with t and slow time as coordinates, for whatever
+# reads NetCDF or Zarr (`pip install ".[store]"` brings both).
 
 # %%
 data = path.to_xarray()
@@ -52,5 +52,8 @@ end = eqx.tree_deserialise_leaves(folder / "end.eqx", task.model)
 print(float(task.loss(end)), float(path.train_loss[-1]))
 
 # %% [markdown]
+# (The loss of a path is computed through the multiplier of the data, which is more exact
+# than the loss of its model.)
+#
 # Many runs are best kept in a [store](sweeps.md), which grows as they come and can be gone
 # on with.
