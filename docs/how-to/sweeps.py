@@ -32,7 +32,7 @@ print(sweep)
 
 # %%
 runs = sweep.to_xarray()
-runs.metric_test.sel(seed=0, init_scale=1.0).isel(time=-1)
+print(runs.metric_test.sel(seed=0, init_scale=1.0).isel(time=-1))
 
 # %% [markdown]
 # ## A store
@@ -45,13 +45,11 @@ runs.metric_test.sel(seed=0, init_scale=1.0).isel(time=-1)
 store = tempfile.mkdtemp() + "/sweep.zarr"
 options = dict(weight_decay=jnp.geomspace(1e-1, 1e-3, 3), slow_time=3.0, store=store)
 gf.sweep(problem, axes={"seed": range(2)}, **options)
-gf.open_results(store).sizes
+print(gf.open_results(store).sizes)
 
 # %% [markdown]
 # `store=gf.Store(path, parameters=True)` keeps parameters too, and
 # `run=gf.Descent([0.01, 0.1], steps=1000)` sweeps over step sizes of a descent.
 #
-# ## A cluster
-#
-# All processes of a cluster share one store: each takes chunks that no other has.
-# `experiments/sweep.slurm` is a script for Slurm.
+# What is in such a folder, and why a kill does no harm: [the store's
+# protocol](../inside/store.md). Many machines may share one: [a cluster](cluster.md).
