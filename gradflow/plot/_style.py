@@ -18,9 +18,17 @@ else:  # Matplotlib is imported by the first figure, not by the library.
 Clock = Literal["t", "s"]
 
 LABELS = {"t": "time $t$", "s": "slow time $s = \\lambda t$"}
-TRAIN, TEST, PENALTY = "#0072B2", "#D55E00", "#009E73"
-THEORY = "#FF4D2E"  # dashed, over all colours of λ
-SIZE = 11  # of all text, in points
+"""Of the axis of each clock."""
+TRAIN = "#0072B2"
+"""The colour of what is fitted."""
+TEST = "#D55E00"
+"""That of what is not seen in training."""
+PENALTY = "#009E73"
+"""That of R."""
+THEORY = "#FF4D2E"
+"""That of predictions, dashed, over all colours of λ."""
+SIZE = 11
+"""Of all text, in points."""
 
 
 NAMES = {

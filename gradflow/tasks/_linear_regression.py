@@ -23,15 +23,15 @@ def linear_regression(
     init_scale: float = 1.0,
     reduction: Literal["mean", "sum"] = "mean",
 ) -> Task:
-    """Noiseless linear regression y = Xw* with fewer samples than features.
+    """Noiseless linear regression y = Xw⋆ with fewer samples than features.
 
-    X has standard Gaussian entries, w* is uniform on the unit sphere, the initial
+    X has standard Gaussian entries, w⋆ is uniform on the unit sphere, the initial
     weights are N(0, `init_scale`²). The fast phase projects them on the solutions of
     Xw = y, the drift lets what is left of them in ker X die as e^{−s} (Boursier, Pesme,
     Dragomir, arXiv 2505.20172, appendix C).
 
-    The test loss is the expected loss on new inputs, E ½⟨w − w*, x⟩² = ½‖w − w*‖². It
-    does not go to zero, as w* is not in the span of the data; its threshold is the
+    The test loss is the expected loss on new inputs, E ½⟨w − w⋆, x⟩² = ½‖w − w⋆‖². It
+    does not go to zero, as w⋆ is not in the span of the data; its threshold is the
     geometric mean of its values at both ends of the drift.
 
     **Arguments:**

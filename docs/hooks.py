@@ -1,0 +1,98 @@
+"""What the pages are made with beside Markdown: outputs of scripts, pages made from the
+code, formulas, and links from a name in the text to its reference."""
+
+import re
+import sys
+from html import unescape
+from pathlib import Path
+
+from latex2mathml.converter import convert
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import executed  # noqa: E402
+import generated  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Adds the pages that are scripts, with their outputs; those made from the code;
+    and the figures of the experiments."""
+
+    def add(uri: str, content: str | bytes) -> None:
+        files.append(File.generated(config, uri, content=content))
+
+    for script in executed.scripts() + executed.programs():
+        stale = executed.stale(script)
+        if stale:
+            raise PluginError(f"{script}: {stale}; run python docs/execute.py")
+        folder = executed.place(script).relative_to(executed.OUT).parent
+        if script in executed.scripts():
+            page = (folder / script.stem).with_suffix(".md")
+            add(page.as_posix(), executed.text(script))
+        for figure in executed.figures(script):
+            add((folder / figure.name).as_posix(), figure.read_bytes())
+    for kept in ("experiments/figures", "benchmarks/results"):
+        for figure in (ROOT / kept).glob("*.png"):
+            add(f"figures/{figure.name}", figure.read_bytes())
+    for name, text in (generated.gallery() | generated.studies()).items():
+        add(f"gallery/{name}.md", text)
+    return files
+
+
+def on_page_markdown(
+    markdown: str, page: Page, config: MkDocsConfig, files: Files
+) -> str:
+    return generated.filled(markdown)
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    html = _FORMULA.sub(_formula, html)
+    html = _FIGURE.sub(r'<a href="\2">\1</a>', html)
+    return _CODE.sub(_linked, html)
+
+
+_FIGURE = re.compile(r'(<img [^>]*src="([^"]+\.png)"[^>]*>)')  # to be looked at alone
+_FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.S)
+_ONE = r"<m[in]>[^<]*</m[in]>"
+_PRIME = re.compile(
+    rf"<msu(?:p|bsup)>(?P<base>{_ONE})(?P<sub>(?:{_ONE})?)"
+    r"<mi>(?P<prime>&#x0203[234];)</mi></msu(?:p|bsup)>"
+)
+# Code that is text: none that is a heading, a listing or a link already.
+_CODE = re.compile(
+    r"<(h\d|pre|a|autoref)\b.*?</\1>|<code>(?:gf\.|gradflow\.)?([\w.]+)(?:\(\))?</code>",
+    re.S,
+)
+
+
+def _formula(found: re.Match) -> str:
+    how = "block" if found[1] == "div" else "inline"
+    return _PRIME.sub(_primed, convert(unescape(found[2]), display=how))
+
+
+def _primed(found: re.Match) -> str:
+    """A prime is raised already: as a superscript it would be raised, and small, twice."""
+    sub, prime = found["sub"], found["prime"]
+    base = f"<msub>{found['base']}{sub}</msub>" if sub else found["base"]
+    return f'<mrow>{base}<mo lspace="0" rspace="0">{prime}</mo></mrow>'
+
+
+def _linked(found: re.Match) -> str:
+    """A name of the library in the text, as a link to its reference."""
+    name, whole = found[2], found[0]
+    if name is None or name not in _names():
+        return whole
+    if name[0].islower() and "gf." not in whole and "gradflow." not in whole:
+        return whole  # `load`, `sweep`: often the name of an argument
+    return f'<autoref identifier="gradflow.{name}" optional>{whole}</autoref>'
+
+
+def _names() -> frozenset[str]:
+    """All that the reference has."""
+    return frozenset(executed.documented())

@@ -1,0 +1,101 @@
+"""The site: it builds, has every public name, and shows what its code does."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import types
+
+import pytest
+
+import gradflow as gf
+
+ROOT = pathlib.Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "docs"))
+
+import executed  # noqa: E402
+import generated  # noqa: E402
+
+ROOMS = ("data", "drifts", "manifold", "metrics", "models", "plot", "tasks")
+ELSEWHERE = {"metrics.Accuracy", "metrics.Metric", "metrics.sharpness"}
+
+
+def public(module, prefix=""):
+    return {
+        prefix + name
+        for name, value in vars(module).items()
+        if not name.startswith("_") and not isinstance(value, types.ModuleType)
+    }
+
+
+def test_every_public_name_is_in_the_reference_once():
+    known = executed.documented()
+    assert len(known) == len(set(known))
+    wanted = public(gf).union(*(public(getattr(gf, r), f"{r}.") for r in ROOMS))
+    assert wanted - ELSEWHERE - set(known) == set()
+    for name in known:
+        thing = gf
+        for part in name.split("."):
+            thing = getattr(thing, part)
+
+
+def test_every_name_in_the_text_is_there():
+    """Of gradflow, as `gf.manifold.limit_map`, on all pages and in the README."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *executed.scripts()]
+    name = re.compile(r"\bgf((?:\.[A-Za-z_]\w*)+)")
+    names = {n for page in pages for n in name.findall(page.read_text("utf-8"))}
+    assert len(names) > 50
+    for name in names:
+        thing = gf
+        for part in name.split(".")[1:]:
+            thing = getattr(thing, part)
+
+
+def test_outputs_are_of_the_pages_that_show_them():
+    pages = executed.scripts()
+    assert len(pages) >= 18 and len(executed.programs()) >= 10
+    for page in pages + executed.programs():
+        assert not executed.stale(page), page
+
+
+def test_what_pages_are_made_of():
+    """Each asks for what there is; and what is made says what is kept."""
+    asked = "\n".join(p.read_text("utf-8") for p in (ROOT / "docs").rglob("*.md"))
+    made = generated.filled(asked)
+    assert "<!-- made" in asked and "<!-- made" not in made
+    for name, code in gf.results.CODES.items():
+        assert f"## `{name}` ({code})" in made
+    kept = (ROOT / "benchmarks" / "results" / "work_precision.md").read_text("utf-8")
+    assert all(line in made for line in kept.splitlines() if line.startswith("|"))
+    rows = generated.stiff_cases().splitlines()[2:]
+    assert len(rows) == 36 and rows[0].startswith("| tanh_17 | 17 | 1e-02 | 50 (1) |")
+    for page in (generated.gallery() | generated.studies()).values():
+        assert page.startswith("# ") and "```sh\npython -m experiments." in page
+
+
+def run(*command, cwd):
+    env = os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg"}
+    out = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
+    assert not out.returncode, (out.stdout + out.stderr)[-3000:]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("page", [page.stem for page in executed.scripts()])
+def test_page_runs(page, tmp_path):
+    (script,) = (path for path in executed.scripts() if path.stem == page)
+    run(sys.executable, script, cwd=tmp_path)
+
+
+@pytest.mark.slow
+def test_site_builds_without_a_warning(tmp_path):
+    """No page, link, anchor or name that leads nowhere."""
+    site = tmp_path / "site"
+    run(sys.executable, "-m", "mkdocs", "build", "--strict", "-d", site, cwd=ROOT)
+    pages = {path.relative_to(site).as_posix() for path in site.rglob("*.html")}
+    assert {"index.html", "start.html", "reference/flows.html"} <= pages
+    text = (site / "reference" / "flows.html").read_text("utf-8")
+    assert 'id="gradflow.simulate"' in text and 'href="#gradflow.Path"' in text
+    for page in ("concepts", "inside/kkt", "inside/lift", "inside/second-order"):
+        text = (site / f"{page}.html").read_text("utf-8")
+        assert "<math" in text and "arithmatex" not in text
