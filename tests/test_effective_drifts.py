@@ -238,6 +238,8 @@ def test_a_flow_down_the_trace():
         ("label_noise", lambda: label_noise(label_noise=0.0)),
         ("weight_decay", lambda: label_noise(weight_decay=-1.0)),
         ("batch_size", lambda: label_noise(batch_size=0)),
+        ("batch_size", lambda: label_noise(batch_size=3)),
+        ("label_noise", lambda: label_noise(FLIPPED, label_noise=1.5)),
         ("finite_step", lambda: label_noise(batch_size=1, finite_step=True)),
         ("loss", lambda: label_noise(gf.Huber(SIGNS, DIAGONAL.y))),
         ("loss", lambda: label_noise(weighted())),
@@ -256,6 +258,7 @@ def test_what_makes_no_sense(name, make):
         make()
 
 
+FLIPPED = gf.Logistic(SIGNS, jnp.array([0.0, 1.0]))
 LARGE = Diagonal(jnp.ones(2000), jnp.ones(2000))
 
 
