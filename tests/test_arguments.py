@@ -281,7 +281,7 @@ for preset in (
     functools.partial(gf.drifts.sharpness_aware, radius=0.1),
     functools.partial(gf.drifts.adam, learning_rate=0.1, label_noise=0.5),
 ):
-    case("flow", lambda loss, preset=preset: preset(loss, model), held)
+    case("flow", lambda flow, preset=preset: preset(flow, model), held)
     case("weight_decay", functools.partial(preset, loss, model), -0.1, "0.1", [0.1])
 case("fn", gf.Loss, 3.0, gf.Loss)
 case("loss", gf.GradientFlow, predict, gf.SquaredError, None)

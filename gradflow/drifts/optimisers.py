@@ -159,11 +159,11 @@ def sharpness_aware(
     takes one sample.
 
     Gradients are taken ρ away from M along ∇F/‖∇F‖. With all samples that direction
-    turns to ±u, the first eigenvector of ∇²F, with another sign in each step, and
-    C = ρ²uuᵀ. With one sample i and one output it is ±∇zᵢ/‖∇zᵢ‖, and the mean of
-    uᵀ∂Hᵢu is ∂ tr H. The step h is not in it to first order: hλ₁ is to be small, as
-    with all samples C = ρ²/(1 − ½hλ₁)² uuᵀ. There ρ is to be small beside h too:
-    otherwise ‖∇F‖ comes so near to zero that its direction leaves u.
+    turns to ±u, the first eigenvector of ∇²F, and C = ρ²uuᵀ. With one sample i and one
+    output it is ±∇zᵢ/‖∇zᵢ‖, and the mean of uᵀ∂Hᵢu is ∂ tr H. The step h is not in it
+    to first order: hλ₁ is to be small, as with all samples C = ρ²/(1 − ½hλ₁)² uuᵀ.
+    There ρ is to be small beside h too: otherwise ‖∇F‖ comes so near to zero that its
+    direction leaves u.
 
     **Arguments:** `loss`, `model` and `weight_decay` as `label_noise`, for any loss,
     and a flow without `rates`. And
