@@ -272,6 +272,17 @@ for name, values in dict(count=(0, 4, 2.5, "2"), rtol=(0.0, "1"), max_steps=(0, 
                          weight_decay=(-1.0, "0.1"), trainable=(3.0,)).items():
     case(name, functools.partial(gf.sharpness, loss, model), *values)
 case("loss", lambda loss: gf.sharpness(loss, model), predict, None)
+for make in (gf.drifts.Trace, gf.drifts.LargestCurvature, gf.drifts.RootDiagonal):
+    case("loss", lambda loss, make=make: make(loss, model), predict, None)
+    case("form", functools.partial(make, loss, model), "gram", None)
+for preset in (
+    functools.partial(gf.drifts.label_noise, learning_rate=0.1, label_noise=0.5),
+    functools.partial(gf.drifts.parameter_noise, noise=0.1),
+    functools.partial(gf.drifts.sharpness_aware, radius=0.1),
+    functools.partial(gf.drifts.adam, learning_rate=0.1, label_noise=0.5),
+):
+    case("flow", lambda flow, preset=preset: preset(flow, model), held)
+    case("weight_decay", functools.partial(preset, loss, model), -0.1, "0.1", [0.1])
 case("fn", gf.Loss, 3.0, gf.Loss)
 case("loss", gf.GradientFlow, predict, gf.SquaredError, None)
 case("penalty", functools.partial(gf.GradientFlow, loss), gf.L1, 1.0)

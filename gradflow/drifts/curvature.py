@@ -10,7 +10,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree, Scalar
 
 from .._checks import check_choice
-from ..flow.flat import FlatLoss, flatten, rows_at_once
+from ..flow.flat import FlatLoss, flatten
 from ..flow.flow import flow_of, GradientFlow
 from ..flow.term import Stretched
 from ..losses import AbstractBySamples, AbstractCompositeLoss, AbstractLoss, samples
@@ -148,34 +148,3 @@ def check_products(curvature: Curvature, params: PyTree, name: str, remedy: str)
             f"{name}: all of the curvature takes {size} products with vectors here, up "
             f"to {PRODUCTS} are taken; {remedy}."
         )
-
-
-def summed(fn: Callable[[PyTree], Array], rows: PyTree, size: int) -> Array:
-    """Σ `fn`(row) along the first axis of all arrays, as many at once as hold a million
-    numbers if each holds `size`; in the derivatives too, for which blocks are computed
-    anew."""
-    n = jax.tree.leaves(rows)[0].shape[0]
-    count = -(-n // rows_at_once(size))
-    if count <= 1:
-        return jnp.sum(jax.vmap(fn)(rows), axis=0)
-    length = -(-n // count)
-    more = -n % length
-
-    def blocks(x: Array) -> Array:
-        x = jnp.concatenate([x, x[:more]])
-        return x.reshape(-1, length, *x.shape[1:])
-
-    counts = (jnp.arange(n + more) < n).reshape(-1, length)
-
-    @jax.checkpoint
-    def block(at):
-        rows, counted = at
-        out = jax.vmap(fn)(rows)
-        return jnp.tensordot(counted.astype(out.dtype), out, 1)
-
-    def add(total, at):
-        return total + block(at), None
-
-    each = jax.tree.map(blocks, rows), counts
-    start = jax.eval_shape(block, jax.tree.map(lambda x: x[0], each))
-    return jax.lax.scan(add, jnp.zeros(start.shape, start.dtype), each)[0]

@@ -7,11 +7,11 @@ from jaxtyping import Array, Float, PyTree, Scalar
 
 from .._checks import check_positive
 from .._host import as_array
-from ..flow.flat import in_blocks
+from ..flow.flat import in_blocks, summed
 from ..flow.flow import GradientFlow
 from ..losses import AbstractLoss
 from ..penalties import AbstractPenalty
-from .curvature import check_products, Curvature, Form, summed
+from .curvature import check_products, Curvature, Form
 
 
 class RootDiagonal(AbstractPenalty):

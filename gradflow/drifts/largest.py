@@ -25,7 +25,8 @@ class LargestCurvature(AbstractOwnGradient):
 
     By Lanczos' process, one product with a vector for each of up to 300 steps; of m
     outputs it takes m + 1 at most. Where it has not converged R is NaN, and so is what
-    it is part of.
+    it is part of. (∇²R takes as many steps of conjugate gradients, which come short of
+    it where the gap is small.)
 
     Where two eigenvalues are equally large R has a kink, and what is called its
     gradient is one of many, not that of least norm: it belongs to one vector among

@@ -15,7 +15,14 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import PyTree, Scalar
 
-from .._checks import check_arguments, check_integer, check_positive, is_concrete, Wrong
+from .._checks import (
+    check_arguments,
+    check_fraction,
+    check_integer,
+    check_positive,
+    is_concrete,
+    Wrong,
+)
 from .._host import as_array
 from .._typing import Given
 from ..flow.flow import check_free, GradientFlow
@@ -84,9 +91,9 @@ def label_noise(
     **Raises:** `ValueError` for arguments that make no sense, and for other losses.
     """
     flow = _as_flow(loss)
-    wrong = check_arguments(learning_rate=learning_rate, weight_decay=weight_decay)
+    wrong = check_arguments(weight_decay=weight_decay)
     wrong = wrong | check_positive(learning_rate, "learning_rate")
-    wrong = wrong | check_positive(label_noise, "label_noise")
+    wrong = wrong | _check_label_noise(flow.loss, label_noise)
     strength = _noise_of_labels(flow.loss, label_noise, batch_size)
     if finite_step and batch_size is not None:
         raise ValueError("finite_step: it is for all samples, without batch_size.")
@@ -111,12 +118,13 @@ def parameter_noise(
     """The drift of descent on F(θ + ση), η of standard normal numbers drawn in each
     step: R = tr ∇²F and λ = ½σ², or Σᵢ θᵢ² ∂ᵢ²F for F(θ + σθ ⊙ η).
 
-    The mean of the loss over η is F + ½σ² Δ_ηF + O(σ⁴), which holds for any law of η
-    with independent entries of mean 0 and variance 1: of dropped connections, where
-    σ² = p/(1 − p) for those dropped with probability p and the others scaled by
-    1/(1 − p). The step h is not in it: what the noise of the gradient adds is of order
-    hσ², less by h (Shalova, Schlichting, Peletier, arXiv 2404.12293, of which R = ½Δ_ηF
-    and slow time is σ²t).
+    The mean of the loss over η is F + ½σ² Δ_ηF + O(σ⁴), and O(σ³) for other laws of
+    independent entries of mean 0 and variance 1. (Dropped connections are not small
+    changes: with probability p, the others scaled by 1/(1 − p), σ² = p/(1 − p) stands
+    for them where F is quadratic in each parameter by itself, as that of a linear
+    network is.) The step h is not in it to first order (Shalova, Schlichting,
+    Peletier, arXiv 2404.12293, of which R = ½Δ_ηF and slow time is σ²t): with the noise
+    of the gradient C = σ²(I − ½hH)⁻¹, for which R is [`gradflow.drifts.LogTrace`][].
 
     **Arguments:** `loss`, `model` and `weight_decay` as `label_noise`, for any loss; of
     a flow with `rates` R is tr ∇²F all the same. And
@@ -151,10 +159,11 @@ def sharpness_aware(
     takes one sample.
 
     Gradients are taken ρ away from M along ∇F/‖∇F‖. With all samples that direction
-    turns to ±u, the first eigenvector of ∇²F, with another sign in each step, and
-    C = ρ²uuᵀ. With one sample i and one output it is ±∇zᵢ/‖∇zᵢ‖, and the mean of
-    uᵀ∂Hᵢu is ∂ tr H. The step h is not in it, to first order; it is to be small beside
-    ρ, and ρ beside the gap of λ₁.
+    turns to ±u, the first eigenvector of ∇²F, and C = ρ²uuᵀ. With one sample i and one
+    output it is ±∇zᵢ/‖∇zᵢ‖, and the mean of uᵀ∂Hᵢu is ∂ tr H. The step h is not in it
+    to first order: hλ₁ is to be small, as with all samples C = ρ²/(1 − ½hλ₁)² uuᵀ.
+    There ρ is to be small beside h too: otherwise ‖∇F‖ comes so near to zero that its
+    direction leaves u.
 
     **Arguments:** `loss`, `model` and `weight_decay` as `label_noise`, for any loss,
     and a flow without `rates`. And
@@ -215,10 +224,10 @@ def adam(
     **Raises:** `ValueError` for arguments that make no sense, and for other losses.
     """
     flow = _as_flow(loss)
-    wrong = check_arguments(learning_rate=learning_rate, weight_decay=weight_decay)
+    wrong = check_arguments(weight_decay=weight_decay)
     wrong = wrong | check_positive(learning_rate, "learning_rate")
-    wrong = wrong | check_positive(label_noise, "label_noise")
     wrong = wrong | check_positive(eps, "eps")
+    wrong = wrong | _check_label_noise(flow.loss, label_noise)
     _refuse_rates(flow)
     if not isinstance(flow.penalty, L2):
         raise ValueError("loss: decoupled decay is here that of L2(), got another one.")
@@ -274,6 +283,13 @@ def _refuse_rates(flow: GradientFlow) -> None:
         )
 
 
+def _check_label_noise(loss: AbstractLoss, label_noise: Given) -> Wrong:
+    """Raises unless it is σ > 0 of targets, or a probability for labels."""
+    if isinstance(loss, CrossEntropy | Logistic):
+        return check_fraction(label_noise, "label_noise")
+    return check_positive(label_noise, "label_noise")
+
+
 def _noise_of_labels(
     loss: AbstractLoss, label_noise: float | Scalar, batch_size: int | None
 ) -> float | Scalar:
@@ -293,6 +309,8 @@ def _noise_of_labels(
     strength = loss.scale
     if batch_size is not None:
         check_integer(batch_size, "batch_size")
+        if batch_size > n:
+            raise ValueError(f"batch_size: there are {n} samples, got {batch_size}.")
         strength = strength * n / batch_size
     return strength * label_noise**2 if isinstance(loss, SquaredError) else strength
 

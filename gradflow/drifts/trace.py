@@ -7,10 +7,11 @@ import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
 from .._checks import check_integer, is_key, word
+from ..flow.flat import summed
 from ..flow.flow import GradientFlow
 from ..losses import AbstractLoss
 from ..penalties import AbstractPenalty
-from .curvature import check_products, Curvature, Form, summed
+from .curvature import check_products, Curvature, Form
 
 
 class Trace(AbstractPenalty):

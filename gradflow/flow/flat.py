@@ -69,20 +69,49 @@ def rows_at_once(size: int) -> int:
 
 def in_blocks(fn: Callable[[PyTree], PyTree], rows: PyTree, size: int) -> PyTree:
     """`fn` of each row, along the first axis of all arrays; of as many at once as hold
-    a million numbers if each holds `size`. Blocks are of one length, filled up with
-    rows that are forgotten: one program for all."""
+    a million numbers if each holds `size`. One program for all: see `blocks_of`."""
     (n,) = {len(x) for x in jax.tree.leaves(rows)}
-    count = -(-n // rows_at_once(size))
-    if count <= 1:
+    if n <= rows_at_once(size):
         return jax.vmap(fn)(rows)
-    length = -(-n // count)
+    out = jax.lax.map(jax.vmap(fn), blocks_of(rows, size))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:n], out)
+
+
+def summed(fn: Callable[[PyTree], Array], rows: PyTree, size: int) -> Array:
+    """Σ `fn`(row), by the same blocks. Its derivatives take no more memory: for them
+    each block is computed anew."""
+    (n,) = {len(x) for x in jax.tree.leaves(rows)}
+    if n <= rows_at_once(size):
+        return jnp.sum(jax.vmap(fn)(rows), axis=0)
+    blocks = blocks_of(rows, size)
+    shape = jax.tree.leaves(blocks)[0].shape[:2]
+    each = blocks, (jnp.arange(shape[0] * shape[1]) < n).reshape(shape)
+
+    @jax.checkpoint
+    def block(at: tuple) -> Array:
+        rows, counted = at
+        out = jax.vmap(fn)(rows)
+        return jnp.tensordot(counted.astype(out.dtype), out, 1)
+
+    def add(total: Array, at: tuple) -> tuple:
+        return total + block(at), None
+
+    like = jax.eval_shape(block, jax.tree.map(lambda x: x[0], each))
+    return jax.lax.scan(add, jnp.zeros(like.shape, like.dtype), each)[0]
+
+
+def blocks_of(rows: PyTree, size: int) -> PyTree:
+    """The rows along the first axis in blocks of one length, along two: of as many as
+    hold a million numbers if each holds `size`. The last is filled up with the first
+    rows."""
+    (n,) = {len(x) for x in jax.tree.leaves(rows)}
+    length = -(-n // -(-n // rows_at_once(size)))
 
     def blocks(x: Array) -> Array:
         x = jnp.concatenate([x, x[: -n % length]])
         return x.reshape(-1, length, *x.shape[1:])
 
-    out = jax.lax.map(jax.vmap(fn), jax.tree.map(blocks, rows))
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:n], out)
+    return jax.tree.map(blocks, rows)
 
 
 class AbstractFlatLoss(eqx.Module):
