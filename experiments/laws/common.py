@@ -114,9 +114,9 @@ class Contraction(NamedTuple):
         return float(x(0.0) - x(s)) / 2
 
     def constant(self, s: float) -> float:
-        """The harmonic mean of κ, weighted by ln V: the one constant with which
-        ln(V(0)/V(s))/2κ is the slow time s."""
-        return self.log_ratio(s) / self.until(s)
+        """The one κ with which ½ ln(V(0)/V(s))/κ is the slow time s: the harmonic mean
+        of κ(V), weighted by ln V, as `until(s)` is s."""
+        return self.log_ratio(s) / s
 
 
 def contraction(flow: gf.GradientFlow, drift: gf.manifold.Drift) -> Contraction:
