@@ -6,10 +6,10 @@ summary.json and a figure are written; `--rejudge` and `--redraw` read the array
 """
 
 from ..shared.command import Study
-from . import norms
+from . import held, norms
 
 # One module for each family of laws, with its sub-commands in EXPERIMENTS.
-FAMILIES = (norms,)
+FAMILIES = (norms, held)
 STUDY = Study(
     "laws",
     __doc__,
