@@ -6,10 +6,10 @@ summary.json and a figure are written; `--rejudge` and `--redraw` read the array
 """
 
 from ..shared.command import Study
-from . import held, norms
+from . import held, invariance, norms, paths
 
 # One module for each family of laws, with its sub-commands in EXPERIMENTS.
-FAMILIES = (norms, held)
+FAMILIES = (norms, held, invariance, paths)
 STUDY = Study(
     "laws",
     __doc__,

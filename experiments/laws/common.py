@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -54,7 +55,7 @@ class Law(Settings):
 
     @abc.abstractmethod
     def claims(self, data: xr.Dataset) -> list[Row]:
-        """What the law says, a row for each setting: one that fails refutes it there."""
+        """What the law says, a row for each setting: where one fails it is refuted."""
 
     def rivals(self, data: xr.Dataset) -> list[Row]:
         """What two-phase theory says instead, where it is another thing."""
@@ -135,6 +136,12 @@ def _contraction(
         return optax.tree.vdot(p, p), optax.tree.vdot(p, along) / optax.tree.vdot(p, p)
 
     return jax.lax.map(at, params)
+
+
+@functools.cache
+def adam(eps: float) -> Any:
+    """With the β₂ of the papers on grokking; a function of the learning rate."""
+    return functools.partial(optax.adam, b2=0.98, eps=eps)
 
 
 def size_at(path: gf.Path, t: float) -> float:
