@@ -78,11 +78,11 @@ def verdict(controls: Sequence[Row], claims: Sequence[Row]) -> Row:
     if not judged or any(row.ok is False for row in controls):
         words = "open: " + ("a control failed" if judged else "nothing was judged")
     elif not bad:
-        words = "holds: " + ", ".join(good)
+        words = "holds: " + "; ".join(good)
     elif not good:
-        words = "refuted: " + ", ".join(bad)
+        words = "refuted: " + "; ".join(bad)
     else:
-        words = f"holds where: {', '.join(good)}; refuted: {', '.join(bad)}"
+        words = f"holds where: {'; '.join(good)}. Refuted: {'; '.join(bad)}"
     share = len(good) / len(judged) if judged else float("nan")
     return Row("verdict", share, "", None, words)
 

@@ -169,15 +169,15 @@ class Invariance(Law):
         last = data.nuclear_test.values[:, -1]
         alone, everything = data.turned_alone.values, data.turned_all.values
         return [
-            check("matrix, ℓ2", change.max(), "< 0.01", "change of the test error, from "
-                  f"memorisation to s = 1, at most, of {count}"),
+            check("matrix, ℓ2", change.max(), "< 0.01", "change of the test error "
+                  f"from memorisation to s = 1, at most, of {count}"),
             check("matrix, nuclear", np.median(last), "≤ 0.1", "relative error of the "
                   f"whole matrix at the end, median of {count} (under ℓ2: "
                   f"{np.median(test[:, -1]):.2g})"),
             check("network, that layer", alone.max(), "< 0.001", "how far the layer "
                   f"turns to s = 1, decayed alone, at most, of {count}"),
-            check("network, all layers", np.median(everything), "< 0.01", "the same, all"
-                  f" decayed, median of {count}"),
+            check("network, all layers", np.median(everything), "< 0.01", "the same, "
+                  f"all decayed, median of {count}"),
         ]  # fmt: skip
 
     def draw(self, data: xr.Dataset) -> dict[str, Figure]:

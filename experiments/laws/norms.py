@@ -67,7 +67,7 @@ class NormDelay(Law):
     starts, or, as the test threshold falls from 50 % to 1 % of the loss of f = 0, on
     the same path.
 
-    No files. Time: four minutes of a core; quick, one.
+    No files. Time: half a minute of a core.
     """
 
     scales: tuple[float, ...] = (0.7, 1.0, 1.5)
@@ -126,17 +126,17 @@ class NormDelay(Law):
         times = lone(lam * last.delay / last.ratio)
         tight = (data.slow / data.drift_ratio).isel(level=[0, -1])
         grows = lone(tight[..., -1] / tight[..., 0])
-        least = f"{network}: {times.size} starts, λ = {lam:g}"
+        least = f"{times.size} starts, λ = {lam:g}"
         return [
             check(f"{network}: integral", off.max(), "≤ 0.02",
                   f"{least}: λT off the integral along the drift, at most"),
             check(f"{network}: lower", times.min(), "≥ 0.99",
                   f"{least}: λT over ½ ln(V_mem/V_grok), at least"),
             check(f"{network}: one constant", times.max() / times.min(), "≤ 2",
-                  f"{least}: the same, the largest over the least"),
+                  f"{least}: the same, largest over least"),
             check(f"{network}: any threshold", np.median(grows), "≤ 2",
-                  f"{network}: s over ½ ln(V(0)/V), of a threshold of "
-                  f"{10 * self.levels[-1]:g} % over one of {10 * self.levels[0]:g} %, "
+                  f"s over ½ ln(V(0)/V), for a test threshold of "
+                  f"{10 * self.levels[-1]:g} % over that for {10 * self.levels[0]:g} %, "
                   f"median of {grows.size}"),
         ]  # fmt: skip
 
@@ -183,7 +183,7 @@ class Constant(Law):
     for the flow, 10 % for AdamW. Beside it, for AdamW: with the projection that is
     orthogonal in the metric of Adam's own rates, 1/(√v + ε), frozen just after T_mem.
 
-    No files. Time: six minutes of a core; quick, two.
+    No files. Time: a minute of a core; quick, half of one.
     """
 
     slow_time: float = 4.0
@@ -260,7 +260,9 @@ class Constant(Law):
         off = lone(np.abs(data.fitted / predicted - 1).sel(here))
         grokked = int(np.isfinite(data.fitted.sel(here)).sum())
         bound = "≤ 0.02" if case[1] == "flow" else "≤ 0.1"
-        sentence = f"|fitted/predicted − 1|, median of {off.size} of {grokked} that "
+        sentence = (
+            f"fitted κ off the predicted, median of {off.size} of {grokked} that "
+        )
         sentence += "generalise"
         if off.size:
             sentence += f"; at most {off.max():.3g}"
