@@ -135,9 +135,9 @@ class NormDelay(Law):
             check(f"{network}: one constant", times.max() / times.min(), "≤ 2",
                   f"{least}: the same, largest over least"),
             check(f"{network}: any threshold", np.median(grows), "≤ 2",
-                  f"s over ½ ln(V(0)/V), for a test threshold of "
-                  f"{10 * self.levels[-1]:g} % over that for {10 * self.levels[0]:g} %, "
-                  f"median of {grows.size}"),
+                  "s over ½ ln(V(0)/V), for a test threshold of "
+                  f"{10 * self.levels[-1]:g} % over that for "
+                  f"{10 * self.levels[0]:g} %, median of {grows.size}"),
         ]  # fmt: skip
 
     def draw(self, data: xr.Dataset) -> dict[str, Figure]:
