@@ -121,7 +121,7 @@ class Pinned(Law):
     slope d ln T/dρ that is not constant within a factor of 1.5. The rival is refuted if
     d ln T/dρ^L is not, for ρ ≥ 1.4.
 
-    No files. Time: quick, a minute.
+    No files. Time: two minutes of a core; quick, one.
     """
 
     seeds: int = 4
