@@ -110,7 +110,18 @@ def bend(x: np.ndarray, y: np.ndarray) -> float:
 
 
 @dataclasses.dataclass(frozen=True)
-class Pinned(Law):
+class Held(Law):
+    """Of both laws of the held norm."""
+
+    degrees: tuple[int, ...] = tuple(DEPTHS.values())
+    """L, 2 or 3."""
+
+    def each_degree(self) -> list[str]:
+        return [name for name, depth in DEPTHS.items() if depth in self.degrees]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pinned(Held):
     """At a held norm ρW_c, T_grok ∝ e^{αρ}; a homogeneous network of degree L under the
     logistic loss has T ∝ e^{cρ^L} instead, to exponential accuracy, as its gradient
     falls like e^{−margin} and its margins grow like ρ^L.
@@ -134,7 +145,7 @@ class Pinned(Law):
     QUICK = dict(seeds=2)
 
     def compute(self) -> xr.Dataset:
-        axes = dict(network=list(DEPTHS), seed=self.each_seed())
+        axes = dict(network=self.each_degree(), seed=self.each_seed())
         data = table(axes, self.cell, "runs")
         return data.rename(time_0="norm").assign_coords(norm=list(self.norms))
 
@@ -206,7 +217,7 @@ class Pinned(Law):
 
 
 @dataclasses.dataclass(frozen=True)
-class Logits(Law):
+class Logits(Held):
     """Under cross-entropy the delay depends on the held norm through the scale of the
     logits alone, σ = ρ^L/τ at an output temperature τ; under squared error not.
 
@@ -230,7 +241,7 @@ class Logits(Law):
     QUICK = dict(seeds=2)
 
     def compute(self) -> xr.Dataset:
-        axes = dict(network=list(DEPTHS), seed=self.each_seed())
+        axes = dict(network=self.each_degree(), seed=self.each_seed())
         data = table(axes, self.cell, "runs")
         names = {f"{k}_{i}": d for k in ("logistic", "squared", "outputs")
                  for i, d in enumerate(("norm", "cold"))}  # fmt: skip
