@@ -319,6 +319,8 @@ class Logits(Held):
                       given=len(other)),
                 check(f"{name}: outputs", wide, "", "squared error: how far the rms of "
                       "the outputs at T is from its mean, at most"),
+                check(f"{name}: share", pinned.size / data.outputs[0].size, "",
+                      "share of the runs that generalise under squared error"),
             ]  # fmt: skip
         return rows
 
@@ -328,10 +330,14 @@ class Logits(Held):
             names = map(str, data.network.values)
             for name, colour in zip(names, COLOURS, strict=False):
                 for i, (s, r, t) in enumerate(self.points(data, name, loss)):
-                    label = name if i == 0 else None
+                    label, order = name if i == 0 else None, np.argsort(s)
                     ax.plot(np.exp(s), np.exp(t), "o", color=colour, ms=4, mfc="none",
                             label=label)  # fmt: skip
-                    ax.plot(np.exp(s), np.exp(t - 2 * r), "x", color=colour, ms=3)
+                    by = np.exp((t - 2 * r)[order])
+                    ax.plot(np.exp(s[order]), by, "x-", color=colour, ms=4, lw=0.6)
+            if not np.isfinite(data[loss]).any():
+                ax.text(0.5, 0.5, "none generalises", ha="center",
+                        transform=ax.transAxes)  # fmt: skip
             title = {"logistic": "cross-entropy", "squared": "squared error"}[loss]
             title += r" (crosses: $T/\rho^2$)"
             finish(ax, title, r"logit scale $\rho^L/\tau$", "$T$")
