@@ -100,7 +100,7 @@ class Invariance(Law):
     the layer turns by 10⁻³; decayed in all layers, if it turns by 10⁻² (as nothing then
     keeps the others from turning it).
 
-    No files. Time: two minutes of a core; quick, one.
+    No files. Time: three minutes of a core; quick, a minute and a half.
     """
 
     seeds: int = 4

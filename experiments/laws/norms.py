@@ -315,7 +315,7 @@ class Exponent(Law):
     the two least λ. For information: the λ at which the local exponent is nearest to
     0.757.
 
-    No files. Time: five minutes of a core; quick, two.
+    No files. Time: a minute of a core; quick, a quarter of one.
     """
 
     lams: tuple[float, ...] = tuple(np.geomspace(1.0, 1e-7, 15).tolist())

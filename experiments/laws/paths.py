@@ -146,7 +146,7 @@ class Commutator(Law):
     seeds, outside of 1.1 … 1.2. The rival is refuted by an exponent between the two
     least λ that is not 1 ± 0.05.
 
-    No files. Time: three minutes of a core; quick, one.
+    No files. Time: half a minute of a core.
     """
 
     lams: tuple[float, ...] = tuple(np.geomspace(3e-1, 3e-6, 11).tolist())
