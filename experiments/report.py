@@ -20,7 +20,9 @@ TABLES = {
     "omnigrok": lambda record: record["study"] == "omnigrok" and "data" not in record,
     "images": lambda record: "data" in record,
     "transformer_flow": lambda record: record["study"] == "transformer_flow",
+    "laws": lambda record: record["study"] == "laws",
 }
+LAWS = {True: "holds", False: "**refuted**", None: ""}
 
 
 def records() -> list[dict[str, Any]]:
@@ -84,6 +86,21 @@ def filled(text: str) -> str:
     return text
 
 
+def row(check: dict[str, Any], study: str) -> dict[str, Any]:
+    """The line of a check; of a law it is refuted, not missed."""
+    if check["name"] == "verdict":
+        return {"asked": "so the law", "measured": check["sentence"]}
+    line = {
+        "asked": f"{check['sentence']} {check['bound']}".strip(),
+        "measured": f"{check['name']} {{}}",
+        "values": [check["value"] if check["value"] is not None else "never"],
+        "ok": check["ok"],
+    }
+    if study == "laws":
+        line["verdict"] = LAWS[check["ok"]]
+    return line
+
+
 def record(folder: Path) -> None:
     """Keeps the rows of a run, from its summary."""
     told = json.loads((folder / "summary.json").read_text())
@@ -92,15 +109,7 @@ def record(folder: Path) -> None:
     name = "_".join(word.strip("-") for word in words) or told["experiment"]
     if told.get("data") in PUBLISHED:  # beside that of what stands in for them
         name += "_" + re.sub(r"\W+", "_", told["data"].lower()).strip("_")
-    rows = [
-        {
-            "asked": f"{check['sentence']} {check['bound']}".strip(),
-            "measured": f"{check['name']} {{}}",
-            "values": [check["value"] if check["value"] is not None else "never"],
-            "ok": check["ok"],
-        }
-        for check in told["checks"]
-    ]
+    rows = [row(check, study) for check in told["checks"]]
     kept = {"study": study, "command": " ".join(words), "rows": rows}
     kept |= {
         key: told[key] for key in ("data", "seconds", "cpu_seconds") if key in told

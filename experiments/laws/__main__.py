@@ -1,0 +1,3 @@
+from . import STUDY
+
+STUDY.main(STUDY.parse())
