@@ -8,7 +8,7 @@
 # | --- | --- | --- |
 # | descent with noise σ on the labels, n samples, steps h | tr ∇²F | ¼hσ²/n |
 # | the same, h not small | −(2/h) tr log(I − ½h∇²F) | ¼hσ²/n |
-# | noise of σ on the parameters; dropped connections | tr ∇²F; Σθᵢ²∂ᵢ²F | ½σ² |
+# | noise of σ on the parameters; in proportion to them | tr ∇²F; Σθᵢ²∂ᵢ²F | ½σ² |
 # | sharpness-aware minimisation (SAM), radius ρ | λ₁(∇²F); tr ∇²F one sample at a time | ½ρ² |
 # | Adam with label noise | tr Diag(∇²F)^½ | ½hσ/√n |
 #
