@@ -114,8 +114,8 @@ class RESULTS(diffrax.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
     wrong_argument = (
         "An argument makes no sense, so nothing was run. It was being traced, and only "
         "the result can tell: check that `weight_decay` is finite and 0 or more, that "
-        "times increase and s/λ does not overflow, and that scales and tolerances are "
-        "positive."
+        "times increase and s/λ does not overflow, that scales and tolerances are "
+        "positive, and that a `learning_rate` makes more than 16 steps."
     )
 
 
@@ -220,7 +220,7 @@ def unless_failed(out: Out, result: RESULTS, okay: Bool[Array, "*lanes"]) -> Out
 def named_wrong(
     out: Out, wrong: Wrong, values: Callable[[Out], tuple[PyTree, ...]]
 ) -> Out:
-    """`out`, with the result and without the `values` of what was not run, where
+    """`out`, with the result and without the `values` of what makes no sense, where
     `wrong` says so."""
     if wrong is False:
         return out

@@ -202,17 +202,18 @@ def test_each_lane_of_a_sweep(tmp_path):
         gf.compare(gf.load(tmp_path / "sweep.npz"), theory, error_bars=True)
 
 
-def test_a_finer_run_that_fails():
+@pytest.mark.parametrize("kind", [RuntimeError, ValueError])
+def test_a_finer_run_that_fails(kind):
     """One lane does not stop the others, and says why."""
     path = run(gf.KKT4())
 
     def again(params=None, ts=None, start=0.0):
         if params is None:
-            raise RuntimeError("error: no step")
+            raise kind("error: no step")
         return path.again(params, ts, start)
 
     failing = dataclasses.replace(path, again=again)
-    with pytest.raises(RuntimeError, match="no step"):
+    with pytest.raises(kind, match="no step"):
         failing.error("low")
     with pytest.warns(UserWarning, match="of low at λ = 0.02 it is not known; .*step"):
         assert np.isnan(lane_error(failing, "low", WATCH["low"], 30.0))

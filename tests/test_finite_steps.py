@@ -16,6 +16,7 @@ import gradflow as gf
 from gradflow.flow.finite_steps import Alternating, begin_steps
 from gradflow.flow.vector import on_vector
 from gradflow.results import CODES, codes
+from gradflow.solvers.controllers import Alongside, Relative
 
 DECAY, PULL = 1e-3, 0.02
 
@@ -147,7 +148,8 @@ def test_what_no_flow_follows_is_named(edge):
 
 
 def test_a_rate_that_makes_no_sense_is_named_where_it_is_traced(edge):
-    rates, ts = jnp.array([-0.5, 0.6, jnp.inf]), np.full((3, 1), 0.6) * edge[1]
+    """The last ends within its first sixteen steps."""
+    rates, ts = jnp.array([-0.5, 0.6, 60.0]), np.full((3, 1), 0.6) * edge[1]
     paths = lanes(jnp.array([0.1, 3.9, 1.3, 0.3]), rates, jnp.asarray(ts))
     names = ["wrong_argument", "successful", "wrong_argument"]
     assert codes(paths.result).tolist() == [CODES[name] for name in names]
@@ -183,6 +185,59 @@ def test_first_steps_are_split_into_what_is_smooth_and_what_alternates():
     away = np.exp(state.log_size) * state.direction
     assert_allclose(away, x, atol=2e-4 * np.linalg.norm(x))
     assert_allclose(jnp.linalg.norm(state.direction), 1.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("solver", [None, diffrax.Tsit5()])
+def test_a_descent_that_comes_to_rest_at_once(solver):
+    """With h = 1/L the first step is the last that moves: nothing alternates."""
+    goal = jnp.array([1.0, 0.5, 1.0, 2.0])
+    flow = gf.GradientFlow(gf.Loss(lambda m: 0.5 * jnp.sum((m.w - goal) ** 2)))
+    path = gf.simulate(
+        flow, Valley(jnp.zeros(4)), weight_decay=0.0, learning_rate=1.0, t1=100.0,
+        solver=solver,
+    )  # fmt: skip
+    assert_allclose(path.params.w[-1], goal, rtol=1e-12)
+    assert path.stats.steps < 200
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("level", [0.2, 1e-3])
+def test_until_looks_at_the_first_steps_too(level):
+    start, h = np.array([0.3, 0.5, 1.3, 0.3]), 0.03
+    test = gf.Metric(lambda m: (m.w[2] * m.w[3] - 1) ** 2, threshold=level)
+    path = gf.simulate(
+        FLOW, Valley(jnp.asarray(start)), weight_decay=DECAY, learning_rate=h, t1=30.0,
+        until="test", metrics={"test": test}, solver=diffrax.Tsit5(),
+    )  # fmt: skip
+    w = steps_of(start, h, 100)
+    k = np.argmax((w[:, 2] * w[:, 3] - 1) ** 2 <= level)
+    assert path.met and (k <= 16) == (level == 0.2)
+    # Within the first steps it is a step; later a time between two.
+    end = float(path.t[-1]) / h
+    assert abs(end - k) < 1e-9 if k <= 16 else k - 1 < end < k
+    assert path.crossing_time("test") == path.t[-1]
+
+
+def test_errors_of_a_direction_do_not_cancel_those_of_the_centre():
+    w = jnp.array([1.0, 2.0])
+
+    def state(centre, direction, log_size):
+        return Alternating(centre, direction, jnp.asarray(log_size), jnp.zeros(()))
+
+    controller = Alongside(
+        Relative(1e-5, None, dtmin=0.0, parts_of=lambda y: y.centre).wrap(1)
+    )
+    zero = jnp.zeros(())
+    y = state(w, jnp.array([1.0, 0.0]), 0.0)
+    aside = jnp.array([0.0, 1e-2])
+    for sign in (1, -1):
+        error = state(sign * 1e-2 * w, aside, 0.0)
+        memory = controller.init(None, zero, zero + 1, y, 0.1, None, None, 5)[1]
+        keep, *_ = controller.adapt_step_size(
+            zero, zero + 0.1, y, y, None, error, 5, memory
+        )
+        assert not keep
 
 
 def test_without_oscillation_it_is_the_modified_equation(field):

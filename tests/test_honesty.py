@@ -74,6 +74,20 @@ def test_explicit_solver_that_jitters_about_a_valley(rejected, rtol, result):
 
 
 @pytest.mark.slow
+def test_steps_that_are_tried_again_to_land():
+    """So many of few steps are no sign of the stability limit."""
+    loss = gf.Loss(lambda w: 0.5 * ((w[0] * w[1] - 1) ** 2 + (w[2] - 1) ** 2))
+    test = gf.Metric(lambda w: (w[0] * w[1] - 1) ** 2, threshold=1e-2)
+    path = gf.simulate(
+        gf.GradientFlow(loss), jnp.array([0.3, 0.5, 0.0]), weight_decay=0.01, t1=20.0,
+        saves=5, rtol=1e-2, solver=diffrax.Tsit5(), until="test",
+        metrics={"test": test}, throw=False,
+    )  # fmt: skip
+    assert path.result == gf.RESULTS.criterion_met
+    assert 3 * path.stats.rejected > path.stats.steps
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("rtol", [1e-3, 1e-6])
 def test_sliding_along_kinks(rtol):
     """Neither stalls nor passes for exact; and the balance law is kept."""

@@ -48,6 +48,7 @@ _SMOOTH = (-1 / 32, 0.0, 9 / 32, 0.5, 9 / 32, 0.0, -1 / 32)
 # is no longer told apart: the logarithm goes to −∞ at 1/h, where x changes its sign.
 _KNOWN = 0.25
 _TURNS = 0.5  # u turns no faster than at this hq − 1
+_DEEP = 2.0  # ln ρ is lifted no faster than from so far below rounding
 
 # In the place of a direction that rounding gives: this part of it is the same always.
 _KICK = 0.01
@@ -98,17 +99,19 @@ class FiniteStepTerm(AbstractFlowTerm):
         speed, push = jax.linearize(lambda y: self._to_first_order(y, decay), y)
         bend = jax.tree.map(lambda change: 0.5 * h * change, push(speed))
         tiny = jnp.finfo(w.dtype).tiny
-        floor = jnp.log(0.5 * jnp.finfo(w.dtype).eps * rms(w) + tiny)
-        rounding = 0.5 * jnp.exp(2 * (floor - y.log_size)) / h
+        below = jnp.minimum(_log_rounding(w) - y.log_size, _DEEP)
+        rounding = 0.5 * jnp.exp(2 * below) / h
         u = unit(y.direction)
         along = jnp.vdot(self.kick, u)
         aside = jnp.sign(along) * (self.kick - along * u)
-        missed = norm(bend.centre) ** 2 / (norm(speed.centre) * norm(w) + tiny)
+        # (Nothing depends on the deviation; at rest both speeds are rounding.)
+        size, fast, bent = map(norm, (w, speed.centre, bend.centre))
+        missed = bent / (size + tiny) * jnp.minimum(bent / (fast + tiny), 1)
         return Alternating(
             speed.centre - bend.centre,
             speed.direction + _KICK * rounding * aside,
             speed.log_size - bend.log_size + rounding,
-            missed,
+            jax.lax.stop_gradient(missed),
         )
 
     def _to_first_order(self, y: Alternating, decay: Scalar) -> Alternating:
@@ -127,6 +130,12 @@ class FiniteStepTerm(AbstractFlowTerm):
         turn = (mean - q * u) / jnp.maximum(factor, _TURNS)
         still = jnp.zeros_like(y.deviation)
         return Alternating(-0.5 * (there + back), turn, _log(factor) / h, still)
+
+
+def _log_rounding(w: Float[Array, " d"]) -> Scalar:
+    """ln ε, below which rounding lets no ρ fall."""
+    info = jnp.finfo(w.dtype)
+    return jnp.log(0.5 * info.eps * rms(w) + info.tiny)
 
 
 def _log(factor: Scalar) -> Scalar:
@@ -176,6 +185,7 @@ def begin_steps(
     size = norm(x)
     tiny = jnp.finfo(theta.dtype).tiny
     direction = jnp.where(size > tiny, x / jnp.maximum(size, tiny), kick)
-    log_size = jnp.log(jnp.maximum(size, tiny))
+    # Nothing alternates where the descent has come to rest: that is rounding, too.
+    log_size = jnp.maximum(jnp.log(jnp.maximum(size, tiny)), _log_rounding(centre))
     state = Alternating(centre, direction, log_size, jnp.zeros_like(size))
     return Begun(out, steps[: FIRST_STEPS + 1], state)

@@ -103,6 +103,8 @@ def one_dataset(path: Any, *names: str, **attributes: Any) -> Any:
     found = recorded(lanes, [path.watched])
     variables |= {name: (dims, values[0]) for name, (dims, values) in found.items()}
     attributes |= {"solver": path.stats.solver, "why": path.stats.why}
+    if path.stats.learning_rate is not None:
+        attributes["learning_rate"] = float(path.stats.learning_rate)
     return described(xarray().Dataset(variables, attrs=attributes))
 
 

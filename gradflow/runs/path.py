@@ -86,7 +86,8 @@ def _ended_at(path: "Path", name: str, metric: Metric) -> bool:
 
 NOT_AGAIN = (
     "error: there is none for what can't be run again; a flow can be that simulate or "
-    "sweep ran in this process, with its results in memory, and not under jit."
+    "sweep ran in this process, with its results in memory, not under jit, and without "
+    "a learning_rate."
 )
 
 
@@ -165,10 +166,10 @@ class Path(eqx.Module):
     )
     """`again(params, ts, start=0.0)` runs the same flow from given parameters through
     given times, from 0 on, which count from the time `start` of this path.
-    `again(None, ts)` runs it from its own start, to up to three more digits, through
+    `again(None, ts)` runs it from its own start, to one or two more digits, through
     the given times and one more before each; `again()` so until it ends, with what it
-    was to run `until`. `None` for a descent, for paths made under `jit`, and where
-    results were read from disk."""
+    was to run `until`. `None` for a descent and the flow of one, for paths made under
+    `jit`, and where results were read from disk."""
     clock: Float[Array, "*lanes n"] | None = None
     """s at each time, where λ is on a schedule."""
 
@@ -251,7 +252,8 @@ class Path(eqx.Module):
         each of the saved times. Its size is the error bar.
 
         It is an estimate, by a finer run in the place of the exact one: from the same
-        start, by the same solver, to a hundredth of `rtol`, with two steps or more from
+        start, by the same solver, to a hundredth of `rtol` (more where that is beyond
+        its order or the digits, a tenth at most), with two steps or more from
         each saved time to the next. That takes two to three times the steps of the run
         (RKC2 seven to eleven times), and with gradflow's solvers no new program. It is
         made once, for all names.

@@ -16,7 +16,9 @@ from .._checks import (
     check_logits,
     is_concrete,
     word,
+    Wrong,
 )
+from .._host import as_array
 from .._typing import Given
 from ..flow.finite_steps import FIRST_STEPS
 from ..flow.flow import GradientFlow
@@ -202,10 +204,11 @@ def check_steps(
         )
 
 
-def check_end(ts: Float[Array, " n"], learning_rate: float | Scalar) -> None:
-    """Raises for a descent that ends before it is a flow."""
+def check_end(ts: Float[Array, " n"], learning_rate: float | Scalar) -> Wrong:
+    """Raises for a descent that ends before it is a flow; where that is being traced,
+    returns whether it does."""
     if not (is_concrete(ts) and is_concrete(learning_rate)):
-        return
+        return ~(as_array(ts)[-1] > FIRST_STEPS * learning_rate)
     first = FIRST_STEPS * float(learning_rate)
     if not float(np.asarray(ts)[-1]) > first:
         raise ValueError(
@@ -213,3 +216,4 @@ def check_end(ts: Float[Array, " n"], learning_rate: float | Scalar) -> None:
             "only what comes after is a flow; give a later end, or take "
             "gradflow.descent."
         )
+    return False

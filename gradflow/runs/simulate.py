@@ -96,7 +96,8 @@ def simulate(
     failed, as `coarse`: so it is where steps far beyond 2/L lead to chaos. Where ρ
     rises from rounding, the descent itself is not the same on every machine. θ' takes
     some six gradients of F: for less than some 10⁵ steps [`gradflow.descent`][] is
-    quicker. F is to be smooth: at kinks, as of ReLU, steps of the solver are short.
+    quicker. F is to be smooth: at kinks, as of ReLU, steps of the solver are short, and
+    `deviation` does not see them.
 
     **Arguments:**
 
@@ -180,7 +181,7 @@ def simulate(
         measure=solver is None and learning_rate is None,
     )  # fmt: skip
     if learning_rate is not None:
-        check_end(times, learning_rate)
+        wrong = wrong | check_end(times, learning_rate)
     wrong = wrong | check_decay(lam, times)
 
     def run(choice: Choice) -> Path:

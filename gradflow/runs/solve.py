@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 from .._host import as_array, known, platform as host_platform, taken
 from .._norms import as_vector, norms, rms
 from ..flow.decay import decay_at, DecaySchedule
+from ..flow.finite_steps import FIRST_STEPS
 from ..flow.flat import in_blocks
 from ..flow.nonsmooth import loss_may_have_kinks
 from ..flow.operations import numbers, operations
@@ -269,8 +270,24 @@ class _Steps(NamedTuple):
         defined, first = self.start(run, end)
         integration = self.integration(run, first)
         at = integration.begin(self.followed.state, first)
+        if run.until is not None and self.followed.before is not None:
+            at = self._met_before(run, at, self.followed.before)
         high = jnp.where(defined, at.high, jnp.inf)
         return dataclasses.replace(at, stopped=at.stopped | ~defined, high=high)
+
+    def _met_before(
+        self, run: Solve, at: Reached, before: Callable[[Scalar], PyTree]
+    ) -> Reached:
+        """The start; or where what it runs `until` holds at a step of the descent
+        before that, this step."""
+        assert run.until is not None and run.learning_rate is not None
+        ts = run.learning_rate * jnp.arange(FIRST_STEPS + 1, dtype=run.ts.dtype)
+        until = run.until
+        holds = jax.lax.map(lambda t: until.holds(self.here(run, t, before(t))), ts)
+        met, t = jnp.any(holds), ts[jnp.argmax(holds)]
+        y = jax.tree.map(lambda a, b: jnp.where(met, a, b), before(t), at.y)
+        t, high = jnp.where(met, t, at.t), jnp.where(met, t, at.high)
+        return dataclasses.replace(at, t=t, y=y, stopped=at.stopped | met, high=high)
 
     def go_on(
         self, run: Solve, at: Reached, steps: Int[Array, ""] | None = None
@@ -346,8 +363,8 @@ def _flow_solver(run: Solve) -> AbstractFlowSolver:
     return ActiveSet(solver)
 
 
-# What a solver is told that does not see the jumps of the curvature. (By 0.3 Tsit5 was
-# off by 6.2 rtol in one of 300 random problems.)
+# What a solver is told that does not see the jumps of the curvature. (With 0.3 Tsit5
+# was off by 6.2 rtol in one of 300 random problems.)
 _ACROSS = 0.2
 
 

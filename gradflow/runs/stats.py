@@ -26,7 +26,7 @@ COUNTS = (
     "products",
 )
 """What adds up from run to run."""
-NUMBERS = (*COUNTS, "atol", "conditioning")
+NUMBERS = (*COUNTS, "atol", "conditioning", "deviation")
 """What labelled results have by these names, too. (`rtol` and `learning_rate` are
 coordinates there, where they vary.)"""
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PyTree
 
 from .._checks import is_concrete
 from .._host import as_array
-from ..solvers import AbstractFlowSolver
+from ..solvers import AbstractFlowSolver, as_flow_solver
 from .integrate import Reached
 from .parts import FIRST
 from .path import Path
@@ -48,7 +48,7 @@ def solve_through(
 
     windows = [
         dataclasses.replace(run, ts=as_array(w))
-        for w in _windows(ts, run.flow_solver, like or run.saves)
+        for w in _windows(ts, as_flow_solver(run.solver), like or run.saves)
     ]
     at, paths = begin(windows[0], as_array(ts[-1])), []
     for window in windows:

@@ -213,6 +213,7 @@ class Plain(AbstractPlain):
 # tells of it where a path jitters about a steep valley: L, at what is saved, does not.
 _NOISE = 0.15
 _REJECTED = 1 / 3
+_TO_LAND = 60  # steps are tried again, at most, to land on a criterion: a bisection
 
 
 class Explicit(AbstractPlain):
@@ -228,6 +229,6 @@ class Explicit(AbstractPlain):
         of the size of the tolerance makes up a drift of its own."""
         reach = steps_at_the_limit(saved.term, saved.params, saved.ts)
         taken, _, rejected = saved.counts.astype(reach.dtype)
-        limited = (reach > taken) | (rejected > _REJECTED * taken)
+        limited = (reach > taken) | (rejected - _TO_LAND > _REJECTED * taken)
         noisy = limited & (jnp.maximum(reach, taken) * saved.rtol > _NOISE)
         return RESULTS.where(noisy, RESULTS.unstable, RESULTS.successful)

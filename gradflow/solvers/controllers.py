@@ -389,7 +389,10 @@ class Alongside(AbstractWrapped):
     ):
         error: Any = y_error
         more = jnp.maximum(norm(error.direction), 0.1 * jnp.abs(error.log_size))
-        error = eqx.tree_at(lambda y: y.centre, error, error.centre + more * y0.centre)
+        both = jnp.abs(error.centre) + more * jnp.abs(y0.centre)
+        # (An infinite one of what is zero is no number.)
+        both = jnp.where(jnp.isnan(both), jnp.inf, both)
+        error = eqx.tree_at(lambda y: y.centre, error, both)
         return self.controller.adapt_step_size(
             t0, t1, y0, y1_candidate, args, error, error_order, controller_state
         )

@@ -24,7 +24,7 @@ class FiniteSteps(AbstractFlowSolver):
     learning_rate: Scalar
     """h."""
     differentiable: ClassVar[bool] = False
-    sees_growth: ClassVar[bool] = True
+    sees_growth: ClassVar[bool] = False
     sees_jumps: ClassVar[bool] = False
 
     @property

@@ -349,7 +349,7 @@ def lane_error(path: Path, name: str, metric: Metric, time: float) -> float:
         return np.nan
     try:
         return crossing_time_error(path, name, metric, time)
-    except RuntimeError as failure:
+    except (RuntimeError, ValueError) as failure:
         told = f"crossing_error: of {name} at λ = {float(path.weight_decay):.3g} it is "
         warnings.warn(f"{told}not known; {failure}", stacklevel=3)
         return np.nan
