@@ -88,7 +88,7 @@ def test_the_share_of_a_line_of_a_circle_and_of_a_walk():
     assert paths.component_share(t * np.array([[1.0, 2.0, 3.0]])) == pytest.approx(1)
     circle = np.hstack([np.cos(2 * np.pi * t), np.sin(2 * np.pi * t)])
     assert paths.component_share(circle) == pytest.approx(0.5)
-    steps = np.random.default_rng(0).normal(size=(200, 1500))
+    steps = np.random.default_rng(0).normal(size=(200, 20_000))
     share = paths.component_share(steps.cumsum(axis=0))
     assert share == pytest.approx(6 / np.pi**2, abs=0.02)
 
