@@ -112,8 +112,8 @@ class RESULTS(diffrax.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
         "root there have no derivative."
     )
     wrong_argument = (
-        "An argument makes no sense, so nothing was run. It was being traced, and only "
-        "the result can tell: check that `weight_decay` is finite and 0 or more, that "
+        "An argument makes no sense. It was being traced, and only the result can "
+        "tell: check that `weight_decay` is finite and 0 or more, that "
         "times increase and s/λ does not overflow, that scales and tolerances are "
         "positive, and that a `learning_rate` makes more than 16 steps."
     )

@@ -75,23 +75,27 @@ def test_what_pages_are_made_of():
 
 
 def run(*command, cwd):
+    """What it ended with, and the end of what it said."""
     env = os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg"}
     out = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
-    assert not out.returncode, (out.stdout + out.stderr)[-3000:]
+    return out.returncode, (out.stdout + out.stderr)[-3000:]
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("page", [page.stem for page in executed.scripts()])
 def test_page_runs(page, tmp_path):
     (script,) = (path for path in executed.scripts() if path.stem == page)
-    run(sys.executable, script, cwd=tmp_path)
+    status, said = run(sys.executable, script, cwd=tmp_path)
+    assert status == 0, said
 
 
 @pytest.mark.slow
 def test_site_builds_without_a_warning(tmp_path):
     """No page, link, anchor or name that leads nowhere."""
     site = tmp_path / "site"
-    run(sys.executable, "-m", "mkdocs", "build", "--strict", "-d", site, cwd=ROOT)
+    build = "-m", "mkdocs", "build", "--strict", "-d", site
+    status, said = run(sys.executable, *build, cwd=ROOT)
+    assert status == 0, said
     pages = {path.relative_to(site).as_posix() for path in site.rglob("*.html")}
     assert {"index.html", "start.html", "reference/flows.html"} <= pages
     text = (site / "reference" / "flows.html").read_text("utf-8")

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import compiled, Linear
+from helpers import compiled, Diagonal, Linear
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 from numpy.testing import assert_array_equal
@@ -299,14 +299,6 @@ def test_kinks():
 
 
 # -- a sample of runs, against SciPy ---
-
-
-class Diagonal(eqx.Module):
-    u: Float[Array, " d"]
-    v: Float[Array, " d"]
-
-    def __call__(self, x):
-        return x @ (self.u**2 - self.v**2)
 
 
 class Tanh(eqx.Module):

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 import gradflow as gf
-from gradflow.runs import solve
+from gradflow.runs import each as rows, solve
 
 
 def kinds(fn, *args):
-    return {e.primitive.name for e in solve.operations(jax.make_jaxpr(fn)(*args))}
+    return {e.primitive.name for e in rows.operations(jax.make_jaxpr(fn)(*args))}
 
 
 def test_many_at_once():
@@ -26,7 +26,7 @@ def test_many_at_once():
     branch = lambda y: jax.lax.cond(y[0] > 0, lambda: y, lambda: -y)
     for fn in (simple, norm, host, loop, branch):
         for platform in ("cpu", "gpu"):
-            each = functools.partial(solve.of_each, fn, platform=platform)
+            each = functools.partial(rows.of_each, fn, platform=platform)
             together = fn is simple and platform == "gpu"
             assert ("scan" in kinds(each, states)) != together
             found, one = each(states), jax.lax.map(fn, states)
@@ -45,15 +45,15 @@ def test_a_path_is_the_same(monkeypatch, solver):
     one = flat(run(weight_decay=0.1, metrics=task.metrics))
     tried = []
 
-    def in_blocks(fn, rows, size):
+    def in_blocks(fn, states, size):
         tried.append(size)
-        return blocks(fn, rows, 2**20 // 9)
+        return blocks(fn, states, 2**20 // 9)
 
-    blocks = solve.in_blocks
-    gpu = functools.partial(solve.of_each, platform="gpu")
+    blocks = rows.in_blocks
+    gpu = functools.partial(rows.of_each, platform="gpu")
     with monkeypatch.context() as patch:
         patch.setattr(solve, "of_each", gpu)
-        patch.setattr(solve, "in_blocks", in_blocks)
+        patch.setattr(rows, "in_blocks", in_blocks)
         jax.clear_caches()
         many = flat(run(weight_decay=0.1, metrics=task.metrics))
     jax.clear_caches()

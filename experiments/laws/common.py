@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
@@ -133,7 +134,8 @@ def _contraction(
     def at(p: PyTree) -> tuple[Scalar, Scalar]:
         model = eqx.combine(p, static)
         along = gf.manifold.tangent_projection(flow, model, p)
-        return optax.tree.vdot(p, p), optax.tree.vdot(p, along) / optax.tree.vdot(p, p)
+        size, part = (jnp.asarray(optax.tree.vdot(p, v)) for v in (p, along))
+        return size, part / size
 
     return jax.lax.map(at, params)
 

@@ -259,7 +259,7 @@ class Logits(Held):
             for k, cold in enumerate(self.norms):
                 for name in ("logistic", "squared"):
                     # The norm is W_c at the first of all; σ is ρ^L/τ.
-                    loss = task.loss(cold**depth, squared=name == "squared")
+                    loss: Any = task.loss(cold**depth, squared=name == "squared")
                     path = task.held(rho * critical, loss, self.latest)
                     found[name][i, k] = path.crossing_time("test")
                     if name == "squared" and bool(path.met):

@@ -78,7 +78,8 @@ def normalised(seed: int) -> tuple[gf.SquaredError, DirectionNetwork]:
     task = tanh(seed)
     inner, biases, outer = task.model.inner, task.model.biases, task.model.outer
     size = float(jnp.linalg.norm(inner))
-    return task.loss, DirectionNetwork(inner, biases, outer, size)
+    loss: Any = task.loss
+    return loss, DirectionNetwork(inner, biases, outer, size)
 
 
 def turned(first: Array, last: Array) -> float:

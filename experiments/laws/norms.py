@@ -214,7 +214,8 @@ class Constant(Law):
             at = gf.log_spaced_steps(steps, 1000)
             path = gf.descent(task.flow, task.model, at=at, **options)
         run = Delay.of(path)
-        nothing = dict.fromkeys(("fitted", "predicted", "frozen", "slow"), np.nan)
+        names = ("fitted", "predicted", "frozen", "slow")
+        nothing: dict[str, Any] = dict.fromkeys(names, np.nan)
         if not np.isfinite(run.delay):
             return nothing
         i = int(np.searchsorted(np.asarray(path.t), run.memorised))
@@ -384,7 +385,8 @@ class Exponent(Law):
             sentence = f"local exponent at λ = {lams[-1]:.1g}, median of {last.size}"
             rows.append(check(f"{name}: local", value, "1 ± 0.05", sentence,
                               given=last.size))  # fmt: skip
-            mean = np.nanmedian(np.where(np.isfinite(local), local, np.nan), axis=0)
+            columns = [lone(column) for column in local.T]
+            mean = np.array([np.median(c) if c.size else np.nan for c in columns])
             if np.isfinite(mean).any():
                 i = int(np.nanargmin(np.abs(mean - 0.757)))
                 sentence = f"local exponent nearest to 0.757, at λ = {lams[i]:.2g}"

@@ -165,8 +165,9 @@ class Commutator(Law):
 
     def cell(self, network: str, seed: int) -> dict[str, Any]:
         task = NETWORKS[network](seed)
-        halves = pairs_of_halves(jr.key(seed), task.loss.x.shape[0], 5)
-        defect = gf.Metric(Defect(task.loss, halves))
+        loss: Any = task.loss
+        halves = pairs_of_halves(jr.key(seed), loss.x.shape[0], 5)
+        defect = gf.Metric(Defect(loss, halves))
         sweep = gf.sweep(
             task.flow, task.model, weight_decay=self.lams, slow_time=self.slow_time,
             saves=129, metrics={**task.metrics, "defect": defect}, progress=False,

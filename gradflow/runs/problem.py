@@ -4,28 +4,20 @@ import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
-import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, PyTree, Scalar
+from jaxtyping import PyTree
 
 from .._checks import (
     check_callable,
     check_logits,
     is_concrete,
     word,
-    Wrong,
 )
-from .._host import as_array
-from .._typing import Given
-from ..flow.finite_steps import FIRST_STEPS
-from ..flow.flow import GradientFlow
 from ..flow.term import FlowTerm
 from ..losses import AbstractCompositeLoss, AbstractLoss, CrossEntropy
 from ..metrics import AbstractOfLogits, Metric, without_thresholds
-from ..solvers import RKC2
 
 Shapes: TypeAlias = dict[str, tuple[int, ...]]
 """By name."""
@@ -152,68 +144,3 @@ def check_values(
                 f"{name}: expected {kind}, got {str(out.dtype) if fits else told}."
             )
     return {name: shapes[f"metrics[{name!r}]"] for name in watched}
-
-
-NO_DERIVATIVE = (
-    "adjoint: a run with a learning_rate has no derivative; leave learning_rate out, "
-    "for that of the flow."
-)
-
-
-def check_steps(
-    flow: GradientFlow,
-    model: PyTree,
-    learning_rate: Given,
-    weight_decay: Given,
-    solver: diffrax.AbstractSolver | None,
-    adjoint: diffrax.AbstractAdjoint | None,
-) -> None:
-    """Raises where descent in steps of that length is none that a flow follows here."""
-    if callable(learning_rate):
-        raise ValueError(
-            "learning_rate: expected one number; a schedule is for gradflow.descent."
-        )
-    if callable(weight_decay):
-        raise ValueError(
-            "weight_decay: expected one number where there is a learning_rate; a "
-            "schedule is for the flow, and for gradflow.descent."
-        )
-    if flow.hold_norm:
-        raise ValueError(
-            "learning_rate: descent that is rescaled to a norm follows another flow; "
-            "give a flow without hold_norm."
-        )
-    if not flow.penalty.smooth:
-        raise ValueError(
-            "learning_rate: descent goes to and fro across the kinks of "
-            f"{type(flow.penalty).__name__}; give a smooth penalty, such as "
-            "gradflow.Moreau(…, epsilon=…) of it."
-        )
-    if not (solver is None or isinstance(solver, RKC2 | diffrax.AbstractERK)):
-        raise ValueError(
-            "solver: expected an explicit one where there is a learning_rate, such as "
-            f"gradflow.RKC2() or diffrax.Tsit5(), got {type(solver).__name__}."
-        )
-    if adjoint is not None:
-        raise ValueError(NO_DERIVATIVE)
-    dtype = jax.tree.leaves(flow.partition(model)[0])[0].dtype
-    if dtype != jnp.float64:
-        raise ValueError(
-            f"model: a learning_rate needs parameters in float64, got {dtype}: the "
-            "oscillation grows from far below what that resolves."
-        )
-
-
-def check_end(ts: Float[Array, " n"], learning_rate: float | Scalar) -> Wrong:
-    """Raises for a descent that ends before it is a flow; where that is being traced,
-    returns whether it does."""
-    if not (is_concrete(ts) and is_concrete(learning_rate)):
-        return ~(as_array(ts)[-1] > FIRST_STEPS * learning_rate)
-    first = FIRST_STEPS * float(learning_rate)
-    if not float(np.asarray(ts)[-1]) > first:
-        raise ValueError(
-            f"learning_rate: the first {FIRST_STEPS} steps reach t = {first:.3g}, and "
-            "only what comes after is a flow; give a later end, or take "
-            "gradflow.descent."
-        )
-    return False

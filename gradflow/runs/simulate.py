@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import diffrax
 import equinox as eqx
@@ -33,14 +33,14 @@ from ..solvers import (
     as_flow_solver,
     Choice,
     cpu_advice,
-    RKC2,
     second_choice,
     TRIAL_STEPS,
 )
 from .again import Again
+from .finite_steps import check_end, check_steps, CHOICE, NO_DERIVATIVE
 from .outcome import fail_unless_reached, given_up, recorded, wants_another
 from .path import Path
-from .problem import as_metrics, check_end, check_problem, check_steps, NO_DERIVATIVE
+from .problem import as_metrics, check_problem
 from .progress import Bar
 from .solve import Solve
 from .times import as_decay, check_decay, prepare
@@ -160,8 +160,9 @@ def simulate(
         init_scale=init_scale, rtol=rtol, max_steps=max_steps
     ) | check_given(atol=atol, solver=solver)
     if learning_rate is not None:
-        check_steps(flow, model, learning_rate, weight_decay, solver, adjoint)
-        wrong = wrong | check_arguments(learning_rate=learning_rate)
+        wrong = wrong | check_steps(
+            flow, model, learning_rate, weight_decay, solver, adjoint
+        )
     if not callable(weight_decay):
         wrong = wrong | check_arguments(weight_decay=weight_decay)
     watched = as_metrics(metrics)
@@ -185,7 +186,10 @@ def simulate(
     wrong = wrong | check_decay(lam, times)
 
     def run(choice: Choice) -> Path:
-        given = (term, params, lam, times, learning_rate)
+        given: dict[str, Any] = dict(
+            term=term, params=params, weight_decay=lam, ts=times,
+            learning_rate=learning_rate,
+        )  # fmt: skip
         known = as_flow_solver(choice.solver)
         if criterion is not None:
             given = _underivable(given, adjoint, _UNTIL)
@@ -194,15 +198,14 @@ def simulate(
         elif not known.differentiable:
             given = _underivable(given, adjoint, _BY.format(known.name))
         one = Solve.of(
-            *given[:4],
-            bare,
-            choice.solver,
+            **given,
+            watched=bare,
+            solver=choice.solver,
             rtol=rtol,
             atol=atol,
             max_steps=min(max_steps, TRIAL_STEPS) if choice.trial else max_steps,
             adjoint=adjoint,
             until=criterion,
-            learning_rate=given[4],
         )
         with Bar(known.name, shown=progress and concrete) as bar:
             path = solve_through(one, bar, kinked=kinked)
@@ -229,10 +232,8 @@ def simulate(
     )
     concrete = all(map(is_concrete, arrays))
     kinked = concrete and _kinked(term, params)
-    if learning_rate is not None and solver is None:
-        choice = Choice(RKC2(), "the one for descent in steps that are not small")
-    else:
-        choice = as_choice(solver, size, rtol)
+    steps = learning_rate is not None and solver is None
+    choice = CHOICE if steps else as_choice(solver, size, rtol)
     path = run(choice)
     if choice.trial and size is not None and bool(wants_another(path.result)):
         then = second_choice(size, rtol)
