@@ -87,19 +87,3 @@ def test_page_runs(page, tmp_path):
     (script,) = (path for path in executed.scripts() if path.stem == page)
     status, said = run(sys.executable, script, cwd=tmp_path)
     assert status == 0, said
-
-
-@pytest.mark.slow
-def test_site_builds_without_a_warning(tmp_path):
-    """No page, link, anchor or name that leads nowhere."""
-    site = tmp_path / "site"
-    build = "-m", "mkdocs", "build", "--strict", "-d", site
-    status, said = run(sys.executable, *build, cwd=ROOT)
-    assert status == 0, said
-    pages = {path.relative_to(site).as_posix() for path in site.rglob("*.html")}
-    assert {"index.html", "start.html", "reference/flows.html"} <= pages
-    text = (site / "reference" / "flows.html").read_text("utf-8")
-    assert 'id="gradflow.simulate"' in text and 'href="#gradflow.Path"' in text
-    for page in ("concepts", "inside/kkt", "inside/lift", "inside/second-order"):
-        text = (site / f"{page}.html").read_text("utf-8")
-        assert "<math" in text and "arithmatex" not in text
