@@ -36,7 +36,19 @@ def tanh(seed: int, scale: float = 1.0) -> gf.tasks.Task:
     )
 
 
+def transformer(seed: int, scale: float = 1.0) -> gf.tasks.Task:
+    """A small one on a + b mod 23, by cross-entropy."""
+    return gf.tasks.modular_transformer(
+        jr.key(seed), modulus=23, fraction=0.6, width=32, hidden=128,
+        activation="gelu", init_scale=scale,
+    )  # fmt: skip
+
+
 NETWORKS: dict[str, Callable[..., gf.tasks.Task]] = dict(diagonal=diagonal, tanh=tanh)
+OTHERS: dict[str, Callable[..., gf.tasks.Task]] = dict(transformer=transformer)
+"""Of which laws may be asked."""
+FLOWS: dict[str, dict[str, Any]] = dict(transformer=dict(solver=gf.RKC2(), rtol=1e-3))
+"""How these are followed, where that is not the default."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ import gradflow as gf
 from ..shared.figures import COLOURS, finish, panels
 from ..shared.record import table
 from ..shared.rows import check, law, Row
-from .common import adam, Law, lone, NETWORKS
+from .common import adam, FLOWS, Law, lone, NETWORKS, OTHERS
 
 
 def component_share(points: Float[np.ndarray, "n d"]) -> float:
@@ -28,59 +28,75 @@ def component_share(points: Float[np.ndarray, "n d"]) -> float:
     return float(values[0] / values.sum())
 
 
-def flat(params: PyTree) -> Float[np.ndarray, "n d"]:
-    """The parameters of a path, a row for each time."""
+@dataclasses.dataclass(frozen=True)
+class PathLaw(Law):
+    """Of networks that may be named."""
+
+    networks: tuple[str, ...] = tuple(NETWORKS)
+    """`diagonal`, `tanh`; or `transformer`, of 14 080 parameters, on a + b mod 23."""
+
+    def task(self, network: str, seed: int) -> gf.tasks.Task:
+        return (NETWORKS | OTHERS)[network](seed)
+
+
+def flat(path: gf.Path) -> Float[np.ndarray, "n d"]:
+    """The parameters of a path, a row for each time; of a transformer those of its
+    attention."""
+    params = path.params
+    if isinstance(params, gf.models.Transformer):
+        params = [block.attention for block in params.blocks]
     leaves = [np.asarray(p) for p in jax.tree.leaves(params)]
     return np.concatenate([p.reshape(len(p), -1) for p in leaves], axis=1)
 
 
 @dataclasses.dataclass(frozen=True)
-class Component(Law):
+class Component(PathLaw):
     """One principal component holds 68 to 83 % of the path until it generalises.
 
     (arXiv 2602.16746, of attention weights under AdamW, saved evenly: "essentially
     one-dimensional".) Of flows, under λ = 10⁻³, and AdamW, under 0.03, with 101 points
-    evenly from the start to T_grok. Refuted, for a kind of network and an optimiser, by
-    a median share outside of 0.68 … 0.83. What it would mean: a random walk of many
-    dimensions has 6/π² = 61 % (its covariance is that of Brownian motion), a straight
-    line all. The rival, that the path is one of a drift and no walk, is refuted by a
-    median share below 0.83.
+    evenly from the start to T_grok; of a transformer the path of its attention.
+    Refuted, for a kind of network and an optimiser, by a median share outside of 0.68 …
+    0.83. What it would mean: a random walk of many dimensions has 6/π² = 61 % (its
+    covariance is that of Brownian motion), a straight line all. The rival, that the
+    path is one of a drift and no walk, is refuted by a median share below 0.83.
 
     No files. Time: a minute of a core; quick, half of one.
     """
 
     points: int = 101
     """Saved models."""
+    decay: float = 3e-2
+    """Of AdamW, whose steps are of 10⁻³: the transformer takes 1."""
 
     QUICK = dict(seeds=2)
 
     def compute(self) -> xr.Dataset:
-        axes = dict(network=list(NETWORKS), seed=self.each_seed())
+        axes = dict(network=list(self.networks), seed=self.each_seed())
         return table(axes, self.cell, "runs")
 
     def cell(self, network: str, seed: int) -> dict[str, Any]:
-        task = NETWORKS[network](seed)
+        task = self.task(network, seed)
         run: dict[str, Any] = dict(metrics=task.metrics, throw=False)
-        flow = gf.simulate(
-            task.flow, task.model, weight_decay=1e-3, slow_time=5.0, **run
-        )
+        along: dict[str, Any] = dict(weight_decay=1e-3, **FLOWS.get(network, {}))
+        flow = gf.simulate(task.flow, task.model, slow_time=5.0, **along, **run)
         time = flow.crossing_time("test")
-        run |= dict(weight_decay=3e-2, learning_rate=1e-3, method="decoupled")
+        run |= dict(weight_decay=self.decay, learning_rate=1e-3, method="decoupled")
         run |= dict(optimiser=adam(1e-8))
-        at = gf.log_spaced_steps(int(5.0 / 3e-5), 400)
+        at = gf.log_spaced_steps(int(5.0 / (1e-3 * self.decay)), 400)
         steps = gf.descent(task.flow, task.model, at=at, **run).crossing_time("test")
         steps = np.rint(steps / 1e-3)
         found = dict(flow=np.nan, adam=np.nan, walk=np.nan, time=time, steps=steps)
         if time > 0:
             ts = jnp.linspace(0, time, self.points)
-            path = gf.simulate(task.flow, task.model, weight_decay=1e-3, ts=ts)
-            found["flow"] = component_share(flat(path.params))
+            path = gf.simulate(task.flow, task.model, ts=ts, **along)
+            found["flow"] = component_share(flat(path))
         if steps > 0:
             at = np.unique(np.linspace(0, steps, self.points).astype(int))
             path = gf.descent(task.flow, task.model, at=at, **run)
-            found["adam"] = component_share(flat(path.params))
+            found["adam"] = component_share(flat(path))
         # As many points, and dimensions, of no direction at all.
-        size = flat(flow.params).shape[1]
+        size = flat(flow).shape[1]
         walk = np.random.default_rng(seed).normal(size=(self.points, size))
         return found | dict(walk=component_share(walk.cumsum(axis=0)))
 
@@ -133,7 +149,7 @@ class Component(Law):
 
 
 @dataclasses.dataclass(frozen=True)
-class Commutator(Law):
+class Commutator(PathLaw):
     """The defect of commuting gradient steps rises before T_grok by a lead ∝ T_grok^α,
     α = 1.1 … 1.2; two-phase theory has α → 1, as everything but the fast phase scales
     with 1/λ.
@@ -157,20 +173,21 @@ class Commutator(Law):
     QUICK = dict(seeds=2, lams=tuple(np.geomspace(3e-1, 3e-5, 5).tolist()))
 
     def compute(self) -> xr.Dataset:
-        axes = dict(network=list(NETWORKS), seed=self.each_seed())
+        axes = dict(network=list(self.networks), seed=self.each_seed())
         data = table(axes, self.cell, "runs")
         names = {"grokked_0": "lam", "onset_0": "lam", "last_t_0": "time"}
         names |= {"last_defect_0": "time", "last_test_0": "time"}
         return data.rename(names).assign_coords(lam=list(self.lams))
 
     def cell(self, network: str, seed: int) -> dict[str, Any]:
-        task = NETWORKS[network](seed)
+        task = self.task(network, seed)
         loss: Any = task.loss
         halves = pairs_of_halves(jr.key(seed), loss.x.shape[0], 5)
         defect = gf.Metric(Defect(loss, halves))
         sweep = gf.sweep(
             task.flow, task.model, weight_decay=self.lams, slow_time=self.slow_time,
             saves=129, metrics={**task.metrics, "defect": defect}, progress=False,
+            **FLOWS.get(network, {}),
         )  # fmt: skip
         paths = list(sweep)
         values = [np.asarray(path.metrics["defect"]) for path in paths]
@@ -231,7 +248,7 @@ class Commutator(Law):
             axes[1].plot(one.last_t[1:], one.last_defect[1:], color=colour,
                          label=f"{name}: defect")  # fmt: skip
             axes[1].plot(one.last_t[1:], one.last_test[1:], "--", color=colour,
-                         label="test loss")  # fmt: skip
+                         label="test")  # fmt: skip
         finish(axes[0], "lead over grokking time", "$T$", "lead$/T$", log="x")
         finish(axes[1], rf"one run each, $\lambda$ = {lam:.1g}", "$t$")
         return {"commutator": fig}
@@ -254,16 +271,20 @@ def pairs_of_halves(key: Array, samples: int, count: int) -> Int[Array, "k 2 m"]
 class Defect(eqx.Module):
     """‖H_A g_B − H_B g_A‖/(‖g_A‖‖g_B‖), median of some pairs of batches."""
 
-    loss: gf.SquaredError
+    loss: gf.SquaredError | gf.CrossEntropy
     halves: Int[Array, "k 2 m"]
 
     def __call__(self, model: PyTree) -> Float[Array, ""]:
         params, static = eqx.partition(model, eqx.is_inexact_array)
         theta, unravel = ravel_pytree(params)
 
+        def data(loss):
+            classes = isinstance(loss, gf.CrossEntropy)
+            return loss.x, loss.labels if classes else loss.y
+
         def gradient(samples):
-            x, y = self.loss.x[samples], self.loss.y[samples]
-            loss = eqx.tree_at(lambda f: (f.x, f.y), self.loss, (x, y))
+            some = [array[samples] for array in data(self.loss)]
+            loss = eqx.tree_at(data, self.loss, some)
             return jax.grad(lambda v: loss(eqx.combine(unravel(v), static)))
 
         def of_pair(pair):
