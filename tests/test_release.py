@@ -7,6 +7,7 @@ import tomllib
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
+pathspec = pytest.importorskip("pathspec")
 yaml = pytest.importorskip("yaml")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 HATCH = PYPROJECT["tool"]["hatch"]
@@ -31,6 +32,17 @@ def test_what_is_linked_is_in_the_source_distribution():
         for target in re.findall(r"\]\(((?!http)[^)#]+)", text(page)):
             assert (ROOT / target).exists(), target
             assert pathlib.Path(target).parts[0] in packed, target
+
+
+def test_no_result_is_ignored():
+    """What git ignores is left out of the source distribution too."""
+    lines = text(".gitignore").splitlines()
+    ignored = pathspec.GitIgnoreSpec.from_lines(lines)
+    kept = ["benchmarks/results", "experiments/records", "docs/executed"]
+    files = [p for name in kept for p in (ROOT / name).rglob("*.*") if p.is_file()]
+    names = [p.relative_to(ROOT).as_posix() for p in files]
+    assert len(names) > 100 and ignored.match_file("results/two_phase/report.png")
+    assert not list(ignored.match_files(names))
 
 
 def test_an_index_is_shown_no_relative_link():
