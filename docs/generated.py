@@ -102,6 +102,7 @@ STUDIES = {
     "transformer_flow": ("Networks in continuous time", "transformer_flow"),
     "beyond_l2": ("Beyond the Euclidean norm", "beyond_l2_cs1"),
     "omnigrok": ("Omnigrok", "omnigrok_ts_l"),
+    "laws": ("Laws of grokking", "laws_delay"),
 }
 
 
