@@ -67,7 +67,9 @@ class Component(PathLaw):
     points: int = 101
     """Saved models."""
     decay: float = 3e-2
-    """Of AdamW, whose steps are of 10⁻³: the transformer takes 1."""
+    """Of AdamW, whose steps are of 10⁻³."""
+    slow_time: float = 5.0
+    """How far to run, s = λt."""
 
     QUICK = dict(seeds=2)
 
@@ -79,11 +81,12 @@ class Component(PathLaw):
         task = self.task(network, seed)
         run: dict[str, Any] = dict(metrics=task.metrics, throw=False)
         along: dict[str, Any] = dict(weight_decay=1e-3, **FLOWS.get(network, {}))
-        flow = gf.simulate(task.flow, task.model, slow_time=5.0, **along, **run)
+        s = self.slow_time
+        flow = gf.simulate(task.flow, task.model, slow_time=s, **along, **run)
         time = flow.crossing_time("test")
         run |= dict(weight_decay=self.decay, learning_rate=1e-3, method="decoupled")
         run |= dict(optimiser=adam(1e-8))
-        at = gf.log_spaced_steps(int(5.0 / (1e-3 * self.decay)), 400)
+        at = gf.log_spaced_steps(int(s / (1e-3 * self.decay)), 400)
         steps = gf.descent(task.flow, task.model, at=at, **run).crossing_time("test")
         steps = np.rint(steps / 1e-3)
         found = dict(flow=np.nan, adam=np.nan, walk=np.nan, time=time, steps=steps)
