@@ -38,10 +38,10 @@ class RESULTS(diffrax.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
         "`rtol` below λ/L, the ratio of weight decay and curvature."
     )
     coarse = (
-        "The run reached its end, but the steps of the descent are too long for a flow "
-        "to follow: too much changes from one to the next, and the path may be off by "
-        "more than 5 % of θ (`stats.deviation` is an estimate). Lower `learning_rate`, "
-        "or take `gradflow.descent`."
+        "The steps of the descent are too long for a flow to follow: too much changes "
+        "from one to the next, and the path may be off by more than 5 % of θ "
+        "(`stats.deviation` is an estimate). Lower `learning_rate`, or take "
+        "`gradflow.descent`."
     )
     stalled = (
         "The solver could make no step, however small: next to the last time reached "
@@ -240,15 +240,28 @@ def flags() -> dict[str, Any]:
     }
 
 
-def in_words(result: RESULTS, solver: str, dtype: jnp.dtype | np.dtype) -> str:
-    """The message of a result of a run, with what its solver and its precision add."""
+def in_words(
+    result: RESULTS,
+    solver: str,
+    dtype: jnp.dtype | np.dtype,
+    *,
+    of_descent: bool = False,
+) -> str:
+    """The message of a result of a run, with what its solver and its precision add; and
+    that it follows a descent, which the KKT solvers can't."""
     message = RESULTS[result]
     if among(result, RESULTS.out_of_steps):
-        message += f" {_slow(solver)}"
+        message += f" {_OF_DESCENT if of_descent else _slow(solver)}"
     if among(result, RESULTS.stalled) and jnp.finfo(dtype).bits < 64:
         name = jnp.finfo(dtype).dtype
         message += f" Or call gradflow.enable_float64() first: this is {name}."
     return message
+
+
+_OF_DESCENT = (
+    "To follow a descent takes some six gradients of the loss a stage: for less than "
+    "some 10⁵ steps gradflow.descent is quicker."
+)
 
 
 def _slow(solver: str) -> str:

@@ -238,7 +238,9 @@ class Path(eqx.Module):
     @property
     def verdict(self) -> str:
         """How the run ended, and what to do about it, in words."""
-        return in_words(self.result, str(self.stats.solver), self.t.dtype)
+        of_descent = self.stats.deviation is not None
+        solver = str(self.stats.solver)
+        return in_words(self.result, solver, self.t.dtype, of_descent=of_descent)
 
     def crossing_time(self, name: str) -> float:
         """When metric `name` has passed its threshold for good, to about `rtol`: the

@@ -538,9 +538,13 @@ def _verdict(
             solver.loss_of(term, out.end),
         )
         up = ~(last <= jnp.abs(first) / jnp.finfo(first.dtype).eps ** 0.5)
-        failed = (result == RESULTS.diverged) | (result == RESULTS.stalled)
+        # All of its steps are taken: it is not to be gone on with.
+        spent = result == RESULTS.out_of_steps
+        spent = spent & (out.counts[0] >= run.tolerance.max_steps)
+        failed = (result == RESULTS.diverged) | (result == RESULTS.stalled) | spent
         result = RESULTS.where(failed & up, RESULTS.overshot, result)
-        coarse = (result == RESULTS.successful) & ~(work["deviation"] <= _COARSE)
+        coarse = (result == RESULTS.successful) | (spent & ~up)
+        coarse = coarse & ~(work["deviation"] <= _COARSE)
         result = RESULTS.where(coarse, RESULTS.coarse, result)
     states = jax.vmap(run.term.chart.state)(models)
     saved = Saved(run.term, states, out.ts, out.counts, run.tolerance.rtol)
