@@ -65,7 +65,8 @@ class EmbeddingDecoder(eqx.Module):
         return self.decoder(jnp.sum(self.embedding[pair], axis=0))
 
     def only_decoder(self) -> PyTree[bool]:
-        """A filter for `GradientFlow(trainable=...)` that holds the embedding fixed."""
+        """The filter for `GradientFlow(trainable=...)` that holds the embedding
+        fixed."""
         chosen = jax.tree.map(eqx.is_inexact_array, self)
         return eqx.tree_at(lambda m: m.embedding, chosen, False)
 

@@ -37,7 +37,7 @@ class AbstractConvexTruth(eqx.Module):
 
 
 class AbstractSparseTruth(AbstractConvexTruth):
-    """A sparse target β* behind targets y = Xβ*, and the least ℓ1 norm."""
+    """A sparse target β⋆ behind targets y = Xβ⋆, and the least ℓ1 norm."""
 
     features: eqx.AbstractVar[Float[Array, "n d"]]
     targets: eqx.AbstractVar[Float[Array, " n"]]
