@@ -1,5 +1,6 @@
 """The site: it builds, has every public name, and shows what its code does."""
 
+import copy
 import os
 import pathlib
 import re
@@ -14,6 +15,7 @@ import gradflow as gf
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "docs"))
 
+import docstrings  # noqa: E402
 import executed  # noqa: E402
 import generated  # noqa: E402
 
@@ -38,6 +40,34 @@ def test_every_public_name_is_in_the_reference_once():
         thing = gf
         for part in name.split("."):
             thing = getattr(thing, part)
+
+
+def test_the_reference_tells_all():
+    """Arguments, fields, what is returned and raised, of each public name."""
+    left_out = [
+        one for name in executed.documented() for one in docstrings.missing(name)
+    ]
+    assert not left_out, "\n".join(left_out)
+
+
+@pytest.mark.parametrize(
+    "old, new, found",
+    [
+        ("- `key`: of", "- of", "`key` is not described"),
+        ("**Returns:**", "It gives", "what it returns"),
+        ("`RuntimeError` if", "an error if", "that it raises RuntimeError"),
+        ("t = h · steps, and", "θ* at h · steps, and", "a star, 'e flow: θ* at h · s'"),
+    ],
+)
+def test_what_a_docstring_leaves_out_is_found(old, new, found):
+    module, node = docstrings.found(gf.descent)
+    assert not list(docstrings.of_function(module, node, "descent"))
+    node = copy.deepcopy(node)
+    text = node.body[0].value
+    assert text.value.count(old) == 1
+    text.value = text.value.replace(old, new)
+    (told,) = docstrings.of_function(module, node, "descent")
+    assert told.startswith(f"descent: {found}")
 
 
 def test_every_name_in_the_text_is_there():

@@ -101,8 +101,8 @@ class Trace(AbstractPenalty):
         return jax.grad(self)(params)
 
     def standard_error(self, params: PyTree) -> Scalar:
-        """The standard error of R(θ) with `probes`, θ the parameters `params`, estimated
-        from how these differ: zero without any, NaN with one."""
+        """The standard error of R(θ) with `probes`, θ the parameters `params`,
+        estimated from how these differ: zero without any, NaN with one."""
         at = self.curvature_of.at(params)
         if self.probes is None:
             return jnp.zeros((), at.theta.dtype)

@@ -78,7 +78,7 @@ def messy_embedding(
     dimension: int = 2,
     messiness: float | Float[Array, ""] = 0.0,
 ) -> Float[Array, "symbols dimension"]:
-    """E = mE_random + (1 − m)E_linear, for the messiness m.
+    """E = m E_random + (1 − m) E_linear, for the messiness m.
 
     The linear embedding has the symbols evenly from −1 to 1 along the first coordinate,
     which makes sums of symbols sums of vectors, and other coordinates uniform in

@@ -21,7 +21,7 @@ class Sobolev(AbstractOwnGradient, AbstractKinked):
     gradient is that almost everywhere.
     """
 
-    x: Float[Array, "n *inputs"]
+    x: Float[Array, " n *inputs"]
     target: Array | None
     values: Array | None
     static: PyTree
@@ -30,7 +30,7 @@ class Sobolev(AbstractOwnGradient, AbstractKinked):
     def __init__(
         self,
         model: Callable,
-        x: Float[Array, "n *inputs"],
+        x: Float[Array, " n *inputs"],
         *,
         target: Array | None = None,
         values: Array | None = None,

@@ -108,6 +108,7 @@ class AbstractLeafwise(AbstractOwnGradient, AbstractByLeaf):
     def least_norm(
         self, params: PyTree, force: PyTree, strength: float | Scalar
     ) -> PyTree:
+        """The element of least norm of `force` + `strength` ∂R at `params`."""
         return self._map(
             lambda x, v: self.leaf_least_norm(x, v, strength),
             lambda x, v: v,

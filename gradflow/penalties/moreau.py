@@ -87,6 +87,6 @@ class Moreau(AbstractOwnGradient, AbstractCurved, AbstractProximal, AbstractLips
         return lipschitz(self.penalty, params)
 
     def error(self, params: PyTree) -> float | Scalar:
-        """εL²/2, which R − R_ε never exceeds for parameters shaped as `params`; infinite
-        where R has no Lipschitz constant."""
+        """εL²/2, which R − R_ε never exceeds for parameters shaped as `params`;
+        infinite where R has no Lipschitz constant."""
         return 0.5 * self.epsilon * self.lipschitz(params) ** 2

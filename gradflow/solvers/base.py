@@ -151,8 +151,8 @@ def with_tolerances_of(
 
 
 def as_flow_solver(solver: diffrax.AbstractSolver) -> AbstractFlowSolver:
-    """The `solver` as one that answers what a run asks: itself where it does, an
-    [`gradflow.solvers.Explicit`][] or a [`gradflow.solvers.Plain`][] of it where not."""
+    """The `solver` as one that answers what a run asks: itself where it does; else an
+    [`gradflow.solvers.Explicit`][] of it, or a [`gradflow.solvers.Plain`][]."""
     if isinstance(solver, AbstractFlowSolver):
         return solver
     explicit = isinstance(solver, diffrax.AbstractERK)

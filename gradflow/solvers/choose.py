@@ -52,7 +52,7 @@ def measure_size(
     weight_decay: float | Scalar,
     t1: float | Scalar,
 ) -> Size:
-    """The [`gradflow.solvers.choose.Size`][] of the flow `term`, from `params` to time
+    """The [`gradflow.solvers.Size`][] of the flow `term`, from `params` to time
     `t1`, with λ = `weight_decay`.
 
     `term` and `params` are those of `GradientFlow.term`. ‖∇²F(θ₀)‖ is found by some

@@ -76,7 +76,7 @@ class Landscape(eqx.Module):
         **Returns:** the smallest and the largest norm for each start, of shape
         (starts, 2); between the norms by interpolation in the logarithm of w.
 
-        **Raises:** `ValueError` where no metric has that name, or there is no threshold.
+        **Raises:** `ValueError` where no metric has that name, or none a threshold.
         """
         values, sign = self._toward_low(name)
         own = self.watched[name].threshold
@@ -168,7 +168,7 @@ def landscape(
     - `t1`: the time to which the flow runs.
     - `metrics`: functions of the model, by name.
     - `progress`: show a bar.
-    - `options`: for [`gradflow.sweep`][]: those of [`gradflow.simulate`][]; `run`, for descents; and
+    - `options`: for [`gradflow.sweep`][]: those of `simulate`; `run`, for descents; and
         `batch="vmap"`, the default on an accelerator, which runs all starts and norms
         in lockstep. (For many data sizes sweep with `axes`, over flows that hold the
         norm.)

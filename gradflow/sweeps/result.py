@@ -165,8 +165,8 @@ class Sweep(eqx.Module):
         return (self[i] for i in range(len(self)))
 
     def crossing_time(self, name: str) -> Float[np.ndarray, "..."]:
-        """When metric `name` has passed its threshold for good, a time t, in the shape of
-        the dimensions; see `Path.crossing_time`.
+        """When metric `name` has passed its threshold for good, a time t, in the shape
+        of the dimensions; see `Path.crossing_time`.
 
         **Raises:** `ValueError` for a metric that is no single number.
         """
@@ -178,8 +178,8 @@ class Sweep(eqx.Module):
         return np.array(times).reshape(self.shape)
 
     def crossing_error(self, name: str) -> Float[np.ndarray, "..."]:
-        """How far `crossing_time` of metric `name` is off, a time t, in the shape of the
-        dimensions: see `Path.crossing_error`. Each lane is run once more for it, to
+        """How far `crossing_time` of metric `name` is off, a time t, in the shape of
+        the dimensions: see `Path.crossing_error`. Each lane is run once more for it, to
         more digits; NaN for one that failed, or fails in that, of which a warning
         tells.
 

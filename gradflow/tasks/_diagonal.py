@@ -114,7 +114,7 @@ def fourier_diagonal(
 def fourier_features(
     inputs: Float[Array, " n"], frequencies: int
 ) -> Float[Array, "n d"]:
-    """1, then √2 cos kx and √2 sin kx for k = 1, …, `frequencies`, at the n numbers x of
+    """1, then √2 cos kx and √2 sin kx for k = 1, …, `frequencies`, at each x of the
     `inputs`: orthonormal for the uniform distribution on [−π, π].
 
     **Returns:** an array of shape (n, 2 `frequencies` + 1).

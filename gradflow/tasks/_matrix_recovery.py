@@ -159,7 +159,11 @@ class MatrixTruth(AbstractConvexTruth):
 
     def certificate(self) -> Certified:
         """The matrix of least nuclear norm with these measurements, with the dual point
-        that proves it (by CVXPY, to be installed as `gradflow[experiments]`)."""
+        that proves it (by CVXPY, to be installed as `gradflow[experiments]`).
+
+        **Raises:** `ImportError` where CVXPY is not installed; `RuntimeError` where
+        none is found, or none certified.
+        """
         shape = self.target.shape
         return least_nuclear(self.operator(), np.asarray(self.values), shape)
 

@@ -45,6 +45,7 @@ class Predicted(NamedTuple):
     """The metrics of a prediction at n times."""
 
     t: Float[Array | np.ndarray, " n"]
+    """These times t."""
     curves: list[dict[str, Float[Array | np.ndarray, "n ..."]]]
     """The metrics by name, at order 1 and, if known, at 2 and with the next term."""
     delay: Float[Array | np.ndarray, " n"]
@@ -338,9 +339,9 @@ class TwoPhase(eqx.Module):
         s: Float[Array, ""] | None = None,
         order: int = 1,
     ) -> PyTree:
-        """As `predict`, for one time `t`, λ = `lam`, and s = λt unless `s` is given: the
-        trainable parameters alone. An `order` of 3 is what is known of it: the term of
-        order λ² as it is at the end of the fast phase."""
+        """As `predict`, for one time `t`, λ = `lam`, and s = λt unless `s` is given:
+        the trainable parameters alone. An `order` of 3 is what is known of it: the term
+        of order λ² as it is at the end of the fast phase."""
         end_s = self.drift.s[-1]
         s = lam * t if s is None else s
         # Beyond its last time the fast path has arrived.

@@ -76,9 +76,9 @@ class ReducedPath(eqx.Module):
     """How the run ended, in Diffrax's words."""
 
     def time_until(self, messiness: float | Scalar) -> Scalar:
-        """When m falls below `messiness` for the first time, a time t, between two saved
-        times by a straight line; infinite where it never does, NaN where the run did
-        not reach its end before."""
+        """When m falls below `messiness` for the first time, a time t, between two
+        saved times by a straight line; infinite where it never does, NaN where the run
+        did not reach its end before."""
         below = self.messiness <= messiness
         i = jnp.argmax(below)
         before, m = jnp.maximum(i - 1, 0), self.messiness
