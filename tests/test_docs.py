@@ -1,6 +1,8 @@
 """The site: it builds, has every public name, and shows what its code does."""
 
 import copy
+import inspect
+import operator
 import os
 import pathlib
 import re
@@ -68,6 +70,32 @@ def test_what_a_docstring_leaves_out_is_found(old, new, found):
     text.value = text.value.replace(old, new)
     (told,) = docstrings.of_function(module, node, "descent")
     assert told.startswith(f"descent: {found}")
+
+
+def test_remedies_name_what_there_is():
+    """Arguments, fields and methods, of what a message says what to do with."""
+    known = set()
+    for name in executed.documented():
+        known.add(name.rpartition(".")[2])
+        thing = operator.attrgetter(name)(gf)
+        if isinstance(thing, type):
+            known |= {*dir(thing), *thing.__annotations__}
+        if callable(thing) and not isinstance(thing, type(gf.plot.Clock)):
+            known |= set(inspect.signature(thing).parameters)
+    codes, told = gf.results.CODES, 0
+    for message in (gf.RESULTS[getattr(gf.RESULTS, name)] for name in codes):
+        names = re.findall(r"`([\w.]+)", message) + re.findall(r"\b(\w+)=", message)
+        assert {name.rpartition(".")[2] for name in names} <= known, message
+        told += bool(names)
+    assert told >= 14
+
+
+def test_the_glossary_has_every_symbol_with_its_unit():
+    text = (ROOT / "docs" / "glossary.md").read_text("utf-8")
+    rows = [row[2:-2].split(" | ") for row in text.splitlines() if row.startswith("| ")]
+    units = {symbol: row[-1].strip() for row in rows for symbol in row[0].split(", ")}
+    wanted = "t, s = λt, λ, h, α, η, Φ(θ), P, M, J, R, F, G, ρ, κ, μ, σ".split(", ")
+    assert {*wanted} <= {*units} and all(units.values())
 
 
 def test_every_name_in_the_text_is_there():

@@ -89,7 +89,7 @@ def simulate(
     u near the first eigenvector of ∇²F; see `gradflow.flow.finite_steps` for the terms
     of order h and the sources. Parameters are w, and what is recorded is the mean over
     both points, as over two steps. Below the edge, ρ = 0, that is the modified equation
-    θ' = −∇(G + ¼h‖∇G‖²), G = F + λR. The first 16 steps are taken as they are. Then w
+    θ' = −∇(E + ¼h‖∇E‖²), E = F + λR. The first 16 steps are taken as they are. Then w
     is that of the descent but for O(h²), as long as it changes little in a step: in the
     tests to 1e-3 over a thousand steps at the edge, the sharpness there to 2 % of 2/h.
     `path.stats.deviation` is an estimate of the error, and from 0.05 on the run has
