@@ -84,7 +84,7 @@ def test_remedies_name_what_there_is():
             known |= set(inspect.signature(thing).parameters)
     codes, told = gf.results.CODES, 0
     for message in (gf.RESULTS[getattr(gf.RESULTS, name)] for name in codes):
-        names = re.findall(r"`([\w.]+)", message) + re.findall(r"\b(\w+)=", message)
+        names = re.findall(r"`(\w[\w.]*)", message) + re.findall(r"\b(\w+)=", message)
         assert {name.rpartition(".")[2] for name in names} <= known, message
         told += bool(names)
     assert told >= 14
