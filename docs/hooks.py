@@ -56,7 +56,7 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
     html = _FORMULA.sub(_formula, html)
     html = _FIGURE.sub(r'<a href="\2">\1</a>', html)
     if page.file.src_uri.startswith("reference/"):
-        html = _SMALL.sub(_raised, html)
+        html = _SHAPE.sub(r"\1", _SMALL.sub(_raised, html))
     return _CODE.sub(_linked, html)
 
 
@@ -72,6 +72,7 @@ _CODE = re.compile(
     r"<(h\d|pre|a|autoref)\b.*?</\1>|<code>(?:gf\.|gradflow\.)?([\w.]+)(?:\(\))?</code>",
     re.S,
 )
+_SHAPE = re.compile(r"""(<span class="s[12]">(?:['"]|&#39;|&quot;)) """)  # " n": "n"
 # Formulas of docstrings, which are text: e^{−λt}, eps^⅔, w_c, but not snake_case.
 _SMALL = re.compile(
     r"<(h\d|pre|code|math)\b.*?</\1>|<[^>]*>"

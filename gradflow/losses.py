@@ -395,7 +395,7 @@ class Logistic(AbstractTargetLoss, AbstractByClasses):
     For targets −1 and 1 it is `SoftMargin`.
 
     On separable data this loss has no minimiser: without weight decay ‖θ‖ grows like
-    log t.
+    log t (Soudry et al., arXiv 1710.10345).
     """
 
     x: PyTree
@@ -456,8 +456,9 @@ class CrossEntropy(AbstractBySamples, AbstractByClasses):
     soft labels qᵢ, probabilities of the k classes, −meanᵢ Σⱼ qᵢⱼ log softmax(f(xᵢ))ⱼ.
 
     On separable data this loss has no minimiser: without weight decay ‖θ‖ grows like
-    log t. With soft labels, none of which is 0 or 1, it has: softmax(f(xᵢ)) = qᵢ where
-    the model can, and there F is the mean entropy of the labels.
+    log t (Soudry et al., arXiv 1710.10345). With soft labels, none of which is 0 or 1,
+    it has: softmax(f(xᵢ)) = qᵢ where the model can, and there F is the mean entropy of
+    the labels.
     """
 
     x: PyTree

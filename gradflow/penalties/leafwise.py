@@ -41,7 +41,8 @@ class AbstractLeafwise(AbstractOwnGradient, AbstractByLeaf):
     def leaf_least_norm(
         self, x: Array, force: Array, strength: float | Scalar
     ) -> Array:
-        """The element of least norm of `force` + `strength` ∂r(`x`)."""
+        """The element of least norm of `force` + `strength` ∂r(`x`), an array like
+        `x`."""
 
     @abc.abstractmethod
     def takes(self, x: Array) -> bool:

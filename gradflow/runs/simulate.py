@@ -122,7 +122,8 @@ def simulate(
         interpolating would leave the manifold.
     - `metrics`: functions of the model, by name, that give a number or an array;
         `Metric` adds a threshold.
-    - `solver`: a gradflow or Diffrax solver; see `choose_solver` for the default.
+    - `solver`: a gradflow or Diffrax solver; see
+        [`gradflow.solvers.choose_solver`][] for the default.
     - `rtol`: relative tolerance. The relative error of the parameters, ‖θ − θ⋆‖/‖θ⋆‖,
         stays of this size: below 5 `rtol` on every task in the tests, 6 were seen with
         the kinks of a Huber loss. (Of θ itself where the flow has `rates`, too: over

@@ -167,8 +167,8 @@ def choose_solver(
 
     **Arguments:**
 
-    - `size`: from `measure_size`. A stiffness that is traced (under `jit` or `vmap`) is
-        taken as 1e6.
+    - `size`: from [`gradflow.solvers.measure_size`][]. A stiffness that is traced
+        (under `jit` or `vmap`) is taken as 1e6.
     - `rtol`: the tolerance; taken as 1e-6 where it is traced.
     - `classical`: whether Tsit5 may be chosen.
 
