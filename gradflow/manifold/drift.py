@@ -80,7 +80,8 @@ class Drift(eqx.Module):
         """The slow time from which metric `name` is past its threshold for good, by
         interpolation: see [`gradflow.crossing_time`][].
 
-        **Raises:** `ValueError` for a metric that is no single number.
+        **Raises:** `KeyError` where no metric has that name; `ValueError` for one that
+        is no single number.
         """
         return crossing_time(self.s, self.metrics[name], self.watched[name])
 

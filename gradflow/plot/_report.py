@@ -141,7 +141,8 @@ def collapse(report: Report, ax: Axes | None = None, *, metric: str = "test") ->
 
     **Returns:** the axes.
 
-    **Raises:** `ValueError` for a metric that the sweep does not have.
+    **Raises:** `KeyError` for a metric that the theory does not have, `ValueError` for
+    one that the sweep does not have.
     """
     drift = report.theory.drift
     curve = drift.penalty if metric == "penalty" else drift.metrics[metric]

@@ -247,7 +247,8 @@ class Path(eqx.Module):
 
         **Returns:** a time t, as [`gradflow.crossing_time`][].
 
-        **Raises:** `ValueError` for a metric that is no single number.
+        **Raises:** `KeyError` where no metric has that name; `ValueError` for one that
+        is no single number.
         """
         return landed_crossing_time(self, name, self.watched[name])
 

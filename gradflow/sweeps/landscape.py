@@ -76,7 +76,8 @@ class Landscape(eqx.Module):
         **Returns:** the smallest and the largest norm for each start, of shape
         (starts, 2); between the norms by interpolation in the logarithm of w.
 
-        **Raises:** `ValueError` where no metric has that name, or none a threshold.
+        **Raises:** `ValueError` where no metric has that name; or where it has no
+        threshold, and none is given.
         """
         values, sign = self._toward_low(name)
         own = self.watched[name].threshold

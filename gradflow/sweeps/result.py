@@ -168,7 +168,8 @@ class Sweep(eqx.Module):
         """When metric `name` has passed its threshold for good, a time t, in the shape
         of the dimensions; see `Path.crossing_time`.
 
-        **Raises:** `ValueError` for a metric that is no single number.
+        **Raises:** `KeyError` where no metric has that name; `ValueError` for one that
+        is no single number.
         """
         lanes = self
         if isinstance(self.paths, StoredPaths):

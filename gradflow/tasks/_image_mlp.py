@@ -115,7 +115,7 @@ class DataTruth(eqx.Module):
     data: str = eqx.field(static=True)
     """Which they are."""
     title: str = eqx.field(static=True)
-    """For figures, which says so."""
+    """The title of figures, which says so."""
     available: int | None = eqx.field(static=True, default=None)
     """How many samples there are; `None` where as many as are asked for."""
     tested: bool = eqx.field(static=True, default=False)

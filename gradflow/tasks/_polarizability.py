@@ -178,7 +178,7 @@ class PolarizabilityTruth(eqx.Module):
     data: str = eqx.field(static=True)
     """Which they are."""
     title: str = eqx.field(static=True)
-    """For figures, which says so."""
+    """The title of figures, which says so."""
     mean: float
     deviation: float
     unit: str = eqx.field(static=True)

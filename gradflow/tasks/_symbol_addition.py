@@ -96,4 +96,4 @@ class AdditionTruth(eqx.Module):
     vectors: Float[Array, "p outputs"]
     """Row k is that of the result k."""
     title: str = eqx.field(static=True)
-    """For figures."""
+    """The title of figures."""

@@ -93,7 +93,7 @@ class ShareWithin(eqx.Module):
     **Arguments:**
 
     - `loss`: with the samples.
-    - `tolerance`: of the square, as that of the targets.
+    - `tolerance`: of the squared error, in the unit of y².
     """
 
     loss: SquaredError

@@ -259,7 +259,7 @@ class TwoPhase(eqx.Module):
         """`crossing_time` of metric `name` at λ = `weight_decay`, from what `predicted`
         gave: `found`.
 
-        **Raises:** `ValueError` unless λ > 0.
+        **Raises:** `KeyError` where no metric has that name; `ValueError` unless λ > 0.
         """
         metric = self.drift.watched[name]
         curves = [curve[name] for curve in found.curves]

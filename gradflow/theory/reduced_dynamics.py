@@ -35,7 +35,7 @@ class Cliff(eqx.Module):
 
     **Raises:** `ValueError` for other angles, and unless the others are positive.
 
-    Source: Liu, Michaud, Tegmark, arXiv 2210.01117, section 5, for the L and the edge.
+    Source: Liu, Michaud, Tegmark, arXiv 2210.01117, section 5.
     """
 
     norm: float | Scalar
