@@ -138,7 +138,7 @@ class AbstractByLeaf(AbstractProximal):
 
     @abc.abstractmethod
     def leaf_prox(self, x: Array, step: float | Scalar) -> Array:
-        """argmin_u r(u) + ‖u − x‖²/(2 `step`)."""
+        """argmin_u r(u) + ‖u − `x`‖²/(2 `step`), an array like `x`."""
 
 
 class AbstractRidge(AbstractByLeaf):
