@@ -14,7 +14,7 @@ from pathlib import Path
 DOCS = Path(__file__).parent
 OUT = DOCS / "executed"
 GALLERY = DOCS.parent / "experiments" / "gallery"
-_OWN = {"hooks.py", "executed.py", "execute.py", "generated.py"}
+_OWN = {"constructors.py", "executed.py", "execute.py", "generated.py", "hooks.py"}
 
 
 def scripts() -> list[Path]:

@@ -1,6 +1,7 @@
 """What the pages are made with beside Markdown: outputs of scripts, pages made from the
 code, formulas, and links from a name in the text to its reference."""
 
+import functools
 import re
 import sys
 from html import unescape
@@ -54,6 +55,8 @@ def on_page_markdown(
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     html = _FORMULA.sub(_formula, html)
     html = _FIGURE.sub(r'<a href="\2">\1</a>', html)
+    if page.file.src_uri.startswith("reference/"):
+        html = _SHAPE.sub(r"\1", _SMALL.sub(_raised, html))
     return _CODE.sub(_linked, html)
 
 
@@ -67,6 +70,15 @@ _PRIME = re.compile(
 # Code that is text: none that is a heading, a listing or a link already.
 _CODE = re.compile(
     r"<(h\d|pre|a|autoref)\b.*?</\1>|<code>(?:gf\.|gradflow\.)?([\w.]+)(?:\(\))?</code>",
+    re.S,
+)
+_SHAPE = re.compile(r"""(<span class="s[12]">(?:['"]|&#39;|&quot;)) """)  # " n": "n"
+# Formulas of docstrings, which are text: e^{−λt}, eps^⅔, w_c, but not snake_case.
+_SMALL = re.compile(
+    r"<(h\d|pre|code|math)\b.*?</\1>|<[^>]*>"
+    r"|\^(?P<up>\{[^{}<]+\}|\([^()<]+\)|[½⅔⅓]|\d+(?:\.\d+)?)"
+    r"|_(?P<down>\{[^{}<]+\})"
+    r"|(?:(?<=min)|(?<=[\w‖])(?<![A-Za-z]\w))_(?P<short>[A-Za-z0-9]+|\w)",
     re.S,
 )
 
@@ -83,16 +95,34 @@ def _primed(found: re.Match) -> str:
     return f'<mrow>{base}<mo lspace="0" rspace="0">{prime}</mo></mrow>'
 
 
+def _raised(found: re.Match) -> str:
+    up, down = found["up"], found["down"] or found["short"]
+    if up:
+        return f"<sup>{up.strip('{}')}</sup>"
+    return f"<sub>{down.strip('{}')}</sub>" if down else found[0]
+
+
 def _linked(found: re.Match) -> str:
     """A name of the library in the text, as a link to its reference."""
     name, whole = found[2], found[0]
-    if name is None or name not in _names():
+    if name is None:
+        return whole
+    first, _, member = name.partition(".")
+    full = _names().get(name) or (member and _names().get(first))
+    if not full:
         return whole
     if name[0].islower() and "gf." not in whole and "gradflow." not in whole:
         return whole  # `load`, `sweep`: often the name of an argument
-    return f'<autoref identifier="gradflow.{name}" optional>{whole}</autoref>'
+    if name not in _names():  # of a class, where it has that
+        full += f".{member}"
+    return f'<autoref identifier="gradflow.{full}" optional>{whole}</autoref>'
 
 
-def _names() -> frozenset[str]:
-    """All that the reference has."""
-    return frozenset(executed.documented())
+@functools.cache
+def _names() -> dict[str, str]:
+    """All that the reference has, by its name, and classes without that of their room
+    too where no two have it."""
+    full = executed.documented()
+    last = [name.rpartition(".")[2] for name in full]
+    short = {b: a for a, b in zip(full, last, strict=True) if last.count(b) == 1}
+    return {b: a for b, a in short.items() if b[0].isupper()} | {a: a for a in full}

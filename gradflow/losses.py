@@ -69,11 +69,12 @@ class AbstractCompositeLoss(AbstractLoss):
 
     @abc.abstractmethod
     def outputs(self, model: PyTree) -> Float[Array, " m"]:
-        """All outputs z(θ) on the training data, as one vector of m numbers."""
+        """All outputs z(θ) of `model` on the training data, as one vector of m
+        numbers."""
 
     @abc.abstractmethod
     def outer(self, z: Float[Array, " m"]) -> Scalar:
-        """The convex outer loss ℓ(z)."""
+        """The convex outer loss ℓ(`z`)."""
 
     @property
     @abc.abstractmethod
@@ -85,7 +86,7 @@ class AbstractCompositeLoss(AbstractLoss):
         return self.outer(self.outputs(model))
 
     def residuals(self, model: PyTree) -> Float[Array, " m"]:
-        """∇ℓ(z(θ)), the residuals: zero where the model interpolates the data.
+        """∇ℓ(z(θ)), the residuals: zero where `model` interpolates the data.
 
         For the mean squared error they are (z − y)/n, for the cross-entropy
         (softmax(z) − onehot)/n.
@@ -93,8 +94,8 @@ class AbstractCompositeLoss(AbstractLoss):
         return jax.grad(self.outer)(self.outputs(model))
 
     def jvp(self, model: PyTree, tangent: PyTree) -> Float[Array, " m"]:
-        """J v: the change of the outputs along `tangent`, a pytree shaped as the
-        model's inexact-array leaves (`None` on a leaf that is held fixed)."""
+        """J v: the change of the outputs of `model` along `tangent`, a pytree shaped as
+        its inexact-array leaves (`None` on a leaf that is held fixed)."""
         params, static = eqx.partition(
             model, jax.tree.map(lambda v: v is not None, tangent, is_leaf=_is_none)
         )
@@ -103,7 +104,8 @@ class AbstractCompositeLoss(AbstractLoss):
         )[1]
 
     def vjp(self, model: PyTree, cotangent: Float[Array, " m"]) -> PyTree:
-        """Jᵀ u: a pytree shaped as the model's inexact-array leaves."""
+        """Jᵀ u, u the `cotangent`: a pytree shaped as the inexact-array leaves of
+        `model`."""
         params, static = eqx.partition(model, eqx.is_inexact_array)
         _, pullback = jax.vjp(lambda p: self.outputs(eqx.combine(p, static)), params)
         return pullback(cotangent)[0]
@@ -393,7 +395,7 @@ class Logistic(AbstractTargetLoss, AbstractByClasses):
     For targets −1 and 1 it is `SoftMargin`.
 
     On separable data this loss has no minimiser: without weight decay ‖θ‖ grows like
-    log t.
+    log t (Soudry et al., arXiv 1710.10345).
     """
 
     x: PyTree
@@ -454,8 +456,9 @@ class CrossEntropy(AbstractBySamples, AbstractByClasses):
     soft labels qᵢ, probabilities of the k classes, −meanᵢ Σⱼ qᵢⱼ log softmax(f(xᵢ))ⱼ.
 
     On separable data this loss has no minimiser: without weight decay ‖θ‖ grows like
-    log t. With soft labels, none of which is 0 or 1, it has: softmax(f(xᵢ)) = qᵢ where
-    the model can, and there F is the mean entropy of the labels.
+    log t (Soudry et al., arXiv 1710.10345). With soft labels, none of which is 0 or 1,
+    it has: softmax(f(xᵢ)) = qᵢ where the model can, and there F is the mean entropy of
+    the labels.
     """
 
     x: PyTree
@@ -529,8 +532,8 @@ class CrossEntropy(AbstractBySamples, AbstractByClasses):
         return from_miss(miss, self.each(z))
 
     def margins(self, z: Float[Array, " m"]) -> Float[Array, " n"]:
-        """Of what a label may be (of one class, or several), above all that it is
-        not."""
+        """The least logit of what a label may be (of one class, or several), above all
+        that it is not, of each sample: from the outputs `z`, a vector of n · k."""
         z, q = self._rows(z)
         least = jnp.min(jnp.where(q > 0, z, jnp.inf), axis=1)
         others = jnp.max(jnp.where(q > 0, -jnp.inf, z), axis=1)
@@ -547,6 +550,13 @@ class Loss(AbstractLoss):
     Nothing is known of its structure: the KKT solvers then factorise its Hessian, for
     up to 5000 parameters, and so does the theory. Give a composite loss where there is
     one.
+
+    **Arguments:**
+
+    - `fn`: a function of the model that JAX can differentiate, and that gives one
+        number.
+
+    **Raises:** `ValueError` where that is no function.
     """
 
     fn: Callable[[Any], Scalar]

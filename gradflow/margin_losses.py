@@ -212,7 +212,8 @@ class Hinge(AbstractMarginLoss):
         return False
 
     def stiffness(self, jacobian: Float[Array, "m d"]) -> Float[Array, ""]:
-        """The largest curvature ‖Jᵀℓ''J‖ where all samples are within their margin."""
+        """The largest curvature ‖Jᵀℓ''J‖ where all samples are within their margin, J
+        the `jacobian` of the outputs."""
         weights = 1.0 if self.weights is None else jnp.max(self.weights)
         return self.scale * weights * jnp.linalg.norm(jacobian, 2) ** 2
 

@@ -13,7 +13,7 @@ from .models import TwoLayer
 
 
 class PopulationError(AbstractLoss):
-    """F(model) = ½ E‖f(x) − f*(x)‖², x ~ N(0, I): the squared error, against a teacher,
+    """F(model) = ½ E‖f(x) − f⋆(x)‖², x ~ N(0, I): the squared error, against a teacher,
     of infinitely many samples, without a sample of it.
 
     Teacher and student are networks of erf units without biases,
@@ -28,7 +28,7 @@ class PopulationError(AbstractLoss):
 
     It also is a metric: the exact test error of a student that learns from samples.
 
-    F is a sum of numbers of size (Σ|aⱼ| + Σ|a*ⱼ|)², by whose rounding it may be off,
+    F is a sum of numbers of size (Σ|aⱼ| + Σ|a⋆ⱼ|)², by whose rounding it may be off,
     and below zero, where the student is all but the teacher. It is not composite: where
     a KKT solver or the theory is to be used, ∇²F is made, for up to 5000 parameters.
 
@@ -41,7 +41,7 @@ class PopulationError(AbstractLoss):
     def __init__(self, teacher: TwoLayer):
         """**Arguments:**
 
-        - `teacher`: f*.
+        - `teacher`: f⋆.
 
         **Raises:** `ValueError` unless it is such a network, of finite weights; as does
         the loss of a model that is none, or of another number of inputs or outputs.

@@ -54,8 +54,14 @@ def load(file: str | File | io.IOBase) -> Any:
     and filled with their fields; nothing in them is called. So read only files whose
     names you trust.
 
+    **Arguments:**
+
+    - `file`: its name, or a file open for reading bytes.
+
+    **Returns:** what was saved, an object of the same class.
+
     **Raises:** `ValueError` where it is no such file, or a class that it names is not
-    there; `FileNotFoundError`.
+    there; `FileNotFoundError` where there is none.
     """
     with _opened(file, "rb") as stored:
         try:

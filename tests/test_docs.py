@@ -1,5 +1,8 @@
 """The site: it builds, has every public name, and shows what its code does."""
 
+import copy
+import inspect
+import operator
 import os
 import pathlib
 import re
@@ -14,6 +17,7 @@ import gradflow as gf
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "docs"))
 
+import docstrings  # noqa: E402
 import executed  # noqa: E402
 import generated  # noqa: E402
 
@@ -38,6 +42,60 @@ def test_every_public_name_is_in_the_reference_once():
         thing = gf
         for part in name.split("."):
             thing = getattr(thing, part)
+
+
+def test_the_reference_tells_all():
+    """Arguments, fields, what is returned and raised, of each public name."""
+    left_out = [
+        one for name in executed.documented() for one in docstrings.missing(name)
+    ]
+    assert not left_out, "\n".join(left_out)
+
+
+@pytest.mark.parametrize(
+    "old, new, found",
+    [
+        ("- `key`: of", "- of", "`key` is not described"),
+        ("**Returns:**", "It gives", "what it returns"),
+        ("`RuntimeError` if", "an error if", "that it raises RuntimeError"),
+        ("t = h · steps, and", "θ* at h · steps, and", "a star, 'e flow: θ* at h · s'"),
+    ],
+)
+def test_what_a_docstring_leaves_out_is_found(old, new, found):
+    module, node = docstrings.found(gf.descent)
+    assert not list(docstrings.of_function(module, node, "descent"))
+    node = copy.deepcopy(node)
+    text = node.body[0].value
+    assert text.value.count(old) == 1
+    text.value = text.value.replace(old, new)
+    (told,) = docstrings.of_function(module, node, "descent")
+    assert told.startswith(f"descent: {found}")
+
+
+def test_remedies_name_what_there_is():
+    """Arguments, fields and methods, of what a message says what to do with."""
+    known = set()
+    for name in executed.documented():
+        known.add(name.rpartition(".")[2])
+        thing = operator.attrgetter(name)(gf)
+        if isinstance(thing, type):
+            known |= {*dir(thing), *thing.__annotations__}
+        if callable(thing) and not isinstance(thing, type(gf.plot.Clock)):
+            known |= set(inspect.signature(thing).parameters)
+    codes, told = gf.results.CODES, 0
+    for message in (gf.RESULTS[getattr(gf.RESULTS, name)] for name in codes):
+        names = re.findall(r"`(\w[\w.]*)", message) + re.findall(r"\b(\w+)=", message)
+        assert {name.rpartition(".")[2] for name in names} <= known, message
+        told += bool(names)
+    assert told >= 14
+
+
+def test_the_glossary_has_every_symbol_with_its_unit():
+    text = (ROOT / "docs" / "glossary.md").read_text("utf-8")
+    rows = [row[2:-2].split(" | ") for row in text.splitlines() if row.startswith("| ")]
+    units = {symbol: row[-1].strip() for row in rows for symbol in row[0].split(", ")}
+    wanted = "t, s = λt, λ, h, α, η, Φ(θ), P, M, J, R, F, G, ρ, κ, μ, σ".split(", ")
+    assert {*wanted} <= {*units} and all(units.values())
 
 
 def test_every_name_in_the_text_is_there():

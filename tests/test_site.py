@@ -3,6 +3,7 @@
 import functools
 import html.parser
 import http.server
+import re
 import shutil
 import sys
 import threading
@@ -76,6 +77,12 @@ def test_site_builds_without_a_warning(site):
     assert {"index.html", "start.html", "reference/flows.html"} <= set(pages(site))
     text = (site / "reference" / "flows.html").read_text("utf-8")
     assert 'id="gradflow.simulate"' in text and 'href="#gradflow.Path"' in text
+    assert 'href="#gradflow.Path.slow_speed"' in text  # of `Path.slow_speed`
+    text = (site / "reference" / "penalties.html").read_text("utf-8")
+    assert "max(1 − h/‖θ<sub>g</sub>‖, 0) θ<sub>g</sub>" in text
+    listing = re.search(r'id="gradflow.GroupLasso".*?</pre>', text, re.S)
+    assert "groups: Literal[" in re.sub("<[^>]*>", "", listing[0])  # how it is made
+    assert not [p for p in pages(site) if "][]" in (site / p).read_text("utf-8")]
     for page in ("concepts", "inside/kkt", "inside/lift", "inside/second-order"):
         text = (site / f"{page}.html").read_text("utf-8")
         assert "<math" in text and "arithmatex" not in text

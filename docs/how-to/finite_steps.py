@@ -53,7 +53,7 @@ plt.show()
 # Where both w and ρ change little from one step to the next they follow a flow, which is
 # what is solved; the formula is in the reference of `gradflow.simulate`. The parameters of
 # the path are w, and metrics are the mean over both points, as over two steps. Below the
-# edge, ρ = 0, that is the modified equation θ' = −∇(G + ¼h‖∇G‖²), G = F + λR.
+# edge, ρ = 0, that is the modified equation θ' = −∇(E + ¼h‖∇E‖²), E = F + λR.
 #
 # - `path.stats.deviation` estimates by how much the path is off, relative to θ. From 0.05
 #   on the run has failed, as `coarse`: steps far beyond 2/L lead to chaos, which no flow

@@ -22,7 +22,8 @@ _STRAIN = {"H": 4, "C": 3, "N": 2, "O": 1, "F": 1}  # of a negative charge
 
 
 class Bond(NamedTuple):
-    """Between atoms `a` and `b`: single (1), double (2) or triple (3)."""
+    """Between atoms `a` and `b`, of that `order`: single (1), double (2) or triple
+    (3)."""
 
     a: int
     b: int
@@ -170,6 +171,9 @@ def molecular_graph(
     **Arguments:**
 
     - `molecules`: elements and bonds of each.
+
+    **Returns:** one [`gradflow.models.Graph`][] of n graphs, filled up to the most
+    atoms and bonds that a molecule has.
     """
     atoms = max(len(elements) for elements, _ in molecules)
     edges = 2 * max(len(bonds) for _, bonds in molecules)

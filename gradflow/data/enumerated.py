@@ -13,8 +13,11 @@ class Enumerated(NamedTuple):
     """A molecule, with its hydrogens."""
 
     smiles: str
+    """Without its hydrogens."""
     elements: tuple[str, ...]
+    """Symbols of its atoms."""
     bonds: tuple[Bond, ...]
+    """Between them."""
     refractivity: float
     """Molar refractivity in cm³/mol, by the contributions of atoms of Wildman and
     Crippen (J. Chem. Inf. Comput. Sci. 39, 1999); to it the isotropic polarizability is

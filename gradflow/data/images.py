@@ -98,7 +98,15 @@ def images_name(
     files: Mapping[str, Path], published: Mapping[str, Mapping[str, str]] = PUBLISHED
 ) -> str:
     """Which of the `published` images these files are, by the smallest of them; where
-    they are none of them, the first, whose checksums will refuse them."""
+    they are none of them, the first, whose checksums will refuse them.
+
+    **Arguments:**
+
+    - `files`: where they are, by `mnist_files`.
+    - `published`: checksums as `MNIST_SHA256`, by the names of what has them.
+
+    **Raises:** `ValueError` where that file can't be read.
+    """
     key = "test_labels"
     got = hashlib.sha256(read(files[key], _HOW)).hexdigest()
     names = (name for name, sums in published.items() if sums[key] == got)
@@ -146,13 +154,17 @@ def read_idx(path: Path, *, sha256: str | None = None) -> np.ndarray:
 def mnist(
     files: dict[str, Path], *, sha256: Mapping[str, str] | None = None
 ) -> tuple[np.ndarray, ...]:
-    """Images as rows of numbers from 0 to 1, and labels: training set, test set.
+    """Images as rows of numbers from 0 to 1, and labels: training set, test set (of
+    MNIST: LeCun, Bottou, Bengio, Haffner, Proc. IEEE 86, 1998).
 
     **Arguments:**
 
     - `files`: where they are, by `mnist_files`.
     - `sha256`: their checksums, `MNIST_SHA256` or `FASHION_MNIST_SHA256` for the
         published files; unchecked unless given.
+
+    **Returns:** four arrays: images, of shape (n, pixels), and n integers, to learn
+    from; and the same to test on.
 
     **Raises:** `ValueError` where a file is damaged, has another checksum, or does not
     fit its partner.

@@ -38,11 +38,13 @@ HOW = how(
 
 
 class Molecule(NamedTuple):
-    """One molecule of QM9."""
+    """One molecule of QM9 (Ramakrishnan, Dral, Rupp, von Lilienfeld, Sci. Data 1,
+    140022, 2014)."""
 
     index: int
     """Its number, from 1 on."""
     elements: tuple[str, ...]
+    """Symbols of its atoms."""
     positions: np.ndarray
     """In ångström, of shape (atoms, 3)."""
     charges: np.ndarray
@@ -161,6 +163,8 @@ def qm9(
     - `count`: the first so many; all of them unless given. What comes after them in
         the archive is not looked at, but for its checksum.
     - `sha256`: the checksum of the archive; `None` takes any. A folder has none.
+
+    **Returns:** a [`gradflow.data.Molecule`][] of each.
 
     **Raises:** `ValueError` where a file is damaged, not in the format, or missing, or
     the archive has another checksum.

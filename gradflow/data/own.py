@@ -18,11 +18,13 @@ class Images(NamedTuple):
     """Images as rows of numbers, and their labels."""
 
     images: np.ndarray
+    """Of shape (n, numbers)."""
     labels: np.ndarray
-    """From 0 on."""
+    """Integers from 0 on, of shape (n,)."""
     test: tuple[np.ndarray, np.ndarray] | None
     """Images and labels of a test set of its own, where there is one."""
     classes: int
+    """How many: labels are below that."""
     data: str
     """Which they are: for titles."""
 
@@ -79,7 +81,7 @@ def _kind(array: np.ndarray) -> str:
 
 
 def own_arrays(path: str | Path) -> dict[str, np.ndarray]:
-    """The arrays of a file .npz, by their names.
+    """The arrays of the file .npz at `path`, by their names.
 
     **Raises:** `ValueError` where it is not one, not whole, or holds objects.
     """
@@ -133,6 +135,8 @@ def own_reviews(given: Mapping[str, Given], name: str, where: str = "") -> Revie
 
     **Arguments:** as for `own_images`; `given` has `texts`, words, and `labels`, which
     are 1 where a text praises, and 0 where it blames.
+
+    **Returns:** them.
 
     **Raises:** `ValueError` where they are not that, or do not fit.
     """

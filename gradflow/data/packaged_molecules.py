@@ -36,7 +36,7 @@ _COLUMNS = (
 
 
 def is_qm9pack(path: Path) -> bool:
-    """Whether what `qm9_path` found is this package."""
+    """Whether the `path` that `qm9_path` found is that of the package qm9pack."""
     return path.suffix == ".whl" or (path / PARTS[0]).is_file()
 
 
@@ -58,6 +58,8 @@ def qm9pack(
     - `count`: the first so many; all of them unless given. Only the tables that have
         them are read.
     - `sha256`: checksums of the tables; `None` takes any.
+
+    **Returns:** a [`gradflow.data.Molecule`][] of each.
 
     **Raises:** `ValueError` where a table is damaged, not in the format, or missing,
     has another checksum, or there are fewer molecules.

@@ -42,7 +42,9 @@ class Reviews(NamedTuple):
     """Texts, and whether each praises (1) or blames (0)."""
 
     texts: list[str]
+    """One for each review."""
     labels: np.ndarray
+    """Integers, of shape (n,)."""
     data: str
     """Which they are: for titles."""
 
@@ -70,7 +72,7 @@ def imdb_path(folder: str | Path | None) -> Path | None:
 
 
 def imdb(path: Path, *, sha256: str | None = IMDB_SHA256) -> Reviews:
-    """The reviews of IMDb.
+    """The reviews of IMDb (Maas et al., ACL 2011).
 
     **Arguments:**
 
@@ -141,7 +143,7 @@ def _read_folder(path: Path, count: int | None) -> tuple[list[str], np.ndarray]:
 
 
 def words_of(text: str) -> list[str]:
-    """The words of a text that count: in small letters, without markup, numbers and
+    """The words of `text` that count: in small letters, without markup, numbers and
     words that say little."""
     plain = re.sub(r"<[^>]*>", " ", text.lower())
     found = re.findall(r"[a-z]+", re.sub(r"['’]", "", plain))
@@ -152,18 +154,19 @@ class Vocabulary(NamedTuple):
     """The numbers of the words that are known, from 1 on."""
 
     numbers: dict[str, int]
+    """By the words."""
 
     @classmethod
     def of(cls, texts: Sequence[str], *, words: int) -> "Vocabulary":
-        """The most frequent words of `texts`; of equally frequent ones, the first in
-        the alphabet."""
+        """That of the `words` most frequent words of `texts`; of equally frequent ones,
+        the first in the alphabet."""
         counts = Counter(word for text in texts for word in words_of(text))
         order = sorted(counts, key=lambda word: (-counts[word], word))[:words]
         return cls({word: n for n, word in enumerate(order, start=1)})
 
     def encode(self, texts: Sequence[str], *, length: int) -> np.ndarray:
-        """The first `length` known words of each text, by their numbers, after as many
-        zeros as it takes to make `length` of them. Shape (texts, length)."""
+        """The first `length` known words of each of `texts`, by their numbers, after as
+        many zeros as it takes to make `length` of them. Shape (texts, length)."""
         out = np.zeros((len(texts), length), int)
         for row, text in zip(out, texts, strict=True):
             known = [self.numbers[w] for w in words_of(text) if w in self.numbers]

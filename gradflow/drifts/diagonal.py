@@ -52,7 +52,7 @@ class RootDiagonal(AbstractPenalty):
         check_products(self.curvature_of, params, "model", "give a smaller one")
 
     def diagonal(self, params: PyTree) -> Float[Array, " d"]:
-        """∂ᵢ²F(θ), as one vector."""
+        """∂ᵢ²F(θ) at the parameters `params`, as one vector."""
         at = self.curvature_of.at(params)
         if not self.curvature_of.sampled:
             basis = jnp.eye(at.theta.size, dtype=at.theta.dtype)

@@ -62,7 +62,8 @@ class LargestCurvature(AbstractOwnGradient):
         return jax.grad(lambda p: self._along(p, u))(params)
 
     def gap(self, params: PyTree) -> Scalar:
-        """(λ₁ − λ₂)/λ₁, zero where the largest eigenvalue has company."""
+        """(λ₁ − λ₂)/λ₁ at the parameters `params`, zero where the largest eigenvalue
+        has company."""
         at = self.curvature_of.at(params)
         if at.theta.size == 1:
             return jnp.ones((), at.theta.dtype)

@@ -61,7 +61,7 @@ class Trace(AbstractPenalty):
             `"auto"` is the first for a composite loss.
         - `probes`: k, how many random vectors; exact unless given.
         - `key`: for these.
-        - `trainable`: as given to the flow.
+        - `trainable`: as for [`gradflow.GradientFlow`][]; a flow says so itself.
 
         **Raises:** `ValueError` for arguments that make no sense, and where an exact
         trace takes more than 1000 products.
@@ -101,8 +101,8 @@ class Trace(AbstractPenalty):
         return jax.grad(self)(params)
 
     def standard_error(self, params: PyTree) -> Scalar:
-        """Of R(θ) with `probes`, estimated from how these differ: zero without any, NaN
-        with one."""
+        """The standard error of R(θ) with `probes`, θ the parameters `params`,
+        estimated from how these differ: zero without any, NaN with one."""
         at = self.curvature_of.at(params)
         if self.probes is None:
             return jnp.zeros((), at.theta.dtype)

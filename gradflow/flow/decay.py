@@ -20,10 +20,13 @@ class InSlowTime(eqx.Module):
     Give it as `weight_decay` of [`gradflow.simulate`][], with a `slow_time`, or of
     [`gradflow.descent`][], with `steps`. s is slow time, without a unit, and λ in units
     of 1/t; it must be positive throughout.
+
+    **Arguments:**
+
+    - `schedule`: λ as a function of s.
     """
 
     schedule: Schedule
-    """λ as a function of s."""
 
     def __call__(self, s: RealScalarLike) -> Scalar:
         """λ(s)."""

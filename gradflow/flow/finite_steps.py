@@ -14,7 +14,7 @@ a flow. As a = Ax, A the mean of ∇g from w − x to w + x, with x = ρu and q 
 
 whose error is O(h²) in w and ρ: the terms with ½h, derivatives along the motion, are
 those of a modified equation (Hairer, Lubich, Wanner, Geometric Numerical Integration,
-ch. IX). Where ρ = 0 what is left is w' = −∇(G + ¼h‖∇G‖²), G = F + λR (Barrett & Dherin,
+ch. IX). Where ρ = 0 what is left is w' = −∇(E + ¼h‖∇E‖²), E = F + λR (Barrett & Dherin,
 arXiv 2009.11162; Smith et al., arXiv 2101.12176). Without them it is the Edge Flow
 (arXiv 2606.18080; a relative of the Rod Flow, arXiv 2602.01480). The sharpness stays
 near 2/h, for ρ grows where q > 2/h, and w' has then −½ρ²∇q, which lowers q (Damian et

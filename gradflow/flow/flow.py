@@ -99,13 +99,16 @@ class GradientFlow(eqx.Module):
     def partition(self, model: PyTree) -> tuple[PyTree, PyTree]:
         """Splits `model` into its trainable parameters and all the rest.
 
+        **Returns:** both, pytrees like `model` with `None` in place of what is in the
+        other; `eqx.combine` puts them together again.
+
         **Raises:** `ValueError` where there are no parameters, or where they are
         complex or of mixed precision.
         """
         return partition(model, self.trainable)
 
     def term(self, model: PyTree) -> tuple["FlowTerm", PyTree]:
-        """The flow as a Diffrax term, and its initial state, for use with
+        """The flow from `model` as a Diffrax term, and its initial state, for use with
         `diffrax.diffeqsolve(term, solver, ..., y0=params, args=weight_decay)`.
 
         **Returns:** `(term, params)`; the state is the pytree of parameters, or with
@@ -130,8 +133,12 @@ class GradientFlow(eqx.Module):
         return FlowTerm(self.loss, Tangential(self.penalty, sphere), sphere), params
 
     def velocity(self, model: PyTree, weight_decay: float | Scalar) -> PyTree:
-        """θ' = −∇F(θ) − λ∇R(θ), times G, at `model`, a pytree like its parameters. At a
-        kink of R it is minus the element of least norm of ∇F(θ) + λ∂R(θ)."""
+        """θ' = −∇F(θ) − λ∇R(θ), times G, at `model` for the λ of `weight_decay`: a
+        pytree like its parameters. At a kink of R it is minus the element of least norm
+        of ∇F(θ) + λ∂R(θ).
+
+        **Raises:** `ValueError` as `term`.
+        """
         term, params = self.term(model)
         force = jax.grad(lambda p: term.loss(term.model(p)))(params)
         slope = least_norm(term.penalty, params, force, weight_decay)

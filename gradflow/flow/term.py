@@ -255,8 +255,11 @@ class FlowTerm(AbstractFlowTerm):
     `GradientFlow.term`."""
 
     loss: AbstractLoss
+    """F, of the model."""
     penalty: AbstractPenalty
+    """R, of the state."""
     chart: AbstractChart
+    """How the parameters of the model are had from the state."""
 
     def vf(self, t: RealScalarLike, y: PyTree, args: PyTree) -> PyTree:
         return self.velocity(y, decay_at(args, t))

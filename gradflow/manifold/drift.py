@@ -35,9 +35,9 @@ class Drift(eqx.Module):
     metrics: dict[str, Float[Array, "n ..."]]
     """The metrics asked for, by name."""
     train_loss: Float[Array, " n"]
-    """F: that of the manifold, but for rounding."""
+    """F at these slow times: that of the manifold, but for rounding."""
     penalty: Float[Array, " n"]
-    """R, which falls."""
+    """R at these slow times; it falls."""
     result: RESULTS
     """How it ended."""
     stats: Stats
@@ -78,7 +78,11 @@ class Drift(eqx.Module):
 
     def crossing_time(self, name: str) -> float:
         """The slow time from which metric `name` is past its threshold for good, by
-        interpolation: see [`gradflow.crossing_time`][]."""
+        interpolation: see [`gradflow.crossing_time`][].
+
+        **Raises:** `KeyError` where no metric has that name; `ValueError` for one that
+        is no single number.
+        """
         return crossing_time(self.s, self.metrics[name], self.watched[name])
 
     @property
@@ -132,7 +136,8 @@ class Drift(eqx.Module):
         return one_dataset(self, "slow_time", "smallest_curvature")
 
     def plot(self, **kwargs: Any) -> Any:
-        """Loss, metrics and penalty against slow time; see `gradflow.plot.drift`."""
+        """The figure of loss, metrics and penalty against slow time, as
+        [`gradflow.plot.drift`][] draws it; `kwargs` are its options."""
         from .. import plot
 
         return plot.drift(self, **kwargs)

@@ -26,8 +26,9 @@ class KinkCrossings(eqx.Module):
     """When, by linear interpolation: a time t, or a slow time s along a drift; where it
     stayed on the kink, the first saved one there."""
     before: Float[np.ndarray, " k"]
+    """The last saved time that is before the crossing for certain."""
     after: Float[np.ndarray, " k"]
-    """The saved times between which the crossing lies for certain."""
+    """The first saved time that is after it."""
     gate: Int[np.ndarray, "k axes"]
     """Which: the index into the array of preactivations."""
     sliding: Bool[np.ndarray, "..."]

@@ -46,14 +46,16 @@ _FEW = 500
 
 
 class Limit(eqx.Module):
-    """The limit Φ(θ₀) of a flow without weight decay."""
+    """The limit Φ(θ₀) of a flow without weight decay. Print it for a summary."""
 
     model: PyTree
+    """The model with the parameters Φ(θ₀)."""
     residual: Float[Array, ""]
     """The distance to M that is left; see [`gradflow.manifold.Retraction`][]."""
     time: Float[Array, ""]
     """The time t at which the flow was near enough to M for its end to be computed."""
     result: RESULTS
+    """Whether there is a limit, and why not: see [`gradflow.manifold.limit_map`][]."""
     stats: Stats
     """The solver, its tolerance, and the steps it took."""
     direction: PyTree
@@ -143,7 +145,8 @@ def limit_map(
     about 1e-8, and NaN where there is no limit. Derivatives in the loss or its data
     raise an error.
 
-    **Raises:** a runtime error where `throw` and there is no limit.
+    **Raises:** `ValueError` for arguments that make no sense, or a Jacobian form of a
+    loss that is not composite; `RuntimeError` where `throw` and there is no limit.
 
     Source: Li, Wang, Arora, arXiv 2110.06914, definition 4.1 and lemma 4.3; Boursier,
     Pesme, Dragomir, arXiv 2505.20172.

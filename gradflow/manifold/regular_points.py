@@ -32,6 +32,7 @@ class Regularity(eqx.Module):
     """The critical manifold along a drift, at n slow times. Print it for a summary."""
 
     slow_time: Float[Array, " n"]
+    """s, at which the drift was saved."""
     rank: Int[Array, " n"]
     """The numerical rank at each."""
     ambiguous: Bool[Array, " n"]
@@ -42,6 +43,7 @@ class Regularity(eqx.Module):
     curvature: Float[Array, " n"]
     """‖II(u, u)‖/‖u‖², u = P∇R: that of M along the drift."""
     form: str = eqx.field(static=True)
+    """`"jacobian"` or `"hessian"`."""
     result: RESULTS
     """`successful`; `rank_lost` where the rank falls, `ambiguous_rank` where it is a
     guess from the start; else that of the path."""

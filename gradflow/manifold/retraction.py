@@ -26,11 +26,14 @@ class Retraction(eqx.Module):
     """A point of the critical manifold, and how it was reached."""
 
     model: PyTree
+    """The model at that point."""
     residual: Float[Array, ""]
     """The distance to M that is left, relative to ‖θ‖ and to first order: the larger of
     ‖J⁺r‖ and ‖r‖/‖J‖ (or ‖(∇²F)⁺∇F‖ and ‖∇F‖/‖∇²F‖)."""
     steps: Int[Array, ""]
+    """How many Gauss–Newton steps it took."""
     result: RESULTS
+    """`successful`, or `not_critical`."""
 
 
 @exact_products
@@ -69,8 +72,8 @@ def retract(
     **Returns:** a [`gradflow.manifold.Retraction`][], its `result` `successful` or
     `not_critical`.
 
-    **Raises:** `ValueError` for a Jacobian form of a loss that is not composite; a
-    runtime error where `throw` and M is not reached.
+    **Raises:** `ValueError` for arguments that make no sense, or a Jacobian form of a
+    loss that is not composite; `RuntimeError` where `throw` and M is not reached.
     """
     wrong = check_arguments(max_steps=max_steps) | check_given(rtol=rtol)
     term, params = begin(loss, model, trainable)

@@ -105,8 +105,8 @@ def riemannian_flow(
     than 1000 `rtol`) or the path left M by more than 1000 `rtol`‖w‖; `out_of_steps` or
     `stalled`.
 
-    **Raises:** `ValueError` for times that do not increase from 0 to `slow_time`; a
-    runtime error where `throw` and the flow fails.
+    **Raises:** `ValueError` for times that do not increase from 0 to `slow_time`, and
+    other arguments that make no sense; `RuntimeError` where `throw` and the flow fails.
 
     Source: equation 6 of Boursier, Pesme, Dragomir, arXiv 2505.20172.
     """

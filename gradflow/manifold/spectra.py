@@ -37,6 +37,7 @@ class Spectrum(eqx.Module):
     """Whether ∇²F has a negative eigenvalue above the gap: a saddle, or not in M.
     Always false in the Jacobian form, which cannot see it."""
     parameters: int = eqx.field(static=True)
+    """d, how many there are."""
     source: AbstractForm
     """What `values` are of."""
     expected: int = eqx.field(static=True)

@@ -63,7 +63,7 @@ def tangent_projection(
     **Returns:** P v, a pytree like the trainable parameters.
 
     **Raises:** `ValueError` where `v` does not match the parameters, or for a Jacobian
-    form of a loss that is not composite; a runtime error where `throw` and LSMR did not
+    form of a loss that is not composite; `RuntimeError` where `throw` and LSMR did not
     converge (`RESULTS.unresolved`).
 
     Source: DΦ = P on M is lemma 4.3 of Li, Wang, Arora, arXiv 2110.06914.

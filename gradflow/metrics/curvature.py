@@ -68,7 +68,7 @@ class Sharpness(eqx.Module):
         return values[0] if self.count is None else values
 
     def numbers(self, params: PyTree) -> tuple[int, int]:
-        """How many values, and how many steps at most.
+        """How many values of the Hessian in `params`, and how many steps at most.
 
         **Raises:** `ValueError` where there are not as many values.
         """

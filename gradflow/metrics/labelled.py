@@ -22,10 +22,16 @@ class AbstractOfLogits(eqx.Module):
     sample is that of label 1, against zero for label 0."""
 
     x: eqx.AbstractVar[PyTree]
+    """Inputs, n samples on the first axis."""
     labels: eqx.AbstractVar[Int[Array, " n"]]
+    """From 0 to k − 1."""
 
     def logits(self, model: PyTree) -> Float[Array, "n k"]:
-        """The logits of all samples."""
+        """The logits of `model`, of all samples.
+
+        **Raises:** `ValueError` where the model cannot take `x`, or has fewer logits
+        than there are labels.
+        """
         logits = predicted(predict_each, model, self.x)
         if logits.ndim == 1:
             logits = jnp.stack([jnp.zeros_like(logits), logits], axis=1)

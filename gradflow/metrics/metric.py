@@ -17,14 +17,19 @@ class Metric(eqx.Module):
 
     It may be many numbers too, such as singular values: an array whose shape is the
     same for all models. These have no threshold.
+
+    **Arguments:**
+
+    - `fn`: a function of the model.
+    - `threshold`: the level that it is to pass, a number; `None` where no level counts.
+    - `higher_is_better`: whether it passes from below.
+
+    **Raises:** `ValueError` where `fn` is no function, or the threshold no number.
     """
 
     fn: Callable[[Any], Float[Array, "..."]]
-    """Of the model."""
     threshold: float | None = eqx.field(static=True, default=None, converter=as_level)
-    """The level that it is to pass, a number; `None` where no level counts."""
     higher_is_better: bool = eqx.field(static=True, default=False)
-    """Whether it passes from below."""
 
     def __check_init__(self):
         check_callable(self.fn, "fn")
@@ -34,5 +39,6 @@ class Metric(eqx.Module):
 
 
 def without_thresholds(metrics: dict[str, Metric]) -> dict[str, Metric]:
-    """The functions alone: what is compiled for one threshold serves all."""
+    """The functions of `metrics` alone, by their names: what is compiled for one
+    threshold serves all."""
     return {name: Metric(metric.fn) for name, metric in metrics.items()}

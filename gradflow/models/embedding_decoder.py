@@ -65,7 +65,8 @@ class EmbeddingDecoder(eqx.Module):
         return self.decoder(jnp.sum(self.embedding[pair], axis=0))
 
     def only_decoder(self) -> PyTree[bool]:
-        """A filter for `GradientFlow(trainable=...)` that holds the embedding fixed."""
+        """The filter for `GradientFlow(trainable=...)` that holds the embedding
+        fixed."""
         chosen = jax.tree.map(eqx.is_inexact_array, self)
         return eqx.tree_at(lambda m: m.embedding, chosen, False)
 
@@ -77,7 +78,7 @@ def messy_embedding(
     dimension: int = 2,
     messiness: float | Float[Array, ""] = 0.0,
 ) -> Float[Array, "symbols dimension"]:
-    """E = mE_random + (1 − m)E_linear, for the messiness m.
+    """E = m E_random + (1 − m) E_linear, for the messiness m.
 
     The linear embedding has the symbols evenly from −1 to 1 along the first coordinate,
     which makes sums of symbols sums of vectors, and other coordinates uniform in

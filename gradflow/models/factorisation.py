@@ -11,7 +11,7 @@ class MatrixFactorisation(eqx.Module):
     """The matrix UVᵀ; `model(ij)` is its entry (UVᵀ)ᵢⱼ = ⟨Uᵢ, Vⱼ⟩.
 
     Under weight decay the flow ends at a matrix of small nuclear norm, since the least
-    of ½(‖U‖² + ‖V‖²) over UVᵀ = M is ‖M‖_* where there are min(m, n) columns or more
+    of ½(‖U‖² + ‖V‖²) over UVᵀ = M is ‖M‖⁎ where there are min(m, n) columns or more
     (Boursier, Pesme, Dragomir, arXiv 2505.20172, appendix C).
 
     **Arguments:**

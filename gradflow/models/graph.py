@@ -22,7 +22,9 @@ class Graph(eqx.Module):
     receivers: Int[Array, "*graphs e"]
     """The node to which it goes."""
     has_node: Bool[Array, "*graphs n"]
+    """Whether a node is there."""
     has_edge: Bool[Array, "*graphs e"]
+    """Whether an edge is there."""
 
 
 class EdgeConvolution(eqx.Module):

@@ -141,8 +141,8 @@ class Transformer(eqx.Module):
         )
 
     def at_each(self, symbols: Int[Array, " n"]) -> Float[Array, "n symbols"]:
-        """The logits at every position, each of which depends on the symbols up to it
-        alone.
+        """The logits at every position of `symbols`, integers from 0 on, each of which
+        depends on the symbols up to it alone.
 
         **Raises:** `ValueError` for more symbols than `length`.
         """

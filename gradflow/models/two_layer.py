@@ -65,7 +65,8 @@ class TwoLayer(eqx.Module):
         return jnp.zeros_like(self.inner[..., 0]) if self.bias is None else self.bias
 
     def preactivations(self, x: Float[Array, "*d"]) -> Float[Array, " h"]:
-        """⟨wⱼ, x⟩ + bⱼ: a ReLU has its kink where it is zero."""
+        """⟨wⱼ, x⟩ + bⱼ at `x`, as for the model itself: a ReLU has its kink where it is
+        zero."""
         return self.inner @ jnp.reshape(x, (self.inner.shape[1],)) + self.biases
 
     def __call__(self, x: Float[Array, "*d"]) -> Float[Array, "*k"]:

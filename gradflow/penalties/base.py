@@ -22,7 +22,7 @@ class AbstractPenalty(eqx.Module):
 
     @abc.abstractmethod
     def __call__(self, params: PyTree) -> Scalar:
-        """R(θ)."""
+        """R(θ) at θ = `params`."""
 
     @abc.abstractmethod
     def gradient(self, params: PyTree) -> PyTree:
@@ -111,7 +111,7 @@ class AbstractAbsolute(AbstractKinked):
 
     @abc.abstractmethod
     def smooth_gradient(self, params: PyTree) -> PyTree:
-        """∇S(θ); ∇R where there are no weights."""
+        """∇S at `params`; ∇R where there are no weights."""
 
 
 class AbstractProximal(AbstractPenalty):
@@ -138,7 +138,7 @@ class AbstractByLeaf(AbstractProximal):
 
     @abc.abstractmethod
     def leaf_prox(self, x: Array, step: float | Scalar) -> Array:
-        """argmin_u r(u) + ‖u − x‖²/(2 `step`)."""
+        """argmin_u r(u) + ‖u − `x`‖²/(2 `step`), an array like `x`."""
 
 
 class AbstractRidge(AbstractByLeaf):
@@ -329,9 +329,9 @@ class Sum(_AbstractAlgebra):
         return force
 
     def prox(self, params: PyTree, step: float | Scalar) -> PyTree:
-        """The proximal map, where each leaf has at most one part beside multiples of
-        `L2`: prox of R + ½b‖·‖² with step h is that of R at θ/(1 + hb), with step
-        h/(1 + hb).
+        """The proximal map at θ = `params` with h = `step`, where each leaf has at most
+        one part beside multiples of `L2`: prox of R + ½b‖·‖² with step h is that of R
+        at θ/(1 + hb), with step h/(1 + hb).
 
         **Raises:** `NotImplementedError` otherwise.
         """

@@ -21,7 +21,7 @@ class Sobolev(AbstractOwnGradient, AbstractKinked):
     gradient is that almost everywhere.
     """
 
-    x: Float[Array, "n *inputs"]
+    x: Float[Array, " n *inputs"]
     target: Array | None
     values: Array | None
     static: PyTree
@@ -30,7 +30,7 @@ class Sobolev(AbstractOwnGradient, AbstractKinked):
     def __init__(
         self,
         model: Callable,
-        x: Float[Array, "n *inputs"],
+        x: Float[Array, " n *inputs"],
         *,
         target: Array | None = None,
         values: Array | None = None,
@@ -41,8 +41,8 @@ class Sobolev(AbstractOwnGradient, AbstractKinked):
 
         - `model`: f, a function of one sample. All but its parameters is kept.
         - `x`: inputs, n samples on the first axis. They need no labels.
-        - `target`: Jᵢ, of shape (n, *outputs, *inputs); zero unless given.
-        - `values`: vᵢ, of shape (n, *outputs); no such term unless given.
+        - `target`: Jᵢ, of shape (n, outputs…, inputs…); zero unless given.
+        - `values`: vᵢ, of shape (n, outputs…); no such term unless given.
         - `root`: whether to take the square root of the sum over samples.
         - `trainable`: as given to the flow.
 
@@ -63,7 +63,8 @@ class Sobolev(AbstractOwnGradient, AbstractKinked):
         return self.root
 
     def jacobian(self, params: PyTree) -> Array:
-        """∂f/∂x at every sample, of shape (n, *outputs, *inputs)."""
+        """∂f/∂x at every sample for the parameters `params`, of shape (n, outputs…,
+        inputs…)."""
         model = eqx.combine(params, self.static)
         outputs = jax.eval_shape(jax.vmap(model), self.x).size
         derivative = jax.jacrev if outputs <= self.x.size else jax.jacfwd
@@ -94,7 +95,8 @@ class Sobolev(AbstractOwnGradient, AbstractKinked):
     def least_norm(
         self, params: PyTree, force: PyTree, strength: float | Scalar
     ) -> PyTree:
-        """That off the kink, which is where R = 0."""
+        """`force` + `strength` ∇R at `params`: that off the kink, which is where
+        R = 0."""
         return pushed(force, strength, self.gradient(params))
 
 

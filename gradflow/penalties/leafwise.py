@@ -35,17 +35,18 @@ class AbstractLeafwise(AbstractOwnGradient, AbstractByLeaf):
 
     @abc.abstractmethod
     def leaf_value(self, x: Array) -> Scalar:
-        """r(x)."""
+        """r(`x`)."""
 
     @abc.abstractmethod
     def leaf_least_norm(
         self, x: Array, force: Array, strength: float | Scalar
     ) -> Array:
-        """The element of least norm of `force` + `strength` ∂r(x)."""
+        """The element of least norm of `force` + `strength` ∂r(`x`), an array like
+        `x`."""
 
     @abc.abstractmethod
     def takes(self, x: Array) -> bool:
-        """Whether r is a function of arrays of the shape of x."""
+        """Whether r is a function of arrays of the shape of `x`."""
 
     def acts_on(self, params: PyTree) -> list[bool]:
         """Which of the leaves of `params`, in JAX's order, R depends on.
@@ -108,6 +109,7 @@ class AbstractLeafwise(AbstractOwnGradient, AbstractByLeaf):
     def least_norm(
         self, params: PyTree, force: PyTree, strength: float | Scalar
     ) -> PyTree:
+        """The element of least norm of `force` + `strength` ∂R at `params`."""
         return self._map(
             lambda x, v: self.leaf_least_norm(x, v, strength),
             lambda x, v: v,
@@ -132,7 +134,13 @@ class AbstractLeafwiseLipschitz(AbstractLeafwise, AbstractLipschitz):
 
 
 class L2(AbstractLeafwise, AbstractRidge, AbstractCurved):
-    """R(θ) = ½‖θ‖²; ∇R(θ) = θ. Its proximal map is θ/(1 + h)."""
+    """R(θ) = ½‖θ‖²; ∇R(θ) = θ. Its proximal map is θ/(1 + h).
+
+    **Arguments:**
+
+    - `where`: the leaves, as for [`gradflow.penalties.AbstractLeafwise`][]; unless
+        given, all.
+    """
 
     where: Where = eqx.field(static=True, default=None, kw_only=True)
 
@@ -164,6 +172,11 @@ class L1(AbstractLeafwiseLipschitz, AbstractAbsolute, AbstractCurved):
     """R(θ) = ‖θ‖₁ = Σ|θᵢ|; the subgradient of least norm is sign(θ), zero at zero.
 
     Its proximal map is soft thresholding, sign(θᵢ) max(|θᵢ| − h, 0).
+
+    **Arguments:**
+
+    - `where`: the leaves, as for [`gradflow.penalties.AbstractLeafwise`][]; unless
+        given, all.
     """
 
     where: Where = eqx.field(static=True, default=None, kw_only=True)
@@ -209,6 +222,14 @@ class ElasticNet(AbstractLeafwise, AbstractAbsolute, AbstractCurved):
     """R(θ) = a‖θ‖₁ + ½b‖θ‖² (Zou and Hastie, 2005).
 
     Its proximal map is soft thresholding by ha, divided by 1 + hb.
+
+    **Arguments:**
+
+    - `l1`, `l2`: a and b, finite numbers from 0 on.
+    - `where`: the leaves, as for [`gradflow.penalties.AbstractLeafwise`][]; unless
+        given, all.
+
+    **Raises:** `ValueError` for any other a or b.
     """
 
     l1: float = eqx.field(static=True)
@@ -275,6 +296,9 @@ class GroupLasso(AbstractLeafwiseLipschitz, AbstractKinked):
         group: then R = Σ‖W‖ over the layers.
     - `where`: the leaves. Unless given, all of them; with rows and columns, all of two
         axes or more.
+
+    **Raises:** `ValueError` for other groups; where `where` picks what has no rows and
+    columns, when R is first called.
     """
 
     groups: Literal["rows", "columns", "leaf"] = eqx.field(static=True, default="rows")

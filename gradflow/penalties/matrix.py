@@ -15,7 +15,7 @@ from .leafwise import (
 
 
 class Nuclear(AbstractLeafwiseLipschitz, AbstractKinked):
-    """R(θ) = Σ_W ‖W‖_*, the sum of the singular values of weight matrices.
+    """R(θ) = Σ_W ‖W‖⁎, the sum of the singular values of weight matrices.
 
     It sets singular values to zero: it asks for low rank. With W = UΣVᵀ over the
     singular values above rounding, the subgradient of least norm is UVᵀ; those below
@@ -44,7 +44,7 @@ class Nuclear(AbstractLeafwiseLipschitz, AbstractKinked):
     ) -> Array:
         u, _, vt, kept = kept_svd(x)
         u, vt = jnp.where(kept[None, :], u, 0), jnp.where(kept[:, None], vt, 0)
-        # ∂‖W‖_* = UVᵀ + {Z : UᵀZ = 0, ZV = 0, ‖Z‖ ≤ 1}; Z takes up what it can of v.
+        # ∂‖W‖⁎ = UVᵀ + {Z : UᵀZ = 0, ZV = 0, ‖Z‖ ≤ 1}; Z takes up what it can of v.
         free = force - u @ (u.T @ force)
         free = free - (free @ vt.T) @ vt
         unit = spectral(_ones, _zeros, x, jnp.zeros((), x.dtype))
@@ -69,6 +69,8 @@ class Schatten(AbstractLeafwise):
 
     - `p`: the exponent, above 1.
     - `where`: the matrices; unless given, all leaves of two axes.
+
+    **Raises:** `ValueError` for any other p.
     """
 
     p: float = eqx.field(static=True)

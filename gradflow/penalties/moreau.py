@@ -68,15 +68,16 @@ class Moreau(AbstractOwnGradient, AbstractCurved, AbstractProximal, AbstractLips
         return jax.tree.map(lambda x, u: (x - u) / self.epsilon, params, nearest)
 
     def prox(self, params: PyTree, step: float | Scalar) -> PyTree:
-        """θ + h/(h + ε) (prox_{(h+ε)R}(θ) − θ)."""
+        """θ + h/(h + ε) (prox_{(h+ε)R}(θ) − θ), of the parameters `params` with h the
+        `step`."""
         total = step + self.epsilon
         far = prox(self.penalty, params, total)
         return jax.tree.map(lambda x, u: x + step / total * (u - x), params, far)
 
     def curvature(self, params: PyTree) -> float | PyTree:
-        """The diagonal of ∇²R_ε where R is separable (for ℓ1, 1/ε where |θᵢ| < ε, zero
-        elsewhere). Otherwise 1/(2ε), half way between the least and the most it can be:
-        with it the solvers' iteration contracts whatever ∇²R_ε is."""
+        """The diagonal of ∇²R_ε at `params` where R is separable (for ℓ1, 1/ε where
+        |θᵢ| < ε, zero elsewhere). Otherwise 1/(2ε), half way between the least and the
+        most it can be: with it the solvers' iteration contracts whatever ∇²R_ε is."""
         if not self.diagonal:
             return 0.5 / self.epsilon
         ones = jax.tree.map(jnp.ones_like, params)
@@ -86,6 +87,6 @@ class Moreau(AbstractOwnGradient, AbstractCurved, AbstractProximal, AbstractLips
         return lipschitz(self.penalty, params)
 
     def error(self, params: PyTree) -> float | Scalar:
-        """εL²/2, which R − R_ε never exceeds; infinite where R has no Lipschitz
-        constant."""
+        """εL²/2, which R − R_ε never exceeds for parameters shaped as `params`;
+        infinite where R has no Lipschitz constant."""
         return 0.5 * self.epsilon * self.lipschitz(params) ** 2

@@ -28,6 +28,8 @@ def landscape(
 
     **Returns:** the axes, logarithmic both ways, from a millionth of the least value of
     the metric up; the zone where the metric passes its threshold is shaded.
+
+    **Raises:** `KeyError` for a metric that the landscape does not have.
     """
     ax = new_axes(ax)
     w = np.median(landscape.norm, axis=0)

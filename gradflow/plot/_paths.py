@@ -36,6 +36,8 @@ def path(path: Path, ax: Axes | None = None, *, clock: Clock = "t") -> Axes:
 
     **Returns:** the axes, logarithmic both ways. Thresholds are dotted lines, in the
     colour of their metric.
+
+    **Raises:** `ValueError` for another `clock`.
     """
     title = f"$\\lambda$ = {power(float(path.weight_decay))}" if clock == "t" else ""
     return _quantities(path, _time(path, clock), LABELS[clock], title, ax)
@@ -107,7 +109,8 @@ def sweep(
 
     **Returns:** the axes, logarithmic both ways. A dotted line is the threshold.
 
-    **Raises:** `ValueError` for a metric or an axis that the sweep does not have.
+    **Raises:** `ValueError` for a metric or an axis that the sweep does not have, and
+    for another `clock`.
     """
     values = np.asarray(curves(sweep, metric))
     known = list(sweep.coords)

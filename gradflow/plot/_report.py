@@ -87,7 +87,15 @@ def _has_test(report: Report) -> bool:
 
 
 def losses(report: Report, ax: Axes | None = None) -> Axes:
-    """Train and test loss of every lane in time t, and the predicted test loss."""
+    """Train and test loss of every lane in time t, and the predicted test loss.
+
+    **Arguments:**
+
+    - `report`: from `gradflow.compare`.
+    - `ax`: where to draw; a new figure unless given.
+
+    **Returns:** the axes.
+    """
     ax = new_axes(ax)
     paths, colours = report.sweep, Colours(report.weight_decay)
     t, train = np.asarray(paths.t), np.asarray(paths.train_loss)
@@ -123,7 +131,19 @@ def losses(report: Report, ax: Axes | None = None) -> Axes:
 
 
 def collapse(report: Report, ax: Axes | None = None, *, metric: str = "test") -> Axes:
-    """One metric of every lane on the slow clock s = λt, and the drift's own curve."""
+    """One metric of every lane on the slow clock s = λt, and the drift's own curve.
+
+    **Arguments:**
+
+    - `report`: from `gradflow.compare`.
+    - `ax`: where to draw; a new figure unless given.
+    - `metric`: its name, or `"penalty"`.
+
+    **Returns:** the axes.
+
+    **Raises:** `KeyError` for a metric that the theory does not have, `ValueError` for
+    one that the sweep does not have.
+    """
     drift = report.theory.drift
     curve = drift.penalty if metric == "penalty" else drift.metrics[metric]
     values = np.asarray(curves(report.sweep, metric))
@@ -152,7 +172,15 @@ def collapse(report: Report, ax: Axes | None = None, *, metric: str = "test") ->
 
 def error(report: Report, ax: Axes | None = None) -> Axes:
     """The largest error of the prediction against λ, at order 1 and 2, with lines of
-    these slopes. Filled: used to fit. Dashes: the error as estimated."""
+    these slopes. Filled: used to fit. Dashes: the error as estimated.
+
+    **Arguments:**
+
+    - `report`: from `gradflow.compare`.
+    - `ax`: where to draw; a new figure unless given.
+
+    **Returns:** the axes.
+    """
     ax = new_axes(ax)
     rising = np.argsort(report.weight_decay)
     lams = report.weight_decay[rising]
@@ -182,7 +210,16 @@ def error(report: Report, ax: Axes | None = None) -> Axes:
 
 
 def grokking(report: Report, ax: Axes | None = None) -> Axes:
-    """Measured against predicted grokking times; a diagonal line is agreement."""
+    """Measured against predicted grokking times, in time t; a diagonal line is
+    agreement.
+
+    **Arguments:**
+
+    - `report`: from `gradflow.compare`.
+    - `ax`: where to draw; a new figure unless given.
+
+    **Returns:** the axes.
+    """
     ax = new_axes(ax)
     x, y = report.grokked.predicted, report.grokked.measured
     colours = Colours(report.weight_decay)
@@ -208,7 +245,15 @@ def grokking(report: Report, ax: Axes | None = None) -> Axes:
 
 
 def curvature(report: Report, ax: Axes | None = None) -> Axes:
-    """η(s), the smallest normal curvature of F along the drift, and every λ."""
+    """η(s), the smallest normal curvature of F along the drift, and every λ.
+
+    **Arguments:**
+
+    - `report`: from `gradflow.compare`.
+    - `ax`: where to draw; a new figure unless given.
+
+    **Returns:** the axes.
+    """
     ax = new_axes(ax)
     drift = report.theory.drift
     eta = np.asarray(report.theory.smallest_curvature)

@@ -16,6 +16,7 @@ else:  # Matplotlib is imported by the first figure, not by the library.
     Figure: TypeAlias = Any
 
 Clock = Literal["t", "s"]
+"""Time t, or slow time s = λt."""
 
 LABELS = {"t": "time $t$", "s": "slow time $s = \\lambda t$"}
 """Of the axis of each clock."""
@@ -40,8 +41,8 @@ NAMES = {
 
 
 def as_html(text: str, draw: Callable[[Axes], Any]) -> str:
-    """What a notebook shows of a result: its summary, and beside it a small figure,
-    which `draw` makes in the axes it is given."""
+    """What a notebook shows of a result: its summary `text`, and beside it a small
+    figure, which `draw` makes in the axes it is given."""
     from matplotlib.figure import Figure as Canvas
 
     figure = Canvas(figsize=(5.2, 3.4), layout="constrained")
@@ -57,16 +58,24 @@ def as_html(text: str, draw: Callable[[Axes], Any]) -> str:
 
 
 def colorbar(weight_decay: Any, fig: Figure, axes: Any) -> Any:
-    """The scale of λ beside `axes`, one or a list of panels that share it."""
+    """The scale of the λ in `weight_decay`, drawn into `fig` beside `axes`, one or a
+    list of panels that share it."""
     return Colours(np.asarray(weight_decay)).bar(fig, axes)
 
 
 class Colours:
-    """A colour for each λ, on a logarithmic scale that all readers can tell apart.
+    """A colour for each λ, on a logarithmic scale that all readers can tell apart:
+    `colours(i)` is that of the i-th.
 
     Where the values are those of another axis, by the name `label`, the scale is linear
     if they are within a factor of five, or not all positive; what are no numbers are
-    counted."""
+    counted.
+
+    **Arguments:**
+
+    - `values`: λ, or those of another axis, a vector.
+    - `label`: of the scale.
+    """
 
     def __init__(self, values: np.ndarray, label: str = "weight decay $\\lambda$"):
         from matplotlib import colormaps
@@ -94,6 +103,7 @@ class Colours:
         return self.map.to_rgba(lam) if lam > 0 or self.linear else "black"
 
     def bar(self, fig: Figure, axes: Any) -> None:
+        """Draws the scale into `fig`, beside `axes`."""
         bar = fig.colorbar(self.map, ax=axes, aspect=30, pad=0.01)
         bar.set_label(self.label, fontsize=SIZE)
         bar.ax.tick_params(labelsize=SIZE - 1)
@@ -158,7 +168,8 @@ def legend(ax: Axes, **kwargs: Any) -> None:
 
 
 def power(x: float) -> str:
-    """x for a label, as a power of ten."""
+    """`x` for a label, in Matplotlib's mathematics: as a power of ten, times a number
+    of three digits where it is none."""
     if x == 0:
         return "0"
     exponent = int(np.floor(np.log10(x)))

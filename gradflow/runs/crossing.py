@@ -68,7 +68,12 @@ def crossing_error(
     metric: Metric,
 ) -> float:
     """How far `crossing_time` may be off because it interpolates: what leaving out
-    every second time would change, a time. NaN where that leaves no crossing."""
+    every second time would change, a time. NaN where that leaves no crossing.
+
+    **Arguments:** `t`, `values`, `metric`: as for `crossing_time`.
+
+    **Raises:** `ValueError` as that.
+    """
     thin = crossing_time(t[::-2][::-1], values[::-2][::-1], metric)
     return abs(crossing_time(t, values, metric) - thin)
 

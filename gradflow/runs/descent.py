@@ -67,28 +67,28 @@ def descent(
 ) -> Path:
     """Descends F + λR from `model` in steps of size h, instead of flowing.
 
-    With G = ∇F(θ), or its estimate from a minibatch, H = ∇R(θ) (at a kink the
-    subgradient of least norm: sign(0) = 0), and U the update of the optimiser, −hG for
-    plain gradient descent, a step of each method is
+    With g = ∇F(θ), or its estimate from a minibatch, ∇R(θ) (at a kink the subgradient
+    of least norm: sign(0) = 0), and U the update of the optimiser, −hg for plain
+    gradient descent, a step of each method is
 
-    - `"subgradient"`: θ ← θ + U(G + λH);
-    - `"decoupled"`: θ ← θ + U(G) − hλH. With Adam and R = ½‖θ‖² this is AdamW
+    - `"subgradient"`: θ ← θ + U(g + λ∇R);
+    - `"decoupled"`: θ ← θ + U(g) − hλ∇R. With Adam and R = ½‖θ‖² this is AdamW
       (Loshchilov & Hutter, arXiv 1711.05101);
-    - `"proximal"`: θ ← prox_{hλR}(θ + U(G)). With plain gradient descent and the ℓ1
+    - `"proximal"`: θ ← prox_{hλR}(θ + U(g)). With plain gradient descent and the ℓ1
       norm this is ISTA (Daubechies, Defrise, De Mol, 2004);
-    - `"projected"`: θ ← Π(θ − hλH), Π the orthogonal projection onto {z(θ) = y}: the
+    - `"projected"`: θ ← Π(θ − hλ∇R), Π the orthogonal projection onto {z(θ) = y}: the
       squared error of a model that is linear in its parameters, without optimiser.
 
     A flow with `rates` G has a learning rate of its own for each layer: U is multiplied
-    by G, hλH too, and Π is orthogonal in the metric G⁻¹. (Optimisers that look at more
+    by G, hλ∇R too, and Π is orthogonal in the metric G⁻¹. (Optimisers that look at more
     than the gradient, as line searches, do not know of it and are refused, and so is
     `"proximal"`.)
 
     The clock is that of the flow: t = h · steps, and s = λt, for all methods. A plain
     gradient descent follows the flow to O(h); other optimisers follow flows of their
     own, for which t is a unit of account. On a schedule h differs from step to step,
-    and t = Σh. (Where the decay is decoupled, R = ½‖θ‖²
-    alone shrinks the parameters by e^{−s}, whatever the optimiser.)
+    and t = Σh. (Where the decay is decoupled, R = ½‖θ‖² alone shrinks the parameters by
+    e^{−s}, whatever the optimiser.)
 
     **Arguments:**
 
@@ -121,7 +121,7 @@ def descent(
         probability σ another one, any with the same chance, and of `Logistic` 1 − y.
         (Where the model fits the data this moves it along the manifold, towards
         smaller tr ∇²F: Blanc et al., arXiv 1904.09080.)
-    - `gradient_noise`: σ; a step takes G + σξ instead of G, ξ of standard normal
+    - `gradient_noise`: σ; a step takes g + σξ instead of g, ξ of standard normal
         numbers. In time t that is a diffusion of variance hσ² in a unit of time, which
         vanishes with h; σ = (2T/h)^½ is the Langevin equation of temperature T,
         dθ = −∇F dt + (2T)^½ dW. (With minibatches it comes on top of theirs.)

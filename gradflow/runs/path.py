@@ -142,8 +142,7 @@ class Path(eqx.Module):
     t: Float[Array, "*lanes n"]
     """The times, in the units of the flow (time t)."""
     weight_decay: Float[Array, " *lanes"]
-    """λ; on a schedule, its mean over the run. In a Riemannian path it is one, and t is
-    the slow time itself."""
+    """λ; on a schedule, its mean over the run."""
     params: PyTree
     """The trainable parameters, stacked along the times."""
     static: PyTree
@@ -152,9 +151,9 @@ class Path(eqx.Module):
     """The metrics asked for, by name: of shape (*lanes, n), and more axes where a
     metric is an array."""
     train_loss: Float[Array, "*lanes n"]
-    """F."""
+    """F at the saved times."""
     penalty: Float[Array, "*lanes n"]
-    """R."""
+    """R at the saved times."""
     result: RESULTS
     """How the run ended."""
     stats: Stats
@@ -202,7 +201,7 @@ class Path(eqx.Module):
         return f"λ = {float(self.weight_decay):.3g}{mean}"
 
     def told(self, **more: Any) -> "Path":
-        """The same path, with more in its `stats`."""
+        """The same path, with `more` in its `stats`, fields by their names."""
         stats = dataclasses.replace(self.stats, **more)
         return eqx.tree_at(lambda path: path.stats, self, stats)
 
@@ -246,11 +245,17 @@ class Path(eqx.Module):
         """When metric `name` has passed its threshold for good, to about `rtol`: the
         flow is run again between the two saved times around the crossing. (Where it
         can't be, see `again`, it is interpolated: `gradflow.crossing_time`, to about
-        `gradflow.crossing_error`.)"""
+        `gradflow.crossing_error`.)
+
+        **Returns:** a time t, as [`gradflow.crossing_time`][].
+
+        **Raises:** `KeyError` where no metric has that name; `ValueError` for one that
+        is no single number.
+        """
         return landed_crossing_time(self, name, self.watched[name])
 
     def error(self, name: str) -> Float[np.ndarray, "n ..."]:
-        """The error of what was recorded, m(θ(t)) − m(θ*(t)) with θ* the exact path, at
+        """The error of what was recorded, m(θ(t)) − m(θ⋆(t)) with θ⋆ the exact path, at
         each of the saved times. Its size is the error bar.
 
         It is an estimate, by a finer run in the place of the exact one: from the same
@@ -297,7 +302,7 @@ class Path(eqx.Module):
         either has no crossing. (In 266 of those runs it was within [½, 2] of the true
         error in 99.6 %.)
 
-        **Raises:** as `error`.
+        **Raises:** `ValueError` and `RuntimeError` as `error`.
         """
         if name not in self.watched:
             names = list(self.watched)
@@ -374,7 +379,8 @@ class Path(eqx.Module):
         return one_dataset(self, "t", "slow_time", weight_decay=lam)
 
     def plot(self, **kwargs: Any) -> Any:
-        """Losses, metrics and penalty against time; see `gradflow.plot.path`."""
+        """The figure of losses, metrics and penalty against time, as
+        [`gradflow.plot.path`][] draws it; `kwargs` are its options."""
         from .. import plot
 
         return plot.path(self, **kwargs)

@@ -89,7 +89,7 @@ def simulate(
     u near the first eigenvector of ∇²F; see `gradflow.flow.finite_steps` for the terms
     of order h and the sources. Parameters are w, and what is recorded is the mean over
     both points, as over two steps. Below the edge, ρ = 0, that is the modified equation
-    θ' = −∇(G + ¼h‖∇G‖²), G = F + λR. The first 16 steps are taken as they are. Then w
+    θ' = −∇(E + ¼h‖∇E‖²), E = F + λR. The first 16 steps are taken as they are. Then w
     is that of the descent but for O(h²), as long as it changes little in a step: in the
     tests to 1e-3 over a thousand steps at the edge, the sharpness there to 2 % of 2/h.
     `path.stats.deviation` is an estimate of the error, and from 0.05 on the run has
@@ -122,7 +122,8 @@ def simulate(
         interpolating would leave the manifold.
     - `metrics`: functions of the model, by name, that give a number or an array;
         `Metric` adds a threshold.
-    - `solver`: a gradflow or Diffrax solver; see `choose_solver` for the default.
+    - `solver`: a gradflow or Diffrax solver; see
+        [`gradflow.solvers.choose_solver`][] for the default.
     - `rtol`: relative tolerance. The relative error of the parameters, ‖θ − θ⋆‖/‖θ⋆‖,
         stays of this size: below 5 `rtol` on every task in the tests, 6 were seen with
         the kinks of a Huber loss. (Of θ itself where the flow has `rates`, too: over

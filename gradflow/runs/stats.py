@@ -86,8 +86,8 @@ class Stats(eqx.Module):
         rtol: Number,
         atol: Number | None,
     ) -> "Stats":
-        """Those of an integration: `counts` are steps, and those accepted and
-        rejected."""
+        """Those of an integration by `solver` to `rtol` and `atol`: `counts` are steps,
+        and those accepted and rejected."""
         atol = 0.0 if atol is None else atol
         return cls(type(solver).__name__, *counts, rtol=rtol, atol=atol)
 
@@ -108,14 +108,14 @@ class Stats(eqx.Module):
         return f"{self.solver}{of}{rtol}: {int(self.steps)} steps{rejected}"
 
     def lane(self, i: int | np.integer) -> "Stats":
-        """Those of lane i, of those of many."""
+        """Those of lane `i`, of those of many."""
         words = {name: getattr(self, name) for name in ("solver", "why", "until")}
         own = {k: v if isinstance(v, str) else v[i] for k, v in words.items()}
         numbers = jax.tree.map(lambda x: taken(x, i), self)
         return dataclasses.replace(numbers, **own)
 
     def with_work_of(self, *others: "Stats") -> "Stats":
-        """With what other runs took added to it."""
+        """The same, with what the runs of `others` took added to it."""
         work = {}
         for name in COUNTS:
             each = [getattr(stats, name) for stats in (self, *others)]

@@ -29,7 +29,9 @@ class Followed(NamedTuple):
     """What an integration is given to follow a flow."""
 
     solver: diffrax.AbstractSolver
+    """What makes the steps."""
     term: AbstractFlowTerm
+    """What is integrated."""
     state: PyTree
     """The initial state: the parameters, and what the solver carries beside them."""
     since: Scalar | float = 0.0
@@ -42,12 +44,15 @@ class Saved(NamedTuple):
     """A run of n saved times, for the judgement of its solver."""
 
     term: AbstractFlowTerm
+    """The flow."""
     params: PyTree
     """States at all times, stacked."""
     ts: Float[Array, " n"]
+    """These times t."""
     counts: Int[Array, " 3"]
     """Steps; those accepted, and rejected."""
     rtol: Scalar
+    """The tolerance of the run."""
 
 
 class AbstractFlowSolver(eqx.Module):
@@ -70,13 +75,14 @@ class AbstractFlowSolver(eqx.Module):
     @property
     @abc.abstractmethod
     def name(self) -> str:
-        """As in `path.stats`."""
+        """The name that it has in `path.stats`."""
 
     @abc.abstractmethod
     def follow(
         self, term: AbstractFlowTerm, params: PyTree, weight_decay: Scalar
     ) -> Followed:
-        """With what, and from where, the flow `term` is integrated from `params`."""
+        """With what, and from where, the flow `term` is integrated from `params` with
+        λ = `weight_decay`: a [`gradflow.solvers.base.Followed`][]."""
 
     @abc.abstractmethod
     def controlled(self, controller: Controller) -> Controller:
@@ -85,23 +91,24 @@ class AbstractFlowSolver(eqx.Module):
     @staticmethod
     @abc.abstractmethod
     def coordinates(y: PyTree) -> PyTree:
-        """What in a state, or in the error of one, the tolerance is for."""
+        """What in a state `y`, or in the error of one, the tolerance is for."""
 
     @abc.abstractmethod
     def params_of(self, y: PyTree) -> PyTree:
-        """The parameters in a state."""
+        """The parameters in a state `y`, a pytree."""
 
     @abc.abstractmethod
     def points(self, y: PyTree) -> tuple[PyTree, ...]:
-        """The parameters in a state over which is averaged what is recorded of it."""
+        """The parameters in a state `y` over which is averaged what is recorded of
+        it."""
 
     @abc.abstractmethod
     def loss_of(self, term: AbstractFlowTerm, y: PyTree) -> Scalar:
-        """F in a state."""
+        """F in a state `y`, a number, for the flow `term`."""
 
     @abc.abstractmethod
     def gradient_of(self, term: AbstractFlowTerm, y: PyTree) -> PyTree:
-        """∇F in a state."""
+        """∇F in a state `y`, a pytree like the parameters, for the flow `term`."""
 
     @abc.abstractmethod
     def tolerance_share(self, rtol: Scalar) -> Scalar | float:
@@ -111,13 +118,15 @@ class AbstractFlowSolver(eqx.Module):
     def work(
         self, term: AbstractFlowTerm, state: PyTree, end: PyTree
     ) -> dict[str, Array]:
-        """What the accepted steps took beside their number, from the final state of
-        the solver, and the one that is integrated; of these `sliding` are steps along
-        kinks of the loss."""
+        """What the accepted steps took beside their number, by the names of fields of
+        [`gradflow.Stats`][], from the final `state` of the solver and the `end` of what
+        is integrated, for the flow `term`; of these `sliding` are steps along kinks of
+        the loss."""
 
     @abc.abstractmethod
     def reservation(self, saved: Saved) -> RESULTS:
-        """`successful`, or why a run that reached its end is not to be trusted."""
+        """`successful`, or why a run that reached its end is not to be trusted: from
+        `saved`, a [`gradflow.solvers.base.Saved`][]."""
 
 
 def with_tolerances_of(
@@ -142,7 +151,8 @@ def with_tolerances_of(
 
 
 def as_flow_solver(solver: diffrax.AbstractSolver) -> AbstractFlowSolver:
-    """A solver as one that answers what a run asks."""
+    """The `solver` as one that answers what a run asks: itself where it does; else an
+    [`gradflow.solvers.Explicit`][] of it, or a [`gradflow.solvers.Plain`][]."""
     if isinstance(solver, AbstractFlowSolver):
         return solver
     explicit = isinstance(solver, diffrax.AbstractERK)
@@ -196,7 +206,12 @@ class AbstractPlain(AbstractOnParams):
 
 
 class Plain(AbstractPlain):
-    """Any but an explicit one."""
+    """Any solver of Diffrax's but an explicit one.
+
+    **Arguments:**
+
+    - `solver`: which.
+    """
 
     solver: diffrax.AbstractSolver
     differentiable: ClassVar[bool] = True
@@ -217,7 +232,12 @@ _TO_LAND = 60  # steps are tried again, at most, to land on a criterion: a bisec
 
 
 class Explicit(AbstractPlain):
-    """An explicit one, which may run at its stability limit."""
+    """An explicit solver of Diffrax's, which may run at its stability limit.
+
+    **Arguments:**
+
+    - `solver`: which.
+    """
 
     solver: diffrax.AbstractERK
     differentiable: ClassVar[bool] = True
@@ -225,8 +245,8 @@ class Explicit(AbstractPlain):
     sees_jumps: ClassVar[bool] = False
 
     def reservation(self, saved: Saved) -> RESULTS:
-        """`unstable` where its steps were limited by stability, and so many that noise
-        of the size of the tolerance makes up a drift of its own."""
+        """`unstable` where the steps of `saved` were limited by stability, and so many
+        that noise of the size of the tolerance makes up a drift of its own."""
         reach = steps_at_the_limit(saved.term, saved.params, saved.ts)
         taken, _, rejected = saved.counts.astype(reach.dtype)
         limited = (reach > taken) | (rejected - _TO_LAND > _REJECTED * taken)

@@ -35,6 +35,7 @@ class Size(eqx.Module):
     stiffness: Scalar
     """L t₁, L = λ + ‖∇²F(θ₀)‖."""
     parameters: int = eqx.field(static=True)
+    """How many there are to train."""
     outputs: int | None = eqx.field(static=True)
     """How many the loss has; `None` where it is not composite."""
     gradient: float = eqx.field(static=True)
@@ -51,7 +52,12 @@ def measure_size(
     weight_decay: float | Scalar,
     t1: float | Scalar,
 ) -> Size:
-    """The size of the flow `term`, from `params` to time `t1`."""
+    """The [`gradflow.solvers.Size`][] of the flow `term`, from `params` to time
+    `t1`, with λ = `weight_decay`.
+
+    `term` and `params` are those of `GradientFlow.term`. ‖∇²F(θ₀)‖ is found by some
+    products with a vector.
+    """
     outputs, loss = None, term.loss
     if isinstance(loss, AbstractCompositeLoss):
         outputs = jax.eval_shape(lambda p: loss.outputs(term.model(p)), params).size
@@ -77,12 +83,14 @@ def measure_size(
 
 
 class Choice(NamedTuple):
-    """A solver, why it was chosen, and whether that is to be tried only: for as long as
-    `TRIAL_STEPS`, and then with another."""
+    """A solver, and why it was chosen."""
 
     solver: diffrax.AbstractSolver
+    """The solver."""
     why: str
+    """Why, in words."""
     trial: bool = False
+    """Whether it is to be tried only: for at most 10 000 steps, and then another."""
 
 
 def as_choice(
@@ -159,8 +167,8 @@ def choose_solver(
 
     **Arguments:**
 
-    - `size`: from `measure_size`. A stiffness that is traced (under `jit` or `vmap`) is
-        taken as 1e6.
+    - `size`: from [`gradflow.solvers.measure_size`][]. A stiffness that is traced
+        (under `jit` or `vmap`) is taken as 1e6.
     - `rtol`: the tolerance; taken as 1e-6 where it is traced.
     - `classical`: whether Tsit5 may be chosen.
 

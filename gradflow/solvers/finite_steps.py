@@ -17,12 +17,15 @@ class FiniteSteps(AbstractFlowSolver):
 
     What it records is the mean of what it is at w + ρu and at w − ρu, as of two steps
     of the descent; the parameters are w.
+
+    **Arguments:**
+
+    - `solver`: what answers for the solver that makes the steps.
+    - `learning_rate`: h, a time t.
     """
 
     solver: AbstractFlowSolver
-    """What answers for the solver that makes the steps."""
     learning_rate: Scalar
-    """h."""
     differentiable: ClassVar[bool] = False
     sees_growth: ClassVar[bool] = False
     sees_jumps: ClassVar[bool] = False
@@ -34,7 +37,8 @@ class FiniteSteps(AbstractFlowSolver):
     def follow(
         self, term: AbstractFlowTerm, params: PyTree, weight_decay: Scalar
     ) -> Followed:
-        """The first steps of the descent are taken as they are."""
+        """The flow of the descent, from where its first steps end that are taken as
+        they are: `term`, `params` and `weight_decay` are those of the gradient flow."""
         begun = begin_steps(term, params, weight_decay, self.learning_rate)
         made = self.solver.follow(term, params, weight_decay).solver
         since = FIRST_STEPS * self.learning_rate

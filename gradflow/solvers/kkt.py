@@ -602,6 +602,13 @@ class KKT4(AbstractKKT):
 
     Use it with `diffrax.diffeqsolve` on the term of `GradientFlow.term`, a
     `diffrax.PIDController`, and `args=weight_decay`.
+
+    **Arguments:**
+
+    - `root_finder`: the iteration on the equations of a stage, with tolerances of its
+        own; those of the controller unless given.
+    - `root_find_max_steps`: its most steps.
+    - `matrix_free`: whether to solve without a matrix, whatever the size.
     """
 
     root_finder: ChordIteration = _FINDER
@@ -622,6 +629,8 @@ class KKT5(AbstractKKT):
     that of Kvaernø's method of order 5 is too small there by a factor that grows as the
     tolerance falls (24 at 1e-6, 59 at 1e-7 on a diagonal network with λ = 1e-4). One
     term is added to it, for plain decay, to which the published estimate is blind.
+
+    **Arguments:** `root_finder`, `root_find_max_steps`, `matrix_free`: as for `KKT4`.
     """
 
     root_finder: ChordIteration = _FINDER

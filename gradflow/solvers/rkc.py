@@ -77,8 +77,12 @@ class RKC2(AbstractOnParams, diffrax.AbstractAdaptiveSolver[_State]):
     ends where ρ is too large for its stages is rejected; and one that was unstable on
     the way rejects itself, as the error estimate holds h f(y₁).
 
-    **Fields:** `max_stages`, the most stages of a step. A step that needs more is
-    rejected, so that the next is shorter; it is never taken with fewer.
+    **Arguments:**
+
+    - `max_stages`: the most stages of a step, 2 or more. A step that needs more is
+        rejected, so that the next is shorter; it is never taken with fewer.
+
+    **Raises:** `ValueError` for fewer.
 
     **Source:** Sommeijer, Shampine, Verwer (J. Comput. Appl. Math. 88, 1998), damping
     ε = 2/13, error estimate 0.8 (y₀ − y₁) + 0.4 h (f₀ + f₁). Here the recurrence is
@@ -119,9 +123,10 @@ class RKC2(AbstractOnParams, diffrax.AbstractAdaptiveSolver[_State]):
         return RESULTS.successful
 
     def work(self, term: AbstractTerm, state: _State, end: PyTree) -> dict[str, Array]:
-        """What the accepted steps took, from the final state
+        """What the accepted steps took, from the final `state`
         (`SaveAt(solver_state=True)`): `evaluations` of the velocity, and `products` of
-        its Jacobian with a vector. (Diffrax forgets what a rejected step has done.)"""
+        its Jacobian with a vector, whatever `term` and `end`. (Diffrax forgets what a
+        rejected step has done.)"""
         return {"evaluations": state.evaluations, "products": state.products}
 
     def func(

@@ -36,15 +36,17 @@ class Landscape(eqx.Module):
     """‖(I − θ̂θ̂ᵀ)∇F‖‖θ‖/F where the run ended, with F for what is left to fall: a run at
     rest has little of it. Zero where F itself is rounding."""
     succeeded: np.ndarray
-    """Whether the run reached its end."""
+    """Whether the run reached its end, of shape (starts, n)."""
     watched: dict[str, Metric]
+    """The metrics themselves, with their thresholds."""
 
     def best(self, name: str = "test") -> Float[np.ndarray, " starts"]:
-        """w_c: the norm at which the metric is best, for each start; between the norms
-        by the parabola through the best and its neighbours, in the logarithms. NaN
-        where no run reached its end.
+        """w_c: the norm at which metric `name` is best, for each start; between the
+        norms by the parabola through the best and its neighbours, in the logarithms.
+        NaN where no run reached its end.
 
-        **Raises:** `ValueError` where no metric has that name."""
+        **Raises:** `ValueError` where no metric has that name.
+        """
         values, _ = self._toward_low(name)
         out = []
         for w, v in zip(np.log(self.norm), values, strict=True):
@@ -74,7 +76,8 @@ class Landscape(eqx.Module):
         **Returns:** the smallest and the largest norm for each start, of shape
         (starts, 2); between the norms by interpolation in the logarithm of w.
 
-        **Raises:** `ValueError` where there is no threshold.
+        **Raises:** `ValueError` where no metric has that name; or where it has no
+        threshold, and none is given.
         """
         values, sign = self._toward_low(name)
         own = self.watched[name].threshold
@@ -131,7 +134,8 @@ class Landscape(eqx.Module):
         return "\n".join(lines)
 
     def plot(self, **kwargs: Any) -> Any:
-        """The L and the U; see `gradflow.plot.landscape`."""
+        """The figure of the L and the U, as [`gradflow.plot.landscape`][] draws it;
+        `kwargs` are its options."""
         from .. import plot
 
         return plot.landscape(self, **kwargs)

@@ -28,6 +28,8 @@ class Descent(eqx.Module):
     How each of these options acts is told by [`gradflow.descent`][]. How far a descent
     goes is told here, by `steps` or `at`; or by `slow_time` or `t1` of the sweep.
 
+    **Arguments:** those below.
+
     **Raises:** `ValueError` for options that make no sense, of which it names one.
     """
 
@@ -79,6 +81,8 @@ class Descent(eqx.Module):
 @dataclasses.dataclass(frozen=True)
 class Store:
     """Where, and how, a sweep keeps its results on disk: `gf.sweep(..., store=…)`.
+
+    **Arguments:** those below.
 
     **Raises:** `ValueError` for options that make no sense, of which it names one.
     """

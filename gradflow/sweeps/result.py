@@ -73,7 +73,7 @@ class Sweep(eqx.Module):
 
     @property
     def coords(self) -> dict[str, np.ndarray]:
-        """The values of each axis."""
+        """The values of each axis, by its name."""
         return {name: values for name, (_, values) in self.axes.coords.items()}
 
     @property
@@ -108,7 +108,7 @@ class Sweep(eqx.Module):
 
     @property
     def result(self) -> RESULTS:
-        """How each lane ended."""
+        """How each lane ended, L results as one."""
         return self.paths.result
 
     @property
@@ -118,7 +118,7 @@ class Sweep(eqx.Module):
 
     @property
     def stats(self) -> Stats:
-        """Steps and other counts of each lane; see `Path`."""
+        """The steps and other counts of each lane."""
         return self.paths.stats
 
     def __len__(self) -> int:
@@ -137,7 +137,8 @@ class Sweep(eqx.Module):
         return self.padded(index).to_its_end()
 
     def padded(self, index: int | np.integer | tuple[int, ...]) -> Path:
-        """The same with as many times as there are in the arrays."""
+        """The path of lane `index`, a number or a position in each dimension, with as
+        many times as there are in the arrays."""
         i = self.axes.lane(index)
         paths = self.paths
         if isinstance(paths, StoredPaths):
@@ -164,8 +165,12 @@ class Sweep(eqx.Module):
         return (self[i] for i in range(len(self)))
 
     def crossing_time(self, name: str) -> Float[np.ndarray, "..."]:
-        """When metric `name` has passed its threshold for good, in the shape of the
-        dimensions; see `Path.crossing_time`."""
+        """When metric `name` has passed its threshold for good, a time t, in the shape
+        of the dimensions; see `Path.crossing_time`.
+
+        **Raises:** `KeyError` where no metric has that name; `ValueError` for one that
+        is no single number.
+        """
         lanes = self
         if isinstance(self.paths, StoredPaths):
             numbers = self.paths.load(parameters=False)
@@ -174,9 +179,10 @@ class Sweep(eqx.Module):
         return np.array(times).reshape(self.shape)
 
     def crossing_error(self, name: str) -> Float[np.ndarray, "..."]:
-        """How far `crossing_time` is off, in the shape of the dimensions: see
-        `Path.crossing_error`. Each lane is run once more for it, to more digits; NaN
-        for one that failed, or fails in that, of which a warning tells.
+        """How far `crossing_time` of metric `name` is off, a time t, in the shape of
+        the dimensions: see `Path.crossing_error`. Each lane is run once more for it, to
+        more digits; NaN for one that failed, or fails in that, of which a warning
+        tells.
 
         **Raises:** `ValueError` where lanes can't be run again, as after reading them
         from disk.
@@ -316,7 +322,8 @@ class Sweep(eqx.Module):
         return plot.as_html(str(self), lambda ax: plot.sweep(self, ax))
 
     def plot(self, **kwargs: Any) -> Any:
-        """Every lane in time t and slow time λt; see `gradflow.plot.sweep`."""
+        """The figure of every lane in time t, or in slow time s, as
+        [`gradflow.plot.sweep`][] draws it; `kwargs` are its options."""
         from .. import plot
 
         return plot.sweep(self, **kwargs)

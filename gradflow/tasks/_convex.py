@@ -72,7 +72,7 @@ def places(flat: np.ndarray, shape: tuple[int, int]) -> sparse.csr_array:
 def least_nuclear(
     operator: np.ndarray | sparse.csr_array, values: np.ndarray, shape: tuple[int, int]
 ) -> Certified:
-    """min ‖M‖_* subject to 𝒳 vec(M) = values, by semidefinite programming.
+    """min ‖M‖⁎ subject to 𝒳 vec(M) = values, by semidefinite programming.
 
     The dual is max ⟨values, ν⟩ subject to ‖mat(𝒳ᵀν)‖₂ ≤ 1.
 

@@ -22,13 +22,13 @@ def deep_linear(
     samples: int = 10,
     init_scale: float = 2.0,
 ) -> Task:
-    """Regression y = W*x with fewer samples than inputs, by f(x) = W_L ⋯ W_1 x.
+    """Regression y = W⋆x with fewer samples than inputs, by f(x) = W_L ⋯ W_1 x.
 
-    F = (1/2n) Σᵢ ‖f(xᵢ) − yᵢ‖² with standard Gaussian inputs; W* has Gaussian entries
+    F = (1/2n) Σᵢ ‖f(xᵢ) − yᵢ‖² with standard Gaussian inputs; W⋆ has Gaussian entries
     of variance 1/`inputs`, W_l entries of variance `init_scale`²/(columns of W_l).
 
-    The test loss is the expected loss on new inputs, ½‖W_L ⋯ W_1 − W*‖². It does not go
-    to zero, as W* sees more than the span of the data; its threshold is the geometric
+    The test loss is the expected loss on new inputs, ½‖W_L ⋯ W_1 − W⋆‖². It does not go
+    to zero, as W⋆ sees more than the span of the data; its threshold is the geometric
     mean of its value at the initial model and its value at the end point.
 
     **Arguments:**
@@ -87,7 +87,7 @@ class DeepLinearTruth(eqx.Module):
     """What is known of a deep linear network's flow.
 
     - `x`, `y`: the data, one sample a row.
-    - `target`: W*, of shape (outputs, inputs).
+    - `target`: W⋆, of shape (outputs, inputs).
     """
 
     x: Float[Array, "n d"]
@@ -95,13 +95,13 @@ class DeepLinearTruth(eqx.Module):
     target: Float[Array, "k d"]
 
     def coefficients(self, model: DeepLinear) -> Float[Array, "k d"]:
-        """W_L ⋯ W_1."""
+        """W_L ⋯ W_1 of `model`."""
         return model.matrix
 
     def invariant(self, model: DeepLinear) -> tuple[Float[Array, "h h"], ...]:
-        """The layer balances W_{l+1}ᵀ W_{l+1} − W_l W_lᵀ, l = 1, …, L − 1, which decay
-        as e^{−2λt} along the flow, whatever the loss (Arora, Cohen, Hazan, arXiv
-        1802.06509, for λ = 0)."""
+        """The layer balances W_{l+1}ᵀ W_{l+1} − W_l W_lᵀ of `model`, l = 1, …, L − 1,
+        which decay as e^{−2λt} along the flow, whatever the loss (Arora, Cohen, Hazan,
+        arXiv 1802.06509, for λ = 0)."""
         pairs = zip(model.weights[:-1], model.weights[1:], strict=True)
         return tuple(after.T @ after - before @ before.T for before, after in pairs)
 

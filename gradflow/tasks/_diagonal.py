@@ -25,11 +25,11 @@ def diagonal_network(
 ) -> Task:
     """Sparse regression from Gaussian features: β = u ⊙ u − v ⊙ v, or β = u ⊙ v.
 
-    F = (1/2n)‖Xβ − Xβ*‖² with `sparsity` nonzero entries in β*, of size 0.5 to 1.5 and
+    F = (1/2n)‖Xβ − Xβ⋆‖² with `sparsity` nonzero entries in β⋆, of size 0.5 to 1.5 and
     random sign. The drift lowers ½(‖u‖² + ‖v‖²) among interpolants, and ends at the
     least ℓ1 norm (Boursier, Pesme, Dragomir, arXiv 2505.20172, appendix C).
 
-    The test loss is the expected loss on new inputs, E ½⟨β − β*, x⟩² = ½‖β − β*‖²; its
+    The test loss is the expected loss on new inputs, E ½⟨β − β⋆, x⟩² = ½‖β − β⋆‖²; its
     threshold is 10% of its value at β = 0.
 
     **Arguments:**
@@ -38,7 +38,7 @@ def diagonal_network(
     - `form`: `"difference"` starts from u and v near `init_scale` (within 10%), so from
         β ≈ 0; `"product"` from u and v ~ N(0, `init_scale`²).
     - `samples`, `dim`: n and d, n ≤ d.
-    - `sparsity`: the number of nonzero entries of β*.
+    - `sparsity`: the number of nonzero entries of β⋆.
     - `init_scale`: the size of the initial weights. The larger, the longer the drift.
 
     **Returns:** a task whose truth is a `DiagonalTruth`.
@@ -76,13 +76,13 @@ def fourier_diagonal(
     """A sparse Fourier series learnt by β = u ⊙ v from a few samples.
 
     Features 1, √2 cos kx, √2 sin kx for k ≤ `frequencies`, inputs uniform on [−π, π];
-    β* has three nonzero entries, 1, −0.7 and 0.8, at frequencies drawn among the lowest
-    ten; F = (1/2n)‖Xβ − Xβ*‖²; u and v ~ N(0, `init_scale`²). This is the setting of
-    figure 4 of Boursier, Pesme, Dragomir, arXiv 2505.20172 (which leaves n, d and β*
+    β⋆ has three nonzero entries, 1, −0.7 and 0.8, at frequencies drawn among the lowest
+    ten; F = (1/2n)‖Xβ − Xβ⋆‖²; u and v ~ N(0, `init_scale`²). This is the setting of
+    figure 4 of Boursier, Pesme, Dragomir, arXiv 2505.20172 (which leaves n, d and β⋆
     open); there λ = 1e-4.
 
     The features are orthonormal, so the expected loss on new inputs, the test loss, is
-    ½‖β − β*‖²; its threshold is 10% of its value at β = 0.
+    ½‖β − β⋆‖²; its threshold is 10% of its value at β = 0.
 
     **Arguments:**
 
@@ -114,8 +114,8 @@ def fourier_diagonal(
 def fourier_features(
     inputs: Float[Array, " n"], frequencies: int
 ) -> Float[Array, "n d"]:
-    """1, then √2 cos kx and √2 sin kx for k = 1, …, `frequencies`: orthonormal for the
-    uniform distribution on [−π, π].
+    """1, then √2 cos kx and √2 sin kx for k = 1, …, `frequencies`, at each x of the
+    `inputs`: orthonormal for the uniform distribution on [−π, π].
 
     **Returns:** an array of shape (n, 2 `frequencies` + 1).
     """
@@ -149,7 +149,7 @@ class DiagonalTruth(AbstractSparseTruth):
     """What is known of a diagonal network's flow.
 
     - `features`, `targets`: X and y.
-    - `target`: β*, the coefficients that made y.
+    - `target`: β⋆, the coefficients that made y.
     """
 
     features: Float[Array, "n d"]
@@ -165,8 +165,8 @@ class DiagonalTruth(AbstractSparseTruth):
     def invariant(
         self, model: DiagonalNetwork | DifferenceNetwork
     ) -> Float[Array, " d"]:
-        """What decays as e^{−2λt} along the flow, whatever the data: u ⊙ u − v ⊙ v
-        where β = u ⊙ v, and u ⊙ v where β = u ⊙ u − v ⊙ v."""
+        """What of `model` decays as e^{−2λt} along the flow, whatever the data:
+        u ⊙ u − v ⊙ v where β = u ⊙ v, and u ⊙ v where β = u ⊙ u − v ⊙ v."""
         if isinstance(model, DifferenceNetwork):
             return model.u * model.v
         return model.u**2 - model.v**2

@@ -108,6 +108,7 @@ def image_classification(
 
 
 class ImageTruth(eqx.Module):
-    """Which images they are: for titles."""
+    """Which images they are."""
 
     data: str = eqx.field(static=True)
+    """Their name, for titles."""

@@ -110,10 +110,13 @@ def image_mlp(
 
 
 class DataTruth(eqx.Module):
-    """Which data they are, a title for figures that says so, how many samples there
-    are, `None` where as many as are asked for, and whether there is a test set too."""
+    """Which data they are, and how many."""
 
     data: str = eqx.field(static=True)
+    """Which they are."""
     title: str = eqx.field(static=True)
+    """The title of figures, which says so."""
     available: int | None = eqx.field(static=True, default=None)
+    """How many samples there are; `None` where as many as are asked for."""
     tested: bool = eqx.field(static=True, default=False)
+    """Whether there is a test set too."""

@@ -146,7 +146,8 @@ class LinearTruth(eqx.Module):
         return self._over(at, t)
 
     def drift(self, s: Real[ArrayLike, "*batch"]) -> Float[Array, "*batch d"]:
-        """w°(s) = X⁺y + e^{−s} P w(0), P the projection onto ker X; s = λt."""
+        """w°(s) = X⁺y + e^{−s} P w(0), P the projection onto ker X, at slow times
+        `s` = λt, a number or an array of any shape."""
         return self._over(
             lambda slow: self.end_point() + jnp.exp(-slow) * self.kernel_part, s
         )

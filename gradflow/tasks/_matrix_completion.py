@@ -119,18 +119,22 @@ class CompletionTruth(AbstractConvexTruth):
     resolved: ClassVar[float] = 1e-4
 
     def coefficients(self, model: MatrixFactorisation) -> Float[Array, "m n"]:
-        """UVᵀ."""
+        """UVᵀ of `model`."""
         return model.matrix
 
     def invariant(self, model: MatrixFactorisation) -> Float[Array, "r r"]:
-        """UᵀU − VᵀV, which decays as e^{−2λt} along the flow, whatever the loss of
-        UVᵀ."""
+        """UᵀU − VᵀV of `model`, which decays as e^{−2λt} along the flow, whatever the
+        loss of UVᵀ."""
         return model.U.T @ model.U - model.V.T @ model.V
 
     def certificate(self) -> Certified:
         """The completion of least nuclear norm, with the dual point that proves it (by
         CVXPY, to be installed as `gradflow[experiments]`). It is the global minimum of
-        ½(‖U‖² + ‖V‖²) on M with as many columns as it needs."""
+        ½(‖U‖² + ‖V‖²) on M with as many columns as it needs.
+
+        **Raises:** `ImportError` where CVXPY is not installed; `RuntimeError` where
+        none is found, or none certified.
+        """
         shape = self.target.shape
         flat = np.ravel_multi_index(tuple(np.asarray(self.indices).T), shape)
         return least_nuclear(places(flat, shape), np.asarray(self.values), shape)

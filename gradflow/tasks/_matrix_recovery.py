@@ -30,26 +30,26 @@ def matrix_recovery(
     scale: float | None = None,
     penalty: AbstractPenalty | None = None,
 ) -> Task:
-    """F(A) = ½ Σᵢ (⟨Xᵢ, A⟩ − ⟨Xᵢ, A*⟩)², the matrix itself for parameters: completion,
+    """F(A) = ½ Σᵢ (⟨Xᵢ, A⟩ − ⟨Xᵢ, A⋆⟩)², the matrix itself for parameters: completion,
     where each Xᵢ picks an entry, or sensing, where it has entries N(0, 1/`samples`).
 
-    A* = UVᵀ with Gaussian U and V, scaled to ‖A*‖_F = √(mn). Of the entries observed,
+    A⋆ = UVᵀ with Gaussian U and V, scaled to ‖A⋆‖_F = √(mn). Of the entries observed,
     the first ⌊τ `samples`⌋, τ = `leverage`, are those of largest leverage score
-    (m/r)‖Uᵢ‖² + (n/r)‖Vⱼ‖² (of the singular vectors of A*), the others drawn uniformly
+    (m/r)‖Uᵢ‖² + (n/r)‖Vⱼ‖² (of the singular vectors of A⋆), the others drawn uniformly
     from the rest. This is the setting of Notsawo, Dumas, Rabusseau, arXiv 2506.05718.
 
     With depth L the matrix is a product W_L ⋯ W₁, its hidden sizes max(m, n), and the
     start is Gaussian.
 
-    The metrics are ‖𝒳(A) − y‖/‖y‖, with threshold 1e-3, and ‖A − A*‖/‖A*‖, with
-    threshold 1e-2, of Frobenius norms. Whether the least nuclear norm is at A* depends
+    The metrics are ‖𝒳(A) − y‖/‖y‖, with threshold 1e-3, and ‖A − A⋆‖/‖A⋆‖, with
+    threshold 1e-2, of Frobenius norms. Whether the least nuclear norm is at A⋆ depends
     on the instance: `truth.recovers_target()` tells.
 
     **Arguments:**
 
     - `key`: of target, measurements and start.
     - `measurements`: `"entries"` or `"gaussian"`.
-    - `shape`, `rank`, `samples`: (m, n), the rank of A* and N < mn.
+    - `shape`, `rank`, `samples`: (m, n), the rank of A⋆ and N < mn.
     - `leverage`: τ, from 0 to 1; of entries only.
     - `depth`: L.
     - `scale`: of the start, ζ: A = ζI at depth 1, and 1e-6 unless given; W_l of entries
@@ -136,10 +136,10 @@ def _matrix(model: DeepLinear) -> Float[Array, "m n"]:
 class MatrixTruth(AbstractConvexTruth):
     """What is known of a matrix recovery.
 
-    - `target`: A*, of shape (m, n).
+    - `target`: A⋆, of shape (m, n).
     - `measured`: the places n i + j of the entries observed, of shape (N,), or the
         matrices Xᵢ, of shape (N, mn).
-    - `values`: y = 𝒳(A*).
+    - `values`: y = 𝒳(A⋆).
     """
 
     target: Float[Array, "m n"]
@@ -159,7 +159,11 @@ class MatrixTruth(AbstractConvexTruth):
 
     def certificate(self) -> Certified:
         """The matrix of least nuclear norm with these measurements, with the dual point
-        that proves it (by CVXPY, to be installed as `gradflow[experiments]`)."""
+        that proves it (by CVXPY, to be installed as `gradflow[experiments]`).
+
+        **Raises:** `ImportError` where CVXPY is not installed; `RuntimeError` where
+        none is found, or none certified.
+        """
         shape = self.target.shape
         return least_nuclear(self.operator(), np.asarray(self.values), shape)
 

@@ -93,5 +93,5 @@ class ModularTruth(eqx.Module):
     modulus: int = eqx.field(static=True)
 
     def labels(self, pairs: Int[Array, "n 2"]) -> Int[Array, " n"]:
-        """a + b mod p of each pair."""
+        """a + b mod p of each of the `pairs`."""
         return (pairs[:, 0] + pairs[:, 1]) % self.modulus

@@ -93,7 +93,15 @@ def modular_transformer(
 
 
 class OperationTruth(eqx.Module):
-    """The rule a + b or a / b mod `modulus`."""
+    """The rule a + b or a / b mod `modulus`.
+
+    **Arguments:**
+
+    - `modulus`: p, a prime number where the operation is division.
+    - `operation`: `"addition"` or `"division"`.
+
+    **Raises:** `ValueError` for another p.
+    """
 
     modulus: int = eqx.field(static=True)
     operation: Literal["addition", "division"] = eqx.field(static=True)
@@ -105,11 +113,11 @@ class OperationTruth(eqx.Module):
 
     @property
     def title(self) -> str:
-        """For figures."""
+        """The rule, for figures."""
         return f"a {_SIGNS[self.operation]} b mod {self.modulus}"
 
     def labels(self, symbols: Int[Array, "n 3"]) -> Int[Array, " n"]:
-        """The result for each row a, b, "="."""
+        """The result for each row a, b, "=" of `symbols`."""
         a, b = np.asarray(symbols)[:, :2].T
         if self.operation == "addition":
             return jnp.asarray((a + b) % self.modulus)

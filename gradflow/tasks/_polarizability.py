@@ -173,12 +173,15 @@ class MeanSquare(eqx.Module):
 
 class PolarizabilityTruth(eqx.Module):
     """Which molecules they are, and what their property is measured in: from `mean`, in
-    units of `deviation`, both in `unit`; and how many there are, `None` where that is
-    not known or they are as many as are asked for."""
+    units of `deviation`, both in `unit`."""
 
     data: str = eqx.field(static=True)
+    """Which they are."""
     title: str = eqx.field(static=True)
+    """The title of figures, which says so."""
     mean: float
     deviation: float
     unit: str = eqx.field(static=True)
     available: int | None = eqx.field(static=True, default=None)
+    """How many there are; `None` where that is not known or they are as many as are
+    asked for."""

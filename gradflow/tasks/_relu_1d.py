@@ -26,7 +26,7 @@ def relu_1d(
 ) -> Task:
     """f(x) = Σⱼ uⱼ relu(vⱼ x + bⱼ), from a few points of a sum of a few ReLUs.
 
-    F = (1/2n) Σᵢ (f(xᵢ) − f*(xᵢ))², inputs uniform on [−2, 2], all initial weights
+    F = (1/2n) Σᵢ (f(xᵢ) − f⋆(xᵢ))², inputs uniform on [−2, 2], all initial weights
     N(0, `init_scale`²): the setting of figure 3 of Boursier, Pesme, Dragomir, arXiv
     2505.20172 (n = 10, width 100, variance 4, three teacher neurons; λ = 1e-3), which
     leaves the teacher open. Here its kinks are spread over [−1.5, 1.5], its slopes ±1.
@@ -100,12 +100,14 @@ class ReLU1dTruth(eqx.Module):
     """The network that made the data, and what is known of the student's flow."""
 
     teacher: TwoLayer
+    """f⋆."""
 
     def invariant(self, model: TwoLayer) -> Float[Array, " h"]:
-        """uⱼ² − vⱼ² − bⱼ² for each neuron, which decays as e^{−2λt}."""
+        """uⱼ² − vⱼ² − bⱼ² for each neuron of `model`, which decays as e^{−2λt} (Du, Hu,
+        Lee, arXiv 1806.00900, for λ = 0)."""
         return neuron_balance(model)
 
     def kinks(self, model: TwoLayer) -> Kinks:
-        """The kink of each neuron: at −bⱼ/vⱼ the slope jumps by uⱼ|vⱼ|."""
+        """The kink of each neuron of `model`: at −bⱼ/vⱼ the slope jumps by uⱼ|vⱼ|."""
         slope = model.inner[:, 0]
         return Kinks(-model.biases / slope, model.outer * jnp.abs(slope))

@@ -24,11 +24,11 @@ def sparse_recovery(
     depth: int = 1,
     scale: float | None = None,
 ) -> Task:
-    """Compressed sensing: F(a) = ½‖Xa − y‖², y = Xa* + ξ, under R = ‖a‖₁.
+    """Compressed sensing: F(a) = ½‖Xa − y‖², y = Xa⋆ + ξ, under R = ‖a‖₁.
 
-    a* has `sparsity` entries N(0, 1/`features`) at random places; X has entries
+    a⋆ has `sparsity` entries N(0, 1/`features`) at random places; X has entries
     N(0, 1/`samples`), but its first ⌊τ `samples`⌋ rows are different rows of the
-    identity, τ = `coherence`: such a row sees one entry of a*, likely a zero. This is
+    identity, τ = `coherence`: such a row sees one entry of a⋆, likely a zero. This is
     the data of Notsawo, Dumas, Rabusseau, arXiv 2506.05718, as their code makes it
     (its text says variance 1/`features`).
 
@@ -36,15 +36,15 @@ def sparse_recovery(
     of the parameters, and the start breaks the symmetry of the signs: Gaussian. (From
     equal factors, as in the paper's code, an even L never reaches a negative entry.)
 
-    The metrics are ‖Xa − y‖/‖y‖, with threshold 1e-3, and ‖a − a*‖/‖a*‖, with threshold
-    1e-2. Whether the least ℓ1 norm is at a* depends on the instance:
+    The metrics are ‖Xa − y‖/‖y‖, with threshold 1e-3, and ‖a − a⋆‖/‖a⋆‖, with threshold
+    1e-2. Whether the least ℓ1 norm is at a⋆ depends on the instance:
     `truth.recovers_target()` tells.
 
     **Arguments:**
 
     - `key`: of target, measurements, noise and start.
     - `features`, `sparsity`, `samples`: n, s and N ≤ n.
-    - `snr`: ‖Xa*‖²/‖ξ‖² in the mean; no noise unless given.
+    - `snr`: ‖Xa⋆‖²/‖ξ‖² in the mean; no noise unless given.
     - `coherence`: τ, from 0 to 1.
     - `depth`: L.
     - `scale`: of the start, ζ. All entries are ζ at depth 1, and 1e-6 unless given;
@@ -104,7 +104,7 @@ class SparseTruth(AbstractSparseTruth):
     """What is known of a sparse recovery.
 
     - `features`, `targets`: X and y.
-    - `target`: a*.
+    - `target`: a⋆.
     """
 
     features: Float[Array, "n d"]
@@ -120,7 +120,7 @@ class SparseTruth(AbstractSparseTruth):
         return jnp.linalg.pinv(self.features) @ self.targets
 
     def unseen(self) -> Scalar:
-        """‖P a*‖/‖a*‖, P the projection onto ker X: the error of what is known of a*
+        """‖P a⋆‖/‖a⋆‖, P the projection onto ker X: the error of what is known of a⋆
         through X alone, which no method without another preference goes below."""
         seen = jnp.linalg.pinv(self.features) @ (self.features @ self.target)
         return jnp.linalg.norm(self.target - seen) / jnp.linalg.norm(self.target)

@@ -94,4 +94,6 @@ class AdditionTruth(eqx.Module):
     """The vector that each result is decoded into."""
 
     vectors: Float[Array, "p outputs"]
+    """Row k is that of the result k."""
     title: str = eqx.field(static=True)
+    """The title of figures."""

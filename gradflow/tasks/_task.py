@@ -17,6 +17,8 @@ from ..penalties import AbstractPenalty, L2
 class Task(eqx.Module):
     """A ready problem: an initial model, its loss, what to watch and what is known.
 
+    **Arguments:**
+
     - `name`: of the function that made it.
     - `model`: the initial model.
     - `loss`: the training loss F.
@@ -33,6 +35,9 @@ class Task(eqx.Module):
         d − `codimension`; `None` where it is not known.
     - `slow_time`: how far to run, s = λt, to see the whole drift.
     - `penalty`: R, ½‖θ‖² unless the task is about another one.
+
+    **Raises:** `ValueError` where one of the two metrics is missing, or `slow_time` is
+    not positive.
     """
 
     name: str = eqx.field(static=True)
@@ -98,7 +103,13 @@ def accuracies(
 
 
 class RelativeError(eqx.Module):
-    """‖of(model) − target‖/‖target‖, Euclidean (of matrices, Frobenius)."""
+    """‖f(model) − target‖/‖target‖, Euclidean (of matrices, Frobenius).
+
+    **Arguments:**
+
+    - `of`: f, a function of the model that gives an array.
+    - `target`: an array of the same shape.
+    """
 
     of: Callable[[Any], Array]
     target: Array

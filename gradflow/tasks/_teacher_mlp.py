@@ -29,7 +29,7 @@ def teacher_mlp(
     """A tanh network with biases that learns a few samples of another one of the same
     sizes (Liu, Michaud, Tegmark, arXiv 2210.01117, figure 2).
 
-    F = (1/2n) Σᵢ ‖f(xᵢ) − f*(xᵢ)‖², standard Gaussian inputs; the paper's loss, a mean
+    F = (1/2n) Σᵢ ‖f(xᵢ) − f⋆(xᵢ)‖², standard Gaussian inputs; the paper's loss, a mean
     over outputs too, is 2/`outputs` of it. Weights and biases are uniform within
     ±1/√(inputs of the layer): the teacher's as they are, the student's are others,
     times `init_scale`. Where that is 1 the student generalises at once; from larger
@@ -88,7 +88,13 @@ def teacher_mlp(
 
 class ShareWithin(eqx.Module):
     """The share of samples whose squared error, a mean over outputs, is below
-    `tolerance`."""
+    `tolerance`.
+
+    **Arguments:**
+
+    - `loss`: with the samples.
+    - `tolerance`: of the squared error, in the unit of y².
+    """
 
     loss: SquaredError
     tolerance: float = eqx.field(static=True)
@@ -100,6 +106,6 @@ class ShareWithin(eqx.Module):
 
 
 class TeacherMLPTruth(eqx.Module):
-    """The network that made the data."""
+    """The network that made the data: `teacher`."""
 
     teacher: eqx.nn.MLP

@@ -30,9 +30,9 @@ def teacher_student(
 ) -> Task:
     """A network of `width` neurons that learns one of `teacher_width` neurons.
 
-    F = (1/2n) Σᵢ (f(xᵢ) − f*(xᵢ))², standard Gaussian inputs. Hidden weights, biases
+    F = (1/2n) Σᵢ (f(xᵢ) − f⋆(xᵢ))², standard Gaussian inputs. Hidden weights, biases
     and output weights are Gaussian: the teacher's of standard deviations 1/√inputs, 1/2
-    and 3/√teacher_width, the student's of `init_scale` times 1/√inputs, 1 and 1. A
+    and 3/√`teacher_width`, the student's of `init_scale` times 1/√inputs, 1 and 1. A
     student of more hidden layers is an `eqx.nn.MLP` with its usual uniform weights and
     biases, times `init_scale`.
 
@@ -128,5 +128,9 @@ class TeacherTruth(eqx.Module):
     teacher: TwoLayer
 
     def invariant(self, model: TwoLayer) -> Float[Array, " h"]:
-        """aⱼ² − ‖wⱼ‖² − bⱼ², which decays as e^{−2λt}; for the ReLU only."""
+        """aⱼ² − ‖wⱼ‖² − bⱼ² for each neuron of `model`, which decays as e^{−2λt}; for
+        the ReLU only (Du, Hu, Lee, arXiv 1806.00900, for λ = 0).
+
+        **Raises:** `ValueError` for another activation or a vector output.
+        """
         return neuron_balance(model)

@@ -27,15 +27,15 @@ def wide_teacher(
 ) -> Task:
     """A student B ReLU(A x) of the teacher's size, without biases, on few samples.
 
-    F = (1/2n) Σᵢ ‖f(xᵢ) − f*(xᵢ)‖², standard Gaussian inputs; with two outputs it is
+    F = (1/2n) Σᵢ ‖f(xᵢ) − f⋆(xᵢ)‖², standard Gaussian inputs; with two outputs it is
     the mean over all numbers, the loss of the code of Notsawo, Dumas, Rabusseau
-    (arXiv 2506.05718, figure 10). The teacher's A* has entries N(0, 1), its B*
+    (arXiv 2506.05718, figure 10). The teacher's A⋆ has entries N(0, 1), its B⋆
     N(0, 1/`width`²); the student's are Gaussian with standard deviation
     `init_scale`/√rows.
 
     Unless another one is given the penalty is the Sobolev one of their figure 11,
-    meanᵢ ‖∂f/∂x(xᵢ) − ∂f*/∂x(xᵢ)‖_F²: the teacher's derivatives at the samples, which
-    tell of f* what values alone do not.
+    meanᵢ ‖∂f/∂x(xᵢ) − ∂f⋆/∂x(xᵢ)‖_F²: the teacher's derivatives at the samples, which
+    tell of f⋆ what values alone do not.
 
     The test loss is on `test_samples` new inputs; its threshold is 10% of its value at
     f = 0, which without the derivatives few samples may not reach.
@@ -96,7 +96,7 @@ class WideTeacherTruth(eqx.Module):
     teacher: TwoLayer
 
     def jacobian(self, x: Float[Array, "n d"]) -> Float[Array, "n k d"]:
-        """∂f*/∂x = B* diag(1[A*x > 0]) A* at each sample."""
+        """∂f⋆/∂x = B⋆ diag(1[A⋆x > 0]) A⋆ at each of the n samples `x`."""
         active = x @ self.teacher.inner.T > 0
         gates = active.astype(x.dtype)
         return jnp.einsum(

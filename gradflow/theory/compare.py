@@ -38,10 +38,10 @@ def compare(
 
     **Arguments:**
 
-    - `sweep`: simulated with the same flow, model and metrics as (a lane that ended
-        early, as asked, counts up to its end)
-    - `theory`: the prediction.
-    - `after`: ε; the drift alone is compared over s ≥ ε.
+    - `sweep`: the flow, simulated. A lane that ended early, as asked, counts up to its
+        end.
+    - `theory`: the prediction, of the same flow, model and metrics.
+    - `after`: ε, a slow time; the drift alone is compared over s ≥ ε.
     - `error_bars`: whether to estimate the errors of the measured times: each lane is
         run once more for it, to more digits (see `gradflow.Path.crossing_error`).
     - `progress`: show a progress bar, over the lanes.

@@ -31,7 +31,7 @@ class Widths(eqx.Module):
     begin: float
     """t₁₀, the time at which 10 % of the fall is done."""
     end: float
-    """t₉₀."""
+    """t₉₀, the time at which 90 % is."""
 
 
 def widths(path: Path, *, train: str = "train", test: str = "test") -> Widths:
@@ -102,13 +102,13 @@ def onset(flow: GradientFlow, path: Path, *, share: float = 0.01) -> Onset:
 
     **Arguments:**
 
-    - `flow`: the flow that made
-    - `path`: the path, with λ > 0.
+    - `flow`: the flow.
+    - `path`: a path of it, with λ > 0.
     - `share`: ε.
 
     **Returns:** an `Onset`, its times in t; NaN where they are not reached.
 
-    **Raises:** `ValueError` where λ = 0.
+    **Raises:** `ValueError` where λ = 0, and for other arguments that make no sense.
 
     Source: Boursier, Pesme, Dragomir, arXiv 2505.20172, appendix E.
     """
@@ -148,6 +148,7 @@ class RadialLaw(eqx.Module):
     """How the norm falls along the drift, by itself and by its law."""
 
     slow_time: Float[np.ndarray, " n"]
+    """s, at the nodes of the drift."""
     log_norm: Float[np.ndarray, " n"]
     """ln ‖w(s)‖/‖w(0)‖."""
     integral: Float[np.ndarray, " n"]
@@ -161,10 +162,12 @@ def radial_law(flow: GradientFlow, theory: TwoPhase) -> RadialLaw:
 
     **Arguments:**
 
-    - `flow`: of which
-    - `theory`: is the theory.
+    - `flow`: the flow.
+    - `theory`: that of it.
 
     **Returns:** a `RadialLaw` at the nodes of the drift, integrated by a cubic spline.
+
+    **Raises:** `ValueError` where they are none, or the flow holds the norm.
     """
     check_free(flow)
     if not isinstance(theory, TwoPhase):

@@ -45,6 +45,7 @@ class Predicted(NamedTuple):
     """The metrics of a prediction at n times."""
 
     t: Float[Array | np.ndarray, " n"]
+    """These times t."""
     curves: list[dict[str, Float[Array | np.ndarray, "n ..."]]]
     """The metrics by name, at order 1 and, if known, at 2 and with the next term."""
     delay: Float[Array | np.ndarray, " n"]
@@ -88,6 +89,7 @@ class TwoPhase(eqx.Module):
     second: SecondOrder | None
     """The terms of order λ, for predictions of order 2; `None` where not asked for."""
     result: RESULTS
+    """Whether theory applies, and why not."""
     drift_degree: int = eqx.field(static=True, default=DEGREE)
     """The degree of the interpolation of the drift: 1 where the penalty has kinks."""
     where: str = ""
@@ -177,6 +179,8 @@ class TwoPhase(eqx.Module):
         against the solution: `fast_shift`) has any validity. Near saddles, which weight
         decay leaves later, that asks for far smaller λ than the drift does.
 
+        **Arguments:** `weight_decay`: λ > 0.
+
         **Returns:** s; 0 where λ is too large for the fast phase or from the start of
         the drift, the rank is a guess, or a path slid along kinks.
 
@@ -223,11 +227,24 @@ class TwoPhase(eqx.Module):
         return self.crossing_time("test", weight_decay)
 
     def memorisation_time(self, weight_decay: float) -> PredictedTime:
-        """The same for the metric `"train"`; see `grokking_time`."""
+        """The same for the metric `"train"`; see `grokking_time`.
+
+        **Arguments:** `weight_decay`: λ > 0.
+
+        **Raises:** `ValueError` as that.
+        """
         return self.crossing_time("train", weight_decay)
 
     def crossing_time(self, name: str, weight_decay: float) -> PredictedTime:
-        """The same for any metric; see `grokking_time`."""
+        """The same for any metric; see `grokking_time`.
+
+        **Arguments:**
+
+        - `name`: of the metric.
+        - `weight_decay`: λ > 0.
+
+        **Raises:** `ValueError` as that.
+        """
         watched = self.drift.watched
         if name not in watched:
             raise ValueError(
@@ -239,7 +256,11 @@ class TwoPhase(eqx.Module):
     def time_from(
         self, weight_decay: float, name: str, found: Predicted
     ) -> PredictedTime:
-        """`crossing_time` from what `predicted` gave."""
+        """`crossing_time` of metric `name` at λ = `weight_decay`, from what `predicted`
+        gave: `found`.
+
+        **Raises:** `KeyError` where no metric has that name; `ValueError` unless λ > 0.
+        """
         metric = self.drift.watched[name]
         curves = [curve[name] for curve in found.curves]
         until = self.valid_until(weight_decay)
@@ -278,7 +299,12 @@ class TwoPhase(eqx.Module):
     def predicted(self, weight_decay: float) -> Predicted:
         """The metrics along the prediction, as far as theory holds: at zero, and at
         times evenly spaced in log t up to `valid_until`. NaN where λ is too large from
-        the start."""
+        the start.
+
+        **Arguments:** `weight_decay`: λ > 0.
+
+        **Raises:** `ValueError` for any other λ.
+        """
         check_positive(weight_decay, "weight_decay")
         until = self.valid_until(weight_decay)
         if until <= 0:
@@ -313,8 +339,9 @@ class TwoPhase(eqx.Module):
         s: Float[Array, ""] | None = None,
         order: int = 1,
     ) -> PyTree:
-        """As `predict`, for one time: the trainable parameters alone. Order 3 is what
-        is known of it: the term of order λ² as it is at the end of the fast phase."""
+        """As `predict`, for one time `t`, λ = `lam`, and s = λt unless `s` is given:
+        the trainable parameters alone. An `order` of 3 is what is known of it: the term
+        of order λ² as it is at the end of the fast phase."""
         end_s = self.drift.s[-1]
         s = lam * t if s is None else s
         # Beyond its last time the fast path has arrived.

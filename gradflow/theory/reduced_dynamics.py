@@ -25,11 +25,17 @@ class Cliff(eqx.Module):
     is the L of the paper: high below the critical norm w_c, flat above; and a messier
     representation needs a larger norm.
 
+    **Arguments:**
+
     - `norm`: w₀, the critical norm where m = 0.
     - `angle`: θ, between the edge and the axis of log w, in radians, 0 < θ < π/2. The
         more data, the smaller.
     - `height`: a.
     - `softness`: δ, over which the edge is rounded.
+
+    **Raises:** `ValueError` for other angles, and unless the others are positive.
+
+    Source: Liu, Michaud, Tegmark, arXiv 2210.01117, section 5.
     """
 
     norm: float | Scalar
@@ -44,7 +50,7 @@ class Cliff(eqx.Module):
         )
 
     def critical_norm(self, messiness: float | Scalar) -> Scalar:
-        """w_c(m)."""
+        """w_c(m), m the `messiness`."""
         return self.norm * jnp.exp(messiness / jnp.tan(self.angle))
 
     def __call__(self, norm: float | Scalar, messiness: float | Scalar) -> Scalar:
@@ -59,16 +65,20 @@ class ReducedPath(eqx.Module):
     """A path of the reduced dynamics."""
 
     t: Float[Array, " n"]
+    """The saved times."""
     norm: Float[Array, " n"]
+    """w at these times."""
     messiness: Float[Array, " n"]
+    """m at these times."""
     loss: Float[Array, " n"]
     """l̃ along the path."""
     result: diffrax.RESULTS
+    """How the run ended, in Diffrax's words."""
 
     def time_until(self, messiness: float | Scalar) -> Scalar:
-        """When the messiness falls below a value for the first time, between two saved
-        times by a straight line; infinite where it never does, NaN where the run did
-        not reach its end before."""
+        """When m falls below `messiness` for the first time, a time t, between two
+        saved times by a straight line; infinite where it never does, NaN where the run
+        did not reach its end before."""
         below = self.messiness <= messiness
         i = jnp.argmax(below)
         before, m = jnp.maximum(i - 1, 0), self.messiness
@@ -80,11 +90,16 @@ class ReducedPath(eqx.Module):
 
 
 class ReducedDynamics(eqx.Module):
-    """dw/dt = −η_D(∂l̃/∂w + γw), dm/dt = −η_R ∂l̃/∂m (equation 6 of the paper).
+    """dw/dt = −η_D(∂l̃/∂w + γw), dm/dt = −η_R ∂l̃/∂m: equation 6 of Liu, Michaud,
+    Tegmark, arXiv 2210.01117.
+
+    **Arguments:**
 
     - `loss`: l̃(w, m), such as a `Cliff`, or any smooth function that JAX can
         differentiate.
     - `decoder_rate`, `representation_rate`: η_D and η_R.
+
+    **Raises:** `ValueError` unless these are positive.
 
     **On a cliff**, from (w₁, m₁) on the plain until the messiness is m₂, weight decay
     first takes log w to the edge at speed v = η_Dγ, and then along it. With
@@ -115,7 +130,7 @@ class ReducedDynamics(eqx.Module):
     def velocity(
         self, norm: Scalar, messiness: Scalar, weight_decay: float | Scalar
     ) -> tuple[Scalar, Scalar]:
-        """(dw/dt, dm/dt)."""
+        """(dw/dt, dm/dt) at w = `norm`, m = `messiness`, with γ = `weight_decay`."""
         by_norm, by_messiness = jax.grad(self.loss, (0, 1))(norm, messiness)
         shrink = by_norm + weight_decay * norm
         return -self.decoder_rate * shrink, -self.representation_rate * by_messiness
@@ -148,7 +163,8 @@ class ReducedDynamics(eqx.Module):
 
         **Returns:** a `ReducedPath`.
 
-        **Raises:** `ValueError` where an argument makes no sense.
+        **Raises:** `ValueError` where an argument makes no sense; Diffrax's error where
+        `max_steps` are not enough, and `throw`.
         """
         _check_positive(norm=norm, weight_decay=weight_decay, t1=t1)
         check_number(messiness, "messiness", "a number", lambda v: v == v)

@@ -19,10 +19,11 @@ class Rate(eqx.Module):
     """The exponent p of an error C λᵖ, by least squares in the logarithms."""
 
     exponent: float
+    """p."""
     stderr: float
     """Its standard error; NaN for two points."""
     used: Bool[np.ndarray, " L"]
-    """Which λ were used, a vector of booleans."""
+    """Which λ were used."""
     why: str
     """Why these; or why there is no rate."""
 
@@ -49,6 +50,7 @@ class Order(eqx.Module):
     it is known, λ‖e₁ + w₁ + h‖ (NaN where order 2 was not computed); at order 2 it is
     that times λρ, the ratio of the two terms normal to the manifold."""
     rate: Rate
+    """The rate at which `sup` falls with λ."""
 
 
 class DriftAlone(eqx.Module):
@@ -67,15 +69,16 @@ class Times(eqx.Module):
     where it does not."""
 
     measured: Float[np.ndarray, " L"]
+    """As simulated."""
     predicted: Float[np.ndarray, " L"]
-    """NaN where it is not within `valid_until`, too."""
+    """By theory; NaN where it is not within `valid_until`, too."""
     error: Float[np.ndarray, " L"]
     """The estimated error of `predicted`, a time; NaN at order 1."""
     measured_error: Float[np.ndarray, " L"] | None = None
     """That of `measured`; `None` unless `compare` was asked for `error_bars`."""
 
     def words(self, i: int) -> str:
-        """What was measured on lane i, and its error where that is estimated."""
+        """What was measured on lane `i`, and its error where that is estimated."""
         time, error = _time(self.measured[i]), self.measured_error
         return time if error is None else f"{time} {_number(error[i])}"
 
@@ -96,15 +99,19 @@ class Report(eqx.Module):
     """
 
     sweep: Sweep
+    """The flow, as simulated."""
     theory: TwoPhase
+    """The prediction."""
     orders: dict[int, Order]
     """Of the prediction: 1, and 2 where it was computed, as in `report.orders[2]`."""
     drift: DriftAlone
+    """The error of the drift without the fast phase."""
     memorised: Times
-    """Of the metric `"train"`."""
+    """When the metric `"train"` passes its threshold."""
     grokked: Times
-    """Of the metric `"test"`."""
+    """When the metric `"test"` does."""
     curves: Curves
+    """The predicted metrics."""
     valid_until: Float[np.ndarray, " L"]
     """The slow time up to which theory is claimed to hold."""
 
@@ -121,7 +128,7 @@ class Report(eqx.Module):
 
     @property
     def delay(self) -> Float[np.ndarray, " L"]:
-        """Grokking time minus memorisation time, as measured."""
+        """Grokking time minus memorisation time, as measured: times t."""
         return self.grokked.measured - self.memorised.measured
 
     def __str__(self) -> str:
@@ -220,7 +227,8 @@ class Report(eqx.Module):
         return of_report(self)
 
     def plot(self, **kwargs: Any) -> Any:
-        """The report as a figure; see `gradflow.plot.report`."""
+        """The report as a figure, as [`gradflow.plot.report`][] draws it; `kwargs` are
+        its options."""
         from .. import plot
 
         return plot.report(self, **kwargs)

@@ -79,6 +79,8 @@ def two_phase(
     **Raises:** `ValueError` for arguments that make no sense; `RuntimeError` if `throw`
     and there is no limit (the loss has no minimiser, say) or the drift fails: it names
     the phase, the time that was reached, and the smallest curvatures of F there.
+
+    Source: Boursier, Pesme, Dragomir, arXiv 2505.20172.
     """
     check_free(flow)
     check_arguments(slow_time=slow_time, rtol=rtol, max_steps=max_steps)
