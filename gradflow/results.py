@@ -62,10 +62,12 @@ class RESULTS(diffrax.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
         "flat somewhere along it. Increase `t_max`, or check that a minimiser exists."
     )
     no_minimiser = (
-        "The loss keeps falling while the parameters keep growing, about as log t: it "
-        "has no minimiser on this trajectory, as cross-entropy on separable data. "
-        "There is no limit map here, only a limit of the direction θ/‖θ‖; use weight "
-        "decay, or a loss with a minimiser."
+        "The loss keeps falling while the parameters keep growing, about as log t over "
+        "the last three decades: as where there is no minimiser on this trajectory "
+        "(cross-entropy on separable data has none), or where it is very far away "
+        "(behind a Jacobian that has nearly lost rank). There is no limit map here, "
+        "only a limit of the direction θ/‖θ‖; use weight decay, or a loss with a "
+        "minimiser, or see by a larger `t_max` whether there is one."
     )
     not_critical = (
         "The point reached is not on the critical manifold to the tolerance asked: "

@@ -221,6 +221,7 @@ case("metrics['test']", run, "real", as_is=True,
 case("trainable", chosen, "all", as_is=True, pick=lambda leaf: True)
 case("trainable", chosen, "ints", as_is=True, pick=eqx.is_array)
 case("trainable", chosen, "structure", as_is=True, pick=(True, False))
+case("trainable", chosen, "of the model", as_is=True, pick=lambda m: m.layers[0])
 case("trainable", lambda: gf.scaled(logits, 2.0, trainable=eqx.is_array), "scaled",
      as_is=True)
 

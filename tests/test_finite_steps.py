@@ -59,13 +59,14 @@ def mean_at(values, k):
 
 
 @eqx.filter_jit
-def lanes(w, rates, ts):
+def lanes(w, rates, ts, **options):
     """One program for the tests below: three rates, each through three times."""
 
     def one(h, ts):
         return gf.simulate(
             FLOW, Valley(w), weight_decay=DECAY, learning_rate=h, ts=ts, throw=False,
-            solver=diffrax.Tsit5(), rtol=1e-9, metrics={"height": lambda m: m.w[0] ** 2}
+            solver=diffrax.Tsit5(), rtol=1e-9, **options,
+            metrics={"height": lambda m: m.w[0] ** 2},
         )  # fmt: skip
 
     return eqx.filter_vmap(one)(rates, ts)
@@ -145,6 +146,25 @@ def test_what_no_flow_follows_is_named(edge):
     assert paths.stats.deviation[1] > 0.05
     alone = edge[2].params.w[2]
     assert_allclose(paths.params.w[0], alone, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.slow
+def test_no_flow_is_no_lack_of_steps(edge):
+    """Whose steps are used up: one at the edge, one of steps too long, one far up."""
+    rates = np.array([0.6, 0.8, 2.5])
+    ts = rates[:, None] * edge[1]
+    start = jnp.array([0.1, 3.9, 1.3, 0.3])
+    run = lambda most: lanes(start, jnp.asarray(rates), jnp.asarray(ts), max_steps=most)
+    names = ["out_of_steps", "coarse", "overshot"]
+    assert codes(run(600).result).tolist() == [CODES[name] for name in names]
+    early = run(27)  # of the 29 to infinity
+    assert early.stats.steps.tolist() == [27] * 3
+    assert codes(early.result).tolist() == [CODES["out_of_steps"]] * 2 + [
+        CODES["overshot"]
+    ]
+    first = jax.tree.map(lambda x: x[0] if eqx.is_array(x) else x, early)
+    told = first.verdict
+    assert "gradflow.descent is quicker" in told and "KKT" not in told
 
 
 def test_a_rate_that_makes_no_sense_is_named_where_it_is_traced(edge):

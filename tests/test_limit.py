@@ -225,6 +225,7 @@ def test_separable_data_have_no_limit(getkey):
     model = eqx.nn.MLP(3, 2, 8, 1, activation=jnp.tanh, key=getkey())
     out = manifold.limit_map(loss, model, t_max=1e7, throw=False)
     assert out.result == gf.RESULTS.no_minimiser
+    assert "of normalised margin 0." in str(out)
     with pytest.raises(Exception, match="no minimiser"):
         manifold.limit_map(loss, model, t_max=1e7)
 

@@ -169,6 +169,11 @@ def test_margin_and_accuracy():
     size = np.linalg.norm(model.first)
     np.testing.assert_allclose(layer(model), least / size, rtol=1e-12)
     np.testing.assert_allclose(Accuracy(x, labels)(model), (own > z.max(axis=1)).mean())
+    # They know which way they are good; other functions are losses unless said.
+    assert gf.Metric(Accuracy(x, labels), threshold=0.9).higher_is_better
+    assert gf.Metric(margin).higher_is_better and not gf.Metric(Norm()).higher_is_better
+    assert not gf.Metric(margin, higher_is_better=False).higher_is_better
+    assert gf.Metric(Norm(), 1.0, True).higher_is_better
 
 
 def test_one_logit_is_that_of_label_one():

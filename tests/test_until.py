@@ -215,6 +215,10 @@ def test_a_metric():
     early = run("test", metrics={"test": gf.Metric(first_weight, threshold=3.0)})
     assert early.t.tolist() == [0.0] and early.stats.steps == 0 and bool(early.met)
     assert "met at t = 0" in str(early) and early.crossing_time("test") == 0
+    assert "It held from the start." in str(early)
+    assert "from the start" not in str(higher)
+    with pytest.raises(ValueError, match=r"^name: expected one of 'test', got 'tset'"):
+        early.crossing_time("tset")
     assert np.isnan(early.slow_speed)
     late = run("test", metrics={"test": gf.Metric(first_weight, threshold=0.5)})
     assert bool(late.result == gf.RESULTS.successful) and len(late) == 65

@@ -158,10 +158,11 @@ def partition(
 def _split(model: PyTree, trainable: PyTree) -> tuple[PyTree, PyTree]:
     try:
         params, static = eqx.partition(model, trainable)
-    except (TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
+        got = f"one that says: {error}" if callable(trainable) else word(trainable)
         raise ValueError(
             "trainable: expected a function of a leaf, or booleans in the structure of "
-            f"the model, got {word(trainable)}."
+            f"the model, got {got}."
         ) from error
     for at, leaf in jax.tree_util.tree_leaves_with_path(params):
         if not eqx.is_inexact_array(leaf):

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree, Scalar
 
-from .._checks import is_concrete
+from .._checks import check_choice, is_concrete
 from .._host import as_array, known, taken
 from ..metrics import Metric
 from ..results import among, in_words, is_known, RESULTS
@@ -80,9 +80,10 @@ class Drift(eqx.Module):
         """The slow time from which metric `name` is past its threshold for good, by
         interpolation: see [`gradflow.crossing_time`][].
 
-        **Raises:** `KeyError` where no metric has that name; `ValueError` for one that
-        is no single number.
+        **Raises:** `ValueError` where no metric has that name, or it is no single
+        number.
         """
+        check_choice(name, "name", tuple(self.watched))
         return crossing_time(self.s, self.metrics[name], self.watched[name])
 
     @property

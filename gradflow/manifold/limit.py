@@ -75,10 +75,9 @@ class Limit(eqx.Module):
         else:
             end = f"FAILED: {RESULTS[self.result]}"
         if among(self.result, RESULTS.no_minimiser):
-            end += (
-                " In its stead: `direction`, of normalised margin "
-                f"{float(self.margin):.3g}"
-            )
+            margin = float(self.margin)  # NaN where there are no classes
+            of = "" if np.isnan(margin) else f", of normalised margin {margin:.3g}"
+            end += f" In its stead: `direction`{of}."
         steps = int(self.stats.steps)
         return f"Limit Φ(θ₀) {end} (t = {float(self.time):.3g}, {steps} steps)"
 

@@ -1,5 +1,7 @@
 """How well a classifier tells labels: accuracy, margin."""
 
+from typing import ClassVar
+
 import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree, Scalar
@@ -54,8 +56,10 @@ def _checked(x: PyTree, labels: Array) -> tuple[PyTree, Int[Array, " n"]]:
 class Accuracy(AbstractOfLogits):
     """The share of samples whose largest logit is at their label, from 0 to 1.
 
-    Watch it as `Metric(Accuracy(x, labels), threshold=0.99, higher_is_better=True)`.
+    Watch it as `Metric(Accuracy(x, labels), threshold=0.99)`.
     """
+
+    higher_is_better: ClassVar[bool] = True
 
     x: PyTree
     labels: Int[Array, " n"]
@@ -88,6 +92,8 @@ class Margin(AbstractOfLogits):
     right, the flow of the cross-entropy without weight decay hardly lowers it, and its
     limits in direction are KKT points of the largest γ (Lyu and Li, arXiv 1906.05890).
     """
+
+    higher_is_better: ClassVar[bool] = True
 
     x: PyTree
     labels: Int[Array, " n"]

@@ -17,22 +17,35 @@ class Metric(eqx.Module):
 
     It may be many numbers too, such as singular values: an array whose shape is the
     same for all models. These have no threshold.
-
-    **Arguments:**
-
-    - `fn`: a function of the model.
-    - `threshold`: the level that it is to pass, a number; `None` where no level counts.
-    - `higher_is_better`: whether it passes from below.
-
-    **Raises:** `ValueError` where `fn` is no function, or the threshold no number.
     """
 
     fn: Callable[[Any], Float[Array, "..."]]
-    threshold: float | None = eqx.field(static=True, default=None, converter=as_level)
-    higher_is_better: bool = eqx.field(static=True, default=False)
+    threshold: float | None = eqx.field(static=True)
+    higher_is_better: bool = eqx.field(static=True)
 
-    def __check_init__(self):
-        check_callable(self.fn, "fn")
+    def __init__(
+        self,
+        fn: Callable[[Any], Float[Array, "..."]],
+        threshold: float | None = None,
+        higher_is_better: bool | None = None,
+    ):
+        """**Arguments:**
+
+        - `fn`: a function of the model.
+        - `threshold`: the level that it is to pass, a number; `None` where no level
+            counts.
+        - `higher_is_better`: whether it passes from below, as an accuracy does. Unless
+            given it is what `fn` says by an attribute of this name, as
+            [`gradflow.Accuracy`][] does, and `False` where it says nothing, as of
+            losses and errors.
+
+        **Raises:** `ValueError` where `fn` is no function, or the threshold no number.
+        """
+        check_callable(fn, "fn")
+        if higher_is_better is None:
+            higher_is_better = bool(getattr(fn, "higher_is_better", False))
+        self.fn, self.threshold = fn, as_level(threshold)
+        self.higher_is_better = higher_is_better
 
     def __call__(self, model: PyTree) -> Float[Array, "..."]:
         return self.fn(model)

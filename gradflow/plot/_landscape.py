@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from ._drawn import Landscape, Path
-from ._style import Axes, finish, legend, new_axes, PENALTY, TEST, TRAIN
+from ._style import Axes, finish, legend, new_axes, PENALTY, TEST, TRAIN, unknown
 
 
 def landscape(
@@ -29,8 +29,10 @@ def landscape(
     **Returns:** the axes, logarithmic both ways, from a millionth of the least value of
     the metric up; the zone where the metric passes its threshold is shaded.
 
-    **Raises:** `KeyError` for a metric that the landscape does not have.
+    **Raises:** `ValueError` for a metric that the landscape does not have.
     """
+    if metric not in landscape.metrics:
+        raise unknown("metric", metric, list(landscape.metrics))
     ax = new_axes(ax)
     w = np.median(landscape.norm, axis=0)
     floor = max(float(np.min(landscape.metrics[metric])) * 1e-6, 1e-12)

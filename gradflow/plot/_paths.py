@@ -21,6 +21,7 @@ from ._style import (
     power,
     TEST,
     TRAIN,
+    unknown,
 )
 
 
@@ -117,7 +118,7 @@ def sweep(
     if by is None:
         by = "weight_decay" if "weight_decay" in known else known[-1]
     if by not in known:
-        raise ValueError(f"by: expected one of {known}, got {by!r}.")
+        raise unknown("by", by, known)
     ax = new_axes(ax)
     if by == "weight_decay":
         colours = Colours(np.asarray(sweep.weight_decay))
@@ -154,5 +155,4 @@ def curves(sweep: Sweep, metric: str) -> Any:
         return sweep.metrics[metric]
     if metric in ("train_loss", "penalty"):
         return getattr(sweep, metric)
-    known = [*sweep.metrics, "train_loss", "penalty"]
-    raise ValueError(f"metric: expected one of {known}, got {metric!r}.")
+    raise unknown("metric", metric, [*sweep.metrics, "train_loss", "penalty"])

@@ -25,6 +25,7 @@ from ._style import (
     TEST,
     THEORY,
     TRAIN,
+    unknown,
 )
 
 ORDERS = (TRAIN, TEST)  # the colours of orders 1 and 2
@@ -141,10 +142,11 @@ def collapse(report: Report, ax: Axes | None = None, *, metric: str = "test") ->
 
     **Returns:** the axes.
 
-    **Raises:** `KeyError` for a metric that the theory does not have, `ValueError` for
-    one that the sweep does not have.
+    **Raises:** `ValueError` for a metric that the theory or the sweep does not have.
     """
     drift = report.theory.drift
+    if metric not in (known := ["penalty", *drift.metrics]):
+        raise unknown("metric", metric, known)
     curve = drift.penalty if metric == "penalty" else drift.metrics[metric]
     values = np.asarray(curves(report.sweep, metric))
     slow = np.asarray(report.sweep.slow_time)

@@ -109,6 +109,11 @@ class Colours:
         bar.ax.tick_params(labelsize=SIZE - 1)
 
 
+def unknown(name: str, given: object, known: list[str]) -> ValueError:
+    """The error of an argument that is the name of nothing."""
+    return ValueError(f"{name}: expected one of {known}, got {given!r}.")
+
+
 def new_axes(ax: Axes | None) -> Axes:
     if ax is not None:
         return ax

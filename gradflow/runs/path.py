@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree, Scalar
 
-from .._checks import is_concrete, word
+from .._checks import check_choice, is_concrete, word
 from .._host import as_array, known, size, taken
 from .._typing import Given
 from ..metrics import Metric
@@ -249,9 +249,10 @@ class Path(eqx.Module):
 
         **Returns:** a time t, as [`gradflow.crossing_time`][].
 
-        **Raises:** `KeyError` where no metric has that name; `ValueError` for one that
-        is no single number.
+        **Raises:** `ValueError` where no metric has that name, or it is no single
+        number.
         """
+        check_choice(name, "name", tuple(self.watched))
         return landed_crossing_time(self, name, self.watched[name])
 
     def error(self, name: str) -> Float[np.ndarray, "n ..."]:
@@ -287,10 +288,8 @@ class Path(eqx.Module):
         the difference of two runs is, and dearer than that.
         """
         own = {"train_loss": self.train_loss, "penalty": self.penalty}
-        recorded = (own | self.metrics).get(name)
-        if recorded is None:
-            names = [*self.metrics, *own]
-            raise ValueError(f"name: expected one of {names}, got {name!r}.")
+        check_choice(name, "name", (*self.metrics, *own))
+        recorded = (own | self.metrics)[name]
         finer = again_of(self)(None, self.t)
         exact = finer.metrics.get(name)
         exact = getattr(finer, name) if exact is None else exact
@@ -304,11 +303,9 @@ class Path(eqx.Module):
 
         **Raises:** `ValueError` and `RuntimeError` as `error`.
         """
-        if name not in self.watched:
-            names = list(self.watched)
-            raise ValueError(f"name: expected one of {names}, got {name!r}.")
+        time = self.crossing_time(name)
         again_of(self)
-        metric, time = self.watched[name], self.crossing_time(name)
+        metric = self.watched[name]
         return crossing_time_error(self, name, metric, time)
 
     @property
@@ -340,6 +337,12 @@ class Path(eqx.Module):
         if self.stats.until and bool(self.succeeded):
             come = f"met at t = {t:.6g}" if bool(self.met) else "not met"
             lines.append(f"  criterion {come}: {self.stats.until}")
+            lower = [k for k, m in self.watched.items() if not m.higher_is_better]
+            if bool(self.met) and t == 0 and self.stats.until in map(passing, lower):
+                lines.append(
+                    "  It held from the start. What is better where it is higher, as "
+                    "an accuracy, takes gradflow.Metric(…, higher_is_better=True)."
+                )
         if bool(self.succeeded) and not bool(slid(self)) and self._drifts:
             state = "at rest" if bool(self.stationary) else "still drifting"
             lines.append(f"  {state}: ‖dθ/ds‖/‖θ‖ = {float(self.slow_speed):.2g}")

@@ -168,8 +168,8 @@ class Sweep(eqx.Module):
         """When metric `name` has passed its threshold for good, a time t, in the shape
         of the dimensions; see `Path.crossing_time`.
 
-        **Raises:** `KeyError` where no metric has that name; `ValueError` for one that
-        is no single number.
+        **Raises:** `ValueError` where no metric has that name, or it is no single
+        number.
         """
         lanes = self
         if isinstance(self.paths, StoredPaths):
@@ -184,13 +184,14 @@ class Sweep(eqx.Module):
         more digits; NaN for one that failed, or fails in that, of which a warning
         tells.
 
-        **Raises:** `ValueError` where lanes can't be run again, as after reading them
-        from disk.
+        **Raises:** `ValueError` where no metric has that name, or lanes can't be run
+        again, as after reading them from disk.
         """
         check_again(self)
+        times = self.crossing_time(name).ravel()
         errors = [
-            lane_error(path, name, path.watched[name], path.crossing_time(name))
-            for path in self
+            lane_error(path, name, path.watched[name], time)
+            for path, time in zip(self, times, strict=True)
         ]
         return np.array(errors).reshape(self.shape)
 

@@ -259,8 +259,9 @@ class TwoPhase(eqx.Module):
         """`crossing_time` of metric `name` at λ = `weight_decay`, from what `predicted`
         gave: `found`.
 
-        **Raises:** `KeyError` where no metric has that name; `ValueError` unless λ > 0.
+        **Raises:** `ValueError` where no metric has that name, or unless λ > 0.
         """
+        check_choice(name, "name", tuple(self.drift.watched))
         metric = self.drift.watched[name]
         curves = [curve[name] for curve in found.curves]
         until = self.valid_until(weight_decay)

@@ -32,6 +32,7 @@ from .prediction import TwoPhase
 from .second_order import check_second_order, second_order
 
 _LOOSE = 1e-8  # tolerance of the limit map
+_A_LOOK = 2000  # steps of a path that tends to no limit
 
 
 @exact_products
@@ -71,7 +72,8 @@ def two_phase(
     - `rtol`: the tolerance of the runs.
     - `t_max`: the time at which to give up the search for the limit.
     - `max_steps`: the budget of steps of each.
-    - `throw`: raise where theory does not apply; otherwise see `result`.
+    - `throw`: raise where theory does not apply; otherwise see `result`. (Where there
+        is no limit both paths are still run, for 2000 steps at most, to be looked at.)
     - `progress`: show progress bars: of the phases, and of the run of each.
 
     **Returns:** a `TwoPhase`.
@@ -126,7 +128,7 @@ def _predicted(flow: GradientFlow, model: PyTree, asked: _Asked, bar: Bar) -> Tw
         dict(
             metrics=asked.metrics,
             rtol=asked.rtol,
-            max_steps=asked.max_steps,
+            max_steps=asked.max_steps if found else min(asked.max_steps, _A_LOOK),
             throw=False,
             progress=asked.progress,
         ),
@@ -134,7 +136,7 @@ def _predicted(flow: GradientFlow, model: PyTree, asked: _Asked, bar: Bar) -> Tw
         # Where there is no limit, the paths are to look at: as they come.
         MOST if found else FEWEST,
     )
-    bar.tell(0.25, "fast path")
+    bar.tell(0.25, "fast path" if found else "there is no limit; fast path")
     fast, error = runs.fast(model, until, tau)
     if found and not bool(fast.succeeded):
         where = _end_of(flow, fast)
