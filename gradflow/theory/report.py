@@ -1,5 +1,7 @@
 """What comparing theory with simulation gives: errors, rates and times, as a table."""
 
+import os
+from pathlib import Path as File
 from typing import Any
 
 import equinox as eqx
@@ -224,6 +226,12 @@ class Report(eqx.Module):
         from .. import plot
 
         return plot.report(self, **kwargs)
+
+    def to_html(self, file: str | os.PathLike, **kwargs: Any) -> File:
+        """An interactive page, in one file: see `gradflow.plot.report_page`."""
+        from .. import plot
+
+        return plot.report_page(self, file, **kwargs)
 
 
 def _number(x: float) -> str:
