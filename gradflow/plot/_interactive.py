@@ -235,8 +235,8 @@ def _written(
     about = (
         f"{kept} of the {saved} saved times of each lane are in this page. Thick: the "
         "lane that the sliders choose, with a dot at the chosen time; thin: others. "
-        "Arrow keys move a slider, once it is chosen by Tab; a double click on an "
-        "axis, or on a figure, brings it back to where it was."
+        "Arrow keys move the slider that Tab has chosen. Figures have buttons of their "
+        "own, to look closer; a click in a legend hides a curve."
     )
     return write_page(
         place,

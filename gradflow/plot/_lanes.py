@@ -116,9 +116,16 @@ def sliders(sweep: Sweep) -> list[Slider]:
         if along[dim].dtype.kind in "biuf":
             order = np.argsort(along[dim], kind="stable")
         symbols = sweep.axes.symbols
-        words = [[(symbols[k], v[i].item()) for k, v in along.items()] for i in order]
-        out.append(Slider(words, (stride * order).tolist(), size // 2))
+        words = [[(symbols[k], _word(v[i])) for k, v in along.items()] for i in order]
+        name = ", ".join(k.replace("_", " ") for k in along)
+        out.append(Slider(name, words, (stride * order).tolist(), size // 2))
     return out
+
+
+def _word(value: np.generic) -> Any:
+    """Numbers are put in words by the page; it has none for infinity."""
+    word = value.item()
+    return str(word) if isinstance(word, float) and not np.isfinite(word) else word
 
 
 def failures(sweep: Sweep) -> dict[int, str]:

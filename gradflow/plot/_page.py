@@ -3,6 +3,7 @@ numbers in JSON. `_page.html` is its frame, and says how they are put together."
 
 import html
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path as File
@@ -131,12 +132,13 @@ def numbers(values: Any) -> Any:
         values = values.tolist()
     if isinstance(values, list):
         return [numbers(v) for v in values]
-    return float(f"{values:.{DIGITS}g}") if np.isfinite(values) else None
+    return float(f"{values:.{DIGITS}g}") if math.isfinite(values) else None
 
 
 class Slider(NamedTuple):
     """Of one dimension."""
 
+    name: str
     words: list[list[tuple[str, Any]]]
     """At each position, the axes along it and their values."""
     lanes: list[int]
@@ -171,31 +173,25 @@ def write_page(
         code = f"<script>{get_plotlyjs()}</script>"
     else:
         (file.parent / "plotly.min.js").write_text(get_plotlyjs(), encoding="utf-8")
-    names = [", ".join(name for name, _ in s.words[0]) for s in sliders]
-    knobs = [
-        _SLIDER.format(name=html.escape(name), most=len(s.words) - 1, start=s.start)
-        for name, s in zip(names, sliders, strict=True)
-    ]
-    knobs.append(
-        _SLIDER.format(name="time", most=len(times) - 1, start=2 * len(times) // 3)
-    )
+    knobs = [(s.name, len(s.words) - 1, s.start) for s in sliders]
+    knobs.append(("time", len(times) - 1, 2 * len(times) // 3))
     frame = resources.files(__package__).joinpath("_page.html").read_text("utf-8")
     page = Template(frame).substitute(
         title=html.escape(summary.partition("\n")[0]),
         failed="".join(f"<p>{html.escape(line)}</p>" for line in failed),
-        sliders="\n".join(knobs),
-        panels="\n".join(_PANEL.format(title=html.escape(p.title)) for p in panels),
+        sliders="\n".join(_SLIDER.format(html.escape(k), *at) for k, *at in knobs),
+        panels="\n".join(_PANEL.format(html.escape(p.title)) for p in panels),
         about=html.escape(about),
         summary=html.escape(summary),
         bundle=code,
-        data=text.replace("</", "<\\/"),  # no text in it may end the script
+        data=text.replace("<", "\\u003c"),  # no text in it may end the script
     )
     file.write_text(page, encoding="utf-8")
     return file
 
 
 _SLIDER = (
-    "<label><span>{name}</span><output></output>"
-    '<input type="range" min="0" max="{most}" value="{start}"></label>'
+    "<label><span>{}</span><output></output>"
+    '<input type="range" min="0" max="{}" value="{}"></label>'
 )
-_PANEL = '<section><h2>{title}</h2><div class="plot"></div></section>'
+_PANEL = '<section><h2>{}</h2><div class="plot"></div></section>'
