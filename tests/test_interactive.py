@@ -191,6 +191,7 @@ def many(sweep, seeds):
     bare = dataclasses.replace(sweep.paths, static=None)
     again = lambda x: jnp.concatenate([x] * seeds)
     paths = jax.tree.map(lambda x: again(x) if eqx.is_array(x) else x, bare)
+    paths = dataclasses.replace(paths, static=sweep.paths.static)
     return dataclasses.replace(sweep, paths=paths, axes=axes, lanes=None)
 
 

@@ -21,7 +21,7 @@ from ._lanes import (
     thinned,
     told,
 )
-from ._page import Bundle, check_page, File, Panel, write_page
+from ._page import check_page, File, Panel, write_page
 
 _NAMED = 12  # failed lanes, at the head of the page
 
@@ -32,7 +32,7 @@ def sweep_page(
     *,
     inputs: Any = None,
     function: Of1d | None = None,
-    bundle: Bundle = "inline",
+    bundle: str = "inline",
 ) -> File:
     """Writes a sweep as an interactive page: one HTML file that a browser opens without
     a server or a network.
@@ -82,7 +82,7 @@ def report_page(
     *,
     inputs: Any = None,
     function: Of1d | None = None,
-    bundle: Bundle = "inline",
+    bundle: str = "inline",
 ) -> File:
     """Writes a report as an interactive page, as [`gradflow.plot.sweep_page`][] does a
     sweep: simulation in the colour of λ, and theory beside it in red.
@@ -219,7 +219,7 @@ def _of_report(report: Report, kept: np.ndarray) -> Columns:
 
 def _written(
     place: File,
-    bundle: Bundle,
+    bundle: str,
     sweep: Sweep,
     columns: Columns,
     panels: list[Panel],

@@ -134,13 +134,21 @@ def failures(sweep: Sweep) -> dict[int, str]:
     return {i: sweep.failure(i) for i in failed.tolist()}
 
 
-def told(sweep: Sweep, columns: Columns, failed: dict[int, str]) -> list[dict]:
-    """Each lane, as a page has it."""
+def hex_colours(sweep: Sweep) -> list[str]:
+    """The colour of each lane, that of its λ as in all figures."""
     from matplotlib.colors import to_hex
 
     colours = lane_colours(sweep)
+    lams = colours.lams.tolist()
+    one = {lam: i for i, lam in enumerate(lams)}  # lane of each value
+    known = {lam: to_hex(colours(i)) for lam, i in one.items()}
+    return [known[lam] for lam in lams]
+
+
+def told(sweep: Sweep, columns: Columns, failed: dict[int, str]) -> list[dict]:
+    """Each lane, as a page has it."""
     return [
-        {"colour": to_hex(colours(i)), "note": failed.get(i, "")}
+        {"colour": colour, "note": failed.get(i, "")}
         | {name: numbers(values[i]) for name, values in columns.items()}
-        for i in range(len(sweep))
+        for i, colour in enumerate(hex_colours(sweep))
     ]

@@ -8,12 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path as File
 from string import Template
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-
-Bundle = Literal["inline", "directory"]
-"""Where a page has Plotly's own code: in itself, or in a file beside it."""
 
 DIGITS = 5  # of each number
 
@@ -127,12 +124,15 @@ class Range(NamedTuple):
 
 
 def numbers(values: Any) -> Any:
-    """Nested lists, to `DIGITS` digits; `None` for what is not finite."""
-    if isinstance(values, np.ndarray):
-        values = values.tolist()
-    if isinstance(values, list):
-        return [numbers(v) for v in values]
-    return float(f"{values:.{DIGITS}g}") if math.isfinite(values) else None
+    """Nested lists of an array, to `DIGITS` digits; `None` for what is not finite."""
+    values = np.asarray(values, float)
+    if values.ndim > 1:
+        return [numbers(row) for row in values]
+    words = [
+        float(f"{v:.{DIGITS}g}") if math.isfinite(v) else None
+        for v in values.reshape(-1).tolist()
+    ]
+    return words if values.ndim else words[0]
 
 
 class Slider(NamedTuple):
@@ -148,7 +148,7 @@ class Slider(NamedTuple):
 
 def write_page(
     file: File,
-    bundle: Bundle,
+    bundle: str,
     *,
     sliders: Sequence[Slider],
     times: np.ndarray,

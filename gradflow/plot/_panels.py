@@ -6,9 +6,8 @@ from typing import Any
 import numpy as np
 
 from ._drawn import Report, Sweep
-from ._lanes import Columns, thinned
+from ._lanes import Columns, hex_colours, thinned
 from ._page import numbers, Panel, Range
-from ._paths import lane_colours
 from ._report import ORDERS
 from ._style import each, TEST, THEORY
 
@@ -163,7 +162,7 @@ def grokking(report: Report) -> Panel:
     x, y = report.grokked.predicted, report.grokked.measured
     shown = (x > 0) & (y > 0)
     ends = Range.of(np.where(shown, x, np.nan), np.where(shown, y, np.nan))
-    colours = _colours(report.sweep)
+    colours = hex_colours(report.sweep)
     dots = {"size": 9, "color": [colours[i] for i in np.flatnonzero(shown)]}
     dots["line"] = {"color": "black", "width": 1}
     both = [ends.low, ends.high]
@@ -250,16 +249,9 @@ def _levels(sweep: Sweep, names: Iterable[str]) -> tuple[float, ...]:
     return tuple(float(level) for level in same if level is not None and level > 0)
 
 
-def _colours(sweep: Sweep) -> list[str]:
-    from matplotlib.colors import to_hex
-
-    colours = lane_colours(sweep)
-    return [to_hex(colours(i)) for i in range(len(sweep))]
-
-
 def _behind(sweep: Sweep, x: str, y: str) -> list[Trace]:
     """Others than the chosen lane."""
-    colours = _colours(sweep)
+    colours = hex_colours(sweep)
     lanes = thinned(len(sweep), _BEHIND).tolist() if len(sweep) > 1 else []
     return [
         {"mode": "lines", "name": sweep.axes.words(i), "showlegend": False,
@@ -310,8 +302,8 @@ def _valid(up: Range) -> Trace:
 
 def _line(x: Any, y: Any, name: str, **line: Any) -> Trace:
     """One that no slider moves."""
-    x, y = (numbers(np.asarray(values, float)) for values in (x, y))
-    return {"mode": "lines", "name": name, "line": line, "x": x, "y": y}
+    points = {"x": numbers(x), "y": numbers(y)}
+    return {"mode": "lines", "name": name, "line": line, **points}
 
 
 def _mark(name: str, symbol: str, *, x: str, y: str | float, **marker: Any) -> Trace:
