@@ -99,8 +99,10 @@ def test_panels_draw_what_the_figure_does(report, shown):
     assert len(titles) == len(data["panels"]) == 8
     drift = report.theory.drift
     traces = {trace["name"]: trace for p in data["panels"] for trace in p["data"]}
-    close(traces["test loss, drift"]["x"], drift.s)
-    close(traces["test loss, drift"]["y"], drift.metrics["test"])
+    for number, values in ((1, drift.metrics["test"]), (2, drift.penalty)):
+        here = {trace["name"]: trace for trace in data["panels"][number]["data"]}
+        close(here["drift w°(s)"]["x"], drift.s)
+        close(here["drift w°(s)"]["y"], values)
     close(traces["η(s)"]["y"], report.theory.smallest_curvature)
     for k, order in report.orders.items():
         rate = f"order {k}: rate {order.rate.exponent:.3f}"
@@ -318,7 +320,7 @@ def test_in_a_browser_sliders_move_the_curves(browser, shown, width):
     curve, dot = drawn(page, 0, "test loss")
     assert curve["y"] == high["metric test"] and curve["x"] == high["t"]
     assert curve["line"]["color"] == high["colour"]
-    (theory,) = drawn(page, 0, "test loss, order 2")
+    (theory,) = drawn(page, 0, "order 2")
     assert theory["y"] == high["metric test, order 2"]
     assert dot["y"][0] in high["metric test"]
 

@@ -105,9 +105,13 @@ def slider_times(t: np.ndarray) -> np.ndarray:
 
 
 def sliders(sweep: Sweep) -> list[Slider]:
-    """One for each dimension of more than one value; numbers grow to the right."""
+    """One for each dimension of more than one value; numbers grow to the right. They
+    begin at a lane that did not fail, from the middle of these."""
+    good = np.flatnonzero(np.asarray(sweep.succeeded))
+    begin = int(good[good.size // 2]) if good.size else 0
+    place = np.unravel_index(begin, sweep.shape)
     out, stride = [], len(sweep)
-    for dim, size in zip(sweep.dims, sweep.shape, strict=True):
+    for dim, size, at in zip(sweep.dims, sweep.shape, place, strict=True):
         stride //= size
         if size == 1:
             continue
@@ -118,7 +122,8 @@ def sliders(sweep: Sweep) -> list[Slider]:
         symbols = sweep.axes.symbols
         words = [[(symbols[k], _word(v[i])) for k, v in along.items()] for i in order]
         name = ", ".join(k.replace("_", " ") for k in along)
-        out.append(Slider(name, words, (stride * order).tolist(), size // 2))
+        start = order.tolist().index(at)
+        out.append(Slider(name, words, (stride * order).tolist(), start))
     return out
 
 

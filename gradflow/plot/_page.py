@@ -109,7 +109,7 @@ class Range(NamedTuple):
         ticks: dict[str, Any] = {"nticks": 8}
         if self.log:  # whole powers of ten, if there are two of them
             decades = int(np.log10(self.high / self.low))
-            ticks = {"dtick": -(-decades // 7)} if decades > 1 else {}
+            ticks = {"dtick": -(-decades // 7)} if decades > 1 else {"nticks": 5}
         return ticks | {
             "type": "log" if self.log else "linear",
             "range": np.log10(ends).tolist() if self.log else ends,

@@ -55,12 +55,14 @@ def losses(
             continue
         if clock == "s" and name in report.theory.drift.metrics:
             static.append(report.theory.drift.metrics[name])
-            traces.append(_drift(report, static[-1], f"{word}, drift"))
+            told = "drift w°(s)" if len(names) == 1 else f"{word}, drift"
+            traces.append(_drift(report, static[-1], told))
         for k in report.orders if clock == "t" else ():
             if f"{key}, order {k}" in columns:
-                traces.append(_theory("predicted t", f"{key}, order {k}", word, k))
+                told = f"order {k}" if len(names) == 1 else f"{word}, order {k}"
+                traces.append(_theory("predicted t", f"{key}, order {k}", told, k))
     shown = [f"metric {name}" for name in names] + ["train_loss"] * with_train
-    ranges = _ranges(columns, clock, shown, report, static)
+    ranges = _ranges(sweep, columns, clock, shown, report, static, log=True)
     levels = _levels(sweep, names)
     if report is not None and clock == "t":
         for name, column, symbol in (
@@ -88,7 +90,7 @@ def penalty(
 ) -> Panel:
     traces = _behind(sweep, clock, "penalty") + _chosen(clock, "penalty", "penalty R")
     static = [] if report is None else [report.theory.drift.penalty]
-    ranges = _ranges(columns, clock, ["penalty"], report, static)
+    ranges = _ranges(sweep, columns, clock, ["penalty"], report, static)
     if report is not None:
         traces += [_drift(report, static[0], "drift w°(s)"), _valid(ranges[1])]
     title = {"t": "Penalty in time", "s": "Penalty on the slow clock"}[clock]
@@ -109,7 +111,7 @@ def numbers_of(
         for j, along in enumerate(static):
             line = _drift(report, along, f"{name}, drift")
             traces.append(line | {"showlegend": j == 0})
-    ranges = _ranges(columns, clock, keys, report, static)
+    ranges = _ranges(sweep, columns, clock, keys, report, static)
     whole = int(np.prod(np.shape(sweep.metrics[name])[2:]))
     title = name if whole == count else f"{name}: the first {count} of {whole} numbers"
     return Panel(title, (_CLOCKS[clock], name), ranges, traces, clock)
@@ -123,7 +125,7 @@ def errors(report: Report, columns: Columns) -> Panel:
     traces += _chosen("t", "drift error", "drift alone", colour="grey", width=1.4)
     keys = [f"error {k}" for k in report.orders] + ["drift error"]
     labels = _CLOCKS["t"], "error relative to ‖Φ‖"
-    ranges = _ranges(columns, "t", keys)
+    ranges = _ranges(report.sweep, columns, "t", keys)
     return Panel("Error of the theory in time", labels, ranges, traces, "t")
 
 
@@ -195,7 +197,7 @@ def curvature(report: Report) -> Panel:
         _line(s[every], eta[every], "η(s)", color="black", width=2.2),
         {"mode": "lines", "name": "λ", "line": {"width": 2}, "x": [left, right],
          "meta": {"y": "level"}},
-        _mark("theory holds up to here", "triangle-down", x="valid until", y="λ"),
+        _mark("valid up to here", "triangle-down", x="valid until", y="λ"),
     ]  # fmt: skip
     if report.regular_until < right:
         foot = [report.regular_until] * 2, [ranges[1].low, ranges[1].high]
@@ -213,7 +215,7 @@ def learnt(columns: Columns, x: np.ndarray, orders: Iterable[int]) -> Panel:
            "meta": {"y": "function", "now": True}}
     ]  # fmt: skip
     traces += [
-        line | _theory("", f"function, order {k}", "theory", k, now=True)
+        line | _theory("", f"function, order {k}", f"order {k}", k, now=True)
         for k in orders
     ]
     ranges = Range.of(x, log=False), Range.of(columns["function"], log=False)
@@ -221,21 +223,31 @@ def learnt(columns: Columns, x: np.ndarray, orders: Iterable[int]) -> Panel:
 
 
 def _ranges(
+    sweep: Sweep,
     columns: Columns,
     clock: str,
     keys: Iterable[str],
     report: Report | None = None,
     static: Iterable[Any] = (),
+    *,
+    log: bool = False,
 ) -> tuple[Range, Range]:
-    """Of the axes. In a report the slow clock begins where the drift does: the fast
-    phase is at smaller and smaller s. The other axis is linear if it is short."""
-    x, y = columns[clock], [columns[key] for key in keys]
+    """Of the axes, by the lanes that did not fail, if there are any. In a report the
+    slow clock begins where the drift does: the fast phase is at smaller and smaller s.
+    The other axis is linear where values are negative, or close together in slow time,
+    unless it is to be `log`."""
+    good = np.asarray(sweep.succeeded)
+    good = good if good.any() else ~good
+    x, y = columns[clock][good], [columns[key][good] for key in keys]
     across = Range.of(x)
     if report is not None and clock == "s":
         end = float(np.asarray(report.theory.drift.s)[-1])
         across = Range(1e-4 * end, 1.3 * end)
     y = [np.where(x >= across.low, values, np.nan) for values in y]
-    up = Range.of(*y, *static)
+    y += [np.asarray(values) for values in static]
+    up = Range.of(*y)
+    if not log and any((values < 0).any() for values in y):
+        return across, Range.of(*y, log=False)
     if clock == "s" and up.high < 30 * up.low:
         up = Range(0.0, up.high, log=False)
     return across, up
@@ -255,7 +267,7 @@ def _behind(sweep: Sweep, x: str, y: str) -> list[Trace]:
     lanes = thinned(len(sweep), _BEHIND).tolist() if len(sweep) > 1 else []
     return [
         {"mode": "lines", "name": sweep.axes.words(i), "showlegend": False,
-         "opacity": 0.4, "line": {"width": 1, "color": colours[i]},
+         "opacity": 0.55, "line": {"width": 1, "color": colours[i]},
          "meta": {"lane": i, "x": x, "y": y}}
         for i in lanes
     ]  # fmt: skip
@@ -281,7 +293,7 @@ def _theory(x: str, y: str, name: str, order: int, **more: Any) -> Trace:
     columns = {"x": x, "y": y} if x else {"y": y}
     return {
         "mode": "lines",
-        "name": f"{name}, order {order}",
+        "name": name,
         "line": {"color": THEORY, "width": 1.6, "dash": _DASHES[order]},
         "meta": {**columns, "own": True, **more},
     }
@@ -296,7 +308,7 @@ def _drift(report: Report, values: Any, name: str) -> Trace:
 def _valid(up: Range) -> Trace:
     """Where the validity of the chosen λ ends: a triangle at the foot."""
     foot = up.low * 1.1 if up.log else up.low + 0.02 * (up.high - up.low)
-    name = "theory holds up to here"
+    name = "valid up to here"
     return _mark(name, "triangle-down", x="valid until", y=foot)
 
 
