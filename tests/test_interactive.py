@@ -37,7 +37,9 @@ def close(values, expected):
 
 @pytest.fixture(scope="module")
 def report():
-    return shared_problems.study()[2]
+    """One of which theory claims to hold for a while only."""
+    until = np.array([0.0, 0.5, 1.5])
+    return dataclasses.replace(shared_problems.study()[2], valid_until=until)
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +65,7 @@ def test_the_numbers_are_those_of_the_report(report, shown):
             close(lane[f"error {k}"], order.error[i])
             close(lane[f"sup {k}"], order.sup[i])
         close(lane["λ"], LAMS[i])
+        close(lane["valid until"], [np.nan, 0.5, 1.5][i])
         close(lane["grokked"], report.grokked.measured[i])
         close(lane["predicted"], report.grokked.predicted[i])
         assert lane["note"] == ""

@@ -49,7 +49,7 @@ def curve(inputs: Any, function: Of1d | None, model: Any) -> Curve:
             "inputs: expected two or more finite numbers, of shape (m,) or (m, 1)."
         )
     x = x[np.argsort(x.reshape(-1), kind="stable")]
-    if x.dtype.kind == "f":
+    if x.dtype.kind == "f" or function is None:
         leaves = jax.tree.leaves(eqx.filter(model, eqx.is_inexact_array))
         x = x.astype(leaves[0].dtype)
     called = function or (lambda model, x: model(x))

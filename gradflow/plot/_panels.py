@@ -9,13 +9,12 @@ from ._drawn import Report, Sweep
 from ._lanes import Columns, hex_colours, thinned
 from ._page import numbers, Panel, Range
 from ._report import ORDERS
-from ._style import each, TEST, THEORY
+from ._style import each, NAMES, TEST, THEORY
 
 _BEHIND = 40  # lanes that are drawn behind the one that is chosen
 _COMPONENTS = 12  # of a metric that is an array
 _STATIC = 200  # points of what no slider moves
 _CLOCKS = {"t": "time t", "s": "slow time s = λt"}
-_NAMES = {"test": "test loss", "train": "train loss"}
 _DASHES = {1: "dash", 2: "dot"}  # of the orders
 _LINES = ("solid", "dashdot", "longdash", "longdashdot")  # of metrics
 
@@ -41,48 +40,38 @@ def losses(
 ) -> Panel:
     """Train loss and metrics; in slow time the metrics alone, which show the drift."""
     names = scalars(sweep)
-    with_train = clock == "t" or not names
-    main = "metric test" if "test" in names else "train_loss"
-    if main == "train_loss" and names:
-        main = f"metric {names[0]}"
+    keys = [f"metric {name}" for name in names]
+    shown = keys + ["train_loss"] * (clock == "t" or not names)
+    main = "metric test" if "test" in names else shown[0]
     traces, static = _behind(sweep, clock, main), []
-    if with_train:
+    if "train_loss" in shown:
         traces += _chosen(clock, "train_loss", "train loss", width=1.2)
-    for name, dash in zip(names, _LINES * len(names), strict=False):
-        key, word = f"metric {name}", _NAMES.get(name, name)
+    for name, key, dash in zip(names, keys, _LINES * len(names), strict=False):
+        word = NAMES.get(name, name)
         traces += _chosen(clock, key, word, dash=dash)
-        if report is None:
-            continue
-        if clock == "s" and name in report.theory.drift.metrics:
+        said = f"{word}, " if len(names) > 1 else ""
+        if report is not None and clock == "t":
+            for k in report.orders:
+                if (told := f"{key}, order {k}") in columns:
+                    line = _theory("predicted t", told, f"{said}order {k}", k)
+                    traces.append(line)
+        elif report is not None and name in report.theory.drift.metrics:
             static.append(report.theory.drift.metrics[name])
-            told = "drift w°(s)" if len(names) == 1 else f"{word}, drift"
-            traces.append(_drift(report, static[-1], told))
-        for k in report.orders if clock == "t" else ():
-            if f"{key}, order {k}" in columns:
-                told = f"order {k}" if len(names) == 1 else f"{word}, order {k}"
-                traces.append(_theory("predicted t", f"{key}, order {k}", told, k))
-    shown = [f"metric {name}" for name in names] + ["train_loss"] * with_train
+            traces.append(_drift(report, static[-1], f"{said}drift w°(s)"))
     ranges = _ranges(sweep, columns, clock, shown, report, static, log=True)
-    levels = _levels(sweep, names)
     if report is not None and clock == "t":
-        for name, column, symbol in (
-            ("train", "memorised", "square"),
-            ("test", "grokked", "circle"),
-        ):
-            traces += [
-                _mark(column, symbol, x=column, y=y) for y in _levels(sweep, [name])
-            ]
-    if report is not None and clock == "s":
+        marks = ("train", "memorised", "square"), ("test", "grokked", "circle")
+        for name, column, symbol in marks:
+            at = _levels(sweep, [name])
+            traces += [_mark(column, symbol, x=column, y=level) for level in at]
+    elif report is not None:
         traces.append(_valid(ranges[1]))
-    title = "Losses and metrics in time" if names else "Train loss in time"
-    if clock == "s":
-        title = title.replace("in time", "on the slow clock")
-    if not with_train:
-        title = title.replace(
-            "Losses and metrics", "Test loss" if names == ["test"] else "Metrics"
-        )
-    labels = _CLOCKS[clock], "loss" if set(names) <= set(_NAMES) else "loss, metrics"
-    return Panel(title, labels, ranges, traces, clock, levels)
+    title = "Losses and metrics" if "train_loss" in shown else "Metrics"
+    if shown == ["metric test"]:
+        title = "Test loss"
+    title += {"t": " in time", "s": " on the slow clock"}[clock]
+    labels = _CLOCKS[clock], "loss" if set(names) <= set(NAMES) else "loss, metrics"
+    return Panel(title, labels, ranges, traces, clock, _levels(sweep, names))
 
 
 def penalty(
@@ -181,8 +170,9 @@ def grokking(report: Report) -> Panel:
             if np.isfinite(y).any()
             else "the test loss does not cross its threshold"
         )
-    elif (off := np.abs(y[shown] / x[shown] - 1)).size:
-        title += f": median difference {100 * np.median(off):.1g} %"
+    else:
+        off = np.median(np.abs(y[shown] / x[shown] - 1))
+        title += f": median difference {100 * off:.1g} %"
     return Panel(title, ("predicted time t", "measured time t"), (ends, ends), traces)
 
 
