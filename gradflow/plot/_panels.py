@@ -67,8 +67,10 @@ def losses(
     elif report is not None:
         traces.append(_valid(ranges[1]))
     title = "Losses and metrics" if "train_loss" in shown else "Metrics"
-    if shown == ["metric test"]:
-        title = "Test loss"
+    if len(shown) == 1:
+        only = shown[0].removeprefix("metric ")
+        title = NAMES.get(only, only)
+        title = title[:1].upper() + title[1:]
     title += {"t": " in time", "s": " on the slow clock"}[clock]
     labels = _CLOCKS[clock], "loss" if set(names) <= set(NAMES) else "loss, metrics"
     return Panel(title, labels, ranges, traces, clock, _levels(sweep, names))
