@@ -101,7 +101,7 @@ def report_page(
 
     **Returns:** the path of the file.
 
-    **Raises:** as for a sweep.
+    **Raises:** `ValueError` and `ImportError`, as for a sweep.
     """
     place, sweep = check_page(file, bundle), report.sweep
     drawn, orders = _curve(sweep, inputs, function), tuple(report.orders)

@@ -271,7 +271,10 @@ class Sweep(eqx.Module):
         return out
 
     def failure(self, index: int | np.integer | tuple[int, ...]) -> str:
-        """Why a lane failed, in words; empty where it did not."""
+        """Why a lane failed, in words; empty where it did not.
+
+        **Arguments:** `index`: its number, or its position in each dimension.
+        """
         i = self.axes.lane(index)
         if i in self.causes:
             return f"RAISED: {self.causes[i].splitlines()[0]}"
@@ -329,7 +332,8 @@ class Sweep(eqx.Module):
         return plot.sweep(self, **kwargs)
 
     def to_html(self, file: str | os.PathLike, **kwargs: Any) -> File:
-        """An interactive page, in one file: see `gradflow.plot.sweep_page`."""
+        """An interactive page, of which the path is returned: see
+        `gradflow.plot.sweep_page`, which takes the `file` and the `kwargs`."""
         from .. import plot
 
         found = self

@@ -228,7 +228,8 @@ class Report(eqx.Module):
         return plot.report(self, **kwargs)
 
     def to_html(self, file: str | os.PathLike, **kwargs: Any) -> File:
-        """An interactive page, in one file: see `gradflow.plot.report_page`."""
+        """An interactive page, of which the path is returned: see
+        `gradflow.plot.report_page`, which takes the `file` and the `kwargs`."""
         from .. import plot
 
         return plot.report_page(self, file, **kwargs)
