@@ -12,6 +12,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+from plotly.offline import get_plotlyjs
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -41,6 +42,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for kept in ("experiments/figures", "benchmarks/results"):
         for figure in (ROOT / kept).glob("*.png"):
             add(f"figures/{figure.name}", figure.read_bytes())
+    # Interactive figures are kept without Plotly's own code, which is that installed.
+    for page in (ROOT / "experiments/figures").glob("*.html"):
+        add(f"figures/{page.name}", page.read_bytes())
+    add("figures/plotly.min.js", get_plotlyjs())
     for name, text in (generated.gallery() | generated.studies()).items():
         add(f"gallery/{name}.md", text)
     return files

@@ -1,5 +1,6 @@
 """The scripts in experiments/, on small settings and in this process."""
 
+import importlib.util
 import json
 import pathlib
 import subprocess
@@ -95,6 +96,8 @@ def test_figures_are_written(results):
     names = {p.name for p in results[0].glob("*.png")}
     assert names == {"report.png", "collapse.png", "linear.png"}
     assert all((results[0] / n).stat().st_size > 10_000 for n in names)
+    page = (results[0] / "report.html").exists()
+    assert page == bool(importlib.util.find_spec("plotly"))
 
 
 @pytest.mark.slow

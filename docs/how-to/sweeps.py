@@ -35,6 +35,23 @@ runs = sweep.to_xarray()
 print(runs.metric_test.sel(seed=0, init_scale=1.0).isel(time=-1))
 
 # %% [markdown]
+# ## Look at it
+#
+# `sweep.plot()` is a figure. `sweep.to_html("sweep.html")` writes a page in which one
+# moves a slider for each axis, and one for time; so does `report.to_html`, with theory
+# beside. It is one file that any browser opens, without a network (it needs
+# `pip install plotly`). With `inputs=x` it also shows the function that the model has
+# learnt at these x, where models take one number; any other function of them is given
+# by name, as here the coefficients of a diagonal network by their number.
+
+# %%
+page = sweep.to_html(
+    tempfile.mkdtemp() + "/sweep.html",
+    inputs=range(40), function=lambda model, i: model.beta[i],
+)  # fmt: skip
+print(page.name, f"{page.stat().st_size / 1e6:.1f} MB, of which Plotly is 4.8")
+
+# %% [markdown]
 # ## A store
 #
 # With `store=` results are written as they come, chunk by chunk. Whatever ends a sweep,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -142,6 +143,8 @@ class TwoPhase(Settings):
             figure = panels.functions(shown, unpack(data, "task"), measure.count_kinks)
             return {"functions": figure}
         report = unpack(data, "report")
+        if importlib.util.find_spec("plotly"):
+            report.to_html(Path(self.out or ".") / "report.html", bundle="directory")
         figures = {"report": report.plot(), "collapse": collapse(report)}
         if self.task == "linear_regression":
             return figures | {"linear": panels.linear(report.sweep, truth)}

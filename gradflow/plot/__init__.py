@@ -4,6 +4,7 @@ Every function draws into the axes it is given and returns them; without any it 
 figure of its own with `pyplot`.
 """
 
+from ._interactive import report_page as report_page, sweep_page as sweep_page
 from ._landscape import landscape as landscape
 from ._paths import drift as drift, path as path, sweep as sweep
 from ._report import (

@@ -114,18 +114,8 @@ def sweep(
     for another `clock`.
     """
     values = np.asarray(curves(sweep, metric))
-    known = list(sweep.coords)
-    if by is None:
-        by = "weight_decay" if "weight_decay" in known else known[-1]
-    if by not in known:
-        raise unknown("by", by, known)
+    colours = lane_colours(sweep, by)
     ax = new_axes(ax)
-    if by == "weight_decay":
-        colours = Colours(np.asarray(sweep.weight_decay))
-    else:
-        along = sweep.dims.index(sweep.axes.along[by])
-        place = np.unravel_index(np.arange(len(sweep)), sweep.shape)[along]
-        colours = Colours(sweep.coords[by][place], by)
     x = np.asarray(sweep.t if clock == "t" else sweep.slow_time)
     if clock not in LABELS:
         raise ValueError(f"clock: expected 't' or 's', got {clock!r}.")
@@ -142,6 +132,20 @@ def sweep(
     if colorbar:
         colours.bar(ax.figure, ax)
     return ax
+
+
+def lane_colours(sweep: Sweep, by: str | None = None) -> Colours:
+    """Those of the lanes, by an axis: see `sweep`."""
+    known = list(sweep.coords)
+    if by is None:
+        by = "weight_decay" if "weight_decay" in known else known[-1]
+    if by not in known:
+        raise unknown("by", by, known)
+    if by == "weight_decay":
+        return Colours(np.asarray(sweep.weight_decay))
+    along = sweep.dims.index(sweep.axes.along[by])
+    place = np.unravel_index(np.arange(len(sweep)), sweep.shape)[along]
+    return Colours(sweep.coords[by][place], by)
 
 
 def _time(path: Path, clock: str) -> np.ndarray:

@@ -65,6 +65,11 @@ class Axes:
         """The axes whose values are numbers or words."""
         return {k for k, v in self.values.items() if _are_labels(v)}
 
+    @property
+    def symbols(self) -> dict[str, str]:
+        """What stands for each axis in a formula."""
+        return {name: short(name) for name in self.values}
+
     def lane(self, index: Given) -> int:
         """The number of a lane, from its position in each dimension, or itself."""
         if isinstance(index, tuple):

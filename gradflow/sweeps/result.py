@@ -2,9 +2,11 @@
 
 import dataclasses
 import functools
+import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path as File
 from typing import Any
 
 import equinox as eqx
@@ -275,13 +277,21 @@ class Sweep(eqx.Module):
             out[name if values.ndim == 2 else f"max {name}"] = flat.max(axis=-1)
         return out
 
-    def _mark(self, i: int) -> str:
+    def failure(self, index: int | np.integer | tuple[int, ...]) -> str:
+        """Why a lane failed, in words; empty where it did not.
+
+        **Arguments:** `index`: its number, or its position in each dimension.
+        """
+        i = self.axes.lane(index)
         if i in self.causes:
-            return f"  RAISED: {self.causes[i].splitlines()[0]}"
+            return f"RAISED: {self.causes[i].splitlines()[0]}"
         path = self[i]
-        if not bool(path.succeeded):
-            return f"  FAILED: {path.verdict}"
-        mark = ""
+        return "" if bool(path.succeeded) else f"FAILED: {path.verdict}"
+
+    def _mark(self, i: int) -> str:
+        if failure := self.failure(i):
+            return f"  {failure}"
+        path, mark = self[i], ""
         if path.stats.until:
             end = float(np.asarray(path.t)[-1])
             mark = f"  met at t = {end:.4g}" if bool(path.met) else "  not met"
@@ -328,6 +338,18 @@ class Sweep(eqx.Module):
         from .. import plot
 
         return plot.sweep(self, **kwargs)
+
+    def to_html(self, file: str | os.PathLike, **kwargs: Any) -> File:
+        """An interactive page, of which the path is returned: see
+        `gradflow.plot.sweep_page`, which takes the `file` and the `kwargs`."""
+        from .. import plot
+
+        found = self
+        if isinstance(self.paths, StoredPaths):
+            parameters = kwargs.get("inputs") is not None
+            paths = self.paths.load(parameters=parameters)
+            found = dataclasses.replace(self, paths=paths, owned=tuple(self.owned))
+        return plot.sweep_page(found, file, **kwargs)
 
 
 def _dataset(sweep: Sweep) -> Any:

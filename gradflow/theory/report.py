@@ -1,5 +1,7 @@
 """What comparing theory with simulation gives: errors, rates and times, as a table."""
 
+import os
+from pathlib import Path as File
 from typing import Any
 
 import equinox as eqx
@@ -232,6 +234,13 @@ class Report(eqx.Module):
         from .. import plot
 
         return plot.report(self, **kwargs)
+
+    def to_html(self, file: str | os.PathLike, **kwargs: Any) -> File:
+        """An interactive page, of which the path is returned: see
+        `gradflow.plot.report_page`, which takes the `file` and the `kwargs`."""
+        from .. import plot
+
+        return plot.report_page(self, file, **kwargs)
 
 
 def _number(x: float) -> str:

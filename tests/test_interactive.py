@@ -1,0 +1,370 @@
+"""Interactive pages: their numbers are those of the results, they need no network, and
+in a browser the sliders move what they show."""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import sys
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import shared_problems
+from shared_problems import LAMS
+
+import gradflow as gf
+from gradflow.sweeps.axes import make_axes
+
+pytest.importorskip("plotly", reason="Plotly is not installed")
+
+
+def data_of(page):
+    """What a page holds in JSON."""
+    text = page.read_text("utf-8")
+    return json.loads(re.search(r'id="data">(.*?)</script>', text, re.S)[1])
+
+
+def close(values, expected):
+    """To five digits; what is not finite is missing."""
+    expected = np.asarray(expected, float)
+    expected = np.where(np.isfinite(expected), expected, np.nan)
+    np.testing.assert_allclose(np.array(values, float), expected, rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def report():
+    """One of which theory claims to hold for a while only."""
+    until = np.array([0.0, 0.5, 1.5])
+    return dataclasses.replace(shared_problems.study()[2], valid_until=until)
+
+
+@pytest.fixture(scope="module")
+def shown(report, tmp_path_factory):
+    """The page of the report, and what is in it."""
+    file = tmp_path_factory.mktemp("page") / "report.html"
+    weight = dict(inputs=np.arange(8), function=lambda model, i: model.weights[i])
+    assert report.to_html(str(file), bundle="directory", **weight) == file
+    return file, data_of(file)
+
+
+def test_the_numbers_are_those_of_the_report(report, shown):
+    lanes, sweep = shown[1]["lanes"], report.sweep
+    assert len(lanes) == len(LAMS)
+    for i, lane in enumerate(lanes):
+        close(lane["t"], sweep.t[i])
+        close(lane["s"], sweep.slow_time[i])
+        close(lane["train_loss"], sweep.train_loss[i])
+        close(lane["penalty"], sweep.penalty[i])
+        close(lane["metric test"], sweep.metrics["test"][i])
+        close(lane["drift error"], report.drift.error[i])
+        for k, order in report.orders.items():
+            close(lane[f"error {k}"], order.error[i])
+            close(lane[f"sup {k}"], order.sup[i])
+        close(lane["λ"], LAMS[i])
+        close(lane["valid until"], [np.nan, 0.5, 1.5][i])
+        close(lane["grokked"], report.grokked.measured[i])
+        close(lane["predicted"], report.grokked.predicted[i])
+        assert lane["note"] == ""
+    assert len({lane["colour"] for lane in lanes}) == len(LAMS)
+
+
+def test_predictions_are_those_of_the_theory(report, shown):
+    for lane, lam in zip(shown[1]["lanes"], LAMS, strict=True):
+        found = report.theory.predicted(float(lam))
+        t = np.array(lane["predicted t"], float)
+        at = np.abs(found.t[:, None] - t).argmin(axis=0)
+        close(lane["predicted t"], found.t[at])
+        assert t[0] == 0 and at[-1] == found.t.size - 1
+        for k, curves in enumerate(found.curves[:2], 1):
+            close(lane[f"metric test, order {k}"], curves["test"][at])
+
+
+def test_functions_are_of_the_models_simulated_and_predicted(report, shown):
+    for i, lane in enumerate(shown[1]["lanes"]):
+        rows = np.array(lane["function"], float)
+        weights = np.asarray(report.sweep[i].params.weights)
+        close(rows[:, :-1], weights)
+        assert np.isnan(rows[:, -1]).all()  # the gap after a curve
+        path, until = report.sweep[i], report.valid_until[i]
+        held = np.asarray(path.slow_time) <= until
+        told = report.theory.predict(path.t, float(LAMS[i]), order=2).weights
+        rows = np.array(lane["function, order 2"], float)[:, :-1]
+        close(rows, np.where(held[:, None], told, np.nan))
+
+
+def test_panels_draw_what_the_figure_does(report, shown):
+    file, data = shown
+    titles = re.findall(r"<h2>(.*?)</h2>", file.read_text("utf-8"))
+    assert len(titles) == len(data["panels"]) == 8
+    drift = report.theory.drift
+    traces = {trace["name"]: trace for p in data["panels"] for trace in p["data"]}
+    for number, values in ((1, drift.metrics["test"]), (2, drift.penalty)):
+        here = {trace["name"]: trace for trace in data["panels"][number]["data"]}
+        close(here["drift w°(s)"]["x"], drift.s)
+        close(here["drift w°(s)"]["y"], values)
+    close(traces["η(s)"]["y"], report.theory.smallest_curvature)
+    for k, order in report.orders.items():
+        rate = f"order {k}: rate {order.rate.exponent:.3f}"
+        close(traces[rate]["y"], order.sup[np.argsort(report.weight_decay)])
+    for p in data["panels"]:
+        columns = [t.get("meta") or {} for t in p["data"]]
+        asked = {v for meta in columns for k, v in meta.items() if k in ("x", "y")}
+        assert asked <= set(data["lanes"][0])
+        assert p["layout"]["xaxis"]["title"]["text"]
+
+
+def make(seed):
+    if seed == 2:
+        raise ArithmeticError("seed 2 is <odd>")
+    task = gf.tasks.linear_regression(jax.random.key(seed), samples=3, dim=6)
+    return task.flow, task.model, task.metrics | {"weights": lambda m: m.weights}
+
+
+@pytest.fixture(scope="module")
+def descents():
+    """Four of six lanes: those of a large step diverge, and one seed raises."""
+    axes = {"seed": [1, 2], "scale": [1.0, 3.0]}
+    return gf.sweep(
+        lambda seed, scale: make(seed), axes=axes, zipped=[("seed", "scale")],
+        weight_decay=0.1, run=gf.Descent(learning_rate=[1e3, 0.05, 0.02], steps=20),
+        saves=5, progress=False,
+    )  # fmt: skip
+
+
+def test_lanes_that_failed_are_named(descents, tmp_path):
+    file = descents.to_html(tmp_path / "sweep.html", bundle="directory")
+    text, lanes = file.read_text("utf-8"), data_of(file)["lanes"]
+    failed = np.flatnonzero(~np.asarray(descents.succeeded)).tolist()
+    assert failed == [0, 3, 4, 5]
+    assert "4 of 6 lanes failed." in text
+    assert "RAISED: ArithmeticError: seed 2 is &lt;odd&gt;" in text
+    assert "seed 1, scale 1, h 1e+03: FAILED: " in text
+    for i, lane in enumerate(lanes):
+        assert lane["note"] == descents.failure(i) and bool(lane["note"]) == (
+            i in failed
+        )
+        close(lane["train_loss"], descents.train_loss[i])
+    assert lanes[3]["train_loss"] == [None] * 5
+
+
+def test_each_dimension_has_a_slider_and_each_position_its_lane(descents, tmp_path):
+    file = descents.to_html(tmp_path / "sweep.html", bundle="directory")
+    data = data_of(file)
+    sliders = re.findall(r'<span>(.*?)</span>.*?max="(\d+)"', file.read_text("utf-8"))
+    assert sliders == [("seed, scale", "1"), ("learning rate", "2"), ("time", "239")]
+    seeds, rates = data["axes"]
+    assert seeds["words"] == [
+        [["seed", 1], ["scale", 1.0]],
+        [["seed", 2], ["scale", 3.0]],
+    ]
+    assert [word for ((_, word),) in rates["words"]] == [0.02, 0.05, 1e3]
+    for a, ((_, seed), _) in zip(seeds["lanes"], seeds["words"], strict=True):
+        for b, ((_, rate),) in zip(rates["lanes"], rates["words"], strict=True):
+            at = descents.axes.at(a + b)
+            assert (at["seed"], at["learning_rate"]) == (seed, rate)
+    for j in range(6):  # a metric that is an array: a column for each of its numbers
+        close(
+            data["lanes"][1][f"metric weights {j}"],
+            descents.metrics["weights"][1, :, j],
+        )
+
+
+def test_a_stored_sweep_has_the_same_page(whole, tmp_path):
+    from stores import make, RATES, SEEDS
+
+    stored = gf.sweep(
+        make, axes={"seed": SEEDS}, weight_decay=0.1, saves=5, progress=False,
+        run=gf.Descent(learning_rate=RATES, steps=20),
+        store=gf.Store(whole[0], chunk=3, parameters=True),
+    )  # fmt: skip
+    weights = dict(
+        inputs=[0, 1], function=lambda m, i: m.weights[i], bundle="directory"
+    )
+    one = stored.to_html(tmp_path / "stored.html", **weights)
+    two = stored.load().to_html(tmp_path / "loaded.html", **weights)
+    assert data_of(one) == data_of(two)
+    assert np.shape(data_of(one)["lanes"][0]["function"]) == (5, 3)
+
+
+def many(sweep, seeds):
+    """The same lanes again for each of the seeds."""
+    axes = make_axes({"seed": range(seeds), "weight_decay": LAMS})
+    bare = dataclasses.replace(sweep.paths, static=None)
+    again = lambda x: jnp.concatenate([x] * seeds)
+    paths = jax.tree.map(lambda x: again(x) if eqx.is_array(x) else x, bare)
+    paths = dataclasses.replace(paths, static=sweep.paths.static)
+    return dataclasses.replace(sweep, paths=paths, axes=axes, lanes=None)
+
+
+def test_thousands_of_lanes_have_fewer_times(report, tmp_path):
+    lanes = many(report.sweep, 1000)
+    file = lanes.to_html(tmp_path / "many.html", bundle="directory")
+    assert file.stat().st_size < 10e6
+    data = data_of(file)
+    assert len(data["lanes"]) == 3000
+    t, saved = np.array(data["lanes"][-1]["t"]), np.asarray(report.sweep.t[-1])
+    assert 40 < t.size < saved.size and t[-1] == pytest.approx(saved[-1], rel=1e-4)
+    assert max(len(p["data"]) for p in data["panels"]) < 60
+    with pytest.raises(
+        ValueError, match="^inputs: 3000 lanes with 106 numbers at each"
+    ):
+        lanes.to_html(
+            file, inputs=np.arange(100.0), function=lambda m, x: m.weights[0] * x
+        )
+
+
+def test_nothing_is_loaded_from_elsewhere(report, shown, tmp_path):
+    file, _ = shown
+    assert (file.parent / "plotly.min.js").stat().st_size > 1e6
+    whole = report.to_html(tmp_path / "whole.html")
+    assert os.listdir(tmp_path) == ["whole.html"]
+    for page in (file, whole):
+        text = page.read_text("utf-8")
+        tags = re.findall(r"<(?:script|link|img|iframe)[^>]*?(?:src|href)=[^>]*>", text)
+        expected = ['<script src="plotly.min.js">'] if page == file else []
+        assert tags == expected
+    assert data_of(whole)["lanes"][0]["t"] == data_of(file)["lanes"][0]["t"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(bundle="cdn"), "bundle: expected 'inline' or 'directory', got 'cdn'."),
+        (dict(inputs=[0.0]), "inputs: expected two or more finite numbers, of shape"),
+        (dict(inputs=[0.0, np.nan]), "inputs: expected two or more finite numbers"),
+        (dict(inputs=np.ones((4, 2))), "inputs: expected two or more finite numbers"),
+        (dict(inputs="words"), "inputs: expected two or more finite numbers"),
+        (dict(inputs=[0.0, 1.0]), "inputs: the function does not take one of shape"),
+        (dict(function=abs), "inputs: expected those to call the function with"),
+        (
+            dict(inputs=[0, 1], function=lambda m, x: jnp.ones(9)),
+            "function: expected 1 to 8 real numbers for each input, got float64 of",
+        ),
+    ],
+)
+def test_what_makes_no_page_is_refused(report, tmp_path, options, message):
+    for result in (report, report.sweep):
+        with pytest.raises(ValueError, match="^" + re.escape(message)):
+            result.to_html(tmp_path / "page.html", **options)
+    assert not os.listdir(tmp_path)
+
+
+def test_without_a_folder_or_plotly_it_says_so(report, tmp_path, monkeypatch):
+    with pytest.raises(
+        ValueError, match="file: expected a name in a folder that exists"
+    ):
+        report.to_html(tmp_path / "none" / "page.html")
+    monkeypatch.setitem(sys.modules, "plotly.graph_objects", None)
+    with pytest.raises(ImportError, match="interactive pages need plotly: pip install"):
+        report.to_html(tmp_path / "page.html")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api", reason="no Playwright")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    found = [path for path in map(shutil.which, names) if path]
+    if not found:
+        pytest.skip(f"no browser is installed: none of {names}")
+    with sync_api.sync_playwright() as playwright:
+        options = dict(executable_path=found[0], args=["--no-sandbox"])
+        browser = playwright.chromium.launch(**options)
+        yield browser
+        browser.close()
+
+
+def opened(browser, file, width):
+    """The page, without a network, and what went wrong in it."""
+    context = browser.new_context(
+        viewport={"width": width, "height": 900}, offline=True
+    )
+    page, wrong = context.new_page(), []
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("console", lambda told: wrong.append(told.text))
+    page.on("requestfailed", lambda request: wrong.append(request.url))
+    page.goto(file.as_uri())
+    page.wait_for_function("document.querySelector('output').textContent !== ''")
+    return page, wrong
+
+
+def drawn(page, number, name):
+    """The traces of that name in a panel, as Plotly has them."""
+    return page.evaluate(
+        "([i, name]) => plots[i].data.filter(trace => trace.name === name)",
+        [number, name],
+    )
+
+
+def read(page, text):
+    """Waits until a slider says so; curves have moved in the same frame."""
+    page.wait_for_function(
+        "text => [...document.querySelectorAll('output')]"
+        ".some(output => output.textContent.includes(text))",
+        arg=text,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1280, 400])
+def test_in_a_browser_sliders_move_the_curves(browser, shown, width):
+    file, data = shown
+    page, wrong = opened(browser, file, width)
+    high, low = data["lanes"][0], data["lanes"][1]
+    decay, time = page.locator("input").all()
+    read(page, "λ = 0.001")
+    assert drawn(page, 0, "test loss")[0]["y"] == low["metric test"]
+
+    decay.press("ArrowRight")
+    read(page, "λ = 0.01")
+    curve, dot = drawn(page, 0, "test loss")
+    assert curve["y"] == high["metric test"] and curve["x"] == high["t"]
+    assert curve["line"]["color"] == high["colour"]
+    (theory,) = drawn(page, 0, "order 2")
+    assert theory["y"] == high["metric test, order 2"]
+    assert dot["y"][0] in high["metric test"]
+
+    time.press("End")
+    read(page, "t = 300, s = 3")
+    assert drawn(page, 0, "test loss")[1]["x"] == [high["t"][-1]] != dot["x"]
+    assert page.evaluate("plots[0].layout.shapes[0].x0") == high["t"][-1]
+    time.click(position={"x": 2, "y": 5})  # by mouse, to the left end
+    page.wait_for_function("k => plots[0].layout.shapes[0].x0 === k", arg=high["t"][1])
+
+    function = page.locator(".plot").last
+    function.scroll_into_view_if_needed()
+    page.wait_for_function(
+        "row => plots.at(-1).data[0].y.every((y, i) => y === row[i])",
+        arg=high["function"][1],
+    )
+    over = (
+        "[document.documentElement, ...plots].map(e => e.scrollWidth - e.clientWidth)"
+    )
+    assert max(page.evaluate(over)) <= 0
+    assert page.locator(".plot .main-svg").count() >= len(data["panels"])
+    page.context.close()
+    assert not wrong
+
+
+@pytest.mark.slow
+def test_in_a_browser_a_failed_lane_says_why(browser, descents, tmp_path):
+    page, wrong = opened(browser, descents.to_html(tmp_path / "sweep.html"), 400)
+    seeds, rates, _ = page.locator("input").all()
+    seeds.press("Home")
+    rates.press("Home")
+    read(page, "h = 0.02")
+    assert page.locator("#note").inner_text() == ""
+    rates.press("End")
+    read(page, "h = 1000")
+    assert page.locator("#note").inner_text() == descents.failure(0)
+    seeds.press("ArrowRight")
+    read(page, "seed = 2, scale = 3")
+    assert (
+        page.locator("#note").inner_text() == "RAISED: ArithmeticError: seed 2 is <odd>"
+    )
+    assert set(drawn(page, 0, "train loss")[0]["y"]) == {None}
+    page.context.close()
+    assert not wrong
