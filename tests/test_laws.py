@@ -120,6 +120,19 @@ def test_the_defect_is_that_of_two_small_steps(kind):
     np.testing.assert_allclose(defect, expected, rtol=rtol)
 
 
+def test_the_path_of_a_transformer_is_that_of_its_attention():
+    config = paths.Component(networks=("transformer",))
+    model = config.task("transformer", 0).model
+    params = jax.tree.map(
+        lambda p: jnp.stack([p, 2 * p]), eqx.filter(model, eqx.is_array)
+    )
+    found = paths.flat(types.SimpleNamespace(params=params))
+    (block,) = model.blocks
+    own = jax.flatten_util.ravel_pytree(block.attention)[0]
+    np.testing.assert_allclose(found, [own, 2 * own], rtol=1e-15)
+    assert found.shape[1] == 4 * 32 * 32
+
+
 def test_the_onset_is_at_ten_times_the_first_values():
     t = np.arange(6.0)
     assert paths.onset(t, np.array([1.0, 1.0, 2.0, 9.0, 11.0, 3.0])) == 4
