@@ -343,12 +343,14 @@ class Path(eqx.Module):
         if bool(self.succeeded) and not bool(slid(self)) and self._drifts:
             state = "at rest" if bool(self.stationary) else "still drifting"
             lines.append(f"  {state}: ‖dθ/ds‖/‖θ‖ = {float(self.slow_speed):.2g}")
-        floor = 100 * float(np.finfo(self.t.dtype).eps)
+        eps = float(np.finfo(self.t.dtype).eps)
         least = self.stats.conditioning
-        if least is not None and float(least) < max(_SINGULAR, floor):
+        if least is not None and float(least) < max(_SINGULAR, 100 * eps):
+            size = f"at most about {float(least):.1g}"
             lines.append(
-                "  the Jacobian is losing rank, σ_min²/σ_max² is at most about "
-                f"{float(least):.1g}: see gf.manifold.spectrum"
+                "  the Jacobian is losing rank, σ_min²/σ_max² is "
+                f"{size if float(least) > eps else 'below rounding'}: "
+                "the path stands, theory may not, see gf.manifold.spectrum"
             )
         return "\n".join(lines)
 
