@@ -5,7 +5,7 @@
 #
 # `trainable=` takes an Equinox filter: a pytree of booleans, or a function *of a leaf*, as
 # `eqx.is_inexact_array` is. A function of the model, such as `where=` takes elsewhere, is
-# none. What it leaves out is frozen, it stays as it is, and neither R nor the theory knows
+# none. What it leaves out is frozen: it stays as it is, and neither R nor the theory knows
 # of it.
 
 # %%

@@ -347,11 +347,11 @@ class Path(eqx.Module):
         least = self.stats.conditioning
         if least is not None and float(least) < max(_SINGULAR, 100 * eps):
             size = f"at most about {float(least):.1g}"
-            lines.append(
-                "  the Jacobian is losing rank, σ_min²/σ_max² is "
-                f"{size if float(least) > eps else 'below rounding'}: "
-                "the path stands, theory may not, see gf.manifold.spectrum"
-            )
+            size = size if float(least) > eps else "below rounding"
+            lines += [
+                f"  the Jacobian is losing rank, σ_min²/σ_max² is {size}:",
+                "    the path stands, theory may not; see gf.manifold.spectrum",
+            ]
         return "\n".join(lines)
 
     @property
