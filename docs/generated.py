@@ -31,7 +31,7 @@ def made(name: str) -> str:
         "first_result": first_result,
         "stiff_cases": stiff_cases,
         "networks": networks,
-        "missed": lambda: section("What is missed, and why"),
+        "missed": missed,
     }[name]()
 
 
@@ -124,6 +124,15 @@ def studies() -> dict[str, str]:
             f"two cores that had other work to do: upper bounds.\n\n{body}\n"
         )
     return pages
+
+
+def missed() -> str:
+    """What is missed, with links into the pages of the experiments."""
+    text = section("What is missed, and why")
+    for name, (title, _) in STUDIES.items():
+        anchor = f"{title.lower().replace(' ', '-')}-{name}"
+        text = text.replace(f"](#{anchor})", f"]({name}.md)")
+    return text.replace("](#images", "](omnigrok.md#images")
 
 
 def verdicts(study: str) -> str:

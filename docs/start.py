@@ -29,7 +29,9 @@ model = gf.scaled(model, 3.0)  # a large start, which has to grok
 
 # %% [markdown]
 # A flow is a loss and a penalty (½‖θ‖² unless given). What is to be watched along it is
-# a function of the model; with a threshold, gradflow tells when it is passed.
+# a function of the model; with a threshold, gradflow tells when it is passed. Losses
+# pass it from above. What passes it from below, as an accuracy does, has to say so:
+# `gf.Metric(gf.Accuracy(x, labels), threshold=0.9, higher_is_better=True)`.
 
 # %%
 loss = gf.SquaredError(x, y)
@@ -52,7 +54,13 @@ print(path)
 # computes anything of all of them.
 
 # %%
-path.plot()
+ax = path.plot()
+
+# %% [markdown]
+# ## Save a figure
+#
+# `path.plot()` gives Matplotlib's axes: `ax.figure.savefig("path.png")` writes the figure
+# to a file. Of a report it is the whole figure: `report.plot().savefig("report.png")`.
 
 # %% [markdown]
 # ## What theory says
@@ -82,7 +90,7 @@ report = gf.compare(sweep, theory)
 print(report)
 
 # %%
-report.plot()
+figure = report.plot()
 
 # %% [markdown]
 # Next: [the concepts](concepts.md) behind these words, or

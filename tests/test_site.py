@@ -157,6 +157,13 @@ def test_pages_in_a_browser(site, address, browser, size):
         ("slow time", "glossary.html"),
         ("grokking_time", "reference/theory.html"),
         ("weight decay schedule", "how-to/stop.html"),
+        ("freeze a layer", "how-to/frozen.html"),
+        ("slid", "what-can-go-wrong.html"),
+        ("critical manifold", "glossary.html"),
+        ("edge of stability", "how-to/finite_steps.html"),
+        ("PINN", "gallery/physics_informed.html"),
+        ("CNN", "how-to/layers.html"),
+        ("save a figure", "start.html"),
     ],
 )
 def test_search_finds(address, browser, words, where):

@@ -1,5 +1,5 @@
 # %% [markdown]
-# # Steps that are not small
+# # Finite steps, and the edge of stability
 #
 # The flow is the limit of descent in small steps. `learning_rate=` asks `gf.simulate` for
 # the descent in steps of h instead, still in continuous time, also where h is beyond

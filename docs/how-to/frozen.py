@@ -1,10 +1,12 @@
 # %% [markdown]
-# # Frozen parts and time scales
+# # Freeze a layer, or give it a rate
 #
-# ## Frozen parts
+# ## Freeze a layer
 #
-# `trainable=` takes an Equinox filter: a function of a leaf, or a pytree of booleans.
-# What it leaves out stays as it is, and neither R nor the theory knows of it.
+# `trainable=` takes an Equinox filter: a pytree of booleans, or a function *of a leaf*, as
+# `eqx.is_inexact_array` is. A function of the model, such as `where=` takes elsewhere, is
+# none. What it leaves out is frozen: it stays as it is, and neither R nor the theory knows
+# of it.
 
 # %%
 import equinox as eqx

@@ -4,11 +4,13 @@
 # A flow is of a function of the parameters that is the same at all times. Any Equinox
 # model is such a function once what is random, or changes with the data, is held.
 #
-# ## A call of another kind
+# ## CNN, RNN: a call of another kind
 #
 # `gf.SquaredError(x, y)` and its kin call the model on each sample, `jax.vmap(model)(x)`.
 # Where that is not how yours is called, `predict` says how: a function of the model and
-# all inputs. Recurrent networks need none, if the model takes a sequence:
+# all inputs. Convolutional networks (CNN) need none, if the model takes one image, with its
+# channels first as in `eqx.nn.Conv2d`; nor do recurrent ones (RNN, GRU, LSTM), if it takes
+# one sequence:
 
 # %%
 import equinox as eqx

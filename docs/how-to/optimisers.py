@@ -12,6 +12,10 @@
 # | sharpness-aware minimisation (SAM), radius ρ | λ₁(∇²F); tr ∇²F one sample at a time | ½ρ² |
 # | Adam with label noise | tr Diag(∇²F)^½ | ½hσ/√n |
 #
+# With minibatches of b samples the noise on the labels has the size σ²/b in place of σ²/n:
+# λ = ¼hσ²/b, which `batch_size=b` asks for. What the minibatches do without noise on the
+# labels vanishes where all data are fitted.
+#
 # `gf.drifts` gives the flow and its λ from the settings of the optimiser; `two_phase`,
 # `simulate` and all that takes a flow and a weight decay take them.
 

@@ -23,6 +23,8 @@ solution = diffrax.diffeqsolve(
 print(solution.stats["num_steps"], solution.result)
 
 # %% [markdown]
+# `RESULTS<>` is Diffrax's way to print success: the message of that result is empty.
+#
 # `term.model(y)` is the model at a state y. With `rates`, or a norm that is held, states
 # are other coordinates of the parameters, and that call is what leads back.
 #

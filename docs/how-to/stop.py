@@ -17,9 +17,19 @@ gf.enable_float64()
 
 task = gf.tasks.diagonal_network(jr.key(0))
 flow = gf.GradientFlow(task.loss)
-run = dict(weight_decay=1e-3, slow_time=5.0, metrics=task.metrics)
+watch = {"test": gf.Metric(task.metrics["test"].fn, threshold=0.1)}
+run = dict(weight_decay=1e-3, slow_time=5.0, metrics=watch)
 path = gf.simulate(flow, task.model, until="test", **run)
 print(path)
+
+# %% [markdown]
+# An accuracy passes its threshold from below, which has to be said, or it holds at t = 0
+# and the run ends there:
+# `gf.Metric(gf.Accuracy(x, labels), threshold=0.9, higher_is_better=True)`.
+#
+# `until` ends at the *first* crossing. `path.crossing_time("test")` is when the metric is
+# past its threshold *for good*: where it comes back later, in a run that goes on, the
+# second is the later of the two.
 
 # %%
 small = gf.simulate(

@@ -54,9 +54,14 @@ print(page.name, f"{page.stat().st_size / 1e6:.1f} MB, of which Plotly is 4.8")
 # %% [markdown]
 # ## A store
 #
-# With `store=` results are written as they come, chunk by chunk. Whatever ends a sweep,
-# the same call goes on where it stopped; a store of another configuration is refused,
-# with the differences.
+# With `store=` results are written as they come, chunk by chunk: a chunk is a block of
+# lanes that are written together, whole or not at all. Whatever ends a sweep, the same
+# call goes on where it stopped; a store of another configuration is refused, with the
+# differences.
+#
+# So a kill without `store=` loses everything; with it, only the chunks that are not
+# finished, and of a lane that takes longer than a minute only what came after its last
+# checkpoint.
 
 # %%
 store = tempfile.mkdtemp() + "/sweep.zarr"

@@ -1,4 +1,4 @@
-"""A physics-informed network, trained in continuous time.
+"""A physics-informed network (PINN), trained in continuous time.
 
 u'' = −π² sin πx on (0, 1), u(0) = u(1) = 0: the loss is what is left of the equation at
 some points, and of the ends. (Raissi, Perdikaris, Karniadakis, J. Comput. Phys. 378,

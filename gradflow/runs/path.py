@@ -346,13 +346,15 @@ class Path(eqx.Module):
         if bool(self.succeeded) and not bool(slid(self)) and self._drifts:
             state = "at rest" if bool(self.stationary) else "still drifting"
             lines.append(f"  {state}: ‖dθ/ds‖/‖θ‖ = {float(self.slow_speed):.2g}")
-        floor = 100 * float(np.finfo(self.t.dtype).eps)
+        eps = float(np.finfo(self.t.dtype).eps)
         least = self.stats.conditioning
-        if least is not None and float(least) < max(_SINGULAR, floor):
-            lines.append(
-                "  the Jacobian is losing rank, σ_min²/σ_max² is at most about "
-                f"{float(least):.1g}: see gf.manifold.spectrum"
-            )
+        if least is not None and float(least) < max(_SINGULAR, 100 * eps):
+            size = f"at most about {float(least):.1g}"
+            size = size if float(least) > eps else "below rounding"
+            lines += [
+                f"  the Jacobian is losing rank, σ_min²/σ_max² is {size}:",
+                "    the path stands, theory may not; see gf.manifold.spectrum",
+            ]
         return "\n".join(lines)
 
     @property
