@@ -7,6 +7,7 @@ import equinox as eqx
 from jaxtyping import Array, Float, PyTree
 
 from .._checks import as_level, check_callable
+from .._typing import Given
 
 
 class Metric(eqx.Module):
@@ -26,7 +27,7 @@ class Metric(eqx.Module):
     def __init__(
         self,
         fn: Callable[[Any], Float[Array, "..."]],
-        threshold: float | None = None,
+        threshold: Given = None,
         higher_is_better: bool | None = None,
     ):
         """**Arguments:**

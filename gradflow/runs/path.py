@@ -337,8 +337,10 @@ class Path(eqx.Module):
         if self.stats.until and bool(self.succeeded):
             come = f"met at t = {t:.6g}" if bool(self.met) else "not met"
             lines.append(f"  criterion {come}: {self.stats.until}")
-            lower = [k for k, m in self.watched.items() if not m.higher_is_better]
-            if bool(self.met) and t == 0 and self.stats.until in map(passing, lower):
+            lower = [
+                passing(k) for k, m in self.watched.items() if not m.higher_is_better
+            ]
+            if bool(self.met) and t == 0 and self.stats.until in lower:
                 lines.append(
                     "  It held from the start. What is better where it is higher, as "
                     "an accuracy, takes gradflow.Metric(…, higher_is_better=True)."
