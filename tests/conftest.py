@@ -179,3 +179,18 @@ def whole(tmp_path_factory):
 
     path = tmp_path_factory.mktemp("whole") / "sweep.zarr"
     return path, run(path, parameters=True)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A Chromium of the system, by Playwright."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="no Playwright")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    found = [path for path in map(shutil.which, names) if path]
+    if not found:
+        pytest.skip(f"no browser is installed: none of {names}")
+    options = dict(executable_path=found[0], args=["--no-sandbox"])
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(**options)
+        yield browser
+        browser.close()

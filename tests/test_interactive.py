@@ -5,7 +5,6 @@ import dataclasses
 import json
 import os
 import re
-import shutil
 import sys
 
 import equinox as eqx
@@ -261,20 +260,6 @@ def test_without_a_folder_or_plotly_it_says_so(report, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "plotly.graph_objects", None)
     with pytest.raises(ImportError, match="interactive pages need plotly: pip install"):
         report.to_html(tmp_path / "page.html")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="no Playwright")
-    names = ("chromium", "chromium-browser", "google-chrome")
-    found = [path for path in map(shutil.which, names) if path]
-    if not found:
-        pytest.skip(f"no browser is installed: none of {names}")
-    with sync_api.sync_playwright() as playwright:
-        options = dict(executable_path=found[0], args=["--no-sandbox"])
-        browser = playwright.chromium.launch(**options)
-        yield browser
-        browser.close()
 
 
 def opened(browser, file, width):

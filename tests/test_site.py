@@ -4,7 +4,6 @@ import functools
 import html.parser
 import http.server
 import re
-import shutil
 import sys
 import threading
 import urllib.parse
@@ -39,17 +38,6 @@ def address(site):
 class Quiet(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *_):
         pass
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="no Playwright")
-    found = filter(None, map(shutil.which, ("chromium", "chromium-browser")))
-    chromium = next(found, None)
-    if chromium is None:
-        pytest.skip("no Chromium; Debian's package is `chromium`")
-    with playwright.sync_playwright() as started:
-        yield started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
 
 
 def pages(site):
