@@ -30,8 +30,8 @@ model = gf.scaled(model, 3.0)  # a large start, which has to grok
 # %% [markdown]
 # A flow is a loss and a penalty (½‖θ‖² unless given). What is to be watched along it is
 # a function of the model; with a threshold, gradflow tells when it is passed. Losses
-# pass it from above. What passes it from below, as an accuracy does, has to say so:
-# `gf.Metric(gf.Accuracy(x, labels), threshold=0.9, higher_is_better=True)`.
+# pass it from above. `gf.Accuracy` knows that it passes from below; a function of your own
+# that does has to be told so: `gf.Metric(f, threshold=0.9, higher_is_better=True)`.
 
 # %%
 loss = gf.SquaredError(x, y)

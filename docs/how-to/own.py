@@ -80,9 +80,9 @@ print(gf.simulate(flow, model, weight_decay=1e-3, slow_time=1.0))
 # ## A metric
 #
 # A function of the model that gives a number or an array; `gf.Metric` adds a threshold,
-# from which come memorisation and grokking times. An accuracy passes its threshold from
-# below, and has to say so, or it is past it at t = 0:
-# `gf.Metric(gf.Accuracy(x, labels), threshold=0.9, higher_is_better=True)`. `gf.metrics`
+# from which come memorisation and grokking times. `gf.Accuracy` knows that it
+# passes from below; a function of your own that does has to be told so, or it is past its
+# threshold at t = 0: `gf.Metric(f, threshold=0.9, higher_is_better=True)`. `gf.metrics`
 # has margin, norms, singular values, effective rank and sharpness too.
 
 # %%

@@ -23,9 +23,9 @@ path = gf.simulate(flow, task.model, until="test", **run)
 print(path)
 
 # %% [markdown]
-# An accuracy passes its threshold from below, which has to be said, or it holds at t = 0
-# and the run ends there:
-# `gf.Metric(gf.Accuracy(x, labels), threshold=0.9, higher_is_better=True)`.
+# `gf.Accuracy` passes its threshold from below. A function of your own that does has to be
+# told so, or it holds at t = 0 and the run ends there, which `print(path)` remarks:
+# `gf.Metric(f, threshold=0.9, higher_is_better=True)`.
 #
 # `until` ends at the *first* crossing. `path.crossing_time("test")` is when the metric is
 # past its threshold *for good*: where it comes back later, in a run that goes on, the
