@@ -198,7 +198,9 @@ def test_retraction_is_the_nearest_point(form, tanh_net, getkey):
 def test_retraction_of_a_linear_model(getkey):
     loss, model = linear_problem(getkey(), samples=4, features=9)
     w = model.w + jnp.linalg.pinv(loss.x) @ (loss.y - loss.x @ model.w)
-    np.testing.assert_allclose(manifold.retract(loss, model).model.w, w, atol=1e-13)
+    out = manifold.retract(loss, model)
+    np.testing.assert_allclose(out.model.w, w, atol=1e-13)
+    assert str(out).startswith("Point of the critical manifold reached (")
 
 
 def test_retraction_says_when_there_is_nothing_to_reach():
@@ -208,6 +210,7 @@ def test_retraction_says_when_there_is_nothing_to_reach():
     )
     out = manifold.retract(loss, Linear(jnp.ones(1)), form="jacobian", throw=False)
     assert out.result == gf.RESULTS.not_critical
+    assert "FAILED: The point reached is not on the critical manifold" in str(out)
     with pytest.raises(Exception, match="not on the critical manifold"):
         manifold.retract(loss, Linear(jnp.ones(1)), form="jacobian")
 

@@ -35,6 +35,15 @@ class Retraction(eqx.Module):
     result: RESULTS
     """`successful`, or `not_critical`."""
 
+    def __str__(self) -> str:
+        end = f"FAILED: {RESULTS[self.result]}"
+        if among(self.result, RESULTS.successful):
+            end = "reached"
+        return (
+            f"Point of the critical manifold {end} ({int(self.steps)} steps, relative "
+            f"distance left {float(self.residual):.1g})"
+        )
+
 
 @exact_products
 def retract(
