@@ -70,7 +70,12 @@ def cells(record: dict[str, Any]) -> Iterable[list[str]]:
 def table(name: str) -> str:
     """One table, in Markdown, without the columns in which nothing is."""
     heads = ["command", "data", "criterion", "measured", "verdict", "seconds"]
-    lines = [line for r in records() if TABLES[name](r) for line in cells(r)]
+    lines = [
+        [cell.replace("|", r"\|") for cell in line]
+        for r in records()
+        if TABLES[name](r)
+        for line in cells(r)
+    ]
     used = [i for i in range(len(heads)) if any(line[i] for line in lines)]
     rows = [[heads[i] for i in used], ["---"] * len(used)]
     rows += [[line[i] for i in used] for line in lines]

@@ -24,7 +24,7 @@ class CS6(Sparse):
     """Figures 19a, 21 and 22: the more rows see one coordinate only, the later, and the
     less often, a flow recovers.
 
-    No files. Time: quick, a quarter of a minute of a core.
+    No files. Time: five minutes of a core; quick, a quarter of one.
     """
 
     samples: tuple[int, ...] = SAMPLES
