@@ -157,6 +157,13 @@ def test_no_flow_is_no_lack_of_steps(edge):
     run = lambda most: lanes(start, jnp.asarray(rates), jnp.asarray(ts), max_steps=most)
     names = ["out_of_steps", "coarse", "overshot"]
     assert codes(run(600).result).tolist() == [CODES[name] for name in names]
+    # From where the data are fitted any loss is more than at first.
+    loss = gf.SquaredError(jnp.eye(2), jnp.ones(2))
+    rest = gf.simulate(
+        gf.GradientFlow(loss), gf.models.LinearModel(jnp.ones(2)), weight_decay=0.01,
+        learning_rate=0.1, t1=500.0, max_steps=25, throw=False,
+    )  # fmt: skip
+    assert rest.result == gf.RESULTS.out_of_steps and rest.train_loss[0] == 0
     early = run(27)  # of the 29 to infinity
     assert early.stats.steps.tolist() == [27] * 3
     assert codes(early.result).tolist() == [CODES["out_of_steps"]] * 2 + [

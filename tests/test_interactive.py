@@ -150,6 +150,62 @@ def test_lanes_that_failed_are_named(descents, tmp_path):
     assert lanes[3]["train_loss"] == [None] * 5
 
 
+def test_a_lane_that_failed_does_not_set_the_scale(descents, tmp_path):
+    learnt = dict(inputs=np.arange(6), function=lambda model, i: model.weights[i])
+    file = descents.to_html(tmp_path / "page.html", bundle="directory", **learnt)
+    data = data_of(file)
+    low, high = data["panels"][-1]["layout"]["yaxis"]["range"]
+    shown = np.array([data["lanes"][i]["function"] for i in (1, 2)], float)
+    assert low < np.nanmin(shown) and np.nanmax(shown) < high < 10
+    every = [data["lanes"][i]["function"] for i in (0, 1, 2)]
+    assert np.nanmax(np.abs(np.array(every, float))) > 1e6
+
+
+def test_metrics_that_a_logarithm_does_not_show(tmp_path):
+    """One of both signs has a panel of its own; one that is better where higher is no
+    loss; a threshold at infinity, and an axis with infinity, are no numbers to draw."""
+    right = gf.Metric(lambda m: 1 / (1 + m.weights[0] ** 2), 0.5, True)
+    metrics = {
+        "test": right,
+        "sign": lambda m: m.weights[0] - 1.4,
+        "endless": gf.Metric(lambda m: m.weights[1] ** 2, threshold=np.inf),
+    }
+    task = gf.tasks.linear_regression(jax.random.key(0), samples=3, dim=6)
+    sweep = gf.sweep(
+        lambda cap: (task.flow, task.model, metrics), axes={"cap": [1.0, np.inf]},
+        weight_decay=0.1, run=gf.Descent(learning_rate=0.02, steps=20), saves=5,
+        progress=False,
+    )  # fmt: skip
+    data = data_of(sweep.to_html(tmp_path / "page.html", bundle="directory"))
+    names = [{t["name"] for t in p["data"]} for p in data["panels"]]
+    assert "test" in names[0] and "test loss" not in names[0] and "sign" not in names[0]
+    (own,) = [
+        p for p, found in zip(data["panels"], names, strict=True) if "sign" in found
+    ]
+    values = np.asarray(sweep.metrics["sign"])[:, 1:]  # t = 0 is not on the page
+    assert own["layout"]["yaxis"]["type"] == "linear" and values.min() < 0
+    low, high = own["layout"]["yaxis"]["range"]
+    assert low < values.min() and values.max() < high
+
+
+def test_a_report_that_was_read_has_a_page(tmp_path):
+    """Its metrics have lost their functions: what comparing kept is drawn."""
+    task = gf.tasks.linear_regression(jax.random.key(0), samples=3, dim=6)
+    watch = {"test": gf.Metric(lambda m: jnp.sum(m.weights**2), threshold=1.0)}
+    options = dict(slow_time=1.0, metrics=watch)
+    theory = gf.two_phase(task.flow, task.model, **options)
+    sweep = gf.sweep(
+        task.flow, task.model, weight_decay=LAMS, progress=False, **options
+    )
+    report = gf.compare(sweep, theory)
+    gf.save(tmp_path / "report.npz", report)
+    read = gf.load(tmp_path / "report.npz")
+    lanes = data_of(read.to_html(tmp_path / "page.html", bundle="directory"))["lanes"]
+    for i, lane in enumerate(lanes):
+        close(lane["predicted t"][-1], report.curves.t[i, -1])
+        close(lane["metric test, order 1"][-1], report.curves.metrics["test"][i, -1])
+
+
 def test_each_dimension_has_a_slider_and_each_position_its_lane(descents, tmp_path):
     file = descents.to_html(tmp_path / "sweep.html", bundle="directory")
     data = data_of(file)
@@ -208,6 +264,12 @@ def test_thousands_of_lanes_have_fewer_times(report, tmp_path):
     t, saved = np.array(data["lanes"][-1]["t"]), np.asarray(report.sweep.t[-1])
     assert 40 < t.size < saved.size and t[-1] == pytest.approx(saved[-1], rel=1e-4)
     assert max(len(p["data"]) for p in data["panels"]) < 60
+    # Those behind the chosen one are of all λ.
+    behind = [
+        t["meta"]["lane"] for t in data["panels"][0]["data"] if "lane" in t["meta"]
+    ]
+    assert len(behind) == 40
+    assert min(np.bincount(np.array(behind) % len(LAMS))) >= 5
     with pytest.raises(
         ValueError, match="^inputs: 3000 lanes with 106 numbers at each"
     ):
@@ -257,6 +319,8 @@ def test_without_a_folder_or_plotly_it_says_so(report, tmp_path, monkeypatch):
         ValueError, match="file: expected a name in a folder that exists"
     ):
         report.to_html(tmp_path / "none" / "page.html")
+    with pytest.raises(ValueError, match="file: expected a name in a folder"):
+        report.to_html(tmp_path)
     monkeypatch.setitem(sys.modules, "plotly.graph_objects", None)
     with pytest.raises(ImportError, match="interactive pages need plotly: pip install"):
         report.to_html(tmp_path / "page.html")

@@ -177,7 +177,7 @@ def test_landscape_draws_itself(shape):
     plt = pytest.importorskip("matplotlib.pyplot")
     flow = gf.GradientFlow(towards(A))
     run = gf.simulate(flow, START, weight_decay=0.1, t1=10.0, metrics=shape.watched)
-    with pytest.raises(ValueError, match=r"^metric: expected one of \['test'\], got"):
+    with pytest.raises(ValueError, match=r"^metric: expected one of 'test', got"):
         shape.plot(metric="tset")
     ax = shape.plot(runs={"λ = 0.1": run})
     assert ax.get_xscale() == "log" and "norm" in ax.get_xlabel()

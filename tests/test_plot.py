@@ -68,7 +68,7 @@ def test_sweep_has_a_curve_for_each_lane_and_a_scale(results, metric):
 
 def test_curves_collapse_on_the_slow_clock(results):
     sweep, report = results
-    with pytest.raises(ValueError, match=r"^metric: expected one of \['penalty', "):
+    with pytest.raises(ValueError, match=r"^metric: expected one of 'penalty', "):
         gf.plot.collapse(report, metric="tset")
     ax = gf.plot.collapse(report, axes(), metric="penalty")
     *lanes, drift = [line for line in ax.get_lines() if len(line.get_xdata()) > 2]

@@ -147,7 +147,8 @@ def test_bars_of_many_parts(capsys):
     # It tells by the saved times, of which most are early, how far it is.
     reached = np.isfinite(np.asarray(part.train_loss))
     shares = [float(share) for share in re.findall(r"RKC2: ([\d.]+)%", told)]
-    assert max(shares) == pytest.approx(100 * reached.mean(), abs=0.01)
+    n = reached.size
+    assert 100 * (reached.sum() - 1) <= max(shares) * (n - 1) < 100 * reached.sum()
     assert max(shares) > 5 * 100 * float(part.t[reached][-1] / part.t[-1])
 
 

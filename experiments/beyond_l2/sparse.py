@@ -200,7 +200,7 @@ class CS1(Sparse):
 class CS2(Sparse):
     """Figures 4 and 26: t₂ ∝ 1/(αβ), t₁ ∝ 1/α, and the floor, which is ∝ β.
 
-    No files. Time: quick, forty seconds of a core.
+    No files. Time: two minutes of a core; quick, forty seconds.
     """
 
     samples: int = 30

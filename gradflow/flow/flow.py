@@ -159,7 +159,9 @@ def _split(model: PyTree, trainable: PyTree) -> tuple[PyTree, PyTree]:
     try:
         params, static = eqx.partition(model, trainable)
     except (AttributeError, TypeError, ValueError) as error:
-        got = f"one that says: {error}" if callable(trainable) else word(trainable)
+        got = word(trainable)
+        if callable(trainable) and not isinstance(error, ValueError):
+            got = f"one that says: {error}"
         raise ValueError(
             "trainable: expected a function of a leaf, or booleans in the structure of "
             f"the model, got {got}."

@@ -1,5 +1,6 @@
 """What is watched along a path: a function of the model, with the level that counts."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -44,7 +45,8 @@ class Metric(eqx.Module):
         """
         check_callable(fn, "fn")
         if higher_is_better is None:
-            higher_is_better = bool(getattr(fn, "higher_is_better", False))
+            own = inspect.unwrap(fn)  # of what `jit` wraps
+            higher_is_better = bool(getattr(own, "higher_is_better", False))
         self.fn, self.threshold = fn, as_level(threshold)
         self.higher_is_better = higher_is_better
 

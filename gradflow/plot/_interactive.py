@@ -69,10 +69,10 @@ def sweep_page(
         panel.losses(sweep, columns, "t"),
         panel.losses(sweep, columns, "s"),
         panel.penalty(sweep, columns, "t"),
-        *(panel.numbers_of(sweep, columns, name, "t") for name in panel.arrays(sweep)),
+        *(panel.numbers_of(sweep, columns, name, "t") for name in panel.alone(sweep)),
     ]
     if drawn is not None:
-        panels.append(panel.learnt(columns, drawn.x, ()))
+        panels.append(panel.learnt(sweep, columns, drawn.x, ()))
     return _written(place, bundle, sweep, columns, panels, str(sweep))
 
 
@@ -118,13 +118,13 @@ def report_page(
         panel.curvature(report),
         *(
             panel.numbers_of(sweep, columns, name, "s", report)
-            for name in panel.arrays(sweep)
+            for name in panel.alone(sweep)
         ),
     ]
     if drawn is not None:
         for k in orders:
             columns[f"function, order {k}"] = _told(report, kept, drawn, k)
-        panels.append(panel.learnt(columns, drawn.x, orders))
+        panels.append(panel.learnt(sweep, columns, drawn.x, orders))
     return _written(place, bundle, sweep, columns, panels, str(report))
 
 
@@ -189,7 +189,16 @@ def _told(report: Report, kept: np.ndarray, drawn: Curve, order: int) -> np.ndar
 
 def _predicted(report: Report, most: int) -> Columns:
     """The metrics of the predictions, at times of their own."""
-    known = [report.theory.predicted(lam) for lam in report.weight_decay]
+    try:
+        known = [report.theory.predicted(lam) for lam in report.weight_decay]
+    except ValueError:
+        # Of a report that was read, whose metrics had no names: what comparing kept.
+        kept, order = report.curves, max(report.orders)
+        every = thinned(kept.t.shape[1], most)
+        names = [k for k in panel.scalars(report.sweep) if k in kept.metrics]
+        return {"predicted t": kept.t[:, every]} | {
+            f"metric {k}, order {order}": kept.metrics[k][:, every] for k in names
+        }
     every = thinned(known[0].t.size, most)
     out = {"predicted t": np.stack([one.t[every] for one in known])}
     for name in panel.scalars(report.sweep):

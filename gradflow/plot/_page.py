@@ -32,7 +32,7 @@ def plotly() -> Any:
 def check_page(file: Any, bundle: Any) -> File:
     """Raises unless a page can be written there, before anything is computed."""
     plotly()
-    if not File(file).parent.is_dir():
+    if not File(file).parent.is_dir() or File(file).is_dir():
         raise ValueError(f"file: expected a name in a folder that exists, got {file}.")
     if bundle not in ("inline", "directory"):
         raise ValueError(f"bundle: expected 'inline' or 'directory', got {bundle!r}.")

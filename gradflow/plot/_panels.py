@@ -29,6 +29,17 @@ def scalars(sweep: Sweep) -> list[str]:
     return [k for k, v in found if np.ndim(v) == 2 and not again(k, v)]
 
 
+def signed(sweep: Sweep) -> list[str]:
+    """Those of them with negative values, which a logarithmic axis does not show."""
+    good = _judged(sweep)
+    return [k for k in scalars(sweep) if (np.asarray(sweep.metrics[k])[good] < 0).any()]
+
+
+def alone(sweep: Sweep) -> list[str]:
+    """The metrics that have a panel of their own."""
+    return [*signed(sweep), *arrays(sweep)]
+
+
 def arrays(sweep: Sweep) -> dict[str, int]:
     """The metrics that are arrays, and how many of their numbers are drawn."""
     sizes = {k: np.shape(v)[2:] for k, v in sweep.metrics.items() if np.ndim(v) > 2}
@@ -39,7 +50,8 @@ def losses(
     sweep: Sweep, columns: Columns, clock: str, report: Report | None = None
 ) -> Panel:
     """Train loss and metrics; in slow time the metrics alone, which show the drift."""
-    names = scalars(sweep)
+    own = signed(sweep)
+    names = [name for name in scalars(sweep) if name not in own]
     keys = [f"metric {name}" for name in names]
     shown = keys + ["train_loss"] * (clock == "t" or not names)
     main = "metric test" if "test" in names else shown[0]
@@ -47,7 +59,7 @@ def losses(
     if "train_loss" in shown:
         traces += _chosen(clock, "train_loss", "train loss", width=1.2)
     for name, key, dash in zip(names, keys, _LINES * len(names), strict=False):
-        word = NAMES.get(name, name)
+        word = _word(sweep, name)
         traces += _chosen(clock, key, word, dash=dash)
         said = f"{word}, " if len(names) > 1 else ""
         if report is not None and clock == "t":
@@ -69,10 +81,12 @@ def losses(
     title = "Losses and metrics" if "train_loss" in shown else "Metrics"
     if len(shown) == 1:
         only = shown[0].removeprefix("metric ")
-        title = NAMES.get(only, only)
+        title = _word(sweep, only)
         title = title[:1].upper() + title[1:]
     title += {"t": " in time", "s": " on the slow clock"}[clock]
-    labels = _CLOCKS[clock], "loss" if set(names) <= set(NAMES) else "loss, metrics"
+    told = [_word(sweep, name) for name in names]
+    plain = all(word.endswith(" loss") for word in told)
+    labels = _CLOCKS[clock], "loss" if plain else "loss, metrics"
     return Panel(title, labels, ranges, traces, clock, _levels(sweep, names))
 
 
@@ -91,9 +105,12 @@ def penalty(
 def numbers_of(
     sweep: Sweep, columns: Columns, name: str, clock: str, report: Report | None = None
 ) -> Panel:
-    """A metric that is an array: a line for each of its numbers."""
-    count, traces, static = arrays(sweep)[name], [], []
+    """A metric in a panel of its own; of an array a line for each of its numbers."""
+    count, traces, static = arrays(sweep).get(name, 0), [], []
     keys = [f"metric {name} {j}" for j in range(count)]
+    if not count:
+        count, keys = 1, [f"metric {name}"]
+        traces = _behind(sweep, clock, keys[0])
     for key in keys:
         line, dot = _chosen(clock, key, name, width=1.4)
         traces += [line | {"showlegend": key == keys[0]}, dot]
@@ -168,9 +185,7 @@ def grokking(report: Report) -> Panel:
     title = "Grokking time"
     if not shown.any():
         title += ": " + (
-            "theory predicts none"
-            if np.isfinite(y).any()
-            else "the test loss does not cross its threshold"
+            "theory predicts none" if np.isfinite(y).any() else "none was measured"
         )
     else:
         off = np.median(np.abs(y[shown] / x[shown] - 1))
@@ -198,7 +213,9 @@ def curvature(report: Report) -> Panel:
     return Panel("Where theory holds: λ ≪ η", labels, ranges, traces, "s")
 
 
-def learnt(columns: Columns, x: np.ndarray, orders: Iterable[int]) -> Panel:
+def learnt(
+    sweep: Sweep, columns: Columns, x: np.ndarray, orders: Iterable[int]
+) -> Panel:
     """The function of the model, at the chosen time."""
     line = {"mode": "lines", "x": numbers(x)}
     traces = [
@@ -210,7 +227,8 @@ def learnt(columns: Columns, x: np.ndarray, orders: Iterable[int]) -> Panel:
         line | _theory("", f"function, order {k}", f"order {k}", k, now=True)
         for k in orders
     ]
-    ranges = Range.of(x, log=False), Range.of(columns["function"], log=False)
+    up = Range.of(columns["function"][_judged(sweep)], log=False)
+    ranges = Range.of(x, log=False), up
     return Panel("The function, at the chosen time", ("input x", ""), ranges, traces)
 
 
@@ -228,8 +246,7 @@ def _ranges(
     slow clock begins where the drift does: the fast phase is at smaller and smaller s.
     The other axis is linear where values are negative, or close together in slow time,
     unless it is to be `log`."""
-    good = np.asarray(sweep.succeeded)
-    good = good if good.any() else ~good
+    good = _judged(sweep)
     x, y = columns[clock][good], [columns[key][good] for key in keys]
     across = Range.of(x)
     if report is not None and clock == "s":
@@ -245,18 +262,34 @@ def _ranges(
     return across, up
 
 
+def _judged(sweep: Sweep) -> np.ndarray:
+    """The lanes that did not fail, if there are any; else all."""
+    good = np.asarray(sweep.succeeded)
+    return good if good.any() else ~good
+
+
+def _word(sweep: Sweep, name: str) -> str:
+    """What a metric is called: a loss, if it may be one."""
+    watched = [sweep.paths.watched, *(own.watched for own in sweep.owned)]
+    high = any(name in w and w[name].higher_is_better for w in watched)
+    return name if high or name not in ("test", "train") else NAMES[name]
+
+
 def _levels(sweep: Sweep, names: Iterable[str]) -> tuple[float, ...]:
     """The thresholds of metrics, of those that are the same for all lanes."""
     every = [sweep.paths.watched, *(own.watched for own in sweep.owned)]
     found = ({w[name].threshold for w in every if name in w} for name in names)
     same = (levels.pop() for levels in found if len(levels) == 1)
-    return tuple(float(level) for level in same if level is not None and level > 0)
+    some = (float(level) for level in same if level is not None)
+    return tuple(level for level in some if 0 < level < np.inf)
 
 
 def _behind(sweep: Sweep, x: str, y: str) -> list[Trace]:
     """Others than the chosen lane."""
     colours = hex_colours(sweep)
-    lanes = thinned(len(sweep), _BEHIND).tolist() if len(sweep) > 1 else []
+    # In no order: evenly spaced ones could be those of a few λ.
+    order = np.random.default_rng(0).permutation(len(sweep))
+    lanes = np.sort(order[:_BEHIND]).tolist() if len(sweep) > 1 else []
     return [
         {"mode": "lines", "name": sweep.axes.words(i), "showlegend": False,
          "opacity": 0.55, "line": {"width": 1, "color": colours[i]},

@@ -88,19 +88,22 @@ class Colours:
             values = np.unique(values, return_inverse=True)[1]
         lams = values.astype(float)
         self.lams = lams
+        lams = lams[np.isfinite(lams)]
         positive = lams[lams > 0]
         low, high = (positive.min(), positive.max()) if positive.size else (1.0, 1.0)
         if low == high:
             low, high = low / 3, high * 3
         # Without the yellow end, which is hard to see on white.
         cmap = ListedColormap(colormaps["viridis"](np.linspace(0.0, 0.9, 256)))
-        self.linear = "lambda" not in label and (lams.min() <= 0 or high < 5 * low)
-        norm = Normalize(lams.min(), lams.max()) if self.linear else LogNorm(low, high)
+        least = lams.min(initial=np.inf)
+        self.linear = "lambda" not in label and (least <= 0 or high < 5 * low)
+        norm = Normalize(least, lams.max()) if self.linear else LogNorm(low, high)
         self.map = ScalarMappable(norm, cmap)
 
     def __call__(self, i: int) -> Any:
         lam = self.lams[i]
-        return self.map.to_rgba(lam) if lam > 0 or self.linear else "black"
+        shown = np.isfinite(lam) and (lam > 0 or self.linear)
+        return self.map.to_rgba(lam) if shown else "black"
 
     def bar(self, fig: Figure, axes: Any) -> None:
         """Draws the scale into `fig`, beside `axes`."""
@@ -111,7 +114,8 @@ class Colours:
 
 def unknown(name: str, given: object, known: list[str]) -> ValueError:
     """The error of an argument that is the name of nothing."""
-    return ValueError(f"{name}: expected one of {known}, got {given!r}.")
+    expected = ", ".join(map(repr, known))
+    return ValueError(f"{name}: expected one of {expected}, got {given!r}.")
 
 
 def new_axes(ax: Axes | None) -> Axes:

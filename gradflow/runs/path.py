@@ -343,7 +343,8 @@ class Path(eqx.Module):
             if bool(self.met) and t == 0 and self.stats.until in lower:
                 lines.append(
                     "  It held from the start. What is better where it is higher, as "
-                    "an accuracy, takes gradflow.Metric(…, higher_is_better=True)."
+                    "an accuracy of yours, takes "
+                    "gradflow.Metric(…, higher_is_better=True)."
                 )
         if bool(self.succeeded) and not bool(slid(self)) and self._drifts:
             state = "at rest" if bool(self.stationary) else "still drifting"

@@ -537,7 +537,10 @@ def _verdict(
             run.term.loss(run.term.model(run.params)),
             solver.loss_of(term, out.end),
         )
-        up = ~(last <= jnp.abs(first) / jnp.finfo(first.dtype).eps ** 0.5)
+        # (A start that fits has no loss: then λR is what there is to compare to.)
+        pull = decay_at(run.weight_decay, out.t) * run.term.penalty(run.params)
+        scale = jnp.abs(first) + jnp.abs(pull)
+        up = ~(last <= scale / jnp.finfo(first.dtype).eps ** 0.5)
         # All of its steps are taken: it is not to be gone on with.
         spent = result == RESULTS.out_of_steps
         spent = spent & (out.counts[0] >= run.tolerance.max_steps)
