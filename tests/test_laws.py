@@ -175,8 +175,7 @@ def test_the_metric_of_adam_is_that_of_its_gradients():
 
 @pytest.mark.slow
 def test_two_laws_from_end_to_end(tmp_path, monkeypatch):
-    for module in (norms, paths):
-        monkeypatch.setattr(module, "NETWORKS", {"diagonal": common.diagonal})
+    monkeypatch.setattr(norms, "NETWORKS", {"diagonal": common.diagonal})
     options = dict(seeds=2, quick=True)
     config = norms.NormDelay(**options, scales=(1.0,), out=tmp_path / "delay")
     checks = {c["name"]: c for c in STUDY.main(config)["checks"]}
@@ -184,7 +183,9 @@ def test_two_laws_from_end_to_end(tmp_path, monkeypatch):
     assert checks["diagonal: integral"]["value"] < 1e-3
     assert checks["diagonal: lower"]["ok"]
     assert checks["verdict"]["sentence"].startswith("holds")
-    config = paths.Component(**options, points=31, out=tmp_path / "component")
+    config = paths.Component(
+        **options, networks=("diagonal",), points=31, out=tmp_path / "component"
+    )
     summary = STUDY.main(config)
     checks = {c["name"]: c for c in summary["checks"]}
     assert checks["walk"]["ok"] and 0.5 < checks["diagonal, flow"]["value"] <= 1
