@@ -109,7 +109,9 @@ def check_integer(x: Given, name: str, least: int = 1) -> Wrong:
 def check_choice(x: Given, name: str, among: tuple) -> None:
     """Raises unless `x` is one of a few values."""
     if not any(x is one or (type(x) is type(one) and x == one) for one in among):
-        expected = ", ".join(map(repr, among)) or "none, as there are none"
+        if not among:
+            raise ValueError(f"{name}: there is none to choose, got {word(x)}.")
+        expected = ", ".join(map(repr, among))
         raise ValueError(f"{name}: expected one of {expected}, got {word(x)}.")
 
 

@@ -200,10 +200,16 @@ def test_a_report_that_was_read_has_a_page(tmp_path):
     report = gf.compare(sweep, theory)
     gf.save(tmp_path / "report.npz", report)
     read = gf.load(tmp_path / "report.npz")
+    with pytest.raises(ValueError, match="without a name of its own"):
+        read.theory.predicted(float(LAMS[0]))
     lanes = data_of(read.to_html(tmp_path / "page.html", bundle="directory"))["lanes"]
+    assert len(lanes) == len(LAMS)
     for i, lane in enumerate(lanes):
-        close(lane["predicted t"][-1], report.curves.t[i, -1])
-        close(lane["metric test, order 1"][-1], report.curves.metrics["test"][i, -1])
+        t, told = report.curves.t[i], report.curves.metrics["test"][i]
+        at = np.abs(t[:, None] - np.array(lane["predicted t"], float)).argmin(axis=0)
+        assert at[0] == 0 and at[-1] == t.size - 1 and (np.diff(at) > 0).all()
+        close(lane["predicted t"], t[at])
+        close(lane["metric test, order 1"], told[at])
 
 
 def test_each_dimension_has_a_slider_and_each_position_its_lane(descents, tmp_path):
@@ -396,6 +402,17 @@ def test_in_a_browser_sliders_move_the_curves(browser, shown, width):
     assert page.locator(".plot .main-svg").count() >= len(data["panels"])
     page.context.close()
     assert not wrong
+
+
+@pytest.mark.slow
+def test_in_a_browser_a_page_without_its_bundle_says_so(browser, shown, tmp_path):
+    alone = tmp_path / "alone.html"
+    alone.write_bytes(shown[0].read_bytes())
+    page = browser.new_page()
+    page.goto(alone.as_uri())
+    note = page.locator("#note")
+    assert note.text_content() == "plotly.min.js is not beside this page."
+    assert note.is_visible()
 
 
 @pytest.mark.slow

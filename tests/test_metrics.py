@@ -173,6 +173,7 @@ def test_margin_and_accuracy():
     assert gf.Metric(Accuracy(x, labels), threshold=0.9).higher_is_better
     assert gf.Metric(margin).higher_is_better and not gf.Metric(Norm()).higher_is_better
     assert not gf.Metric(margin, higher_is_better=False).higher_is_better
+    assert gf.Metric(eqx.filter_jit(Accuracy(x, labels))).higher_is_better
     assert gf.Metric(Norm(), 1.0, True).higher_is_better
 
 

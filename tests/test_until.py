@@ -219,6 +219,8 @@ def test_a_metric():
     assert "from the start" not in str(higher)
     with pytest.raises(ValueError, match=r"^name: expected one of 'test', got 'tset'"):
         early.crossing_time("tset")
+    with pytest.raises(ValueError, match=r"^name: there is none to choose, got 'test'"):
+        dataclasses.replace(early, watched={}).crossing_time("test")
     assert np.isnan(early.slow_speed)
     late = run("test", metrics={"test": gf.Metric(first_weight, threshold=0.5)})
     assert bool(late.result == gf.RESULTS.successful) and len(late) == 65

@@ -29,6 +29,7 @@ from ..metrics import Metric, without_thresholds
 from ..precision import exact_products
 from ..results import named_wrong
 from ..solvers import (
+    AbstractFlowSolver,
     as_choice,
     as_flow_solver,
     Choice,
@@ -192,12 +193,8 @@ def simulate(
             learning_rate=learning_rate,
         )  # fmt: skip
         known = as_flow_solver(choice.solver)
-        if criterion is not None:
-            given = _underivable(given, adjoint, _UNTIL)
-        elif learning_rate is not None:
-            given = _underivable(given, adjoint, NO_DERIVATIVE)
-        elif not known.differentiable:
-            given = _underivable(given, adjoint, _BY.format(known.name))
+        if told := _no_derivative(known, criterion, learning_rate):
+            given = _underivable(given, adjoint, told)
         one = Solve.of(
             **given,
             watched=bare,
@@ -259,6 +256,15 @@ _BY = (
     "which has one for jax.grad."
 )
 _UNTIL = "until: a run that a criterion ends has no derivative; give t1 or slow_time."
+
+
+def _no_derivative(solver: AbstractFlowSolver, until: Given, rate: Given) -> str:
+    """Why a run has no derivative; nothing where it has one."""
+    if until is not None:
+        return _UNTIL
+    if rate is not None:
+        return NO_DERIVATIVE
+    return "" if solver.differentiable else _BY.format(solver.name)
 
 
 def _underivable(values: Values, adjoint: Given, told: str) -> Values:
